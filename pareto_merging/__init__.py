@@ -1,0 +1,1 @@
+"""Pareto Merging: one run, and the best merged model for any preference."""

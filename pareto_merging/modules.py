@@ -1,0 +1,362 @@
+"""The layers of a Pareto model: ParetoLinear, ParetoAttention, and any other module with merged parameters.
+
+Each is the original module with a different class. A merged parameter ``name`` keeps W0 where the parameter was (so
+``state_dict`` has it under its own name) and stands beside its task vectors τ, its λ and, where it has one, its low-rank
+term; *reading* ``module.name`` gives the merged tensor at the current preference. So code that reaches into a layer
+(``block.mlp.c_fc.weight``) sees the merged model, and forwards we do not know work as they are.
+
+The parts of ``weight`` are called ``task_vectors``, ``lam``, ``A``, ``G``, ``B``; those of any other parameter carry its
+name in front: ``bias_lam``, ``in_proj_weight_G``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pmkernels
+from pareto_merging.preferences import ParetoState
+
+if TYPE_CHECKING:
+    ModuleBase = nn.Module
+else:
+    ModuleBase = object
+
+PARTS = ("task_vectors", "lam", "A", "G", "B")
+LEARNED = ("lam", "A", "G", "B")
+T = TypeVar("T", bound=nn.Module)
+
+
+def part_name(name: str, part: str) -> str:
+    """The attribute that holds ``part`` of parameter ``name``: ``("bias", "lam")`` -> ``"bias_lam"``."""
+    return part if name == "weight" else f"{name}_{part}"
+
+
+class ParetoModule(ModuleBase):
+    """A module some of whose parameters are merged: what they are made of, and the merged value of each.
+
+    Attributes set by :func:`convert`: ``merged_names`` (the parameters that are merged), ``original_class``,
+    ``lambda_groups`` (parameter -> the name of the λ vector it uses) and ``pareto`` (the state all layers share).
+    """
+
+    merged_names: tuple[str, ...] = ()
+    original_class: type[nn.Module]
+    lambda_groups: dict[str, str]
+    pareto: ParetoState
+
+    def parts(self, name: str) -> dict[str, Tensor | None]:
+        """Task vectors, λ, A, G and B of parameter ``name``; None for what it does not have."""
+        return {part: self._parameters.get(part_name(name, part)) for part in PARTS}
+
+    def learned(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The learned parameters of this module itself, by attribute name."""
+        for name in self.merged_names:
+            for part in LEARNED:
+                parameter = self._parameters.get(part_name(name, part))
+                if parameter is not None:
+                    yield part_name(name, part), parameter
+
+    def gamma_on(self, device: torch.device) -> Tensor:
+        """The current preference, on ``device``."""
+        return self.pareto.gamma.to(device)
+
+    def gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
+        """The preference as pareto_linear wants it for x: [K], or [batch, 1, …, K] with the items at ``batch_dim``."""
+        gamma = self.gamma_on(x.device)
+        if gamma.ndim == 1:
+            return gamma
+        if x.ndim < 2 or x.shape[batch_dim] != gamma.shape[0]:
+            raise ValueError(
+                f"preference: expected one for each item of the input, got {gamma.shape[0]} preferences for an input "
+                f"of shape {list(x.shape)}, items along dimension {batch_dim}"
+            )
+        shape = [1] * (x.ndim - 1) + [gamma.shape[-1]]
+        shape[batch_dim] = gamma.shape[0]
+        return gamma.view(shape)
+
+    def merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
+        """Parameter ``name`` merged at ``gamma`` [K], by default the current preference."""
+        weight = self._parameters[name]
+        assert weight is not None
+        parts = self.parts(name)
+        if parts["A"] is None:
+            return weight if parts["lam"] is None else pmkernels.merge_weight(weight, **parts)
+        gamma = self.gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
+        if gamma.ndim != 1:
+            raise ValueError(
+                f"preference: {self.original_class.__name__}.{name} is one merged tensor, so expected one preference "
+                f"for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear and "
+                "nn.MultiheadAttention layers)"
+            )
+        return pmkernels.merge_weight(weight, gamma=gamma, **parts)
+
+    def project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
+        """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
+        weight = self._parameters[name]
+        assert weight is not None
+        parts = self.parts(name)
+        gamma = None
+        if rows != slice(None):
+            weight = weight[rows]
+            for part, axis in (("task_vectors", 1), ("A", 0)):
+                value = parts[part]
+                if value is not None:
+                    parts[part] = value[:, rows] if axis else value[rows]
+            bias = None if bias is None else bias[rows]
+        if parts["A"] is not None:
+            gamma = self.gamma_for(x, batch_dim)
+        return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, **parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
+        learned = {id(t) for _, p in self.learned() for t in (p, p.grad) if t is not None}
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if id(tensor) in learned and result.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep_float32, recurse)
+        if (state := self.__dict__.get("pareto")) is not None:
+            moved = fn(state.gamma)
+            state.gamma = moved if moved.dtype == state.gamma.dtype else state.gamma.to(moved.device)
+        return self
+
+
+def _merged_property(name: str) -> property:
+    def get(self: ParetoModule) -> Tensor | None:
+        if self._parameters.get(name) is None:
+            if name in self._parameters:
+                return None
+            # raised while the original class's constructor asks whether the name is free
+            raise AttributeError(name)
+        return self.merged(name)
+
+    def refuse(self: ParetoModule, value: Any) -> None:
+        raise AttributeError(f"{name}: a merged parameter cannot be assigned; set_lambda and set_preference change it")
+
+    return property(get, refuse)
+
+
+class ParetoLinear(ParetoModule, nn.Linear):
+    """nn.Linear whose weight is W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ and whose bias is b0 + Σ_k λ_k τ_k.
+
+    Input ``[*, in]``, output ``[*, out]``. A preference per item wants the items along the first dimension of x.
+    """
+
+    weight = _merged_property("weight")  # type: ignore[assignment]
+    bias = _merged_property("bias")  # type: ignore[assignment]
+
+    @classmethod
+    def from_linears(
+        cls,
+        pretrained: nn.Linear,
+        finetuned: Sequence[nn.Linear] | Mapping[str, nn.Linear],
+        rank: int = 16,
+        init_lambda: float = 0.3,
+    ) -> ParetoLinear:
+        """One layer from its pretrained form and K fine-tuned copies (or task name -> copy); ``rank`` 0: λ only."""
+        from pareto_merging.parametrize import parametrize
+
+        model = parametrize(
+            pretrained, finetuned, rank=rank, low_rank="all" if rank else "none", init_lambda=init_lambda
+        )
+        if not isinstance(model, cls):
+            raise ValueError("finetuned: expected at least one copy that differs from pretrained, got none")
+        return model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.project(input, "weight", self.bias, slice(None))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {_describe(self, 'weight')}"
+
+
+class ParetoAttention(ParetoModule, nn.MultiheadAttention):
+    """nn.MultiheadAttention with merged projections: the same masks, layouts and results as the original at W(γ).
+
+    The in-projection of self-attention is one product of [3E, E]; attention itself is scaled_dot_product_attention
+    unless the weights are asked for.
+    """
+
+    in_proj_weight = _merged_property("in_proj_weight")  # type: ignore[assignment]
+    in_proj_bias = _merged_property("in_proj_bias")  # type: ignore[assignment]
+    q_proj_weight = _merged_property("q_proj_weight")  # type: ignore[assignment]
+    k_proj_weight = _merged_property("k_proj_weight")  # type: ignore[assignment]
+    v_proj_weight = _merged_property("v_proj_weight")  # type: ignore[assignment]
+    bias_k = _merged_property("bias_k")
+    bias_v = _merged_property("bias_v")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._parameters.get("bias_k") is not None or self.add_zero_attn or query.is_nested:
+            # rare forms: PyTorch's own forward on the merged tensors
+            return nn.MultiheadAttention.forward(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: expected a mask where is_causal is set (it is a hint about the mask), got None")
+        batched = query.ndim == 3
+        if not batched and self.pareto.gamma.ndim == 2:
+            raise ValueError(f"preference: expected one for an input without a batch, got {len(self.pareto.gamma)}")
+        batch_dim = 0 if self.batch_first or not batched else 1
+        q, k, v = (self._heads(t, batched) for t in self._project(query, key, value, batch_dim))
+        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            attended = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        # [batch, heads, L, head_dim] -> the layout that came in
+        joined = attended.transpose(1, 2).flatten(2)
+        joined = joined if self.batch_first else joined.transpose(0, 1)
+        joined = joined if batched else joined.flatten(0, 1)
+        out = self.out_proj
+        if isinstance(out, ParetoLinear):
+            return out.project(joined, "weight", out.bias, slice(None), batch_dim), weights
+        return F.linear(joined, out.weight, out.bias), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
+        """q, k and v: one product where they share their input."""
+        bias, size = self.in_proj_bias, self.embed_dim
+        project = functools.partial(self.project, bias=bias, batch_dim=batch_dim)
+        if not self._qkv_same_embed_dim:
+            slices = [None if bias is None else bias[i * size : (i + 1) * size] for i in range(3)]
+            inputs = ((query, "q_proj_weight"), (key, "k_proj_weight"), (value, "v_proj_weight"))
+            return tuple(
+                self.project(x, name, b, slice(None), batch_dim) for (x, name), b in zip(inputs, slices, strict=True)
+            )
+        if query is key and key is value:
+            return project(query, "in_proj_weight", rows=slice(None)).chunk(3, dim=-1)
+        q = project(query, "in_proj_weight", rows=slice(0, size))
+        if key is value:
+            return (q, *project(key, "in_proj_weight", rows=slice(size, 3 * size)).chunk(2, dim=-1))
+        k = project(key, "in_proj_weight", rows=slice(size, 2 * size))
+        return q, k, project(value, "in_proj_weight", rows=slice(2 * size, 3 * size))
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """[batch, L, E], [L, batch, E] or [L, E] -> [batch, heads, L, head_dim]."""
+        x = x if batched else x.unsqueeze(0 if self.batch_first else 1)
+        x = x if self.batch_first else x.transpose(0, 1)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """Both masks as one float mask [1 or batch, 1 or heads, 1 or L, S] that is added to the scores, or None."""
+        batch, length, source = q.shape[0], q.shape[2], k.shape[2]
+        mask = None
+        if attn_mask is not None:
+            expected = ((length, source), (batch * self.num_heads, length, source))
+            if tuple(attn_mask.shape) not in expected:
+                raise ValueError(f"attn_mask: expected shape {expected[0]} or {expected[1]}, got {tuple(attn_mask.shape)}")
+            mask = _float_mask("attn_mask", attn_mask, q.dtype)
+            mask = mask if mask.ndim == 2 else mask.view(batch, self.num_heads, length, source)
+        if padding is not None:
+            padding = padding if padding.ndim == 2 else padding.unsqueeze(0)
+            if tuple(padding.shape) != (batch, source):
+                raise ValueError(f"key_padding_mask: expected shape {(batch, source)}, got {tuple(padding.shape)}")
+            padding = _float_mask("key_padding_mask", padding, q.dtype)[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        return mask
+
+
+def _float_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
+    if not mask.is_floating_point():
+        raise TypeError(f"{name}: expected a boolean or floating-point mask, got {mask.dtype}")
+    return mask.to(dtype)
+
+
+def _describe(module: ParetoModule, name: str) -> str:
+    parts = module.parts(name)
+    tasks, A = parts["task_vectors"], parts["A"]
+    folded = "folded" if tasks is None else f"tasks={tasks.shape[0]}"
+    return folded if A is None else f"{folded}, rank={A.shape[1]}"
+
+
+@functools.cache
+def _pareto_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """``original`` with the parameters ``names`` readable as merged tensors: the λ-only wrapper of any module."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _blank, (original, names), self.__getstate__()
+
+    body: dict[str, Any] = {name: _merged_property(name) for name in names}
+    if issubclass(original, nn.RNNBase):
+        # RNNBase keeps its own list of the parameters; it must be the merged ones
+        body["_flat_weights"] = property(
+            lambda self: [getattr(self, name, None) for name in self._flat_weights_names], lambda self, value: None
+        )
+    body |= {"__reduce_ex__": reduce, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(f"Pareto{original.__name__}", (ParetoModule, original), body)
+
+
+def _blank(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = _pareto_class(original, names)
+    return cls.__new__(cls)
+
+
+def convert(module: nn.Module, names: Sequence[str], state: ParetoState) -> ParetoModule:
+    """Turn ``module`` into the Pareto form of its class, in place; the caller then registers the parts of ``names``."""
+    original = type(module)
+    fixed = {nn.Linear: ParetoLinear, nn.MultiheadAttention: ParetoAttention}
+    linear_like = original is nn.modules.linear.NonDynamicallyQuantizableLinear
+    cls = ParetoLinear if linear_like else fixed.get(original)
+    module.__class__ = cls if cls is not None else _pareto_class(original, tuple(names))
+    assert isinstance(module, ParetoModule)
+    module.merged_names = tuple(names)
+    module.original_class = original
+    module.lambda_groups = {}
+    module.pareto = state
+    module.__dict__.pop("_flat_weights", None)
+    return module
+
+
+def restore(module: ParetoModule) -> nn.Module:
+    """Undo :func:`convert` in place: the original class, none of our attributes, no parts."""
+    for name in module.merged_names:
+        for part in PARTS:
+            module._parameters.pop(part_name(name, part), None)
+    original = module.original_class
+    for attribute in ("merged_names", "original_class", "lambda_groups", "pareto"):
+        module.__dict__.pop(attribute, None)
+    module.__class__ = original
+    if isinstance(module, nn.RNNBase):
+        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
+    return module
+
+
+def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:
+    """Every module of ``model`` with merged parameters, by name, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, ParetoModule):
+            yield name, module

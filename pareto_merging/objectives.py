@@ -1,0 +1,207 @@
+"""What is minimised: one objective per task, a scalarisation of them, and two regularisers.
+
+Equations: Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equations 3, 7 and 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging.modules import part_name, pareto_modules
+from pareto_merging.preferences import pareto_state
+
+Scalarization: TypeAlias = Literal["smooth-tchebycheff", "tchebycheff", "linear"]
+
+
+def smooth_tchebycheff(objectives: Tensor, gamma: Tensor, mu: float = 0.1, ideal: float = 0.0) -> Tensor:
+    """μ·log Σ_k exp(γ_k (S_k − z_k) / μ): objectives [K], gamma [K] -> scalar (Lin et al. 2024; equation 7)."""
+    return mu * torch.logsumexp(gamma * (objectives - ideal) / mu, dim=-1)
+
+
+def tchebycheff(objectives: Tensor, gamma: Tensor, ideal: float = 0.0) -> Tensor:
+    """max_k γ_k (S_k − z_k): the limit of the smooth form for μ → 0."""
+    return (gamma * (objectives - ideal)).amax(dim=-1)
+
+
+def linear(objectives: Tensor, gamma: Tensor) -> Tensor:
+    """Σ_k γ_k S_k (equation 4): reaches only the convex parts of a front."""
+    return (gamma * objectives).sum(dim=-1)
+
+
+def scalarize(objectives: Tensor, gamma: Tensor, kind: Scalarization, mu: float) -> Tensor:
+    """The scalarisation named ``kind`` of objectives [K] at gamma [K]."""
+    if kind == "smooth-tchebycheff":
+        return smooth_tchebycheff(objectives, gamma, mu)
+    if kind == "tchebycheff":
+        return tchebycheff(objectives, gamma)
+    if kind == "linear":
+        return linear(objectives, gamma)
+    raise ValueError(f"scalarization: expected smooth-tchebycheff, tchebycheff or linear, got {kind!r}")
+
+
+def cosine_alignment(objectives: Tensor, gamma: Tensor) -> Tensor:
+    """cos(S, 1/γ): objectives [K], gamma [K] -> scalar (equation 10; subtracted from the loss).
+
+    1/γ is written γ_min/γ, which has the same direction and does not overflow; an entry of γ below 1e-12 counts as
+    1e-12.
+    """
+    gamma = gamma.clamp(min=1e-12)
+    return torch.cosine_similarity(objectives, gamma.amin() / gamma, dim=-1)
+
+
+class _ZeroSafeSqrt(torch.autograd.Function):
+    """√max(x, 0) with a gradient of 0 at and below 0."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        root = x.clamp(min=0).sqrt()
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (root,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.where(root > 0, grad / (2 * root), 0.0)
+
+
+def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
+    """‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ) by products of r×r matrices: A [N, r], C [r, r], B [D, r] -> scalar."""
+    return ((A.t() @ A @ C) * (C @ (B.t() @ B))).sum()
+
+
+def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
+    """‖A·(G ×₃ γ)·Bᵀ‖_F over all low-rank layers together (equation 10), zero where there are none.
+
+    Our reading: the Frobenius norm of the whole personalised part, √Σ_layers ‖·‖², not a sum of the layers' norms.
+    Its gradient at G = 0 is 0.
+    """
+    squares = [
+        low_rank_square(A, pmkernels.reference.preference_core(G, gamma.to(G.device)), B)
+        for A, G, B in _low_rank_parts(model)
+    ]
+    if not squares:
+        return torch.zeros((), device=gamma.device)
+    norm: Tensor = _ZeroSafeSqrt.apply(torch.stack([square.to(gamma.device) for square in squares]).sum())
+    return norm
+
+
+def _low_rank_parts(model: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    seen = set()
+    for _, module in pareto_modules(model):
+        for name in module.merged_names:
+            parts = module.parts(name)
+            A, G, B = parts["A"], parts["G"], parts["B"]
+            if A is not None and G is not None and B is not None and id(G) not in seen:
+                seen.add(id(G))
+                yield A, G, B
+
+
+@dataclass(frozen=True)
+class EntropyTerms:
+    """The predictions on one batch of one task: ``objective`` S_k and what is watched beside it (all scalars)."""
+
+    objective: Tensor
+    entropy: Tensor
+    mean_prediction_entropy: Tensor
+
+
+def entropy_terms(logits: Tensor, information_maximisation: float = 0.0) -> EntropyTerms:
+    """S_k of one batch: the mean Shannon entropy of the predictions (equation 3), logits [n, C].
+
+    With ``information_maximisation`` w > 0 the entropy of the mean prediction is rewarded, S_k + w·(log C − H(p̄)),
+    which a model that puts every image into one class cannot lower. Not in the paper; off by default.
+    """
+    entropy = pmkernels.softmax_entropy(logits).mean()
+    mean_prediction = torch.softmax(logits.to(entropy.dtype), dim=-1).mean(dim=0)
+    mean_entropy = torch.special.entr(mean_prediction.clamp(min=torch.finfo(entropy.dtype).tiny)).sum()
+    objective = entropy
+    if information_maximisation:
+        ceiling = torch.log(torch.tensor(float(logits.shape[-1]), device=logits.device))
+        objective = entropy + information_maximisation * (ceiling - mean_entropy)
+    return EntropyTerms(objective, entropy.detach(), mean_entropy.detach())
+
+
+class WeightDistance:
+    """The data-free objectives S_k = Σ_layers ‖W(γ) − W_k‖²_F of a Pareto model, without a matrix of a layer's size.
+
+    W(γ) − W_k = Σ_j (λ_j − δ_jk) τ_j + A·C·Bᵀ, so with the Gram matrix of the task vectors (once) and the r×r products
+    T_j = Aᵀτ_jB (one pass over the τ per call):
+
+        ‖W(γ) − W_k‖² = (λ − e_k)ᵀ Gram (λ − e_k) + 2 Σ_j (λ_j − δ_jk) ⟨T_j, C⟩ + ‖A·C·Bᵀ‖²
+
+    Args:
+        model: a Pareto model. Every parameter with task vectors or a low-rank term counts, tied ones once.
+        normalize: divide S_k by ‖τ_k‖² summed over the layers, so that S_k = 1 for the pretrained model and the
+            tasks are on one scale whatever the size of their task vectors (our addition; False is the plain sum).
+    """
+
+    def __init__(self, model: nn.Module, normalize: bool = False) -> None:
+        self._layers: list[dict[str, Tensor | None]] = []
+        self._grams: list[Tensor | None] = []
+        self.tasks = len(pareto_state(model).task_names)
+        seen = set()
+        for _, module in pareto_modules(model):
+            for name in module.merged_names:
+                weight = module._parameters[name]
+                if id(weight) in seen:
+                    continue
+                seen.add(id(weight))
+                parts = module.parts(name)
+                if parts["task_vectors"] is None and parts["lam"] is None and part_name(name, "A") is None:
+                    continue
+                self._layers.append(parts)
+                self._grams.append(None if parts["task_vectors"] is None else gram(parts["task_vectors"]))
+        grams = [g for g in self._grams if g is not None]
+        if not grams:
+            raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
+        self.scale = torch.stack([g.diagonal() for g in grams]).sum(dim=0) if normalize else torch.ones(self.tasks)
+        self.scale = torch.where(self.scale > 0, self.scale, 1.0).to(grams[0])
+
+    def __call__(self, gamma: Tensor) -> Tensor:
+        """S_1 … S_K at gamma [K], differentiable in λ, A, G and B: [K]."""
+        total = torch.zeros(self.tasks, dtype=self.scale.dtype, device=self.scale.device)
+        for parts, matrix in zip(self._layers, self._grams, strict=True):
+            total = total + self._layer(parts, matrix, gamma.to(self.scale.device)).to(total)
+        return total / self.scale
+
+    def _layer(self, parts: dict[str, Tensor | None], matrix: Tensor | None, gamma: Tensor) -> Tensor:
+        A, G, B, lam, task_vectors = (parts[part] for part in ("A", "G", "B", "lam", "task_vectors"))
+        distance = torch.zeros(self.tasks, dtype=gamma.dtype, device=gamma.device)
+        difference = None
+        if matrix is not None and lam is not None:
+            # row k is λ − e_k
+            difference = lam.to(matrix.dtype) - torch.eye(self.tasks, dtype=matrix.dtype, device=matrix.device)
+            distance = ((difference @ matrix) * difference).sum(dim=1)
+        if A is not None and G is not None and B is not None:
+            core = pmkernels.reference.preference_core(G, gamma)
+            distance = distance + low_rank_square(A, core, B)
+            if difference is not None and task_vectors is not None:
+                projected = torch.stack(
+                    [(A.t() @ (tau.to(A.dtype) @ B) * core).sum() for tau in task_vectors.unbind()]
+                )
+                distance = distance + 2 * difference @ projected.to(difference.dtype)
+        return distance
+
+
+def gram(task_vectors: Tensor) -> Tensor:
+    """⟨τ_i, τ_j⟩ of one layer, [K, *] -> [K, K], float32 (float64), in pieces that never copy all task vectors."""
+    dtype = pmkernels.reference.accumulate_dtype(task_vectors)
+    flat = task_vectors.reshape(task_vectors.shape[0], -1)
+    total = torch.zeros(flat.shape[0], flat.shape[0], dtype=dtype, device=flat.device)
+    for piece in flat.split(1 << 20, dim=1):
+        wide = piece.to(dtype)
+        total += wide @ wide.t()
+    return total
+
+
+def check_objectives(values: Sequence[float], task_names: Sequence[str]) -> None:
+    """Raise FloatingPointError naming the tasks whose objective is not finite."""
+    bad = [name for name, value in zip(task_names, values, strict=True) if value != value or abs(value) == float("inf")]
+    if bad:
+        raise FloatingPointError(f"objective of {', '.join(bad)} is not finite")

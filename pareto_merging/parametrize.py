@@ -1,0 +1,495 @@
+"""Any nn.Module and K fine-tuned copies of it -> a Pareto model; and from there back to plain modules."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.modules import LEARNED, ParetoModule, convert, pareto_modules, part_name, restore
+from pareto_merging.preferences import (
+    ParetoState,
+    Preference,
+    check_preference,
+    equal_preference,
+    pareto_state,
+)
+
+Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
+LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
+Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
+
+# Kaiming uniform (He et al. 2015, gain √2) over the dimension that A and B share with the weight; the paper names the
+# distribution but not the fan. A file made with another rule says so.
+INITIAL_SCALE = "kaiming-uniform: A ~ U(±sqrt(6/out)), B ~ U(±sqrt(6/in)), G = 0"
+
+_ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+_OUT_PROJECTION = re.compile(r"(^|\.)(out_proj|o_proj|proj|to_out(\.\d+)?|c_proj|dense|wo)$")
+
+
+def parametrize(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    rank: int = 16,
+    low_rank: LowRank = "attention",
+    *,
+    init_lambda: float = 0.3,
+    granularity: Granularity = "tensor",
+    buffers: Literal["pretrained", "average"] = "pretrained",
+    seed: int = 0,
+    digests: bool = True,
+) -> nn.Module:
+    """Turn a pretrained module and K fine-tuned copies into a Pareto model: the same class, the same call signature.
+
+    Every floating-point parameter becomes W0 + Σ_k λ_k τ_k with τ_k = W_k − W0; the chosen projections add the low-rank
+    term A·(G ×₃ γ)·Bᵀ. Only λ, A, G and B require a gradient. The model is a copy: W0 and the task vectors are held
+    once, in the dtype and on the device of ``pretrained``, and ``pretrained`` is left alone. A parameter whose task
+    vectors are all zero stores none. It starts at the equal preference, with the low-rank term at zero.
+
+    Args:
+        pretrained: the module all copies started from.
+        finetuned: K copies, as modules or as state dicts (read tensor by tensor, so a lazy mapping stays lazy); in a
+            mapping the keys are the task names, otherwise the tasks are ``task_1`` … ``task_K``.
+        rank: r of the low-rank term.
+        low_rank: which matrices have it: ``"attention"`` (in- and out-projections), ``"in-projection"`` (q, k and v
+            alone, the paper's "+0.5 %" of parameters), ``"all"`` linear layers, ``"none"``, or a function of the
+            parameter's name and its module.
+        init_lambda: where every λ starts.
+        granularity: one λ vector per parameter ``"tensor"`` (as the published AdaMerging code has it), per
+            ``"module"``, per ``"block"`` (up to the last number in the name: ``resblocks.3``), or for the ``"model"``.
+        buffers: floating-point buffers (batch norm's statistics) of the ``"pretrained"`` model, or the ``"average"`` of
+            the fine-tuned ones.
+        seed: of the starting values of A and B.
+        digests: record a SHA-256 of every set of weights, for the Pareto set file (about a second per 1.5 GB).
+
+    Raises:
+        ValueError: no copies; missing, extra or differently shaped tensors (all are named, with the task); tensors
+            tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
+    """
+    _check_settings(pretrained, rank, low_rank, granularity, buffers)
+    names, sources = _named(finetuned)
+    state = ParetoState(
+        names,
+        equal_preference(len(names)),
+        settings={
+            "rank": rank,
+            "low_rank": low_rank if isinstance(low_rank, str) else getattr(low_rank, "__name__", "function"),
+            "init_lambda": init_lambda,
+            "granularity": granularity,
+            "buffers": buffers,
+            "seed": seed,
+            "initial_scale": INITIAL_SCALE,
+        },
+    )
+    model = copy.deepcopy(pretrained)
+    weights = [_tensors(source) for source in sources]
+    aliases = _aliases(model)
+    _check_same_tensors(model, dict(zip(names, weights, strict=True)), aliases)
+    hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
+
+    generator = torch.Generator().manual_seed(seed)
+    lambdas: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        plans = [
+            _plan(model, group, names, weights, rank, low_rank, generator, hashers)
+            for group in aliases.values()
+            if isinstance(_lookup(model, group[0]), nn.Parameter)
+        ]
+        _merge_buffers(model, names, weights, buffers, hashers)
+    owners: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan["task_vectors"] is None and plan["A"] is None:
+            continue
+        for name in plan["names"]:
+            owner, _, attribute = name.rpartition(".")
+            owners.setdefault(owner, []).append(attribute)
+    for owner, attributes in owners.items():
+        convert(model.get_submodule(owner), attributes, state)
+    for plan in plans:
+        _register(model, plan, granularity, init_lambda, len(names), lambdas)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, module in pareto_modules(model):
+        for _, parameter in module.learned():
+            parameter.requires_grad_(True)
+    object.__setattr__(model, "pareto", state)
+    device = next((t.device for t in model.state_dict().values()), state.gamma.device)
+    state.gamma = state.gamma.to(device)
+    state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+    return model
+
+
+class TensorDigest:
+    """SHA-256 over named tensors: 16-bit values count as the float32 they stand for, so a file and the model loaded
+    from it agree whatever the precision it was loaded in."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        value = tensor.detach().cpu().contiguous()
+        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        digest = hashlib.sha256(f"{value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        self._parts[name] = digest.hexdigest()
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._parts.items())).encode()).hexdigest()
+
+
+def _check_settings(pretrained: Any, rank: int, low_rank: Any, granularity: str, buffers: str) -> None:
+    if not isinstance(pretrained, nn.Module):
+        raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
+    if any(True for _ in pareto_modules(pretrained)):
+        raise ValueError("pretrained: expected a plain module, got a Pareto model")
+    if not callable(low_rank) and low_rank not in ("attention", "in-projection", "all", "none"):
+        raise ValueError(f"low_rank: expected attention, in-projection, all, none or a function, got {low_rank!r}")
+    if not isinstance(rank, int) or (rank < 1 and low_rank != "none"):
+        raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}")
+    if granularity not in ("tensor", "module", "block", "model"):
+        raise ValueError(f"granularity: expected tensor, module, block or model, got {granularity!r}")
+    if buffers not in ("pretrained", "average"):
+        raise ValueError(f"buffers: expected pretrained or average, got {buffers!r}")
+
+
+def _named(finetuned: Sequence[Weights] | Mapping[str, Weights]) -> tuple[tuple[str, ...], list[Weights]]:
+    if isinstance(finetuned, nn.Module) or (
+        isinstance(finetuned, Mapping) and any(isinstance(value, Tensor) for value in finetuned.values())
+    ):
+        raise TypeError("finetuned: expected a sequence or mapping of K fine-tuned copies, got a single one")
+    if isinstance(finetuned, Mapping):
+        names, sources = tuple(str(name) for name in finetuned), list(finetuned.values())
+    else:
+        sources = list(finetuned)
+        names = tuple(f"task_{k + 1}" for k in range(len(sources)))
+    if not sources:
+        raise ValueError("finetuned: expected at least one fine-tuned copy, got none")
+    return names, sources
+
+
+def _tensors(source: Weights) -> Mapping[str, Tensor]:
+    if isinstance(source, nn.Module):
+        return source.state_dict(keep_vars=True)
+    if isinstance(source, Mapping):
+        return source
+    raise TypeError(f"finetuned: expected modules or state dicts, got {type(source).__name__}")
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    value = module._parameters.get(attribute)
+    value = module._buffers.get(attribute) if value is None else value
+    assert value is not None
+    return value
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """The tensors of the model by identity, each with all its names: tied weights have more than one."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            groups.setdefault(id(tensor), []).append(name)
+    return groups
+
+
+def _check_same_tensors(
+    model: nn.Module, copies: Mapping[str, Mapping[str, Tensor]], aliases: Mapping[int, Sequence[str]]
+) -> None:
+    problems = []
+    known = {name for group in aliases.values() for name in group}
+    for task, weights in copies.items():
+        present = set(weights)
+        # a file may name a tied tensor once
+        missing = [group[0] for group in aliases.values() if not present.intersection(group)]
+        problems += [f"{task} lacks {name}" for name in missing]
+        problems += [f"{task} has an extra {name}" for name in sorted(present - known)]
+        for group in aliases.values():
+            expected = list(_lookup(model, group[0]).shape)
+            for name in group:
+                if name in present and list(weights[name].shape) != expected:
+                    problems.append(f"{task} has {name} of shape {list(weights[name].shape)}, expected {expected}")
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ValueError(f"finetuned: expected the tensors of pretrained, but {shown}")
+
+
+def _plan(
+    model: nn.Module,
+    names: list[str],
+    tasks: Sequence[str],
+    copies: Sequence[Mapping[str, Tensor]],
+    rank: int,
+    low_rank: LowRank,
+    generator: torch.Generator,
+    hashers: Mapping[str, TensorDigest],
+) -> dict[str, Any]:
+    """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
+    weight = _lookup(model, names[0])
+    plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
+    if hashers:
+        hashers["pretrained"].add(names[0], weight)
+    task_vectors = torch.empty((len(tasks), *weight.shape), dtype=weight.dtype, device=weight.device)
+    for k, (task, weights) in enumerate(zip(tasks, copies, strict=True)):
+        present = [name for name in names if name in weights]
+        value = weights[present[0]].detach()
+        if hashers:
+            hashers[task].add(names[0], value)
+        for other in present[1:]:
+            if not torch.equal(weights[other].detach(), value):
+                raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
+        value = value.to(weight.device)
+        if weight.is_floating_point():
+            wide = torch.promote_types(torch.promote_types(weight.dtype, value.dtype), torch.float32)
+            task_vectors[k] = value.to(wide) - weight.to(wide)
+        elif not torch.equal(value, weight):
+            raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
+    if weight.is_floating_point() and bool(task_vectors.any()):
+        plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
+    if weight.ndim == 2 and any(_wants_low_rank(model, name, low_rank) for name in names):
+        out_features, in_features = weight.shape
+        for part, size in (("A", out_features), ("B", in_features)):
+            bound = math.sqrt(6.0 / size)
+            start = torch.empty(size, rank).uniform_(-bound, bound, generator=generator)
+            plan[part] = nn.Parameter(start.to(weight.device))
+        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(tasks), device=weight.device))
+        if weight.dtype == torch.float64:
+            for part in ("A", "G", "B"):
+                plan[part] = nn.Parameter(plan[part].detach().double())
+    return plan
+
+
+def _wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
+    if low_rank == "none":
+        return False
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if callable(low_rank):
+        return low_rank(name, owner)
+    is_linear = isinstance(owner, nn.Linear) and attribute == "weight"
+    if low_rank == "all" and (is_linear or isinstance(owner, nn.MultiheadAttention)):
+        return attribute == "weight" or attribute.endswith("proj_weight")
+    # attention by the names on the way to it (blocks.0.attn.qkv) or by the class that holds it (q_proj of CLIPAttention)
+    parent = model.get_submodule(owner_name.rpartition(".")[0])
+    in_attention = any(_ATTENTION.search(part) for part in owner_name.split(".")[-4:]) or any(
+        _ATTENTION.search(type(module).__name__) and any(isinstance(child, nn.Linear) for child in module.children())
+        for module in (owner, parent)
+    )
+    if isinstance(owner, nn.MultiheadAttention) or (_ATTENTION.search(type(owner).__name__) and not is_linear):
+        in_attention = True
+    if not in_attention or not (is_linear or attribute.endswith("proj_weight")):
+        return False
+    return low_rank in ("attention", "all") or not _OUT_PROJECTION.search(owner_name)
+
+
+def _merge_buffers(
+    model: nn.Module,
+    tasks: Sequence[str],
+    copies: Sequence[Mapping[str, Tensor]],
+    buffers: str,
+    hashers: Mapping[str, TensorDigest],
+) -> None:
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if isinstance(tensor, nn.Parameter) or not isinstance(tensor, Tensor):
+            continue
+        if hashers:
+            hashers["pretrained"].add(name, tensor)
+            for task, weights in zip(tasks, copies, strict=True):
+                hashers[task].add(name, weights[name])
+        if buffers == "average" and tensor.is_floating_point():
+            total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            for weights in copies:
+                total += weights[name].to(total)
+            tensor.copy_(total / len(copies))
+
+
+def lambda_group(name: str, granularity: Granularity) -> str:
+    """The name of the λ vector that parameter ``name`` uses: ``blocks.3.attn.weight`` -> ``blocks.3`` per block."""
+    if granularity == "tensor":
+        return name
+    if granularity == "model":
+        return "model"
+    owner = name.rpartition(".")[0]
+    if granularity == "module":
+        return owner or name
+    parts = owner.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0] + 1]) if numbered else owner or name
+
+
+def _register(
+    model: nn.Module,
+    plan: Mapping[str, Any],
+    granularity: Granularity,
+    init_lambda: float,
+    tasks: int,
+    lambdas: dict[str, nn.Parameter],
+) -> None:
+    """Register the parts of one parameter with every module that owns it."""
+    if plan["task_vectors"] is None and plan["A"] is None:
+        return
+    group = lambda_group(plan["names"][0], granularity)
+    lam = None
+    if plan["task_vectors"] is not None:
+        weight = plan["task_vectors"]
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if group not in lambdas:
+            lambdas[group] = nn.Parameter(torch.full((tasks,), float(init_lambda), dtype=dtype, device=weight.device))
+        lam = lambdas[group]
+    for name in plan["names"]:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        assert isinstance(module, ParetoModule)
+        if lam is not None:
+            module.lambda_groups[attribute] = group
+        for part, value in {**plan, "lam": lam}.items():
+            if part != "names" and value is not None:
+                module.register_parameter(part_name(attribute, part), value)
+
+
+def lambda_names(model: nn.Module) -> list[str]:
+    """The names of the L λ vectors of a Pareto model, in the order of :func:`get_lambda`."""
+    return list(_lambdas(model))
+
+
+def get_lambda(model: nn.Module) -> Tensor:
+    """λ of all layers as one [L, K] tensor (a copy), row l belonging to ``lambda_names(model)[l]``."""
+    rows = list(_lambdas(model).values())
+    tasks = len(pareto_state(model).task_names)
+    return torch.stack([row.detach() for row in rows]) if rows else torch.empty(0, tasks)
+
+
+def set_lambda(model: nn.Module, values: Tensor) -> None:
+    """Set λ of all layers from one [L, K] tensor (or [K] for every layer, or a number for all); finite values."""
+    rows = list(_lambdas(model).values())
+    tasks = len(pareto_state(model).task_names)
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if values.ndim < 2 and values.shape in ((), (tasks,)):
+        values = values.expand(len(rows), tasks)
+    if values.shape != (len(rows), tasks):
+        raise ValueError(f"lambda: expected shape [{len(rows)}, {tasks}], got {list(values.shape)}")
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("lambda: expected finite numbers, got NaN or inf")
+    with torch.no_grad():
+        for row, value in zip(rows, values, strict=True):
+            row.copy_(value)
+
+
+def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for _, module in pareto_modules(model):
+        for name, group in module.lambda_groups.items():
+            parameter = module._parameters[part_name(name, "lam")]
+            assert parameter is not None
+            found.setdefault(group, parameter)
+    return found
+
+
+def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """λ, A, G and B of a Pareto model by name, each tensor once: what is trained, and what a Pareto set file holds.
+
+    A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
+    """
+    found: dict[str, nn.Parameter] = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
+    seen = {id(parameter) for parameter in found.values()}
+    for prefix, module in pareto_modules(model):
+        for name in module.merged_names:
+            for part in LEARNED:
+                parameter = module._parameters.get(part_name(name, part))
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found[f"{part}.{prefix}.{name}" if prefix else f"{part}.{name}"] = parameter
+    return found
+
+
+def merge(model: nn.Module, gamma: Preference) -> nn.Module:
+    """A new plain module of the original class: the Pareto (or folded) model at one preference.
+
+    Args:
+        gamma: ``[K]`` or by task name, on the simplex.
+
+    Returns:
+        A module with the pretrained model's ``state_dict`` keys and nothing of ours; its parameters share no memory
+        with ``model`` and require gradients, as those of a new module do.
+
+    Raises:
+        ValueError: not a Pareto model, or not a preference.
+    """
+    state = pareto_state(model)
+    checked = check_preference(gamma, state.task_names, per_item=False).detach()
+    plain = _copy_with(model, lambda module, name: module.merged(name, checked), keep_low_rank=False)
+    for _, module in list(pareto_modules(plain)):
+        restore(module)
+    plain.__dict__.pop("pareto", None)
+    for parameter in plain.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return plain
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A new model with λ folded in: one base W0 + Σ λ_k τ_k and the low-rank terms, no task vectors.
+
+    It takes preferences as the Pareto model does and gives the same results at about the memory of one plain model:
+    what a server loads. Folding a folded model copies it. Raises ValueError if ``model`` is no Pareto model.
+    """
+    pareto_state(model)
+    folded = _copy_with(model, _base, keep_low_rank=True)
+    state = pareto_state(folded)
+    for _, module in list(pareto_modules(folded)):
+        kept = []
+        for name in module.merged_names:
+            for part in ("task_vectors", "lam"):
+                module._parameters.pop(part_name(name, part), None)
+            if module._parameters.get(part_name(name, "A")) is not None:
+                kept.append(name)
+        module.lambda_groups = {}
+        if kept:
+            # only the class of an unknown module depends on which of its parameters are merged
+            module.__class__ = module.original_class
+            convert(module, kept, state)
+        else:
+            restore(module)
+    object.__setattr__(folded, "pareto", state)
+    return folded
+
+
+def _base(module: ParetoModule, name: str) -> Tensor:
+    import pmkernels
+
+    weight, parts = module._parameters[name], module.parts(name)
+    assert weight is not None
+    return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=parts["lam"])
+
+
+def _copy_with(
+    model: nn.Module, value: Callable[[ParetoModule, str], Tensor], keep_low_rank: bool
+) -> nn.Module:
+    """A deep copy in which merged parameters hold ``value(module, name)`` and the task vectors are not copied."""
+    memo: dict[int, Any] = {}
+    with torch.no_grad():
+        for _, module in pareto_modules(model):
+            for name in module.merged_names:
+                weight = module._parameters[name]
+                assert weight is not None
+                if id(weight) not in memo:
+                    merged = value(module, name).detach()
+                    merged = merged.clone() if merged.data_ptr() == weight.data_ptr() else merged
+                    memo[id(weight)] = nn.Parameter(merged, requires_grad=False)
+                parts = ("task_vectors", "lam") if keep_low_rank else ("task_vectors", *LEARNED)
+                for part in parts:
+                    parameter = module._parameters.get(part_name(name, part))
+                    if parameter is not None:
+                        memo[id(parameter)] = None
+        # the current preference may carry a graph, which cannot be copied
+        for _, module in pareto_modules(model):
+            memo[id(module.pareto.gamma)] = module.pareto.gamma.detach().clone()
+    # deepcopy keeps alive, and later frees, what the memo maps from; what we put there must survive as well
+    return copy.deepcopy(model, memo)

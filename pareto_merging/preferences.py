@@ -1,0 +1,211 @@
+"""Preferences: what a valid one is, how a model holds one, and how they are sampled and laid out on a grid.
+
+A preference γ is a point of the simplex, one weight per task: finite, non-negative, summing to 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Preference: TypeAlias = Tensor | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, float]
+
+SUM_TOLERANCE = 1e-4
+
+
+@dataclass
+class ParetoState:
+    """What all layers of one Pareto model share: the tasks, the current preference and how the model was built.
+
+    ``gamma`` is [K], or [batch, K] for a preference per item. It is a setting of the running model, as train() and
+    eval() are, and not part of its ``state_dict``.
+    """
+
+    task_names: tuple[str, ...]
+    gamma: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def check_preference(gamma: Preference, task_names: Sequence[str], per_item: bool = True) -> Tensor:
+    """``gamma`` as a float32 tensor [K] or, where ``per_item`` allows, [batch, K].
+
+    By task name, ``{"MNIST": 0.6}`` gives MNIST 0.6 and shares the rest out equally among the tasks not named; naming
+    every task leaves nothing to share, so the values must then sum to 1.
+
+    Raises:
+        ValueError: not on the simplex (sum 1 within 1e-4), the wrong length, an unknown task. Nothing is normalised.
+    """
+    tasks = len(task_names)
+    if isinstance(gamma, Mapping):
+        gamma = _from_names(gamma, task_names)
+    try:
+        tensor = gamma if isinstance(gamma, Tensor) else torch.tensor(gamma, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"preference: expected {tasks} numbers, got {gamma!r}") from error
+    allowed = f"[{tasks}] or [batch, {tasks}]" if per_item else f"[{tasks}]"
+    if tensor.ndim not in ((1, 2) if per_item else (1,)) or tensor.shape[-1] != tasks:
+        raise ValueError(
+            f"preference: expected shape {allowed}, one weight for each of {', '.join(task_names)}; "
+            f"got {list(tensor.shape)}"
+        )
+    tensor = tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)
+    values = tensor.detach()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"preference: expected finite numbers, got {_show(values)}")
+    if bool((values < 0).any()):
+        raise ValueError(f"preference: expected non-negative numbers, got {_show(values)}")
+    sums = values.double().sum(dim=-1)
+    if bool(((sums - 1).abs() > SUM_TOLERANCE).any()):
+        worst = sums.reshape(-1)[(sums.reshape(-1) - 1).abs().argmax()]
+        raise ValueError(f"preference: expected a sum of 1, got {worst:.6g} from {_show(values)}")
+    return tensor
+
+
+def _from_names(gamma: Mapping[str, float], task_names: Sequence[str]) -> Tensor:
+    unknown = [name for name in gamma if name not in task_names]
+    if unknown:
+        raise ValueError(f"preference: expected task names among {', '.join(task_names)}; got {', '.join(unknown)}")
+    others = [name for name in task_names if name not in gamma]
+    given = float(sum(gamma.values()))
+    if given > 1 + SUM_TOLERANCE:
+        raise ValueError(f"preference: expected a sum of at most 1, got {given:.6g} from {dict(gamma)}")
+    share = max(0.0, 1.0 - given) / len(others) if others else 0.0
+    return torch.tensor([float(gamma.get(name, share)) for name in task_names])
+
+
+def _show(values: Tensor) -> str:
+    listed = values.tolist() if values.numel() <= 16 else values.reshape(-1)[:16].tolist()
+    return str(listed) + ("" if values.numel() <= 16 else " …")
+
+
+def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:
+    """A preference from the command line: ``0.5,0.5``, ``MNIST=0.7`` (names share out the rest), ``equal``.
+
+    Returns float32 [K]. Raises ValueError as :func:`check_preference`.
+    """
+    text = text.strip()
+    if text == "equal":
+        return equal_preference(len(task_names))
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if "=" in text:
+            pairs = [part.partition("=") for part in parts]
+            named = [name.strip() for name, _, _ in pairs]
+            if len(set(named)) != len(named):
+                raise ValueError(f"preference: expected each task once, got {text!r}")
+            return check_preference(
+                {name.strip(): float(value) for name, _, value in pairs}, task_names, per_item=False
+            )
+        return check_preference([float(part) for part in parts], task_names, per_item=False)
+    except ValueError as error:
+        if str(error).startswith("preference:"):
+            raise
+        raise ValueError(
+            f"preference: expected {len(task_names)} numbers such as 0.5,0.5 or TASK=0.7, got {text!r}"
+        ) from error
+
+
+def equal_preference(tasks: int) -> Tensor:
+    """[K] with 1/K everywhere."""
+    return torch.full((tasks,), 1.0 / tasks)
+
+
+def one_hot_preferences(tasks: int) -> Tensor:
+    """[K, K]: row k wants task k alone."""
+    return torch.eye(tasks)
+
+
+def two_task_grid(points: int = 11) -> Tensor:
+    """[points, 2]: γ₁ from 0 to 1 in equal steps."""
+    first = torch.linspace(0, 1, points, dtype=torch.float64)
+    return torch.stack([first, 1 - first], dim=1).float()
+
+
+def lattice(tasks: int, partitions: int) -> Tensor:
+    """The Das–Dennis simplex lattice (pymoo's): every γ whose entries are multiples of 1/partitions, [points, K]."""
+    from pymoo.util.ref_dirs import get_reference_directions  # takes a second to import
+
+    directions = get_reference_directions("das-dennis", tasks, n_partitions=partitions)
+    return torch.from_numpy(directions).float()
+
+
+def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator) -> Tensor:
+    """One γ ~ Dirichlet(concentration · 1), float32 [K].
+
+    Drawn in the logarithm of the gamma variates (log Γ_a = log Γ_{a+1} + log U / a in distribution), because at a
+    concentration such as 0.01 all of them underflow together.
+    """
+    log_uniform = -rng.standard_exponential(tasks)
+    log_gamma = np.log(rng.standard_gamma(concentration + 1.0, tasks)) + log_uniform / concentration
+    return torch.softmax(torch.from_numpy(log_gamma), dim=0).float()
+
+
+def pareto_states(model: nn.Module) -> list[ParetoState]:
+    """The distinct Pareto models inside ``model`` (itself one, or a module that contains some)."""
+    found = {id(state): state for module in model.modules() if (state := module.__dict__.get("pareto")) is not None}
+    return list(found.values())
+
+
+def pareto_state(model: nn.Module) -> ParetoState:
+    """The state of the one Pareto model in ``model``; ValueError if there is none or more than one."""
+    states = pareto_states(model)
+    if len(states) != 1:
+        raise ValueError(
+            f"model: expected one Pareto model (made by parametrize or fold), got {len(states)} in {type(model).__name__}"
+        )
+    return states[0]
+
+
+def set_preference(model: nn.Module, gamma: Preference) -> None:
+    """Give every layer of a Pareto (or folded) model the preference ``gamma``.
+
+    Args:
+        model: a Pareto model, or a module that contains some of the same tasks.
+        gamma: ``[K]`` for everything; ``[batch, K]``, where item i of the batch gets the model of preference i; or by
+            task name, ``{"MNIST": 0.6}``: what is left to 1 is shared out equally among the other tasks. A tensor that
+            requires a gradient keeps it.
+
+    Raises:
+        ValueError: not a Pareto model, or not a preference: see :func:`check_preference`.
+    """
+    states = pareto_states(model)
+    if not states:
+        raise ValueError(f"model: expected a Pareto model (made by parametrize or fold), got {type(model).__name__}")
+    checked = [check_preference(gamma, state.task_names) for state in states]
+    for state, value in zip(states, checked, strict=True):
+        # replaced, never written into: an earlier forward may still need the old value in its backward; copied,
+        # because the caller may write into theirs
+        value = value.to(state.gamma.device)
+        state.gamma = value if value.requires_grad else value.clone()
+
+
+def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]]:
+    """The current preference by task name, or one such dictionary per item where it is set per item."""
+    state = pareto_state(model)
+    rows = [dict(zip(state.task_names, row, strict=True)) for row in torch.atleast_2d(state.gamma.detach()).tolist()]
+    return rows[0] if state.gamma.ndim == 1 else rows
+
+
+@contextlib.contextmanager
+def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
+    """``with preference(model, gamma):`` sets the preference and restores the former one, also on an exception."""
+    before = [(state, state.gamma) for state in pareto_states(model)]
+    set_preference(model, gamma)
+    try:
+        yield model
+    finally:
+        for state, value in before:
+            # the model may have moved inside the block
+            state.gamma = value.to(state.gamma.device)
+
+
+def format_preference(gamma: Iterable[float]) -> str:
+    """``0.1, 0.9`` with at most four significant digits: for tables and messages."""
+    return ", ".join(f"{value:.4g}" for value in gamma)

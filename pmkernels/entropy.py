@@ -1,0 +1,55 @@
+"""softmax_entropy: the checks, and the backward that needs only the logits and two numbers per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmkernels.reference import accumulate_dtype
+
+
+class _SoftmaxEntropy(torch.autograd.Function):
+    """H = −Σ p log p with dH/dz_i = −p_i (log p_i + H): saves logits, their log-sum-exp and H, no probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        z = logits.to(accumulate_dtype(logits))
+        normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
+        log_p = z - normaliser
+        entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(dim=-1).clamp(min=0.0)
+        ctx.save_for_backward(logits, normaliser, entropy)
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        logits, normaliser, entropy = ctx.saved_tensors
+        log_p = logits.to(normaliser.dtype) - normaliser
+        surprise = log_p + entropy.unsqueeze(-1)
+        grad_logits = torch.where(log_p == -torch.inf, 0.0, -log_p.exp() * surprise) * grad.unsqueeze(-1)
+        return grad_logits.to(logits.dtype)
+
+
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of the softmax of each row.
+
+    Args:
+        logits: ``[*, C]``, floating point, C at least 1. Logits of ±1e4 and −inf are fine (0·log 0 = 0).
+
+    Returns:
+        ``[*]`` in [0, log C]; float32 for 16-bit logits, otherwise the dtype of ``logits``. Differentiable once.
+
+    Raises:
+        TypeError: ``logits`` is not a floating-point tensor.
+        ValueError: ``logits`` has no class dimension or no classes.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits: expected a floating-point tensor, got {got}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
+    entropy: Tensor = _SoftmaxEntropy.apply(logits)
+    return entropy

@@ -1,0 +1,77 @@
+"""Every operation in eager PyTorch with autograd's own backward: the definition, and in float64 the test oracle.
+
+Symbols and shapes: N out, D in, R rank, K tasks, M rows.
+
+    W(γ) = W0 + Σ_k λ_k τ_k + A·C(γ)·Bᵀ,   C(γ) = G ×₃ γ = Σ_k γ_k G[:, :, k]
+
+(Chen & Kwok, "Pareto Merging", arXiv 2408.12105, equations 5 and 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type in which sums over task vectors and over the rank are formed: float32, or float64 if anything is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def preference_core(G: Tensor, gamma: Tensor) -> Tensor:
+    """C(γ) = Σ_k γ_k G[:, :, k]: G [R, R, K], gamma [*, K] -> [*, R, R]."""
+    dtype = accumulate_dtype(G, gamma)
+    return torch.einsum("ijk,...k->...ij", G.to(dtype), gamma.to(dtype))
+
+
+def merge_weight(
+    weight: Tensor,
+    *,
+    task_vectors: Tensor | None = None,
+    lam: Tensor | None = None,
+    A: Tensor | None = None,
+    G: Tensor | None = None,
+    B: Tensor | None = None,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """W(γ) [*weight.shape] in the dtype of ``weight``, summed in float32 (float64) and rounded once."""
+    dtype = accumulate_dtype(weight, lam, A)
+    merged = weight.to(dtype)
+    if task_vectors is not None and lam is not None:
+        merged = merged + torch.einsum("k,k...->...", lam.to(dtype), task_vectors.to(dtype))
+    if A is not None and G is not None and B is not None and gamma is not None:
+        merged = merged + A.to(dtype) @ preference_core(G, gamma).to(dtype) @ B.to(dtype).T
+    return merged.to(weight.dtype)
+
+
+def pareto_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    task_vectors: Tensor | None = None,
+    lam: Tensor | None = None,
+    A: Tensor | None = None,
+    G: Tensor | None = None,
+    B: Tensor | None = None,
+    gamma: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x·W(γ)ᵀ + b: x [*, D], weight [N, D] -> [*, N]; gamma [K] for all rows, or [*, K] that broadcasts to x's."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if gamma is None or gamma.ndim == 1:
+        merged = merge_weight(weight, task_vectors=task_vectors, lam=lam, A=A, G=G, B=B, gamma=gamma)
+        return F.linear(x, merged.to(x.dtype), bias)
+    assert A is not None and G is not None and B is not None
+    base = merge_weight(weight, task_vectors=task_vectors, lam=lam).to(x.dtype)
+    core = preference_core(G, gamma)
+    t = torch.einsum("...ij,...j->...i", core, (x @ B.to(x.dtype)).to(core.dtype))
+    return F.linear(x, base, bias) + t.to(x.dtype) @ A.to(x.dtype).T
+
+
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of softmax(logits): [*, C] -> [*], float32 for 16-bit logits; 0·log 0 = 0."""
+    log_p = torch.log_softmax(logits.to(accumulate_dtype(logits)), dim=-1)
+    # p is exactly 0 where log p is −inf; the product and its gradient must not become NaN there
+    safe = log_p.masked_fill(log_p == -torch.inf, 0.0)
+    return -(log_p.exp() * safe).sum(dim=-1)
