@@ -33,6 +33,7 @@ setup(
         "pymoo>=0.6.1",
         "moocore>=0.1.7",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
     ],
     extras_require={
         "hf": ["transformers>=5.0"],

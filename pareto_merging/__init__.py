@@ -1,1 +1,51 @@
-"""Pareto Merging: one run, and the best merged model for any preference."""
+"""Pareto Merging: learn in one run, without labels, the best merged model for every preference.
+
+W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, ICML 2025).
+"""
+
+from pareto_merging.checkpoints.pareto_set import load_folded, load_pareto_set, save_folded, save_pareto_set
+from pareto_merging.config import MethodSettings
+from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.errors import Interrupted, TrainingError, UserError
+from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
+from pareto_merging.modules import ParetoAttention, ParetoLinear
+from pareto_merging.parametrize import (
+    fold,
+    get_lambda,
+    lambda_names,
+    learned_parameters,
+    merge,
+    parametrize,
+    set_lambda,
+)
+from pareto_merging.preferences import get_preference, preference, set_preference
+from pareto_merging.training import MergingTask, learn_pareto_set
+
+__all__ = [
+    "EvaluationTask",
+    "Interrupted",
+    "MergingTask",
+    "MethodSettings",
+    "ParetoAttention",
+    "ParetoLinear",
+    "TrainingError",
+    "UserError",
+    "ZeroShotHead",
+    "evaluate_model",
+    "evaluate_preferences",
+    "fold",
+    "get_lambda",
+    "get_preference",
+    "lambda_names",
+    "learn_pareto_set",
+    "learned_parameters",
+    "load_folded",
+    "load_pareto_set",
+    "merge",
+    "parametrize",
+    "preference",
+    "save_folded",
+    "save_pareto_set",
+    "set_lambda",
+    "set_preference",
+]

@@ -1,12 +1,12 @@
 """The layers of a Pareto model: ParetoLinear, ParetoAttention, and any other module with merged parameters.
 
 Each is the original module with a different class. A merged parameter ``name`` keeps W0 where the parameter was (so
-``state_dict`` has it under its own name) and stands beside its task vectors τ, its λ and, where it has one, its low-rank
-term; *reading* ``module.name`` gives the merged tensor at the current preference. So code that reaches into a layer
-(``block.mlp.c_fc.weight``) sees the merged model, and forwards we do not know work as they are.
+``state_dict`` has it under its own name) and stands beside its task vectors τ, its λ and, where it has one, its
+low-rank term; *reading* ``module.name`` gives the merged tensor at the current preference. So code that reaches into a
+layer (``block.mlp.c_fc.weight``) sees the merged model, and forwards we do not know work as they are.
 
-The parts of ``weight`` are called ``task_vectors``, ``lam``, ``A``, ``G``, ``B``; those of any other parameter carry its
-name in front: ``bias_lam``, ``in_proj_weight_G``.
+The parts of ``weight`` are called ``task_vectors``, ``lam``, ``A``, ``G``, ``B``; those of any other parameter carry
+its name in front: ``bias_lam``, ``in_proj_weight_G``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ParetoModule(ModuleBase):
         assert weight is not None
         parts = self.parts(name)
         if parts["A"] is None:
-            return weight if parts["lam"] is None else pmkernels.merge_weight(weight, **parts)
+            return weight if parts["lam"] is None else self._merge(weight, None, parts)
         gamma = self.gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
         if gamma.ndim != 1:
             raise ValueError(
@@ -93,11 +93,26 @@ class ParetoModule(ModuleBase):
                 f"for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear and "
                 "nn.MultiheadAttention layers)"
             )
-        return pmkernels.merge_weight(weight, gamma=gamma, **parts)
+        return self._merge(weight, gamma, parts)
+
+    def _merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
+        cache = self.pareto.cache
+        if cache is None:
+            return pmkernels.merge_weight(weight, gamma=gamma, **parts)
+        if id(weight) not in cache:
+            with torch.no_grad():
+                cache[id(weight)] = pmkernels.merge_weight(weight, gamma=gamma, **parts)
+        return pmkernels.merge_weight(weight, gamma=gamma, cached=cache[id(weight)], **parts)
 
     def project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
-        weight = self._parameters[name]
+        if (
+            self.pareto.cache is not None
+            and self.pareto.gamma.ndim == 1
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return F.linear(x, self.merged(name)[rows], None if bias is None else bias[rows])
+        weight: Tensor | None = self._parameters[name]
         assert weight is not None
         parts = self.parts(name)
         gamma = None
@@ -110,7 +125,7 @@ class ParetoModule(ModuleBase):
             bias = None if bias is None else bias[rows]
         if parts["A"] is not None:
             gamma = self.gamma_for(x, batch_dim)
-        return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, **parts)
+        return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, **parts)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
@@ -124,8 +139,7 @@ class ParetoModule(ModuleBase):
 
         super()._apply(keep_float32, recurse)
         if (state := self.__dict__.get("pareto")) is not None:
-            moved = fn(state.gamma)
-            state.gamma = moved if moved.dtype == state.gamma.dtype else state.gamma.to(moved.device)
+            state.gamma = state.gamma.to(fn(state.gamma).device)
         return self
 
 
@@ -150,8 +164,8 @@ class ParetoLinear(ParetoModule, nn.Linear):
     Input ``[*, in]``, output ``[*, out]``. A preference per item wants the items along the first dimension of x.
     """
 
-    weight = _merged_property("weight")  # type: ignore[assignment]
-    bias = _merged_property("bias")  # type: ignore[assignment]
+    weight = _merged_property("weight")
+    bias = _merged_property("bias")
 
     @classmethod
     def from_linears(
@@ -185,11 +199,11 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
     unless the weights are asked for.
     """
 
-    in_proj_weight = _merged_property("in_proj_weight")  # type: ignore[assignment]
-    in_proj_bias = _merged_property("in_proj_bias")  # type: ignore[assignment]
-    q_proj_weight = _merged_property("q_proj_weight")  # type: ignore[assignment]
-    k_proj_weight = _merged_property("k_proj_weight")  # type: ignore[assignment]
-    v_proj_weight = _merged_property("v_proj_weight")  # type: ignore[assignment]
+    in_proj_weight = _merged_property("in_proj_weight")
+    in_proj_bias = _merged_property("in_proj_bias")
+    q_proj_weight = _merged_property("q_proj_weight")
+    k_proj_weight = _merged_property("k_proj_weight")
+    v_proj_weight = _merged_property("v_proj_weight")
     bias_k = _merged_property("bias_k")
     bias_v = _merged_property("bias_v")
 
@@ -218,7 +232,9 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
                 is_causal=is_causal,
             )
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask: expected a mask where is_causal is set (it is a hint about the mask), got None")
+            raise ValueError(
+                "attn_mask: expected a mask where is_causal is set (it is a hint about the mask), got None"
+            )
         batched = query.ndim == 3
         if not batched and self.pareto.gamma.ndim == 2:
             raise ValueError(f"preference: expected one for an input without a batch, got {len(self.pareto.gamma)}")
@@ -276,7 +292,9 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         if attn_mask is not None:
             expected = ((length, source), (batch * self.num_heads, length, source))
             if tuple(attn_mask.shape) not in expected:
-                raise ValueError(f"attn_mask: expected shape {expected[0]} or {expected[1]}, got {tuple(attn_mask.shape)}")
+                raise ValueError(
+                    f"attn_mask: expected shape {expected[0]} or {expected[1]}, got {tuple(attn_mask.shape)}"
+                )
             mask = _float_mask("attn_mask", attn_mask, q.dtype)
             mask = mask if mask.ndim == 2 else mask.view(batch, self.num_heads, length, source)
         if padding is not None:
@@ -304,7 +322,7 @@ def _describe(module: ParetoModule, name: str) -> str:
 
 
 @functools.cache
-def _pareto_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _pareto_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """``original`` with the parameters ``names`` readable as merged tensors: the λ-only wrapper of any module."""
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -320,18 +338,20 @@ def _pareto_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.
     return type(f"Pareto{original.__name__}", (ParetoModule, original), body)
 
 
-def _blank(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    cls = _pareto_class(original, names)
-    return cls.__new__(cls)
+def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
+    cls: Any = _pareto_class(original, names)
+    blank: nn.Module = cls.__new__(cls)
+    return blank
 
 
 def convert(module: nn.Module, names: Sequence[str], state: ParetoState) -> ParetoModule:
     """Turn ``module`` into the Pareto form of its class, in place; the caller then registers the parts of ``names``."""
-    original = type(module)
-    fixed = {nn.Linear: ParetoLinear, nn.MultiheadAttention: ParetoAttention}
+    original: Any = type(module)
+    fixed: dict[Any, Any] = {nn.Linear: ParetoLinear, nn.MultiheadAttention: ParetoAttention}
     linear_like = original is nn.modules.linear.NonDynamicallyQuantizableLinear
     cls = ParetoLinear if linear_like else fixed.get(original)
-    module.__class__ = cls if cls is not None else _pareto_class(original, tuple(names))
+    new: Any = cls if cls is not None else _pareto_class(original, tuple(names))
+    module.__class__ = new
     assert isinstance(module, ParetoModule)
     module.merged_names = tuple(names)
     module.original_class = original
@@ -346,7 +366,7 @@ def restore(module: ParetoModule) -> nn.Module:
     for name in module.merged_names:
         for part in PARTS:
             module._parameters.pop(part_name(name, part), None)
-    original = module.original_class
+    original: Any = module.original_class
     for attribute in ("merged_names", "original_class", "lambda_groups", "pareto"):
         module.__dict__.pop(attribute, None)
     module.__class__ = original

@@ -5,15 +5,16 @@ Equations: Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.121
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import pmkernels
-from pareto_merging.modules import part_name, pareto_modules
+from pareto_merging.modules import pareto_modules
 from pareto_merging.preferences import pareto_state
 
 Scalarization: TypeAlias = Literal["smooth-tchebycheff", "tchebycheff", "linear"]
@@ -59,14 +60,14 @@ class _ZeroSafeSqrt(torch.autograd.Function):
     """√max(x, 0) with a gradient of 0 at and below 0."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         root = x.clamp(min=0).sqrt()
         ctx.save_for_backward(root)
         return root
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (root,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
         return torch.where(root > 0, grad / (2 * root), 0.0)
 
 
@@ -153,8 +154,6 @@ class WeightDistance:
                     continue
                 seen.add(id(weight))
                 parts = module.parts(name)
-                if parts["task_vectors"] is None and parts["lam"] is None and part_name(name, "A") is None:
-                    continue
                 self._layers.append(parts)
                 self._grams.append(None if parts["task_vectors"] is None else gram(parts["task_vectors"]))
         grams = [g for g in self._grams if g is not None]
@@ -182,11 +181,35 @@ class WeightDistance:
             core = pmkernels.reference.preference_core(G, gamma)
             distance = distance + low_rank_square(A, core, B)
             if difference is not None and task_vectors is not None:
-                projected = torch.stack(
-                    [(A.t() @ (tau.to(A.dtype) @ B) * core).sum() for tau in task_vectors.unbind()]
-                )
+                projected = (_project_task_vectors(task_vectors, A, B) * core).sum(dim=(1, 2))
                 distance = distance + 2 * difference @ projected.to(difference.dtype)
         return distance
+
+
+class _ProjectTaskVectors(torch.autograd.Function):
+    """T_j = Aᵀτ_jB with dA = Σ_j τ_jB·dT_jᵀ and dB = Σ_j τ_jᵀA·dT_j: one task vector at a time, none copied or kept."""
+
+    @staticmethod
+    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(task_vectors, A, B)
+        return torch.stack([A.t() @ (tau.to(A.dtype) @ B) for tau in task_vectors])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        task_vectors, A, B = ctx.saved_tensors
+        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+        for tau, dT in zip(task_vectors, grad, strict=True):
+            tau = tau.to(A.dtype)
+            dA.addmm_(tau @ B, dT.t())
+            dB.addmm_(tau.t() @ A, dT)
+        return None, dA, dB
+
+
+def _project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Aᵀτ_jB for every task: [K, N, D], [N, r], [D, r] -> [K, r, r], differentiable in A and B."""
+    projected: Tensor = _ProjectTaskVectors.apply(task_vectors, A, B)
+    return projected
 
 
 def gram(task_vectors: Tensor) -> Tensor:
@@ -198,10 +221,3 @@ def gram(task_vectors: Tensor) -> Tensor:
         wide = piece.to(dtype)
         total += wide @ wide.t()
     return total
-
-
-def check_objectives(values: Sequence[float], task_names: Sequence[str]) -> None:
-    """Raise FloatingPointError naming the tasks whose objective is not finite."""
-    bad = [name for name, value in zip(task_names, values, strict=True) if value != value or abs(value) == float("inf")]
-    if bad:
-        raise FloatingPointError(f"objective of {', '.join(bad)} is not finite")

@@ -73,7 +73,9 @@ def parametrize(
             tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
     """
     _check_settings(pretrained, rank, low_rank, granularity, buffers)
-    names, sources = _named(finetuned)
+    model = copy.deepcopy(pretrained)
+    copies, tensors = check_copies(model, finetuned)
+    names = tuple(copies)
     state = ParetoState(
         names,
         equal_preference(len(names)),
@@ -87,21 +89,17 @@ def parametrize(
             "initial_scale": INITIAL_SCALE,
         },
     )
-    model = copy.deepcopy(pretrained)
-    weights = [_tensors(source) for source in sources]
-    aliases = _aliases(model)
-    _check_same_tensors(model, dict(zip(names, weights, strict=True)), aliases)
     hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
 
     generator = torch.Generator().manual_seed(seed)
     lambdas: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         plans = [
-            _plan(model, group, names, weights, rank, low_rank, generator, hashers)
-            for group in aliases.values()
-            if isinstance(_lookup(model, group[0]), nn.Parameter)
+            _plan(model, group, copies, rank, low_rank, generator, hashers)
+            for group, tensor in tensors
+            if isinstance(tensor, nn.Parameter)
         ]
-        _merge_buffers(model, names, weights, buffers, hashers)
+        _merge_buffers(model, copies, buffers, hashers)
     owners: dict[str, list[str]] = {}
     for plan in plans:
         if plan["task_vectors"] is None and plan["A"] is None:
@@ -136,7 +134,8 @@ class TensorDigest:
         value = tensor.detach().cpu().contiguous()
         value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         digest = hashlib.sha256(f"{value.dtype} {list(value.shape)} ".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        raw: Any = value.reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw)
         self._parts[name] = digest.hexdigest()
 
     def hexdigest(self) -> str:
@@ -158,19 +157,26 @@ def _check_settings(pretrained: Any, rank: int, low_rank: Any, granularity: str,
         raise ValueError(f"buffers: expected pretrained or average, got {buffers!r}")
 
 
-def _named(finetuned: Sequence[Weights] | Mapping[str, Weights]) -> tuple[tuple[str, ...], list[Weights]]:
+def check_copies(
+    model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
+) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[list[str], Tensor]]]:
+    """The tensors of each fine-tuned copy by task name, and those of ``model``: (all names of a tensor, the tensor).
+
+    Raises:
+        ValueError: no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy only.
+    """
     if isinstance(finetuned, nn.Module) or (
         isinstance(finetuned, Mapping) and any(isinstance(value, Tensor) for value in finetuned.values())
     ):
         raise TypeError("finetuned: expected a sequence or mapping of K fine-tuned copies, got a single one")
-    if isinstance(finetuned, Mapping):
-        names, sources = tuple(str(name) for name in finetuned), list(finetuned.values())
-    else:
-        sources = list(finetuned)
-        names = tuple(f"task_{k + 1}" for k in range(len(sources)))
-    if not sources:
+    if not isinstance(finetuned, Mapping):
+        finetuned = {f"task_{k + 1}": source for k, source in enumerate(finetuned)}
+    if not finetuned:
         raise ValueError("finetuned: expected at least one fine-tuned copy, got none")
-    return names, sources
+    copies = {str(name): _tensors(source) for name, source in finetuned.items()}
+    tensors = [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
+    _check_same_tensors(copies, tensors)
+    return copies, tensors
 
 
 def _tensors(source: Weights) -> Mapping[str, Tensor]:
@@ -184,7 +190,7 @@ def _tensors(source: Weights) -> Mapping[str, Tensor]:
 def _lookup(model: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    value = module._parameters.get(attribute)
+    value: Tensor | None = module._parameters.get(attribute)
     value = module._buffers.get(attribute) if value is None else value
     assert value is not None
     return value
@@ -200,18 +206,17 @@ def _aliases(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _check_same_tensors(
-    model: nn.Module, copies: Mapping[str, Mapping[str, Tensor]], aliases: Mapping[int, Sequence[str]]
+    copies: Mapping[str, Mapping[str, Tensor]], tensors: Sequence[tuple[Sequence[str], Tensor]]
 ) -> None:
     problems = []
-    known = {name for group in aliases.values() for name in group}
+    known = {name for group, _ in tensors for name in group}
     for task, weights in copies.items():
         present = set(weights)
         # a file may name a tied tensor once
-        missing = [group[0] for group in aliases.values() if not present.intersection(group)]
-        problems += [f"{task} lacks {name}" for name in missing]
+        problems += [f"{task} lacks {group[0]}" for group, _ in tensors if not present.intersection(group)]
         problems += [f"{task} has an extra {name}" for name in sorted(present - known)]
-        for group in aliases.values():
-            expected = list(_lookup(model, group[0]).shape)
+        for group, tensor in tensors:
+            expected = list(tensor.shape)
             for name in group:
                 if name in present and list(weights[name].shape) != expected:
                     problems.append(f"{task} has {name} of shape {list(weights[name].shape)}, expected {expected}")
@@ -223,8 +228,7 @@ def _check_same_tensors(
 def _plan(
     model: nn.Module,
     names: list[str],
-    tasks: Sequence[str],
-    copies: Sequence[Mapping[str, Tensor]],
+    copies: Mapping[str, Mapping[str, Tensor]],
     rank: int,
     low_rank: LowRank,
     generator: torch.Generator,
@@ -235,8 +239,8 @@ def _plan(
     plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
     if hashers:
         hashers["pretrained"].add(names[0], weight)
-    task_vectors = torch.empty((len(tasks), *weight.shape), dtype=weight.dtype, device=weight.device)
-    for k, (task, weights) in enumerate(zip(tasks, copies, strict=True)):
+    task_vectors = torch.empty((len(copies), *weight.shape), dtype=weight.dtype, device=weight.device)
+    for k, (task, weights) in enumerate(copies.items()):
         present = [name for name in names if name in weights]
         value = weights[present[0]].detach()
         if hashers:
@@ -252,20 +256,21 @@ def _plan(
             raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
     if weight.is_floating_point() and bool(task_vectors.any()):
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
-    if weight.ndim == 2 and any(_wants_low_rank(model, name, low_rank) for name in names):
+    if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
         out_features, in_features = weight.shape
         for part, size in (("A", out_features), ("B", in_features)):
             bound = math.sqrt(6.0 / size)
             start = torch.empty(size, rank).uniform_(-bound, bound, generator=generator)
             plan[part] = nn.Parameter(start.to(weight.device))
-        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(tasks), device=weight.device))
+        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), device=weight.device))
         if weight.dtype == torch.float64:
             for part in ("A", "G", "B"):
                 plan[part] = nn.Parameter(plan[part].detach().double())
     return plan
 
 
-def _wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
+def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
+    """Whether the matrix ``name`` of ``model`` has a low-rank term under the setting ``low_rank``."""
     if low_rank == "none":
         return False
     owner_name, _, attribute = name.rpartition(".")
@@ -275,7 +280,7 @@ def _wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
     is_linear = isinstance(owner, nn.Linear) and attribute == "weight"
     if low_rank == "all" and (is_linear or isinstance(owner, nn.MultiheadAttention)):
         return attribute == "weight" or attribute.endswith("proj_weight")
-    # attention by the names on the way to it (blocks.0.attn.qkv) or by the class that holds it (q_proj of CLIPAttention)
+    # attention by the names on the way to it (blocks.0.attn.qkv) or by the class that holds it (CLIPAttention's q_proj)
     parent = model.get_submodule(owner_name.rpartition(".")[0])
     in_attention = any(_ATTENTION.search(part) for part in owner_name.split(".")[-4:]) or any(
         _ATTENTION.search(type(module).__name__) and any(isinstance(child, nn.Linear) for child in module.children())
@@ -290,8 +295,7 @@ def _wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
 
 def _merge_buffers(
     model: nn.Module,
-    tasks: Sequence[str],
-    copies: Sequence[Mapping[str, Tensor]],
+    copies: Mapping[str, Mapping[str, Tensor]],
     buffers: str,
     hashers: Mapping[str, TensorDigest],
 ) -> None:
@@ -301,11 +305,11 @@ def _merge_buffers(
             continue
         if hashers:
             hashers["pretrained"].add(name, tensor)
-            for task, weights in zip(tasks, copies, strict=True):
+            for task, weights in copies.items():
                 hashers[task].add(name, weights[name])
         if buffers == "average" and tensor.is_floating_point():
             total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            for weights in copies:
+            for weights in copies.values():
                 total += weights[name].to(total)
             tensor.copy_(total / len(copies))
 
@@ -453,7 +457,8 @@ def fold(model: nn.Module) -> nn.Module:
         module.lambda_groups = {}
         if kept:
             # only the class of an unknown module depends on which of its parameters are merged
-            module.__class__ = module.original_class
+            original: Any = module.original_class
+            module.__class__ = original
             convert(module, kept, state)
         else:
             restore(module)
@@ -469,9 +474,7 @@ def _base(module: ParetoModule, name: str) -> Tensor:
     return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=parts["lam"])
 
 
-def _copy_with(
-    model: nn.Module, value: Callable[[ParetoModule, str], Tensor], keep_low_rank: bool
-) -> nn.Module:
+def _copy_with(model: nn.Module, value: Callable[[ParetoModule, str], Tensor], keep_low_rank: bool) -> nn.Module:
     """A deep copy in which merged parameters hold ``value(module, name)`` and the task vectors are not copied."""
     memo: dict[int, Any] = {}
     with torch.no_grad():

@@ -30,6 +30,8 @@ class ParetoState:
     task_names: tuple[str, ...]
     gamma: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
+    # merged tensors by the identity of their W0, while merged_once says that λ and γ stand still
+    cache: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -157,9 +159,8 @@ def pareto_state(model: nn.Module) -> ParetoState:
     """The state of the one Pareto model in ``model``; ValueError if there is none or more than one."""
     states = pareto_states(model)
     if len(states) != 1:
-        raise ValueError(
-            f"model: expected one Pareto model (made by parametrize or fold), got {len(states)} in {type(model).__name__}"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"model: expected one Pareto model (made by parametrize or fold), got {len(states)} in {kind}")
     return states[0]
 
 
@@ -204,6 +205,22 @@ def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
         for state, value in before:
             # the model may have moved inside the block
             state.gamma = value.to(state.gamma.device)
+
+
+@contextlib.contextmanager
+def merged_once(model: nn.Module) -> Iterator[None]:
+    """Inside, each weight is merged once and kept: the caller promises that λ, A, G, B and γ do not change.
+
+    It costs the memory of one more model; gradients are what they are without it.
+    """
+    states = pareto_states(model)
+    for state in states:
+        state.cache = {}
+    try:
+        yield
+    finally:
+        for state in states:
+            state.cache = None
 
 
 def format_preference(gamma: Iterable[float]) -> str:

@@ -19,7 +19,9 @@ class _SoftmaxEntropy(torch.autograd.Function):
         z = logits.to(accumulate_dtype(logits))
         normaliser = torch.logsumexp(z, dim=-1, keepdim=True)
         log_p = z - normaliser
-        entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(dim=-1).clamp(min=0.0)
+        entropy = torch.where(log_p == -torch.inf, 0.0, -log_p.exp() * log_p).sum(dim=-1)
+        # rounding can make log p positive by an ulp
+        entropy = entropy.clamp(min=0.0)
         ctx.save_for_backward(logits, normaliser, entropy)
         return entropy
 

@@ -10,6 +10,7 @@ parameters themselves: W(γ) is put together again when the backward needs it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -63,8 +64,10 @@ def _project_on_task_vectors(d_weight: Tensor, task_vectors: Tensor, like: Tenso
 
 def _core_gradients(dC: Tensor, G: Tensor, gamma: Tensor, need_G: bool, need_gamma: bool) -> tuple[Any, Any]:
     """dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ for dC [g, R, R], gamma [g, K]."""
-    dG = torch.einsum("gij,gk->ijk", dC, gamma.to(dC.dtype)).to(G.dtype) if need_G else None
-    d_gamma = torch.einsum("gij,ijk->gk", dC, G.to(dC.dtype)).to(gamma.dtype) if need_gamma else None
+    groups, rank, tasks = dC.shape[0], G.shape[0], G.shape[2]
+    flat = dC.reshape(groups, rank * rank)
+    dG = (flat.t() @ gamma.to(flat.dtype)).view(rank, rank, tasks).to(G.dtype) if need_G else None
+    d_gamma = (flat @ G.reshape(rank * rank, tasks).to(flat.dtype)).to(gamma.dtype) if need_gamma else None
     return dG, d_gamma
 
 
@@ -263,8 +266,11 @@ class _MergeWeight(torch.autograd.Function):
         G: Tensor | None,
         B: Tensor | None,
         gamma: Tensor | None,
+        cached: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(task_vectors, lam, A, G, B, gamma)
+        if cached is not None:
+            return cached.detach()
         merged = _assemble(weight, task_vectors, lam, _low_rank(A, G, B, gamma), weight.dtype)
         return merged.clone() if merged is weight else merged
 
@@ -272,7 +278,7 @@ class _MergeWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        _, _, need_lam, need_A, need_G, need_B, need_gamma = ctx.needs_input_grad
+        _, _, need_lam, need_A, need_G, need_B, need_gamma, _ = ctx.needs_input_grad
         d_lam = dA = dG = dB = d_gamma = None
         if need_lam:
             d_lam = _project_on_task_vectors(d_weight, task_vectors, lam)
@@ -282,7 +288,7 @@ class _MergeWeight(torch.autograd.Function):
             if dC is not None:
                 dG, d_gamma = _core_gradients(dC[None], G, gamma[None], need_G, need_gamma)
                 d_gamma = None if d_gamma is None else d_gamma[0]
-        return None, None, d_lam, dA, dG, dB, d_gamma
+        return None, None, d_lam, dA, dG, dB, d_gamma, None
 
 
 def _check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
@@ -362,6 +368,16 @@ def _check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The casts are made at the border; inside, a float32 product of small matrices must stay float32."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 def pareto_linear(
     x: Tensor,
     weight: Tensor,
@@ -415,8 +431,7 @@ def pareto_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
-    # the casts are made already; inside, a float32 product of small matrices must stay float32
-    with torch.autocast(device_type, enabled=False):
+    with _no_autocast(device_type):
         if gamma is None or gamma.ndim == 1:
             y: Tensor = _SharedLinear.apply(x, weight, task_vectors, lam, A, G, B, gamma, bias)
             return y
@@ -441,6 +456,7 @@ def merge_weight(
     B: Tensor | None = None,
     gamma: Tensor | None = None,
     out: Tensor | None = None,
+    cached: Tensor | None = None,
 ) -> Tensor:
     """W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ itself, for one preference.
 
@@ -448,6 +464,8 @@ def merge_weight(
         weight: W0, any number of dimensions, frozen; two with a low-rank term.
         task_vectors, lam, A, G, B: as in :func:`pareto_linear`. gamma: ``[K]``.
         out: where to write, the shape, dtype and device of ``weight``; not under autograd.
+        cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
+            this call's gradient: several losses can share one merge and still free each layer's dW at once.
 
     Returns:
         A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
@@ -467,6 +485,11 @@ def merge_weight(
             )
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
             raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
-    with torch.autocast(weight.device.type, enabled=False):
-        merged: Tensor = _MergeWeight.apply(weight, task_vectors, lam, A, G, B, gamma)
+    if cached is not None:
+        _check_tensor("cached", cached, weight.device)
+        if cached.shape != weight.shape or cached.dtype != weight.dtype:
+            expected = f"{list(weight.shape)} in {weight.dtype}"
+            raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
+    with _no_autocast(weight.device.type):
+        merged: Tensor = _MergeWeight.apply(weight, task_vectors, lam, A, G, B, gamma, cached)
     return merged if out is None else out.copy_(merged)

@@ -22,6 +22,8 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
 def preference_core(G: Tensor, gamma: Tensor) -> Tensor:
     """C(γ) = Σ_k γ_k G[:, :, k]: G [R, R, K], gamma [*, K] -> [*, R, R]."""
     dtype = accumulate_dtype(G, gamma)
+    if gamma.ndim == 1:
+        return G.to(dtype) @ gamma.to(dtype)
     return torch.einsum("ijk,...k->...ij", G.to(dtype), gamma.to(dtype))
 
 

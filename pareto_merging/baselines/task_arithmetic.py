@@ -1,0 +1,17 @@
+"""Task arithmetic: W = W0 + λ Σ_k τ_k (Ilharco et al., "Editing models with task arithmetic", ICLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.parametrize import Weights
+
+
+def merge(
+    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], coefficient: float = 0.3
+) -> nn.Module:
+    """W0 plus ``coefficient`` (λ, one number for all tasks and tensors) times the sum of the task vectors; no data."""
+    return merge_tensors(pretrained, finetuned, lambda base, taus: base + coefficient * sum(taus))

@@ -1,0 +1,252 @@
+"""The two files of a learned Pareto set.
+
+A *Pareto set file* holds what was learned (λ, A, G, B) and which weights it belongs to: everything but the frozen
+weights. A *folded file* is self-sufficient: the base weights with λ folded in, the low-rank terms, the zero-shot heads
+and the encoder's description. Both are safetensors with a JSON metadata header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_tensors
+from pareto_merging.errors import UserError
+from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
+from pareto_merging.parametrize import (
+    INITIAL_SCALE,
+    Weights,
+    fold,
+    learned_parameters,
+    parametrize,
+)
+from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
+
+FORMAT_VERSION = 1
+SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
+
+
+def package_version() -> str:
+    """The installed version of this package, or ``unknown`` from a source tree that was not installed."""
+    try:
+        return version("pareto-merging")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def save_pareto_set(
+    model: nn.Module, path: Path, *, preset: str = "", training: Mapping[str, Any] | None = None
+) -> None:
+    """Write what a Pareto model has learned, atomically.
+
+    The header names the format and its version, the tasks, K, r, the layer map (module -> its merged parameters and
+    which have a low-rank term), the grouping of λ, the initial scale, the digests of the pretrained and fine-tuned
+    weights, the preset, the seed and the package's version; ``training`` may add more.
+
+    Raises:
+        ValueError: not a Pareto model (a folded one has its own file: :func:`save_folded`).
+    """
+    state = pareto_state(model)
+    learned = learned_parameters(model)
+    if not any(name.startswith("lam.") for name in learned):
+        raise ValueError("model: expected a Pareto model with task vectors, got a folded one (use save_folded)")
+    metadata = {
+        "format": SET_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "task_names": list(state.task_names),
+        "tasks": len(state.task_names),
+        **{key: value for key, value in state.settings.items() if key not in ("initial_scale", "granularity")},
+        "lambda_grouping": state.settings.get("granularity", "tensor"),
+        "initial_scale": state.settings.get("initial_scale", INITIAL_SCALE),
+        "layers": _layer_map(model),
+        "digests": state.digests,
+        "preset": preset,
+        "package_version": package_version(),
+        "training": dict(training or {}),
+    }
+    write_tensors(path, learned, metadata)
+
+
+def _layer_map(model: nn.Module) -> dict[str, dict[str, list[str]]]:
+    """Module -> {"merged": [...], "low_rank": [...]}: the names of its parameters."""
+    return {
+        name: {
+            "merged": list(module.merged_names),
+            "low_rank": [p for p in module.merged_names if module.parts(p)["A"] is not None],
+        }
+        for name, module in pareto_modules(model)
+    }
+
+
+def read_header(path: Path, expected_format: str) -> dict[str, Any]:
+    """The header of a Pareto set or folded file, values decoded.
+
+    Raises:
+        UserError: not such a file, or of a newer version.
+    """
+    raw = read_metadata(path)
+    if raw.get("format") != expected_format:
+        raise UserError(
+            f"{path}: expected a {expected_format} file, got {raw.get('format', 'another safetensors file')}"
+        )
+    header: dict[str, Any] = {}
+    for key, value in raw.items():
+        try:
+            header[key] = json.loads(value)
+        except ValueError:
+            header[key] = value
+    if not isinstance(header.get("format_version"), int) or header["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, got {header.get('format_version')!r}"
+        )
+    return header
+
+
+def load_pareto_set(
+    path: Path, pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
+) -> nn.Module:
+    """Put a Pareto set file and the weights it belongs to together again.
+
+    Args:
+        path: a Pareto set file. pretrained, finetuned: as for :func:`parametrize`, the same weights (in any
+            precision that holds their values). A mapping may have the tasks in any order and more of them.
+
+    Raises:
+        UserError: not a Pareto set file, missing or foreign tensors, or weights whose digest differs: each is named.
+    """
+    header = read_header(path, SET_FORMAT)
+    names = header["task_names"]
+    if isinstance(finetuned, Mapping):
+        missing = [name for name in names if name not in finetuned]
+        if missing:
+            raise UserError(f"finetuned: expected the tasks of {path}, got none named {', '.join(missing)}")
+        finetuned = {name: finetuned[name] for name in names}
+    else:
+        if len(finetuned) != len(names):
+            raise UserError(f"finetuned: expected {len(names)} copies ({', '.join(names)}), got {len(finetuned)}")
+        finetuned = dict(zip(names, finetuned, strict=True))
+    settings = header["low_rank"]
+    low_rank: Any = settings if settings in ("attention", "in-projection", "all", "none") else _listed_low_rank(header)
+    model = parametrize(
+        pretrained,
+        finetuned,
+        rank=header["rank"],
+        low_rank=low_rank,
+        init_lambda=header["init_lambda"],
+        granularity=header["lambda_grouping"],
+        buffers=header["buffers"],
+        seed=header["seed"],
+    )
+    state = pareto_state(model)
+    state.settings = {**state.settings, "low_rank": settings, "initial_scale": header["initial_scale"]}
+    wrong = [
+        f"{name} has {state.digests[name][:12]}…, expected {digest[:12]}…"
+        for name, digest in header["digests"].items()
+        if state.digests.get(name) != digest
+    ]
+    if wrong:
+        raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
+    load_learned(model, read_tensors(path), path)
+    return model
+
+
+def _listed_low_rank(header: Mapping[str, Any]) -> Callable[[str, nn.Module], bool]:
+    listed = {f"{m}.{p}" if m else p for m, entry in header["layers"].items() for p in entry["low_rank"]}
+    return lambda name, module: name in listed
+
+
+def load_learned(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy λ, A, G and B by name into a Pareto model; UserError names what is missing, extra, misshapen, not finite."""
+    learned = learned_parameters(model)
+    problems = [f"lacks {name}" for name in learned if name not in tensors]
+    problems += [f"has an unknown {name}" for name in tensors if name not in learned]
+    for name, parameter in learned.items():
+        if name in tensors and tensors[name].shape != parameter.shape:
+            problems.append(f"has {name} {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        elif name in tensors and not bool(torch.isfinite(tensors[name]).all()):
+            problems.append(f"has NaN or inf in {name}")
+    if problems:
+        raise UserError(f"{source}: does not fit the model: {'; '.join(problems[:5])}")
+    with torch.no_grad():
+        for name, parameter in learned.items():
+            parameter.copy_(tensors[name])
+
+
+def save_folded(
+    model: nn.Module,
+    path: Path,
+    *,
+    heads: Mapping[str, tuple[Tensor, float]] | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a Pareto or folded model as one self-sufficient file, atomically.
+
+    Args:
+        heads: task -> (class embeddings ``[classes, dim]``, logit scale): what turns features into predictions.
+        encoder: how to build the plain module again (the arguments of :func:`pareto_merging.encoders.build`).
+    """
+    folded = fold(model)
+    state = pareto_state(folded)
+    tensors = {f"model.{name}": tensor for name, tensor in folded.state_dict().items()}
+    for name, (weight, _) in (heads or {}).items():
+        tensors[f"head.{name}"] = weight
+    metadata = {
+        "format": FOLDED_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "task_names": list(state.task_names),
+        **state.settings,
+        "layers": _layer_map(folded),
+        "digests": state.digests,
+        "logit_scales": {name: scale for name, (_, scale) in (heads or {}).items()},
+        "encoder": dict(encoder or {}),
+        "package_version": package_version(),
+        "training": dict(training or {}),
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def load_folded(path: Path, plain: nn.Module) -> nn.Module:
+    """A folded model from its file, ready for :func:`set_preference`.
+
+    Args:
+        path: a folded file. plain: a module of the original class and shapes (its values do not matter and it is
+            changed in place); ``pareto_merging.encoders.build`` makes it from the header's ``encoder``.
+
+    Raises:
+        UserError: not a folded file, or one of another architecture.
+    """
+    header = read_header(path, FOLDED_FORMAT)
+    tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
+    names = tuple(header["task_names"])
+    state = ParetoState(names, equal_preference(len(names)), digests=header["digests"])
+    state.settings = {
+        key: header[key]
+        for key in ("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale")
+        if key in header
+    }
+    for module_name, entry in header["layers"].items():
+        try:
+            module = plain.get_submodule(module_name)
+        except AttributeError as error:
+            raise UserError(f"{path}: expected a model with a module {module_name}, got none") from error
+        pareto = convert(module, entry["low_rank"], state)
+        for name in entry["low_rank"]:
+            for part in LEARNED:
+                key = f"{module_name}.{part_name(name, part)}" if module_name else part_name(name, part)
+                if key in tensors:
+                    pareto.register_parameter(part_name(name, part), nn.Parameter(torch.empty_like(tensors[key])))
+    object.__setattr__(plain, "pareto", state)
+    try:
+        plain.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the model: {' '.join(str(error).split())}") from error
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2].rpartition("_")[2] in LEARNED)
+    return plain

@@ -1,0 +1,289 @@
+"""The command line. Every command says what it does with --help; a mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# torch and open_clip take seconds to import: only commands that compute load them
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pareto_merging.evaluation import Scores
+    from pareto_merging.workspace import Workspace
+
+app = typer.Typer(
+    name="pareto-merging",
+    help=(
+        "Merge K fine-tuned models into one Pareto set: learned once, without labels, it gives the best merged model "
+        "for any preference.\n\nStart with `pareto-merging demo`; then write a CONFIG.yaml, look at `plan`, and run "
+        "`train`, `evaluate`, `export`."
+    ),
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+OutFolder = Annotated[Path, typer.Option("--out", help="The run folder to make; it must not exist yet.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG.yaml",
+        help="`suite: digits`, or `encoder:` and `tasks:` with your checkpoints, heads and images; `method:` sets the rest.",
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@app.command()
+def demo(
+    out: OutFolder = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in that folder.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps only: shows that it runs, not what it can do.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the merging.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Merge eight fine-tuned vision transformers (embedded, real handwritten digits) in about a minute and a half.
+
+    Compares Pareto Merging with weight averaging, task arithmetic and AdaMerging; learns a two-task Pareto set and draws
+    its front. Writes report.json, front.png, pareto_set.safetensors and index.html.
+    """
+    from pareto_merging.demo import run_demo
+
+    run_demo(out, overwrite=overwrite, quick=quick, seed=seed, progress=not quiet)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    out: OutFolder,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in that folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn the Pareto set that CONFIG.yaml describes.
+
+    Ctrl-C stops after the step in hand; the same command with --resume runs the remaining steps and gives the bits an
+    uninterrupted run would have given.
+    """
+    from pareto_merging.config import read_config
+    from pareto_merging.errors import Interrupted
+    from pareto_merging.runs import SET_NAME, train_run
+
+    settings = read_config(config)
+    try:
+        _, result = train_run(settings, out, resume=resume, progress=not quiet, on_warning=_warn)
+    except Interrupted as stop:
+        print(
+            f"pareto-merging: {stop}; go on with: pareto-merging train {config} --out {out} --resume", file=sys.stderr
+        )
+        raise typer.Exit(130) from stop
+    done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
+    print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging evaluate {out}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    preferences: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "Preferences apart by semicolons: `0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, "
+                "`one-hot` (each task alone), `grid:11` (two tasks: 11 in equal steps)."
+            )
+        ),
+    ] = "equal;one-hot",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy and entropy of a learned Pareto set on the held-out images, per task and preference."""
+    from pareto_merging.checkpoints.files import write_json
+    from pareto_merging.evaluation import evaluate_preferences
+    from pareto_merging.runs import open_run
+
+    workspace, model = open_run(run)
+    gammas = parse_preferences(preferences, workspace.task_names)
+    tasks = workspace.evaluation_tasks()
+    scores = evaluate_preferences(
+        model, tasks, gammas, workers=workspace.config.workers, progress=not quiet and not as_json
+    )
+    report = {
+        "run": str(run),
+        "tasks": workspace.task_names,
+        "results": [
+            {"gamma": [round(v, 6) for v in gamma.tolist()], **score.to_json()}
+            for gamma, score in zip(gammas, scores, strict=True)
+        ],
+    }
+    write_json(run / "evaluation.json", report)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_scores(workspace.task_names, gammas, scores)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    preference: Annotated[
+        str | None, typer.Option(help="One preference: `0.5,0.5`, `TASK=0.7` or `equal`: a plain merged model.")
+    ] = None,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="One self-sufficient file for a server, for every preference.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The .safetensors file to write; it must not exist yet. Default: in RUN.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a plain merged model for one preference, or the folded model for all of them."""
+    from pareto_merging.checkpoints.files import write_tensors
+    from pareto_merging.checkpoints.pareto_set import package_version, save_folded
+    from pareto_merging.errors import UserError
+    from pareto_merging.parametrize import merge
+    from pareto_merging.preferences import parse_preference
+    from pareto_merging.runs import check_new, open_run
+
+    if (preference is None) == (not folded):
+        raise UserError("export: expected either --preference or --folded")
+    target = out or run / ("folded.safetensors" if folded else "merged.safetensors")
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: expected a name that ends in .safetensors")
+    if not overwrite:
+        check_new(target)
+    workspace, model = open_run(run)
+    if folded:
+        heads = {name: workspace.head(name) for name in workspace.task_names}
+        save_folded(
+            model,
+            target,
+            heads={name: (head.weight, head.logit_scale) for name, head in heads.items()},
+            encoder=workspace.encoder_description,
+        )
+    else:
+        gamma = parse_preference(str(preference), workspace.task_names)
+        metadata = {
+            "format": "pt",
+            "preference": dict(zip(workspace.task_names, gamma.tolist(), strict=True)),
+            "encoder": workspace.encoder_description,
+            "package_version": package_version(),
+        }
+        write_tensors(target, merge(model, gamma).state_dict(), metadata)
+    print(target)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
+) -> None:
+    """Count parameters and bytes by kind, before any weight is loaded."""
+    from pareto_merging.config import read_config
+    from pareto_merging.plan import plan_run
+    from pareto_merging.workspace import Workspace
+
+    workspace = Workspace(read_config(config))
+    rows = plan_run(workspace)
+    if as_json:
+        print(json.dumps([vars(row) for row in rows]))
+        return
+    steps = workspace.config.method.steps_for(len(workspace.task_names))
+    table = Table(title=f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}")
+    table.add_column("kind")
+    table.add_column("numbers", justify="right")
+    table.add_column("MiB", justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note)
+    Console().print(table)
+
+
+def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
+    """The preferences of ``--preferences``, [K] each; UserError as :func:`check_preference`."""
+    from pareto_merging.errors import UserError
+    from pareto_merging.preferences import one_hot_preferences, parse_preference, two_task_grid
+    from pareto_merging.workspace import user_errors
+
+    found: list[torch.Tensor] = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        if part == "one-hot":
+            found += list(one_hot_preferences(len(task_names)))
+        elif part.startswith("grid:"):
+            points = part.removeprefix("grid:")
+            if len(task_names) != 2 or not points.isdigit() or int(points) < 2:
+                raise UserError(f"preference: expected grid:POINTS for two tasks, got {part!r} for {len(task_names)}")
+            found += list(two_task_grid(int(points)))
+        else:
+            with user_errors():
+                found.append(parse_preference(part, task_names))
+    if not found:
+        raise UserError("preference: expected at least one, got none")
+    return found
+
+
+def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequence[Scores]) -> None:
+    from pareto_merging.preferences import format_preference
+
+    table = Table(title="accuracy in percent (held-out images)")
+    table.add_column("preference")
+    for name in (*names, "average"):
+        table.add_column(name, justify="right")
+    for gamma, score in zip(gammas, scores, strict=True):
+        table.add_row(
+            format_preference(gamma.tolist()),
+            *(f"{score.accuracy[name]:.1f}" for name in names),
+            f"{score.average:.1f}",
+        )
+    Console().print(table)
+
+
+def _warn(text: str) -> None:
+    print(f"pareto-merging: warning: {text}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0, 1 (training stopped on a NaN), 2 (a mistake), 130 (Ctrl-C)."""
+    from pareto_merging.errors import TrainingError, UserError
+
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="pareto-merging", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UserError as error:
+        _exit(error, 2)
+    except TrainingError as error:
+        _exit(error, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        print("pareto-merging: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output has gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _exit(error, 2)
+    except Exception as error:
+        # typer's own usage errors; its exception classes are not public
+        if not hasattr(error, "format_message"):
+            raise
+        text = error.format_message()
+        if text:
+            print(f"pareto-merging: {text} (see --help)", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _exit(error: Exception, code: int) -> None:
+    print(f"pareto-merging: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,213 @@
+"""Typed settings: of the method, and of a run as a YAML file. Unknown keys are errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pareto_merging.errors import UserError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Chen & Kwok, ICML 2025, experiment setup
+    "icml2025": {"cosine": 0.0, "tensor_norm": 0.1, "concentration": 0.1},
+    # arXiv 2408.12105 v1, section 4.1 and appendix 1
+    "arxiv-v1": {"cosine": 0.1, "tensor_norm": 1.0, "concentration": 1.0},
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSettings(_Strict):
+    """How a Pareto set is learned. "Our reading" marks what the paper leaves open."""
+
+    preset: Literal["icml2025", "arxiv-v1"] = Field("icml2025", description="where the fields not given come from")
+    objective: Literal["entropy", "weight-distance"] = Field(
+        "entropy", description="S_k: entropy of the predictions (unlabelled images), or ‖W(γ) − W_k‖² (no data)"
+    )
+    scalarization: Literal["smooth-tchebycheff", "tchebycheff", "linear"] = "smooth-tchebycheff"
+    mu: float = Field(
+        0.1, gt=0, description="smoothing of the Tchebycheff scalarisation; our reading, the paper has none"
+    )
+    cosine: float = Field(ge=0, description="β₁ of −cos(S, 1/γ); arxiv-v1: 0.1 (our reading of its order), icml2025: 0")
+    tensor_norm: float = Field(
+        ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
+    )
+    preference: Literal["dirichlet", "equal"] = Field(
+        "dirichlet", description="γ of each step: sampled, or always equal (one trade-off, as AdaMerging)"
+    )
+    concentration: float = Field(
+        gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
+    )
+    preferences_per_step: int = Field(1, ge=1, description="γ per step; each costs a forward and backward per task")
+    information_maximisation: float = Field(
+        0.0, ge=0, description="weight of a reward for the entropy of the mean prediction; not in the paper"
+    )
+    normalize_distance: bool = Field(
+        True, description="weight-distance in units of ‖τ_k‖², so that tasks count alike; our reading"
+    )
+    rank: int = Field(16, ge=1, description="r of A·(G ×₃ γ)·Bᵀ")
+    low_rank: Literal["attention", "in-projection", "all", "none"] = Field(
+        "attention", description="which matrices have the low-rank term"
+    )
+    init_lambda: float = 0.3
+    learn_lambda: bool = True
+    granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="one λ vector per …")
+    buffers: Literal["pretrained", "average"] = "pretrained"
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; default 2000 for 2 tasks to 4000 for 8 or more, straight between"
+    )
+    batch_size: int = Field(32, ge=1, description="images per task and step")
+    learning_rate: float = Field(1e-3, gt=0)
+    lambda_learning_rate: float | None = Field(
+        None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = Field(0, ge=0)
+    collapse_threshold: float = Field(
+        0.5, ge=0, le=1, description="warn when a task's mean prediction keeps less than this share of its entropy"
+    )
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**PRESETS.get(values.get("preset", "icml2025"), PRESETS["icml2025"]), **values}
+        return values
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers in [0, 1)")
+        return betas
+
+    def steps_for(self, tasks: int) -> int:
+        """``steps``, or the preset's: 2000 for two tasks, 4000 for eight (the paper's), straight between (ours)."""
+        if self.steps is not None:
+            return self.steps
+        return 2000 + round(2000 * (min(max(tasks, 2), 8) - 2) / 6)
+
+
+class EncoderConfig(_Strict):
+    architecture: str = Field(
+        description="an open_clip model name (ViT-B-32), or a JSON file of VisionTransformer's arguments"
+    )
+    pretrained: Path = Field(description="safetensors of the vision encoder all tasks were fine-tuned from")
+    quick_gelu: bool = Field(False, description="QuickGELU, as OpenAI's weights want it")
+
+
+class TaskConfig(_Strict):
+    checkpoint: Path = Field(description="safetensors of the fine-tuned vision encoder")
+    head: Path = Field(
+        description="safetensors with the zero-shot head: `weight` [classes, dim]; metadata `logit_scale`"
+    )
+    merging: str = Field(description="unlabelled images: a folder, or a safetensors file with `images` [n, 3, H, W]")
+    evaluation: str | None = Field(
+        None, description="labelled images: a folder with one sub-folder per class, or safetensors with `labels` too"
+    )
+
+
+class RunConfig(_Strict):
+    """A run: which checkpoints and images, and how the Pareto set is learned."""
+
+    suite: Literal["digits"] | None = Field(
+        None, description="an embedded suite instead of `encoder` and `tasks` of files"
+    )
+    encoder: EncoderConfig | None = None
+    tasks: list[str] | dict[str, TaskConfig] | None = Field(
+        None, description="by name; of a suite, a list of its tasks"
+    )
+    method: MethodSettings = Field(default_factory=lambda: MethodSettings.model_validate({}))
+    device: str = Field("auto", description="auto: a CUDA GPU where there is one, otherwise the CPU")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen weights and the images"
+    )
+    workers: int = Field(0, ge=0, description="processes that load images")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.suite is not None:
+            if self.encoder is not None:
+                raise ValueError("expected either suite or encoder, got both")
+            if isinstance(self.tasks, dict):
+                raise ValueError("tasks: expected a list of the suite's tasks, got a mapping")
+        else:
+            if self.encoder is None:
+                raise ValueError("expected suite: digits, or encoder and tasks; got neither")
+            if not isinstance(self.tasks, dict):
+                raise ValueError("tasks: expected a mapping from task name to checkpoint, head and images")
+        if self.tasks is not None and len(self.tasks) < 1:
+            raise ValueError("tasks: expected at least one")
+        if isinstance(self.tasks, list) and len(set(self.tasks)) != len(self.tasks):
+            raise ValueError("tasks: expected each task once")
+        return self
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read and validate a run's YAML file; relative paths in it are relative to the file.
+
+    Raises:
+        UserError: the file is missing, is no YAML mapping, has an unknown key or a value out of range: all are named.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: expected a YAML file, got {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a YAML file, got bytes that are not UTF-8 text") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    try:
+        return _absolute(RunConfig.model_validate(values), path.parent.resolve())
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_validation(error)}") from error
+
+
+def describe_validation(error: ValidationError) -> str:
+    """One line that names every offending key."""
+    lines = []
+    for item in error.errors():
+        # pydantic adds the member of a union to the location
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "dict[")))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where}")
+        else:
+            lines.append(f"{where}: {item['msg']}, got {item['input']!r}" if where else item["msg"])
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _absolute(config: RunConfig, base: Path) -> RunConfig:
+    if config.encoder is None or not isinstance(config.tasks, dict):
+        return config
+    architecture = config.encoder.architecture
+    encoder = {
+        "pretrained": base / config.encoder.pretrained,
+        "architecture": str(base / architecture) if architecture.endswith(".json") else architecture,
+    }
+    tasks = {
+        name: task.model_copy(
+            update={
+                "checkpoint": base / task.checkpoint,
+                "head": base / task.head,
+                "merging": str(base / task.merging),
+                "evaluation": None if task.evaluation is None else str(base / task.evaluation),
+            }
+        )
+        for name, task in config.tasks.items()
+    }
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update=encoder), "tasks": tasks})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, with every default written out; :func:`read_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,307 @@
+"""Eight small tasks made from real handwritten digits, and the encoders to merge for them.
+
+What eight image data sets are to CLIP, eight *views* of scikit-learn's UCI digits (1,797 grey images of 8 x 8 pixels)
+are here. A task is one view together with its own frozen zero-shot head: ten unit vectors, one per class, in the
+encoder's output space. A sample is scored by ``LOGIT_SCALE * normalize(encoder(image)) @ head.T``.
+
+How the tasks come to conflict: all tasks share ten random class vectors, and each adds an offset of its own, much as
+each data set words its classes in its own way. The generalist (the "pretrained" encoder) has been taught only a
+small part of the offsets, so it reads every view but knows no task's wording well. Fine-tuning on a task teaches that
+task's full wording. One merged encoder must therefore tell the views apart and answer each in its own wording.
+
+Run ``python -m pareto_merging.data.digits --out DIR --seed 0`` to train and write the whole suite (about a minute).
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from tqdm import tqdm
+
+StateDict = dict[str, Tensor]
+
+CLASSES = 10
+SIDE = 8
+SPLITS = ("training", "merging", "evaluation")
+SPLIT_SIZES = {"training": 797, "merging": 400, "evaluation": 600}
+
+# Four patches of 4 x 4 pixels and the class token: five tokens keep a step on a CPU in the tens of milliseconds.
+ENCODER: dict = {
+    "image_size": SIDE,
+    "patch_size": 4,
+    "width": 96,
+    "layers": 4,
+    "heads": 3,
+    "mlp_ratio": 4.0,
+    "output_dim": 16,
+}
+LOGIT_SCALE: float = 20.0
+
+# Length of a task's own offset relative to the (unit) shared class vectors, in the heads and in pretraining.
+HEAD_OFFSET = 4.0
+PRETRAINING_OFFSET = 1.0
+
+PRETRAINING = {"steps": 500, "batch": 128, "lr": 1e-3}
+FINETUNING = {"steps": 150, "batch": 64, "lr": 2e-4}
+WEIGHT_DECAY = 0.05
+
+
+def _shuffled(x: Tensor, block: int, seed: int) -> Tensor:
+    """Puts the ``block`` x ``block`` tiles of images [n, 8, 8] in another order, the same for every image."""
+    per_row = SIDE // block
+    order = torch.randperm(per_row**2, generator=torch.Generator().manual_seed(seed))
+    tiles = x.reshape(-1, per_row, block, per_row, block).transpose(2, 3).flatten(1, 2)[:, order]
+    return tiles.unflatten(1, (per_row, per_row)).transpose(2, 3).reshape(-1, SIDE, SIDE)
+
+
+def _occluded(x: Tensor) -> Tensor:
+    """Blacks out the three middle rows' three middle pixels of images [n, 8, 8]."""
+    x = x.clone()
+    x[:, 2:5, 2:5] = 0
+    return x
+
+
+# Each takes and gives grey images [n, 8, 8] with values in 0..1.
+_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "upright": lambda x: x,
+    "rotated": lambda x: torch.rot90(x, 1, (1, 2)),
+    "mirrored": lambda x: x.flip(2),
+    "inverted": lambda x: 1 - x,
+    "occluded": _occluded,
+    "permuted": lambda x: _shuffled(x, 1, seed=7),
+    "blocks": lambda x: _shuffled(x, 2, seed=7),
+    "shifted": lambda x: torch.roll(x, (1, 2), (1, 2)),
+}
+TASKS: tuple[str, ...] = tuple(_VIEWS)
+
+
+def _check(kind: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {kind} {value!r}; expected one of {', '.join(allowed)}")
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Grey images [1797, 8, 8] in 0..1, labels [1797], and each split's row numbers (stratified, disjoint)."""
+    digits = load_digits()
+    rows = np.arange(len(digits.target))
+    training, rest = train_test_split(rows, train_size=SPLIT_SIZES["training"], stratify=digits.target, random_state=0)
+    merging, evaluation = train_test_split(
+        rest, train_size=SPLIT_SIZES["merging"], stratify=digits.target[rest], random_state=0
+    )
+    parts = {"training": training, "merging": merging, "evaluation": evaluation}
+    images_ = torch.tensor(digits.images, dtype=torch.float32) / 16
+    return images_, torch.tensor(digits.target, dtype=torch.int64), {k: torch.as_tensor(v) for k, v in parts.items()}
+
+
+@lru_cache(maxsize=None)
+def images(task: str, split: str) -> tuple[Tensor, Tensor]:
+    """One split of one task: images float32 [n, 3, 8, 8] (normalised) and labels int64 [n].
+
+    Every task sees the same digits in a split, each through its own view; no digit is in two splits. The result is
+    cached and shared between callers: do not write into it.
+    """
+    _check("task", task, TASKS)
+    _check("split", split, SPLITS)
+    grey, labels, parts = _digits()
+    mean, std = grey.mean(), grey.std()
+    rows = parts[split]
+    seen = (_VIEWS[task](grey[rows]) - mean) / std
+    # open_clip's encoder wants three channels; the grey one is repeated.
+    return seen.unsqueeze(1).repeat(1, 3, 1, 1), labels[rows]
+
+
+def _worded(seed: int, offset: float) -> dict[str, Tensor]:
+    """Task -> unit class vectors [10, output_dim]: the shared ones moved by ``offset`` along the task's own."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    shape = (CLASSES, ENCODER["output_dim"])
+    shared = F.normalize(torch.randn(shape, generator=generator), dim=1)
+    own = {task: F.normalize(torch.randn(shape, generator=generator), dim=1) for task in TASKS}
+    return {task: F.normalize(shared + offset * own[task], dim=1) for task in TASKS}
+
+
+def heads(seed: int = 0) -> dict[str, Tensor]:
+    """Task -> its frozen zero-shot head, float32 [10, output_dim] with unit rows."""
+    return _worded(seed, HEAD_OFFSET)
+
+
+def build_encoder() -> VisionTransformer:
+    """A fresh encoder with random weights; maps images [n, 3, 8, 8] to features [n, output_dim]."""
+    return VisionTransformer(**ENCODER)
+
+
+def _random_encoder(seed: int) -> VisionTransformer:
+    # Its weights are drawn from torch's global generator, so that is borrowed and given back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_encoder()
+
+
+def _train(
+    start: StateDict | None,
+    x: Tensor,
+    y: Tensor,
+    class_vectors: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    progress: Callable[[], None] | None,
+) -> StateDict:
+    """Trains all encoder weights by cross-entropy on x [n, 3, 8, 8], y [n], each row with class vectors [n, 10, d].
+
+    Starts from ``start``, or from random weights. The result is rounded to float16 (and held as float32), so that
+    what is measured or fine-tuned further is bit for bit what the files hold.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    encoder = _random_encoder(seed)
+    if start is not None:
+        encoder.load_state_dict(start)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    for _ in range(steps):
+        rows = torch.randint(len(y), (batch,), generator=generator)
+        features = F.normalize(encoder(x[rows]), dim=-1)
+        logits = LOGIT_SCALE * torch.einsum("nd,ncd->nc", features, class_vectors[rows])
+        loss = F.cross_entropy(logits, y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress()
+    return {name: value.half().float() for name, value in encoder.state_dict().items()}
+
+
+def pretrain(seed: int, progress: Callable[[], None] | None = None) -> StateDict:
+    """Trains the generalist on all tasks' training splits; returns its weights, float32 with float16 precision.
+
+    It learns class vectors with only ``PRETRAINING_OFFSET`` of each task's offset, which makes it a sound reader of
+    every view and a weak zero-shot classifier. ``progress`` is called after each step.
+    """
+    parts = [images(task, "training") for task in TASKS]
+    vectors = _worded(seed, PRETRAINING_OFFSET)
+    x = torch.cat([part[0] for part in parts])
+    y = torch.cat([part[1] for part in parts])
+    per_row = torch.cat([vectors[task].expand(len(part[1]), -1, -1) for task, part in zip(TASKS, parts, strict=True)])
+    return _train(None, x, y, per_row, **PRETRAINING, seed=100 * seed + 1, progress=progress)
+
+
+def finetune(
+    task: str, pretrained_state: StateDict, seed: int, progress: Callable[[], None] | None = None
+) -> StateDict:
+    """Fine-tunes a copy of the generalist on one task's training split, its head frozen; returns the weights.
+
+    The result is float32 with float16 precision. ``progress`` is called after each step.
+    """
+    x, y = images(task, "training")
+    per_row = heads(seed)[task].expand(len(y), -1, -1)
+    task_seed = 100 * seed + 10 + TASKS.index(task)
+    return _train(pretrained_state, x, y, per_row, **FINETUNING, seed=task_seed, progress=progress)
+
+
+@torch.no_grad()
+def _accuracy(encoder: VisionTransformer, task: str, split: str, head: Tensor) -> float:
+    """Share of a task's split that the encoder and head [10, output_dim] classify rightly."""
+    x, y = images(task, split)
+    # The scale of the features and of the logits does not move the arg max.
+    return ((encoder(x) @ head.T).argmax(1) == y).float().mean().item()
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes through a temporary name, so that nobody ever sees half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_weights(path: Path, state: StateDict) -> None:
+    tensors = {name: value.half().contiguous() for name, value in state.items()}
+    _write(path, lambda temporary: save_file(tensors, temporary))
+
+
+def make(out: Path, seed: int = 0) -> None:
+    """Trains the generalist and the eight fine-tuned encoders and writes them, with the heads, into ``out``.
+
+    Files: ``encoder.json`` (``ENCODER``), ``pretrained.safetensors`` and ``finetuned_<task>.safetensors`` (float16),
+    ``heads.safetensors`` (float32 [10, output_dim] per task, with ``logit_scale`` in the metadata). Accuracies are
+    printed on the way.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    task_heads = heads(seed)
+    _write(out / "encoder.json", lambda temporary: temporary.write_text(json.dumps(ENCODER, indent=2) + "\n"))
+    _write(
+        out / "heads.safetensors",
+        lambda temporary: save_file(task_heads, temporary, metadata={"logit_scale": str(LOGIT_SCALE)}),
+    )
+
+    encoder = _random_encoder(seed)
+    scores: list[tuple[float, float]] = []
+
+    def report(state: StateDict, who: str, task: str) -> tuple[float, float]:
+        encoder.load_state_dict(state)
+        training, evaluation = (
+            _accuracy(encoder, task, split, task_heads[task]) for split in ("training", "evaluation")
+        )
+        tqdm.write(f"{who:<10} {task:<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
+        return training, evaluation
+
+    def report_mean(who: str) -> None:
+        training, evaluation = (sum(column) / len(column) for column in zip(*scores, strict=True))
+        tqdm.write(f"{who:<10} {'average':<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
+
+    total = PRETRAINING["steps"] + len(TASKS) * FINETUNING["steps"]
+    with tqdm(total=total, unit="step") as bar:
+        bar.set_description("generalist")
+        pretrained = pretrain(seed, bar.update)
+        _write_weights(out / "pretrained.safetensors", pretrained)
+        scores = [report(pretrained, "generalist", task) for task in TASKS]
+        report_mean("generalist")
+        scores = []
+        for task in TASKS:
+            bar.set_description(task)
+            finetuned = finetune(task, pretrained, seed, bar.update)
+            _write_weights(out / f"finetuned_{task}.safetensors", finetuned)
+            scores.append(report(finetuned, "individual", task))
+        report_mean("individual")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: ``python -m pareto_merging.data.digits --out DIR --seed 0``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pareto_merging.data.digits",
+        description="Train the digits suite (one generalist, eight fine-tuned encoders, eight heads) and write it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent / "digits_suite",
+        help="folder to write the suite into; made if missing, files of an earlier run are replaced",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the heads and of all training")
+    arguments = parser.parse_args(argv)
+    make(arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

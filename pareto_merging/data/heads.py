@@ -1,0 +1,53 @@
+"""Zero-shot heads: frozen class embeddings that turn an encoder's features into logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pareto_merging.checkpoints.files import read_metadata, read_tensors
+from pareto_merging.errors import UserError
+
+
+class ZeroShotHead(nn.Module):
+    """logits = scale · normalise(features) · weightᵀ: features [n, dim] -> [n, classes], weight [classes, dim].
+
+    The rows of ``weight`` are normalised here; nothing is trained.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, logit_scale: float = 100.0) -> None:
+        super().__init__()
+        if weight.ndim != 2 or not len(weight):
+            raise ValueError(f"weight: expected shape [classes, dim], got {list(weight.shape)}")
+        self.register_buffer("weight", F.normalize(weight.float(), dim=-1))
+        self.logit_scale = float(logit_scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.logit_scale * F.normalize(features.float(), dim=-1) @ self.weight.float().t()
+
+    def extra_repr(self) -> str:
+        return f"classes={self.weight.shape[0]}, dim={self.weight.shape[1]}, logit_scale={self.logit_scale:g}"
+
+
+def read_head(path: Path, name: str = "weight") -> ZeroShotHead:
+    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``.
+
+    Raises:
+        UserError: no such file or tensor, or not a matrix of finite numbers.
+    """
+    tensors = read_tensors(path)
+    weight = tensors.get(name, tensors.get("weight"))
+    if weight is None:
+        raise UserError(f"{path}: expected a tensor named weight or {name}, got {', '.join(sorted(tensors)) or 'none'}")
+    scale = read_metadata(path).get("logit_scale", "100")
+    try:
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("weight: expected finite numbers, got NaN or inf")
+        return ZeroShotHead(weight, float(scale))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

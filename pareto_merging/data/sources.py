@@ -1,0 +1,183 @@
+"""Images as map-style datasets: from a folder, from a safetensors file, or of an embedded suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pareto_merging.checkpoints.files import read_tensors
+from pareto_merging.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class TensorImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images held in memory: images [n, C, H, W], labels int64 [n] (−1: unlabelled)."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
+        if images.ndim < 2 or not len(images) or not images.is_floating_point():
+            raise ValueError(
+                f"images: expected floating-point [n, …] with n at least 1, got {list(images.shape)} {images.dtype}"
+            )
+        self.images = images
+        self.labels = torch.full((len(images),), -1) if labels is None else labels.long()
+        if self.labels.shape != (len(images),):
+            raise ValueError(f"labels: expected shape [{len(images)}], got {list(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+class FolderImages(Dataset[tuple[Tensor, int]]):
+    """Images under a folder, found recursively and sorted; its direct sub-folders, if any, are the classes in order.
+
+    Args:
+        root: the folder. transform: PIL image -> tensor [C, H, W].
+    """
+
+    def __init__(self, root: Path, transform: Callable[[Any], Tensor]) -> None:
+        self.root, self.transform = root, transform
+        self.classes = sorted(
+            entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
+        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise UserError(f"{root}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none")
+        index = {name: number for number, name in enumerate(self.classes)}
+        self.labels = [index.get(path.relative_to(root).parts[0], -1) for path in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert("RGB")), self.labels[index]
+        except OSError as error:
+            raise UserError(f"{path}: expected an image, got {error}") from error
+
+
+def open_images(source: str, image_size: int) -> Dataset[Any]:
+    """The images that ``source`` names.
+
+    ``digits:TASK/SPLIT`` is the embedded suite; a ``.safetensors`` file holds ``images`` [n, 3, H, W], normalised, and
+    perhaps ``labels`` [n]; anything else is a folder of image files, resized, cropped and normalised as CLIP does.
+
+    Raises:
+        UserError: nothing there, or not what was expected.
+    """
+    if source.startswith("digits:"):
+        from pareto_merging.data import digits
+
+        task, _, split = source.removeprefix("digits:").partition("/")
+        try:
+            return TensorImages(*digits.images(task, split))
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        tensors = read_tensors(path)
+        if "images" not in tensors:
+            raise UserError(f"{path}: expected a tensor named images, got {', '.join(sorted(tensors)) or 'none'}")
+        try:
+            return TensorImages(tensors["images"].float(), tensors.get("labels"))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+    if not path.is_dir():
+        got = "another file" if path.exists() else "nothing there"
+        raise UserError(f"{path}: expected a folder of images or a .safetensors file, got {got}")
+    from open_clip import image_transform
+
+    return FolderImages(path, image_transform(image_size, is_train=False))
+
+
+def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list[int]:
+    """The indices of batch ``step`` (from 0) of an endless stream of seeded permutations of ``size`` items.
+
+    A function of its arguments alone, so that a resumed run sees the very batches it would have seen.
+    """
+    indices: list[int] = []
+    position = step * batch
+    while len(indices) < batch:
+        epoch, offset = divmod(position + len(indices), size)
+        order = np.random.default_rng([*seed, epoch]).permutation(size)
+        indices += order[offset : offset + batch - len(indices)].tolist()
+    return indices
+
+
+class BatchStream:
+    """The batches of one task from a given step on: ``next(stream)`` is a tensor of images [batch, …]."""
+
+    def __init__(
+        self, dataset: Dataset[Any], batch: int, first_step: int, last_step: int, seed: Sequence[int], workers: int = 0
+    ) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        order = _Batches(size, batch, first_step, last_step, seed)
+        # a generator of its own: a DataLoader draws a number from the caller's otherwise
+        self._iterator = iter(
+            DataLoader(
+                dataset, batch_sampler=order, collate_fn=_images, num_workers=workers, generator=torch.Generator()
+            )
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self
+
+    def __next__(self) -> Tensor:
+        return next(self._iterator)
+
+
+class _Batches:
+    def __init__(self, size: int, batch: int, first_step: int, last_step: int, seed: Sequence[int]) -> None:
+        self._arguments = size, batch, first_step, last_step, tuple(seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, batch, first, last, seed = self._arguments
+        for step in range(first, last):
+            yield batch_indices(size, batch, step, seed)
+
+    def __len__(self) -> int:
+        _, _, first, last, _ = self._arguments
+        return max(0, last - first)
+
+
+def _images(items: Any) -> Tensor:
+    """The images of a fetched batch, whether items are images or (image, label) pairs."""
+    if isinstance(items, tuple):
+        return items[0]
+    first = items[0]
+    if isinstance(first, tuple | list):
+        return torch.stack([item[0] for item in items])
+    return torch.stack(list(items))
+
+
+def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """All items in order as (images [b, …], labels int64 [b])."""
+    loader = DataLoader(
+        dataset, batch_size=batch, collate_fn=_labelled, num_workers=workers, generator=torch.Generator()
+    )
+    yield from loader
+
+
+def _labelled(items: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(items, tuple):
+        return items[0], items[1]
+    if not isinstance(items[0], tuple | list):
+        images = torch.stack(list(items))
+        return images, torch.full((len(images),), -1)
+    return torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])

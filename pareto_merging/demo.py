@@ -1,0 +1,262 @@
+"""``pareto-merging demo``: eight fine-tuned vision transformers become one Pareto set, on real images."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pareto_merging import figures
+from pareto_merging.checkpoints.files import write_json, write_text
+from pareto_merging.checkpoints.pareto_set import package_version, save_pareto_set
+from pareto_merging.config import RunConfig
+from pareto_merging.errors import UserError
+from pareto_merging.evaluation import evaluate_preferences
+from pareto_merging.preferences import equal_preference, one_hot_preferences
+from pareto_merging.runs import SET_NAME, check_new, train_run
+from pareto_merging.study import Study, front_metrics
+from pareto_merging.workspace import Workspace
+
+# The search that chose these, on the unlabelled split, is in benchmarks/results/ (suite "digits").
+METHOD: dict[str, Any] = {
+    "preset": "icml2025",
+    "steps": 150,
+    "learning_rate": 1e-3,
+    "lambda_learning_rate": 1e-2,
+    "batch_size": 32,
+}
+TWO_TASKS = ("upright", "mirrored")
+QUICK_STEPS = 5
+BASELINES_IN_FRONT = ("Weight averaging", "Task arithmetic", "AdaMerging", "Individual")
+
+
+def demo_config(tasks: Sequence[str] | None = None, *, quick: bool = False, seed: int = 0) -> RunConfig:
+    """The demo's configuration for all eight tasks, or some of them."""
+    method = {**METHOD, "seed": seed}
+    if quick:
+        method |= {"steps": QUICK_STEPS, "batch_size": 8}
+    return RunConfig.model_validate({"suite": "digits", "tasks": list(tasks) if tasks else None, "method": method})
+
+
+def run_demo(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    quick: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    suite_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Run the demo, print its table and write its folder; returns what ``report.json`` holds.
+
+    Everything is written beside ``out`` first and takes its place at the end, so that a demo is there whole or not.
+
+    Raises:
+        UserError: ``out`` exists, unless ``overwrite`` is given and it holds an earlier demo.
+    """
+    if overwrite and out.exists() and not (out / "report.json").exists():
+        raise UserError(f"{out}: expected an earlier demo to replace, got something else")
+    if not overwrite:
+        check_new(out)
+    start = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with one_thread(), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made:
+        folder = Path(made) / out.name
+        folder.mkdir()
+        report = _run(folder, quick, seed, progress, suite_folder)
+        report["environment"]["seconds_in_all"] = round(time.perf_counter() - start, 1)
+        write_json(folder / "report.json", report)
+        write_text(folder / "index.html", page(report, (folder / "front.png").read_bytes()))
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    _print(report, out)
+    return report
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The matrices here are so small that a second thread costs more than it brings, and far more on a busy machine."""
+    before = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Path | None) -> dict[str, Any]:
+    console = Console(stderr=True, quiet=not progress)
+    console.print("Eight tasks: the baselines, each tuned on the unlabelled split …")
+    eight = Workspace(demo_config(quick=quick, seed=seed), suite_folder)
+    study = Study(eight, progress=progress)
+    entries = study.baselines()
+    console.print("Eight tasks: Pareto Merging …")
+    model, seconds, peak = study.learn()
+    entries |= study.pareto_entries(model, seconds, peak)
+    gammas = torch.cat([equal_preference(len(eight.task_names))[None], one_hot_preferences(len(eight.task_names))])
+    scores = evaluate_preferences(model, study.evaluation, list(gammas), progress=progress)
+
+    console.print(f"Two tasks ({' and '.join(TWO_TASKS)}): Pareto Merging and its front …")
+    config = demo_config(TWO_TASKS, quick=quick, seed=seed)
+    pair, result = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
+    pair_study = Study(Workspace(config, suite_folder), progress=progress)
+    pair_entries = pair_study.baselines()
+    front = pair_study.front(pair)
+    points = {name: list(pair_entries[name].scores.accuracy.values()) for name in BASELINES_IN_FRONT}
+    metrics = front_metrics(front, {name: point for name, point in points.items() if name != "Individual"})
+    figures.two_task_front(
+        folder / "front.png",
+        TWO_TASKS,
+        [row["accuracy"] for row in front],
+        [row["gamma"] for row in front],
+        points,
+    )
+
+    save_pareto_set(model, folder / SET_NAME, preset=eight.config.method.preset)
+    return {
+        "tasks": eight.task_names,
+        "methods": {name: entry.to_json() for name, entry in entries.items()},
+        "preferences": [
+            {"gamma": [round(value, 6) for value in gamma.tolist()], **score.to_json()}
+            for gamma, score in zip(gammas, scores, strict=True)
+        ],
+        "two_tasks": {
+            "tasks": list(TWO_TASKS),
+            "seconds": round(result.seconds, 2),
+            "methods": {name: entry.to_json() for name, entry in pair_entries.items()},
+        },
+        "front": front,
+        "hypervolume": metrics,
+        "settings": eight.config.method.model_dump(mode="json"),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where figures were measured."""
+    return {
+        "package": package_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _print(report: Mapping[str, Any], out: Path) -> None:
+    console = Console()
+    tasks = report["tasks"]
+    table = Table(title="Held-out accuracy in percent, eight tasks")
+    table.add_column("method")
+    for name in tasks:
+        table.add_column(name, justify="right")
+    table.add_column("average", justify="right", style="bold")
+    table.add_column("s", justify="right")
+    for name, entry in report["methods"].items():
+        row = [f"{entry['per_task'][task]:.1f}" for task in tasks]
+        table.add_row(name, *row, f"{entry['average']:.1f}", f"{entry['seconds']:.1f}")
+    console.print(table)
+    front = Table(title=f"Two tasks: one learned set, {len(report['front'])} preferences")
+    first, second = report["two_tasks"]["tasks"]
+    for column in ("γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"):
+        front.add_column(column, justify="right")
+    for row in report["front"]:
+        (a, b), (e, f) = row["accuracy"], row["entropy"]
+        front.add_row(f"{row['gamma'][0]:.1f}", f"{a:.1f}", f"{b:.1f}", f"{e:.3f}", f"{f:.3f}")
+    console.print(front)
+    metrics = report["hypervolume"]
+    console.print(
+        f"Hypervolume above {metrics['reference_point']}: Pareto Merging {metrics['pareto_merging']:.0f}, all baselines "
+        f"together {metrics['all_baselines_together']:.0f}. Open {out / 'index.html'}",
+        soft_wrap=True,
+    )
+
+
+def page(report: Mapping[str, Any], picture: bytes) -> str:
+    """The report as one HTML file that needs nothing else."""
+    tasks = report["tasks"]
+    first, second = report["two_tasks"]["tasks"]
+    metrics = report["hypervolume"]
+    methods = [
+        [
+            name,
+            *(f"{entry['per_task'][task]:.1f}" for task in tasks),
+            f"{entry['average']:.1f}",
+            f"{entry['seconds']:.1f}",
+        ]
+        for name, entry in report["methods"].items()
+    ]
+    front = [
+        [f"{row['gamma'][0]:.1f}", *(f"{v:.1f}" for v in row["accuracy"]), *(f"{v:.3f}" for v in row["entropy"])]
+        for row in report["front"]
+    ]
+    volumes = [["Pareto Merging", f"{metrics['pareto_merging']:.0f}"]]
+    volumes += [["all baselines together", f"{metrics['all_baselines_together']:.0f}"]]
+    volumes += [[name, f"{value:.0f}"] for name, value in metrics["baselines"].items()]
+    where = [[key, str(value)] for key, value in report["environment"].items()]
+    image = base64.b64encode(picture).decode()
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Pareto Merging: demo</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
+th, td {{ padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+.wide {{ overflow-x: auto; }}
+img {{ max-width: 100%; }}
+@media (prefers-color-scheme: dark) {{
+  body {{ background: #181818; color: #ddd; }} th, td {{ border-color: #444; }} img {{ background: #fff; }}
+}}
+</style></head><body>
+<h1>One run, every trade-off</h1>
+<p>Eight vision transformers, each fine-tuned on its own view of real handwritten digits, are merged into one. Pareto
+Merging learns, without labels, a small structure from which the merged model for any preference follows at once. All
+accuracies are on held-out images; every choice was made on a separate, unlabelled split.</p>
+<h2>Eight tasks</h2>
+<div class="wide">{_table(["method", *tasks, "average (%)", "seconds"], methods)}</div>
+<p>"Individual" is eight models, the upper bound. "One-hot preference" gives each task the model of its own preference;
+all of them come from the one learned set.</p>
+<h2>Two tasks: the front</h2>
+<p><img alt="Accuracy on {html.escape(first)} against {html.escape(second)} for preferences from one to the other, with
+the baselines as points" src="data:image/png;base64,{image}"></p>
+<div class="wide">{_table(["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"], front)}</div>
+<p>Hypervolume above the reference point {metrics["reference_point"]} (chance on both tasks):</p>
+{_table(["set", "hypervolume"], volumes)}
+<h2>Where this ran</h2>
+{_table(["", ""], where)}
+</body></html>
+"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,85 @@
+"""Vision encoders by description: open_clip's, by model name or by the arguments of its VisionTransformer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pareto_merging.errors import UserError
+
+
+def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
+    """What :func:`build` needs, as plain JSON. ``architecture``: an open_clip model name, or a JSON file of arguments.
+
+    Raises:
+        UserError: an unknown name (close ones are listed) or an unreadable file.
+    """
+    if not architecture.endswith(".json"):
+        _model_config(architecture)
+        return {"architecture": architecture, "quick_gelu": quick_gelu}
+    path = Path(architecture)
+    try:
+        arguments = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a JSON file of VisionTransformer's arguments, got {error.strerror}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}: expected a mapping of VisionTransformer's arguments, got {type(arguments).__name__}")
+    return {"arguments": arguments, "quick_gelu": quick_gelu}
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """The encoder of :func:`describe`, with random weights, in eval mode: images [n, 3, H, W] -> features [n, dim].
+
+    Raises:
+        UserError: the description names no architecture, or arguments that VisionTransformer does not take.
+    """
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
+    quick_gelu = bool(description.get("quick_gelu", False))
+    if "architecture" in description:
+        config = _model_config(description["architecture"])
+        quick_gelu = quick_gelu or bool(config.get("quick_gelu", False))
+        tower: nn.Module = _build_vision_tower(
+            config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu=quick_gelu
+        )
+        return tower.eval()
+    if "arguments" not in description:
+        raise UserError(f"encoder: expected architecture or arguments, got {sorted(description)}")
+    activation = {"act_layer": QuickGELU} if quick_gelu else {}
+    try:
+        model: nn.Module = VisionTransformer(**description["arguments"], **activation)
+    except TypeError as error:
+        raise UserError(f"encoder: expected arguments of open_clip's VisionTransformer, got {error}") from error
+    return model.eval()
+
+
+def image_size(description: Mapping[str, Any]) -> int:
+    """The side of the square images the encoder of :func:`describe` takes, in pixels."""
+    if "architecture" in description:
+        size = _model_config(description["architecture"])["vision_cfg"].get("image_size", 224)
+    else:
+        size = description["arguments"].get("image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    import difflib
+
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None or "vision_cfg" not in config:
+        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3))
+        raise UserError(
+            f"encoder: expected an open_clip model name, got {name!r}" + (f"; near: {close}" if close else "")
+        )
+    return dict(config)

@@ -1,0 +1,32 @@
+"""Errors whose message is for the user: the command line prints it on one line and exits, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: names it, what was expected and what came. Exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """Training stopped on a NaN or inf; names the task, the step and the layer. Exit code 1.
+
+    Attributes:
+        task: the task's name, or None where it is a parameter that is not finite. step: counted from 1.
+        layer: the module or parameter that was found not finite first.
+    """
+
+    def __init__(self, message: str, task: str | None, step: int, layer: str) -> None:
+        super().__init__(message)
+        self.task, self.step, self.layer = task, step, layer
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop (Ctrl-C); the state is saved. Exit code 130.
+
+    Attributes:
+        step: how many steps are done.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step

@@ -1,0 +1,128 @@
+"""A run folder: what is in it, how it is started, resumed and opened again.
+
+config.yaml            the configuration, every default written out, paths absolute
+log.jsonl              one line per step and event
+checkpoint.safetensors what --resume goes on from
+pareto_set.safetensors the result
+evaluation.json        what `evaluate` measured last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pareto_merging.checkpoints.files import write_text
+from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
+from pareto_merging.config import RunConfig, dump_config, read_config
+from pareto_merging.errors import UserError
+from pareto_merging.training import CHECKPOINT_NAME, TrainingResult, learn_pareto_set
+from pareto_merging.workspace import Workspace, user_errors
+
+CONFIG_NAME, SET_NAME = "config.yaml", "pareto_set.safetensors"
+
+
+def check_new(path: Path) -> None:
+    """UserError if there is something at ``path`` already (an empty folder is nothing)."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        kind = "folder" if path.is_dir() else "file"
+        raise UserError(f"{path}: expected a new path, got an existing {kind}")
+
+
+def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Check that the folder is new, or with ``resume`` that it was started with the same configuration.
+
+    Raises:
+        UserError: it exists, or does not, or its configuration differs (the keys are named).
+    """
+    if not resume:
+        if (folder / CHECKPOINT_NAME).exists():
+            raise UserError(f"{folder}: expected a new folder, got a run that can go on with --resume")
+        check_new(folder)
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a run to resume, got no such folder")
+    if not (folder / CONFIG_NAME).exists():
+        check_new(folder)
+        return
+    before, now = read_config(folder / CONFIG_NAME).model_dump(), config.model_dump()
+    changed = sorted(_differences(before, now))
+    if changed:
+        raise UserError(f"{folder}: expected the configuration it was started with, but {', '.join(changed)} differs")
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            found
+            for key in keys
+            for found in _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if before == now else [prefix]
+
+
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    on_warning: Callable[[str], None] | None = None,
+    suite_folder: Path | None = None,
+) -> tuple[nn.Module, TrainingResult]:
+    """Learn the Pareto set a configuration describes and write it into ``folder``.
+
+    Everything the run needs is opened before the folder is made, so that a mistake leaves nothing behind.
+
+    Raises:
+        UserError: see :func:`start_run` and :class:`Workspace`. TrainingError, Interrupted: see
+        :func:`learn_pareto_set`.
+    """
+    start_run(config, folder, resume)
+    workspace = Workspace(config, suite_folder)
+    workspace.check_files()
+    tasks = workspace.merging_tasks() if config.method.objective == "entropy" else None
+    model = workspace.pareto_model()
+    if not (folder / CONFIG_NAME).exists():
+        write_text(folder / CONFIG_NAME, dump_config(config))
+    with user_errors():
+        result = learn_pareto_set(
+            model,
+            tasks,
+            config.method,
+            folder=folder,
+            resume=resume,
+            progress=progress,
+            workers=config.workers,
+            on_warning=on_warning,
+        )
+    training = {
+        "steps": result.steps,
+        "collapsed": result.collapsed,
+        "method": json.loads(config.method.model_dump_json()),
+    }
+    save_pareto_set(model, folder / SET_NAME, preset=config.method.preset, training=training)
+    return model, result
+
+
+def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace, nn.Module]:
+    """The workspace and the learned Pareto model of a finished run.
+
+    Raises:
+        UserError: no such run, an unfinished one, or checkpoints that have changed since (their digests are named).
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a run folder, got no such folder")
+    if not (folder / CONFIG_NAME).exists():
+        raise UserError(f"{folder}: expected a run folder, got one without {CONFIG_NAME}")
+    if not (folder / SET_NAME).exists():
+        raise UserError(f"{folder}: expected a finished run, got one without {SET_NAME} (train with --resume)")
+    workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
+    with user_errors():
+        model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
+    return workspace, model.eval()

@@ -1,0 +1,192 @@
+"""A run's configuration turned into what the rest works with: encoder, weights, heads and images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging import encoders
+from pareto_merging.checkpoints.files import read_shapes, read_tensors
+from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig
+from pareto_merging.data import digits
+from pareto_merging.data.heads import ZeroShotHead, read_head
+from pareto_merging.data.sources import open_images
+from pareto_merging.errors import UserError
+from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.parametrize import parametrize
+from pareto_merging.training import MergingTask
+
+
+@contextlib.contextmanager
+def user_errors(what: str = "") -> Iterator[None]:
+    """Values that a library function refuses are the user's here: its one-line message, without a traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error
+
+
+def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, dict[str, TaskConfig]]:
+    """The embedded suite in ``folder`` as a user's configuration would name its files; all eight tasks by default."""
+    chosen = list(digits.TASKS) if tasks is None else tasks
+    unknown = [name for name in chosen if name not in digits.TASKS]
+    if unknown:
+        raise UserError(f"tasks: expected some of {', '.join(digits.TASKS)}; got {', '.join(unknown)}")
+    encoder = EncoderConfig(architecture=str(folder / "encoder.json"), pretrained=folder / "pretrained.safetensors")
+    return encoder, {
+        name: TaskConfig(
+            checkpoint=folder / f"finetuned_{name}.safetensors",
+            head=folder / "heads.safetensors",
+            merging=f"digits:{name}/merging",
+            evaluation=f"digits:{name}/evaluation",
+        )
+        for name in chosen
+    }
+
+
+@dataclass
+class Workspace:
+    """The files of one run, opened when they are needed.
+
+    ``encoder_config`` and ``task_configs`` name them; ``suite_folder`` replaces the embedded suite's own.
+    """
+
+    config: RunConfig
+    suite_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.suite is not None:
+            chosen = self.config.tasks
+            assert chosen is None or isinstance(chosen, list)
+            folder = self.suite_folder or Path(digits.__file__).parent / "digits_suite"
+            self.encoder_config, self.task_configs = digits_files(folder, chosen)
+        else:
+            assert self.config.encoder is not None and isinstance(self.config.tasks, dict)
+            self.encoder_config, self.task_configs = self.config.encoder, self.config.tasks
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks in the order of the preference's entries."""
+        return list(self.task_configs)
+
+    @cached_property
+    def encoder_description(self) -> dict[str, Any]:
+        """How to build the plain encoder: see :func:`pareto_merging.encoders.describe`."""
+        return encoders.describe(self.encoder_config.architecture, self.encoder_config.quick_gelu)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the work is done: a CUDA GPU where there is one, unless the configuration says otherwise."""
+        if self.config.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with user_errors("device"):
+            try:
+                device = torch.device(self.config.device)
+                torch.empty(0, device=device)
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f"device: expected one that is here, got {self.config.device} ({error})") from error
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and the images."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.config.dtype]
+
+    def check_files(self) -> None:
+        """UserError if a checkpoint or head is missing, or its tensors are not the encoder's; reads only headers."""
+        expected = {name: list(t.shape) for name, t in self.skeleton().state_dict().items()}
+        paths = {"pretrained": self.encoder_config.pretrained}
+        paths |= {name: task.checkpoint for name, task in self.task_configs.items()}
+        for path in paths.values():
+            shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
+            check_tensors(path, shapes, expected)
+        for task in self.task_configs.values():
+            read_shapes(task.head)
+
+    def skeleton(self) -> nn.Module:
+        """The encoder without memory for its weights."""
+        with torch.device("meta"):
+            return encoders.build(self.encoder_description)
+
+    def load(self, path: Path) -> dict[str, Tensor]:
+        """One checkpoint's tensors on the run's device, in its dtype."""
+        tensors = read_tensors(path, self.device)
+        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+    def encoder(self, path: Path) -> nn.Module:
+        """The plain encoder with the weights of one checkpoint."""
+        model = encoders.build(self.encoder_description).to(self.device, self.dtype)
+        tensors = self.load(path)
+        expected = {name: list(t.shape) for name, t in model.state_dict().items()}
+        check_tensors(path, {name: list(t.shape) for name, t in tensors.items()}, expected)
+        model.load_state_dict(tensors)
+        return model
+
+    def pretrained(self) -> nn.Module:
+        """The pretrained encoder."""
+        return self.encoder(self.encoder_config.pretrained)
+
+    def finetuned(self) -> dict[str, Mapping[str, Tensor]]:
+        """The fine-tuned weights by task name."""
+        return {name: self.load(task.checkpoint) for name, task in self.task_configs.items()}
+
+    def pareto_model(self) -> nn.Module:
+        """A fresh Pareto model with the configuration's settings."""
+        method = self.config.method
+        with user_errors():
+            return parametrize(
+                self.pretrained(),
+                self.finetuned(),
+                rank=method.rank,
+                low_rank=method.low_rank,
+                init_lambda=method.init_lambda,
+                granularity=method.granularity,
+                buffers=method.buffers,
+                seed=method.seed,
+            )
+
+    def head(self, task: str) -> ZeroShotHead:
+        """The frozen head of one task."""
+        return read_head(self.task_configs[task].head, task).to(self.device)
+
+    def merging_tasks(self) -> dict[str, MergingTask]:
+        """Unlabelled images and heads."""
+        size = encoders.image_size(self.encoder_description)
+        return {
+            name: MergingTask(open_images(task.merging, size), self.head(name))
+            for name, task in self.task_configs.items()
+        }
+
+    def evaluation_tasks(self, unlabelled_ok: bool = False) -> dict[str, EvaluationTask]:
+        """Labelled images and heads; UserError naming the tasks without them."""
+        missing = [name for name, task in self.task_configs.items() if task.evaluation is None]
+        if missing:
+            raise UserError(f"tasks: expected `evaluation` images for every task, got none for {', '.join(missing)}")
+        size = encoders.image_size(self.encoder_description)
+        return {
+            name: EvaluationTask(open_images(str(task.evaluation), size), self.head(name))
+            for name, task in self.task_configs.items()
+        }
+
+
+def check_tensors(path: Path, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+    """UserError naming the tensors of ``path`` that are missing, extra or of another shape than ``expected``."""
+    problems = [f"lacks {name}" for name in expected if name not in shapes]
+    problems += [f"has an extra {name}" for name in shapes if name not in expected]
+    problems += [
+        f"has {name} of shape {shapes[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path}: is not of the encoder's architecture: it {'; it '.join(problems[:5])}{more}")
