@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pareto_merging.evaluation import Scores
-    from pareto_merging.workspace import Workspace
 
 app = typer.Typer(
     name="pareto-merging",
@@ -38,7 +37,7 @@ ConfigFile = Annotated[
     Path,
     typer.Argument(
         metavar="CONFIG.yaml",
-        help="`suite: digits`, or `encoder:` and `tasks:` with your checkpoints, heads and images; `method:` sets the rest.",
+        help="`suite: digits`, or `encoder:` and `tasks:` with checkpoints, heads and images; `method:` sets the rest.",
     ),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
@@ -57,8 +56,8 @@ def demo(
 ) -> None:
     """Merge eight fine-tuned vision transformers (embedded, real handwritten digits) in about a minute and a half.
 
-    Compares Pareto Merging with weight averaging, task arithmetic and AdaMerging; learns a two-task Pareto set and draws
-    its front. Writes report.json, front.png, pareto_set.safetensors and index.html.
+    Compares Pareto Merging with weight averaging, task arithmetic and AdaMerging; learns a two-task Pareto set and
+    draws its front. Writes report.json, front.png, pareto_set.safetensors and index.html.
     """
     from pareto_merging.demo import run_demo
 

@@ -193,8 +193,8 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     console.print(front)
     metrics = report["hypervolume"]
     console.print(
-        f"Hypervolume above {metrics['reference_point']}: Pareto Merging {metrics['pareto_merging']:.0f}, all baselines "
-        f"together {metrics['all_baselines_together']:.0f}. Open {out / 'index.html'}",
+        f"Hypervolume above {metrics['reference_point']}: Pareto Merging {metrics['pareto_merging']:.0f}, all "
+        f"baselines together {metrics['all_baselines_together']:.0f}. Open {out / 'index.html'}",
         soft_wrap=True,
     )
 
@@ -222,6 +222,7 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
     volumes += [[name, f"{value:.0f}"] for name, value in metrics["baselines"].items()]
     where = [[key, str(value)] for key, value in report["environment"].items()]
     image = base64.b64encode(picture).decode()
+    columns = ["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Pareto Merging: demo</title>
@@ -247,7 +248,7 @@ all of them come from the one learned set.</p>
 <h2>Two tasks: the front</h2>
 <p><img alt="Accuracy on {html.escape(first)} against {html.escape(second)} for preferences from one to the other, with
 the baselines as points" src="data:image/png;base64,{image}"></p>
-<div class="wide">{_table(["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"], front)}</div>
+<div class="wide">{_table(columns, front)}</div>
 <p>Hypervolume above the reference point {metrics["reference_point"]} (chance on both tasks):</p>
 {_table(["set", "hypervolume"], volumes)}
 <h2>Where this ran</h2>

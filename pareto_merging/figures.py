@@ -1,4 +1,4 @@
-"""Pictures: legible in a column of a two-column paper, in grey and to the colour-blind (markers differ, not only hues)."""
+"""Pictures: legible in a column of a two-column paper, in grey and to the colour-blind (markers differ too)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ class ParetoModule(ModuleBase):
     merged_names: tuple[str, ...] = ()
     original_class: type[nn.Module]
     lambda_groups: dict[str, str]
-    pareto: ParetoState
+    # until convert gives it the model's
+    pareto: ParetoState = ParetoState((), torch.empty(0))
 
     def parts(self, name: str) -> dict[str, Tensor | None]:
         """Task vectors, λ, A, G and B of parameter ``name``; None for what it does not have."""
@@ -148,14 +149,20 @@ def _merged_property(name: str) -> property:
         if self._parameters.get(name) is None:
             if name in self._parameters:
                 return None
+            if name in self.__dict__:
+                # nn.MultiheadAttention keeps an absent bias_k as a plain attribute
+                return self.__dict__[name]
             # raised while the original class's constructor asks whether the name is free
             raise AttributeError(name)
         return self.merged(name)
 
-    def refuse(self: ParetoModule, value: Any) -> None:
+    def set_if_absent(self: ParetoModule, value: Any) -> None:
+        if self._parameters.get(name) is None:
+            self.__dict__[name] = value
+            return
         raise AttributeError(f"{name}: a merged parameter cannot be assigned; set_lambda and set_preference change it")
 
-    return property(get, refuse)
+    return property(get, set_if_absent)
 
 
 class ParetoLinear(ParetoModule, nn.Linear):

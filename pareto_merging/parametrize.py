@@ -19,6 +19,7 @@ from pareto_merging.preferences import (
     check_preference,
     equal_preference,
     pareto_state,
+    pareto_states,
 )
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
@@ -109,6 +110,7 @@ def parametrize(
             owners.setdefault(owner, []).append(attribute)
     for owner, attributes in owners.items():
         convert(model.get_submodule(owner), attributes, state)
+    _disable_fused_encoder_layers(model)
     for plan in plans:
         _register(model, plan, granularity, init_lambda, len(names), lambdas)
     for parameter in model.parameters():
@@ -121,6 +123,15 @@ def parametrize(
     state.gamma = state.gamma.to(device)
     state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
     return model
+
+
+def _disable_fused_encoder_layers(model: nn.Module) -> None:
+    """nn.TransformerEncoderLayer's fused inference path wants each weight as one tensor; its ordinary path calls the
+    layers, which can do more (a preference per item). The flag that guards the fused path is put back by merge."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(True for _ in pareto_modules(module)):
+            module.__dict__["pareto_fused_activation"] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
 
 
 class TensorDigest:
@@ -145,7 +156,7 @@ class TensorDigest:
 def _check_settings(pretrained: Any, rank: int, low_rank: Any, granularity: str, buffers: str) -> None:
     if not isinstance(pretrained, nn.Module):
         raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
-    if any(True for _ in pareto_modules(pretrained)):
+    if pareto_states(pretrained):
         raise ValueError("pretrained: expected a plain module, got a Pareto model")
     if not callable(low_rank) and low_rank not in ("attention", "in-projection", "all", "none"):
         raise ValueError(f"low_rank: expected attention, in-projection, all, none or a function, got {low_rank!r}")
@@ -432,6 +443,9 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     for _, module in list(pareto_modules(plain)):
         restore(module)
     plain.__dict__.pop("pareto", None)
+    for module in plain.modules():
+        if "pareto_fused_activation" in module.__dict__:
+            module.__dict__["activation_relu_or_gelu"] = module.__dict__.pop("pareto_fused_activation")
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

@@ -36,7 +36,7 @@ CHANCE = 10.0
 
 @dataclass
 class Entry:
-    """One method: its scores, what it cost, and what was chosen for it. ``model`` is the merged model, if there is one."""
+    """One method: its scores, what it cost, and what was chosen for it; ``model`` is the merged model, if any."""
 
     scores: Scores
     seconds: float

@@ -41,7 +41,9 @@ def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, 
     unknown = [name for name in chosen if name not in digits.TASKS]
     if unknown:
         raise UserError(f"tasks: expected some of {', '.join(digits.TASKS)}; got {', '.join(unknown)}")
-    encoder = EncoderConfig(architecture=str(folder / "encoder.json"), pretrained=folder / "pretrained.safetensors")
+    encoder = EncoderConfig(
+        architecture=str(folder / "encoder.json"), pretrained=folder / "pretrained.safetensors", quick_gelu=False
+    )
     return encoder, {
         name: TaskConfig(
             checkpoint=folder / f"finetuned_{name}.safetensors",

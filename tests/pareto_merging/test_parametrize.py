@@ -1,0 +1,543 @@
+"""Any module and K copies → a Pareto model → plain modules again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from helpers import noisy_copy, randomize
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging import encoders
+from pareto_merging.modules import ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
+from pareto_merging.parametrize import (
+    fold,
+    get_lambda,
+    lambda_group,
+    lambda_names,
+    learned_parameters,
+    merge,
+    parametrize,
+    set_lambda,
+    wants_low_rank,
+)
+from pareto_merging.preferences import get_preference, preference, set_preference
+
+Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
+GAMMAS = [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the output layer's, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.inner = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 11, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(self.embed(tokens))))
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4, bias=False))
+
+
+def hugging_face_clip() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return transformers.CLIPVisionModel(config)
+
+
+def open_clip_attention() -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(
+        image_size=8, patch_size=4, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=8, qk_norm=True, scale_heads=True
+    )
+
+
+def transformer_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+
+
+def recurrent() -> nn.Module:
+    return nn.LSTM(5, 7, num_layers=2, batch_first=True)
+
+
+IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "conv": (conv_net, IMAGES, "all"),
+    "mlp": (mlp, torch.randn(5, 6, generator=torch.Generator().manual_seed(5)), "all"),
+    "tied": (Tied, torch.arange(10).view(5, 2), "all"),
+    "tied λ only": (Tied, torch.arange(10).view(5, 2), "none"),
+    "Hugging Face": (hugging_face_clip, IMAGES, "attention"),
+    "open_clip Attention": (open_clip_attention, IMAGES, "attention"),
+    "encoder layer": (transformer_layer, torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(5)), "all"),
+    "LSTM": (recurrent, torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(5)), "none"),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor, str]:
+    make, x, low_rank = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval(), x, low_rank
+
+
+def output(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    return result.pooler_output if hasattr(result, "pooler_output") else result[0]
+
+
+def by_hand(pretrained: nn.Module, copies: dict[str, nn.Module], model: nn.Module, gamma: list[float]) -> nn.Module:
+    """The merged model from the formula, in plain loops over names: no code of ours but the learned numbers."""
+    merged = copy.deepcopy(pretrained).double()
+    base = {name: p.double() for name, p in pretrained.named_parameters(remove_duplicate=False)}
+    learned = {name: value.detach().double() for name, value in learned_parameters(model).items()}
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            value = base[name].clone()
+            for k, other in enumerate(copies.values()):
+                tau = dict(other.named_parameters(remove_duplicate=False))[name].double() - base[name]
+                if f"lam.{name}" in learned:
+                    value += learned[f"lam.{name}"][k] * tau
+            if f"A.{name}" in learned:
+                core = sum(g * learned[f"G.{name}"][:, :, k] for k, g in enumerate(gamma))
+                value += learned[f"A.{name}"] @ core @ learned[f"B.{name}"].T
+            parameter.copy_(value)
+    return merged
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_equals_the_formula_and_the_pareto_model(name: str, copies: Copies) -> None:
+    pretrained, x, low_rank = build(name)
+    finetuned = copies(pretrained, 3)
+    model = randomize(parametrize(pretrained, finetuned, rank=3, low_rank=low_rank))
+    exact = x.double() if x.is_floating_point() else x
+    for gamma in GAMMAS:
+        set_preference(model, gamma)
+        plain = merge(model, gamma)
+        y = output(model(x))
+        torch.testing.assert_close(output(plain(x)), y, rtol=1e-5, atol=1e-5)
+        truth = output(by_hand(pretrained, finetuned, model, gamma)(exact))
+        torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-5)
+    if low_rank != "none":
+        set_preference(model, GAMMAS[1])
+        other = output(model(x))
+        set_preference(model, GAMMAS[0])
+        assert not torch.allclose(other, output(model(x))), "the preference changes nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merge_gives_back_the_original_class(name: str, copies: Copies) -> None:
+    pretrained, _, low_rank = build(name)
+    model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank=low_rank)
+    plain = merge(model, [0.5, 0.5])
+    assert [type(m) for m in plain.modules()] == [type(m) for m in pretrained.modules()]
+    assert list(plain.state_dict()) == list(pretrained.state_dict())
+    assert all(p.requires_grad for p in plain.parameters())
+    assert not any("pareto" in m.__dict__ for m in plain.modules())
+    shared = {t.data_ptr() for t in model.state_dict().values() if t.numel()}
+    assert not shared & {p.data_ptr() for p in plain.parameters()}, "shares memory with the Pareto model"
+    pickle.loads(pickle.dumps(plain))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pretrained_is_left_alone_and_the_signature_stays(name: str, copies: Copies) -> None:
+    pretrained, x, low_rank = build(name)
+    before = {key: value.clone() for key, value in pretrained.state_dict().items()}
+    model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank=low_rank)
+    assert isinstance(model, type(pretrained))
+    assert type(pretrained).forward is type(pretrained).forward
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in pretrained.state_dict().items())
+    assert all(p.requires_grad for p in pretrained.parameters())
+    assert output(model(x)).shape == output(pretrained(x)).shape
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fold_keeps_the_results_and_drops_the_task_vectors(name: str, copies: Copies) -> None:
+    pretrained, x, low_rank = build(name)
+    model = randomize(parametrize(pretrained, copies(pretrained, 3), rank=2, low_rank=low_rank))
+    folded = fold(model)
+    assert not any("task_vectors" in key or key.endswith("lam") for key in folded.state_dict())
+    low_rank_size = sum(p.numel() for n, p in learned_parameters(model).items() if not n.startswith("lam."))
+    assert (
+        sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in pretrained.parameters()) + low_rank_size
+    )
+    for gamma in GAMMAS:
+        set_preference(model, gamma)
+        set_preference(folded, gamma)
+        torch.testing.assert_close(output(folded(x)), output(model(x)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            output(merge(folded, gamma)(x)), output(merge(model, gamma)(x)), rtol=1e-5, atol=1e-5
+        )
+    again = fold(folded)
+    set_preference(again, GAMMAS[1])
+    torch.testing.assert_close(output(again(x)), output(folded(x)))
+
+
+@pytest.mark.parametrize("folding", [False, True])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("LSTM", "open_clip Attention", "tied")])
+def test_per_item_preferences_equal_itemwise_merging(name: str, folding: bool, copies: Copies) -> None:
+    pretrained, x, low_rank = build(name)
+    model = randomize(parametrize(pretrained, copies(pretrained, 3), rank=2, low_rank=low_rank))
+    model = fold(model) if folding else model
+    gammas = torch.softmax(3 * torch.randn(5, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
+    set_preference(model, gammas)
+    y = output(model(x))
+    for item in range(5):
+        alone = output(merge(model, gammas[item])(x[item : item + 1]))
+        torch.testing.assert_close(y[item : item + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_per_item_preferences_where_a_tensor_is_merged_whole_say_so(copies: Copies) -> None:
+    for name in ("open_clip Attention", "tied"):
+        pretrained, x, low_rank = build(name)
+        model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank=low_rank)
+        set_preference(model, torch.full((5, 2), 0.5))
+        with pytest.raises(ValueError, match="expected one preference for the whole batch, got 5"):
+            model(x)
+
+
+def test_per_item_preferences_of_another_batch_size_say_so(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    set_preference(model, torch.full((4, 2), 0.5))
+    with pytest.raises(ValueError, match="got 4 preferences for an input of shape"):
+        model(IMAGES)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14"])
+@pytest.mark.slow
+def test_open_clip_at_full_size(name: str) -> None:
+    pretrained = encoders.build({"architecture": name})
+    finetuned = {f"t{k}": noisy_copy(pretrained, k + 1, scale=1e-3) for k in range(2)}
+    model = randomize(parametrize(pretrained, finetuned, digests=False), scale=0.01)
+    config = open_clip.get_model_config(name)["vision_cfg"]
+    layers = config["layers"]
+    low_rank = [n for n in learned_parameters(model) if n.startswith("G.")]
+    assert len(low_rank) == 2 * layers, "in- and out-projection of every block"
+    # per block: in- and out-projection, two MLP layers and two layer norms, weight and bias each
+    assert len(lambda_names(model)) == 12 * layers + 8
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    set_preference(model, [0.3, 0.7])
+    with torch.no_grad():
+        y = model(x)
+        torch.testing.assert_close(merge(model, [0.3, 0.7])(x), y, rtol=1e-4, atol=1e-5)
+        folded = fold(model)
+        per_item = torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+        set_preference(folded, per_item)
+        torch.testing.assert_close(folded(x)[0], y[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rank_16_on_the_in_projections_is_the_papers_half_percent() -> None:
+    model = encoders.build({"architecture": "ViT-B-32"})
+    added = sum(
+        16 * sum(parameter.shape) + 16 * 16 * 8
+        for name, parameter in model.named_parameters()
+        if wants_low_rank(model, name, "in-projection")
+    )
+    assert 0.005 < added / sum(p.numel() for p in model.parameters()) < 0.008
+
+
+def test_which_matrices_are_attention(tiny_vit: nn.Module) -> None:
+    def chosen(model: nn.Module, setting: Any) -> set[str]:
+        return {n for n, p in model.named_parameters() if p.ndim == 2 and wants_low_rank(model, n, setting)}
+
+    block = "transformer.resblocks.0."
+    attention = {block + "attn.in_proj_weight", block + "attn.out_proj.weight"}
+    everything = attention | {block + "mlp.c_fc.weight", block + "mlp.c_proj.weight"}
+    assert {n for n in chosen(tiny_vit, "attention") if n.startswith(block)} == attention
+    assert {n for n in chosen(tiny_vit, "in-projection") if n.startswith(block)} == {block + "attn.in_proj_weight"}
+    assert {n for n in chosen(tiny_vit, "all") if n.startswith(block)} == everything
+    assert chosen(tiny_vit, "none") == set()
+    assert chosen(tiny_vit, lambda name, module: "c_fc" in name) == {
+        f"transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(2)
+    }
+    clip = build("Hugging Face")[0]
+    names = {name.rpartition("encoder.layers.0.")[2] for name in chosen(clip, "attention") if "layers.0" in name}
+    assert names == {f"self_attn.{p}_proj.weight" for p in ("q", "k", "v", "out")}
+    names = {name.rpartition("encoder.layers.0.")[2] for name in chosen(clip, "in-projection") if "layers.0" in name}
+    assert names == {f"self_attn.{p}_proj.weight" for p in ("q", "k", "v")}
+
+
+def test_weights_and_task_vectors_are_held_once(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 3), rank=2)
+    size = sum(p.numel() for p in tiny_vit.parameters())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    frozen = sum(storages.values()) // 4 - sum(p.numel() for p in learned_parameters(model).values())
+    assert frozen == (1 + 3) * size
+
+
+def test_tied_weights_stay_tied(copies: Copies) -> None:
+    pretrained, x, _ = build("tied")
+    model = randomize(parametrize(pretrained, copies(pretrained, 3), low_rank="none"))
+    assert lambda_names(model) == ["embed.weight", "inner.weight", "inner.bias"]
+    for changed in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        assert changed.embed._parameters["weight"] is changed.out._parameters["weight"]
+        assert changed.embed.task_vectors is changed.out.task_vectors
+        assert changed.embed.lam is changed.out.lam
+        torch.testing.assert_close(changed(x), model(x))
+    plain = merge(model, GAMMAS[0])
+    assert plain.embed.weight is plain.out.weight
+    folded = fold(model)
+    assert folded.embed.weight is folded.out.weight
+
+
+def test_tied_weights_that_differ_in_a_copy_are_an_error(copies: Copies) -> None:
+    pretrained, _, _ = build("tied")
+    weights = {k: v.clone() for k, v in pretrained.state_dict().items()}
+    weights["out.weight"] += 1
+    with pytest.raises(ValueError, match=r"embed.weight and out.weight are tied in pretrained but differ in b"):
+        parametrize(pretrained, {"a": pretrained.state_dict(), "b": weights})
+    # a file may hold a tied tensor once
+    del weights["out.weight"]
+    parametrize(pretrained, {"a": weights})
+
+
+def test_buffers_from_pretrained_or_averaged(copies: Copies) -> None:
+    pretrained, x, _ = build("conv")
+    finetuned = copies(pretrained, 3)
+    kept = parametrize(pretrained, finetuned, low_rank="none")
+    assert torch.equal(kept[1].running_mean, pretrained[1].running_mean)
+    averaged = parametrize(pretrained, finetuned, low_rank="none", buffers="average")
+    for name in ("running_mean", "running_var"):
+        expected = sum(getattr(m[1], name) for m in finetuned.values()) / 3
+        torch.testing.assert_close(getattr(averaged[1], name), expected)
+    assert torch.equal(averaged[1].num_batches_tracked, pretrained[1].num_batches_tracked)
+    torch.testing.assert_close(merge(averaged, GAMMAS[0])(x), averaged(x))
+
+
+def test_zero_task_vectors_are_not_stored(copies: Copies) -> None:
+    pretrained, x, _ = build("mlp")
+    finetuned = {k: {n: v.clone() for n, v in m.state_dict().items()} for k, m in copies(pretrained, 2).items()}
+    for weights in finetuned.values():
+        weights["0.bias"] = pretrained[0].bias.detach().clone()
+    model = parametrize(pretrained, finetuned, low_rank="none")
+    assert lambda_names(model) == ["0.weight", "2.weight"]
+    assert "0.bias_task_vectors" not in model.state_dict()
+    torch.testing.assert_close(model[0].bias, pretrained[0].bias)
+    unchanged = parametrize(pretrained, {"a": pretrained}, low_rank="none")
+    assert get_lambda(unchanged).shape == (0, 1)
+    assert torch.equal(unchanged(x), pretrained(x))
+    set_preference(unchanged, [1.0])
+    # the low-rank term may be all there is
+    frozen = randomize(parametrize(pretrained, {"a": pretrained}, rank=2, low_rank="all"))
+    torch.testing.assert_close(merge(frozen, [1.0])(x), frozen(x))
+    assert not torch.allclose(frozen(x), pretrained(x))
+
+
+def test_mismatched_copies_are_named(copies: Copies) -> None:
+    pretrained, _, _ = build("mlp")
+    good = {k: v.clone() for k, v in pretrained.state_dict().items()}
+    missing = {k: v for k, v in good.items() if k != "0.bias"}
+    extra = {**good, "head.weight": torch.zeros(2)}
+    shaped = {**good, "2.weight": torch.zeros(4, 9)}
+    with pytest.raises(
+        ValueError, match=r"b lacks 0.bias; c has an extra head.weight; d has 2.weight of shape \[4, 9\]"
+    ):
+        parametrize(pretrained, {"a": good, "b": missing, "c": extra, "d": shaped})
+    with pytest.raises(ValueError, match="expected at least one fine-tuned copy"):
+        parametrize(pretrained, [])
+    with pytest.raises(TypeError, match="expected a sequence or mapping of K fine-tuned copies, got a single one"):
+        parametrize(pretrained, good)
+    with pytest.raises(TypeError, match="expected a sequence or mapping of K fine-tuned copies, got a single one"):
+        parametrize(pretrained, pretrained)
+    with pytest.raises(TypeError, match="finetuned: expected modules or state dicts, got str"):
+        parametrize(pretrained, {"a": "file.pt"})
+    with pytest.raises(TypeError, match="pretrained: expected an nn.Module"):
+        parametrize(good, [pretrained])
+    with pytest.raises(ValueError, match="pretrained: expected a plain module, got a Pareto model"):
+        parametrize(parametrize(pretrained, [good], low_rank="none"), [good])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rank": 0}, "rank: expected a whole number of at least 1, got 0"),
+        ({"low_rank": "mlp"}, "low_rank: expected attention, in-projection, all, none or a function, got 'mlp'"),
+        ({"granularity": "layer"}, "granularity: expected tensor, module, block or model, got 'layer'"),
+        ({"buffers": "sum"}, "buffers: expected pretrained or average, got 'sum'"),
+    ],
+)
+def test_settings_are_checked(setting: dict[str, Any], message: str) -> None:
+    pretrained, _, _ = build("mlp")
+    with pytest.raises(ValueError, match=message):
+        parametrize(pretrained, [pretrained], **setting)
+
+
+def test_lambda_of_all_layers(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 3), rank=2, init_lambda=0.25)
+    names = lambda_names(model)
+    assert sorted(names) == sorted(name for name, _ in tiny_vit.named_parameters())
+    assert torch.equal(get_lambda(model), torch.full((len(names), 3), 0.25))
+    values = torch.arange(len(names) * 3, dtype=torch.float32).view(len(names), 3)
+    set_lambda(model, values)
+    assert torch.equal(get_lambda(model), values)
+    row = values[names.index("transformer.resblocks.1.attn.in_proj_weight")]
+    assert torch.equal(model.transformer.resblocks[1].attn.in_proj_weight_lam, row)
+    set_lambda(model, 0.5)
+    assert torch.equal(get_lambda(model), torch.full((len(names), 3), 0.5))
+    set_lambda(model, torch.tensor([1.0, 0.0, 0.0]))
+    task = copies(tiny_vit, 3)["t0"]
+    torch.testing.assert_close(model(IMAGES), task(IMAGES), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"lambda: expected shape \[\d+, 3\], got \[2, 3\]"):
+        set_lambda(model, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="lambda: expected finite numbers"):
+        set_lambda(model, torch.full((len(names), 3), torch.nan))
+
+
+def test_granularity(tiny_vit: nn.Module, copies: Copies) -> None:
+    finetuned = copies(tiny_vit, 2)
+    sizes = {
+        g: len(lambda_names(parametrize(tiny_vit, finetuned, granularity=g))) for g in ("model", "block", "module")
+    }
+    # blocks: two, and class embedding, positions, projection, conv1, ln_pre, ln_post by themselves
+    assert sizes == {"model": 1, "block": 8, "module": 6 + 2 * 6}
+    assert (
+        lambda_group("visual.transformer.resblocks.11.attn.out_proj.bias", "block") == "visual.transformer.resblocks.11"
+    )
+    assert lambda_group("class_embedding", "module") == "class_embedding"
+    model = randomize(parametrize(tiny_vit, finetuned, granularity="block"))
+    torch.testing.assert_close(merge(model, [0.5, 0.5])(IMAGES), model(IMAGES))
+    block = model.transformer.resblocks[0]
+    assert block.attn.in_proj_weight_lam is block.mlp.c_fc.bias_lam
+
+
+@pytest.mark.parametrize("folding", [False, True])
+def test_deepcopy_pickle_state_dict_and_to(tiny_vit: nn.Module, copies: Copies, folding: bool) -> None:
+    def make(seed: int) -> nn.Module:
+        model = randomize(parametrize(tiny_vit, copies(tiny_vit, 3), rank=2), seed)
+        return fold(model) if folding else model
+
+    model = make(0)
+    set_preference(model, GAMMAS[0])
+    y = model(IMAGES)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(IMAGES), y)
+        set_preference(clone, GAMMAS[1])
+        assert torch.equal(model(IMAGES), y), "a copy shares its preference with the original"
+        set_preference(clone, [0.2, 0.3, 0.5])
+        with torch.no_grad():
+            for parameter in clone.parameters():
+                parameter.add_(1)
+        assert torch.equal(model(IMAGES), y)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = make(1)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    set_preference(other, GAMMAS[0])
+    assert torch.equal(other(IMAGES), y)
+    double = copy.deepcopy(model).to(torch.float64)
+    torch.testing.assert_close(double(IMAGES.double()).float(), y)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = copy.deepcopy(model).to(dtype)
+        assert all(p.dtype == torch.float32 for p in learned_parameters(low).values())
+        assert low.transformer.resblocks[0].mlp.c_fc.weight.dtype == dtype
+        assert (low(IMAGES.to(dtype)).float() - y).abs().max() < 0.1 * y.abs().max()
+        back = low.to("cpu").float()
+        assert all(
+            torch.equal(p, q)
+            for p, q in zip(learned_parameters(back).values(), learned_parameters(model).values(), strict=True)
+        )
+    assert copy.deepcopy(model).to("meta").transformer.resblocks[0].attn.in_proj_weight_G.device.type == "meta"
+
+
+def test_gradients_survive_to(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = randomize(parametrize(tiny_vit, copies(tiny_vit, 2), rank=2))
+    model(IMAGES).sum().backward()
+    model.to(torch.bfloat16)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learned_parameters(model).values())
+
+
+@pytest.mark.parametrize("folding", [False, True])
+@pytest.mark.slow
+def test_compiles_without_a_graph_break(tiny_vit: nn.Module, copies: Copies, folding: bool) -> None:
+    model = randomize(parametrize(tiny_vit, copies(tiny_vit, 3), rank=2))
+    model = fold(model) if folding else model
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for gamma in GAMMAS:
+        set_preference(model, gamma)
+        y = compiled(IMAGES)
+        torch.testing.assert_close(y, model(IMAGES))
+        ours = torch.autograd.grad(y.sum(), list(learned_parameters(model).values()))
+        theirs = torch.autograd.grad(model(IMAGES).sum(), list(learned_parameters(model).values()))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    set_preference(model, torch.softmax(torch.randn(5, 3), dim=-1))
+    torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
+
+
+def test_only_the_learned_parameters_require_a_gradient(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learned = {id(p) for p in learned_parameters(model).values()}
+    assert all(p.requires_grad == (id(p) in learned) for p in model.parameters())
+    count = sum(p.numel() for p in learned_parameters(model).values())
+    block = 2 * (96 + 32) + 2 * 2 * 2 + 2 * (32 + 32) + 2 * 2 * 2
+    assert count == 2 * block + 2 * len(lambda_names(model))
+
+
+def test_one_task_and_a_model_inside_another(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = randomize(parametrize(tiny_vit, copies(tiny_vit, 1), rank=2))
+    torch.testing.assert_close(merge(model, [1.0])(IMAGES), model(IMAGES))
+    outer = nn.Sequential(model, nn.Linear(8, 2))
+    with preference(outer, [1.0]):
+        assert outer(IMAGES).shape == (5, 2)
+    assert get_preference(outer) == {"t0": 1.0}
+
+
+def test_reading_a_parameter_gives_the_merged_one_and_assigning_is_refused(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = randomize(parametrize(tiny_vit, copies(tiny_vit, 2), rank=2))
+    plain = merge(model, [0.5, 0.5])
+    for name in (
+        "class_embedding",
+        "proj",
+        "conv1.weight",
+        "ln_pre.bias",
+        "transformer.resblocks.0.attn.in_proj_weight",
+    ):
+        owner, _, attribute = name.rpartition(".")
+        torch.testing.assert_close(
+            getattr(model.get_submodule(owner), attribute), getattr(plain.get_submodule(owner), attribute)
+        )
+    with pytest.raises((AttributeError, TypeError)):
+        model.proj = torch.zeros(1)
+    assert model.get_parameter("transformer.resblocks.0.attn.in_proj_weight_lam").shape == (2,)
+
+
+def test_every_part_is_registered_under_its_name(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    for _, module in pareto_modules(model):
+        assert isinstance(module, ParetoModule)
+        for name in module.merged_names:
+            parts = module.parts(name)
+            assert parts["task_vectors"] is not None
+            merged = pmkernels.reference.merge_weight(
+                module._parameters[name], gamma=None if parts["A"] is None else module.pareto.gamma, **parts
+            )
+            torch.testing.assert_close(module.merged(name), merged)
+    assert part_name("weight", "lam") == "lam"
+    assert isinstance(model.transformer.resblocks[0].attn, ParetoAttention)
+    assert isinstance(model.transformer.resblocks[0].mlp.c_fc, ParetoLinear)
