@@ -154,6 +154,7 @@ def export(
     from pareto_merging.parametrize import merge
     from pareto_merging.preferences import parse_preference
     from pareto_merging.runs import check_new, open_run
+    from pareto_merging.workspace import user_errors
 
     if (preference is None) == (not folded):
         raise UserError("export: expected either --preference or --folded")
@@ -172,7 +173,8 @@ def export(
             encoder=workspace.encoder_description,
         )
     else:
-        gamma = parse_preference(str(preference), workspace.task_names)
+        with user_errors():
+            gamma = parse_preference(str(preference), workspace.task_names)
         metadata = {
             "format": "pt",
             "preference": dict(zip(workspace.task_names, gamma.tolist(), strict=True)),

@@ -107,15 +107,13 @@ class ParetoModule(ModuleBase):
 
     def project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
-        if (
-            self.pareto.cache is not None
-            and self.pareto.gamma.ndim == 1
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            return F.linear(x, self.merged(name)[rows], None if bias is None else bias[rows])
         weight: Tensor | None = self._parameters[name]
         assert weight is not None
         parts = self.parts(name)
+        plain = parts["lam"] is None and parts["A"] is None
+        state, autocast = self.pareto, torch.is_autocast_enabled(x.device.type)
+        if plain or (state.cache is not None and state.gamma.ndim == 1 and not autocast):
+            return F.linear(x, self.merged(name)[rows], None if bias is None else bias[rows])
         gamma = None
         if rows != slice(None):
             weight = weight[rows]

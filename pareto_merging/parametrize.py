@@ -440,8 +440,8 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     state = pareto_state(model)
     checked = check_preference(gamma, state.task_names, per_item=False).detach()
     plain = _copy_with(model, lambda module, name: module.merged(name, checked), keep_low_rank=False)
-    for _, module in list(pareto_modules(plain)):
-        restore(module)
+    for _, pareto in list(pareto_modules(plain)):
+        restore(pareto)
     plain.__dict__.pop("pareto", None)
     for module in plain.modules():
         if "pareto_fused_activation" in module.__dict__:

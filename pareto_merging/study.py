@@ -29,7 +29,7 @@ from pareto_merging.training import learn_pareto_set
 from pareto_merging.workspace import Workspace
 
 COEFFICIENTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-LEARNING_RATES = (1e-3, 1e-2)
+LEARNING_RATES = (3e-3, 1e-2)
 # a model that is right by chance on ten classes
 CHANCE = 10.0
 
@@ -95,6 +95,17 @@ class Study:
             scores.entropy
         )
 
+    def label_free_set_score(self, model: nn.Module) -> float:
+        """The same for a Pareto model: the mean of its score at the equal preference and of each task's own score at
+        that task's one-hot preference."""
+        names = self.workspace.task_names
+        equal = self.label_free_score(merge(model, equal_preference(len(names))))
+        own = 0.0
+        for name, gamma in zip(names, one_hot_preferences(len(names)), strict=True):
+            scores = evaluate_model(merge(model, gamma), {name: self._unlabelled[name]})
+            own += (scores.entropy[name] - scores.mean_prediction_entropy[name]) / len(names)
+        return (equal + own) / 2
+
     def individual(self) -> Entry:
         """Each fine-tuned model on its own task: the upper bound, at the price of K models."""
         parts = []
@@ -145,12 +156,13 @@ class Study:
         (model, chosen), seconds, peak = min(runs, key=lambda run: self.label_free_score(run[0][0]))
         return Entry(evaluate_model(model, self.evaluation), seconds, peak, chosen, model)
 
-    def learn(self) -> tuple[nn.Module, float, int]:
-        """Pareto Merging with the workspace's settings: (Pareto model, seconds, peak bytes)."""
+    def learn(self, method: MethodSettings | None = None) -> tuple[nn.Module, float, int]:
+        """Pareto Merging with ``method``, by default the workspace's: (Pareto model, seconds, peak bytes)."""
+        method = self.method if method is None else method
 
         def work() -> nn.Module:
             model = self.workspace.pareto_model()
-            learn_pareto_set(model, self.merging, self.method, progress=self.progress)
+            learn_pareto_set(model, self.merging, method, progress=self.progress)
             return model
 
         return measured(work)

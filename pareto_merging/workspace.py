@@ -95,7 +95,7 @@ class Workspace:
                 device = torch.device(self.config.device)
                 torch.empty(0, device=device)
             except (RuntimeError, AssertionError) as error:
-                raise UserError(f"device: expected one that is here, got {self.config.device} ({error})") from error
+                raise UserError(f"device: expected one that is here, got {self.config.device}") from error
         return device
 
     @property

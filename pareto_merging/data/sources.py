@@ -82,7 +82,7 @@ def open_images(source: str, image_size: int) -> Dataset[Any]:
         UserError: nothing there, or not what was expected.
     """
     if source.startswith("digits:"):
-        from pareto_merging.data import digits
+        import pareto_merging.data.digits as digits
 
         task, _, split = source.removeprefix("digits:").partition("/")
         try:

@@ -70,7 +70,15 @@ def open_clip_attention() -> nn.Module:
     from open_clip.transformer import VisionTransformer
 
     return VisionTransformer(
-        image_size=8, patch_size=4, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=8, qk_norm=True, scale_heads=True
+        image_size=8,
+        patch_size=4,
+        width=32,
+        layers=1,
+        heads=2,
+        mlp_ratio=2.0,
+        output_dim=8,
+        qk_norm=True,
+        scale_heads=True,
     )
 
 
@@ -366,7 +374,7 @@ def test_mismatched_copies_are_named(copies: Copies) -> None:
         parametrize(pretrained, pretrained)
     with pytest.raises(TypeError, match="finetuned: expected modules or state dicts, got str"):
         parametrize(pretrained, {"a": "file.pt"})
-    with pytest.raises(TypeError, match="pretrained: expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"pretrained: expected an nn.Module"):
         parametrize(good, [pretrained])
     with pytest.raises(ValueError, match="pretrained: expected a plain module, got a Pareto model"):
         parametrize(parametrize(pretrained, [good], low_rank="none"), [good])

@@ -70,7 +70,7 @@ def test_it_keeps_no_probabilities() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(TypeError, match="logits: expected a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"logits: expected a floating-point tensor, got torch.int64"):
         pmkernels.softmax_entropy(torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"logits: expected shape .* got \[3, 0\]"):
         pmkernels.softmax_entropy(torch.zeros(3, 0))

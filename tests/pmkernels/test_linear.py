@@ -1,4 +1,4 @@
-"""pareto_linear and merge_weight against the float64 definition: forward, every gradient, what is kept, what is refused."""
+"""pareto_linear and merge_weight against the float64 definition: forward, every gradient, what is kept and refused."""
 
 from __future__ import annotations
 

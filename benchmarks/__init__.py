@@ -1,0 +1,1 @@
+"""Measurements that are committed: `python -m benchmarks.run --help`."""

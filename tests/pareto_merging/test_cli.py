@@ -1,0 +1,326 @@
+"""The command line as a user meets it: results, one-line errors, exit codes, interrupted runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pareto_merging import encoders
+from pareto_merging.checkpoints.files import read_metadata, read_tensors
+from pareto_merging.checkpoints.pareto_set import load_folded, read_header
+from pareto_merging.cli import main
+from pareto_merging.config import read_config
+from pareto_merging.evaluation import evaluate_model
+from pareto_merging.preferences import set_preference
+from pareto_merging.runs import open_run
+from pareto_merging.workspace import Workspace
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    method = {"steps": 3, "batch_size": 4, "rank": 2, **changes.pop("method", {})}
+    path.write_text(yaml.safe_dump({"suite": "digits", "tasks": ["upright", "rotated"], "method": method, **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    config = write_config(folder / "run.yaml")
+    assert run("train", config, "--out", folder / "run", "--quiet") == 0
+    return folder / "run"
+
+
+def test_train_writes_a_run(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "log.jsonl", "checkpoint.safetensors", "pareto_set.safetensors"} <= names
+    config = read_config(finished / "config.yaml")
+    assert config.method.steps == 3
+    header = read_header(finished / "pareto_set.safetensors", "pareto-set")
+    assert header["task_names"] == ["upright", "rotated"]
+    assert header["training"]["steps"] == 3
+
+
+def test_evaluate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", finished, "--preferences", "0.5,0.5;0.9,0.1;rotated=1", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["gamma"] for row in report["results"]] == [[0.5, 0.5], [0.9, 0.1], [0.0, 1.0]]
+    workspace, model = open_run(finished)
+    from pareto_merging.parametrize import merge
+
+    scores = evaluate_model(merge(model, [0.9, 0.1]), workspace.evaluation_tasks())
+    assert report["results"][1]["accuracy"] == pytest.approx(scores.accuracy, abs=1e-3)
+    assert json.loads((finished / "evaluation.json").read_text()) == report
+    assert run("evaluate", finished, "--quiet") == 0
+    table = capsys.readouterr().out
+    assert "upright" in table
+    assert "average" in table
+
+
+def test_export_merged_loads_in_plain_open_clip(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged.safetensors"
+    assert run("export", finished, "--preference", "0.3,0.7", "--out", out) == 0
+    workspace, model = open_run(finished)
+    encoder = encoders.build(workspace.encoder_description)
+    encoder.load_state_dict(load_file(out))
+    set_preference(model, [0.3, 0.7])
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(encoder(x), model(x), rtol=1e-5, atol=1e-5)
+    assert json.loads(read_metadata(out)["preference"]) == pytest.approx({"upright": 0.3, "rotated": 0.7})
+
+
+def test_export_folded_is_self_sufficient(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folded.safetensors"
+    assert run("export", finished, "--folded", "--out", out) == 0
+    header = read_header(out, "pareto-folded")
+    folded = load_folded(out, encoders.build(header["encoder"]))
+    _, model = open_run(finished)
+    x = torch.randn(2, 3, 8, 8)
+    gammas = torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+    set_preference(model, gammas)
+    set_preference(folded, gammas)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+    assert read_tensors(out)["head.upright"].shape[0] == 10
+    assert header["logit_scales"]["upright"] > 0
+
+
+def test_plan_counts_without_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", method={"rank": 4})
+    assert run("plan", config, "--json") == 0
+    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
+    model = Workspace(read_config(config)).pareto_model()
+    from pareto_merging.parametrize import learned_parameters
+
+    learned = learned_parameters(model)
+    count = {key: sum(p.numel() for n, p in learned.items() if n.startswith(key)) for key in ("lam.", "A.", "B.", "G.")}
+    assert rows["λ"]["parameters"] == count["lam."]
+    assert rows["A and B"]["parameters"] == count["A."] + count["B."]
+    assert rows["G"]["parameters"] == count["G."]
+    frozen = sum(p.numel() for p in model.parameters()) - sum(count.values())
+    assert rows["frozen weights W0"]["parameters"] + rows["task vectors τ"]["parameters"] == frozen
+    # a model of hundreds of megabytes whose files do not exist
+    large = tmp_path / "large.yaml"
+    task = {"checkpoint": "x", "head": "x", "merging": "x"}
+    large.write_text(
+        yaml.safe_dump({"encoder": {"architecture": "ViT-L-14", "pretrained": "x"}, "tasks": {"a": task, "b": task}})
+    )
+    start = time.monotonic()
+    assert run("plan", large) == 0
+    assert time.monotonic() - start < 60
+    assert "303,966,208" in capsys.readouterr().out
+
+
+def test_files_of_ones_own(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The way of a real user: an architecture file, checkpoints, heads, image folders; here made from the suite."""
+    from PIL import Image
+
+    workspace = Workspace(read_config(finished / "config.yaml"))
+    rng = torch.Generator().manual_seed(0)
+    for split in ("merging", "test"):
+        for label in ("one", "two"):
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for index in range(4):
+                pixels = torch.randint(0, 255, (12, 12, 3), generator=rng, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    shutil.copy(workspace.encoder_config.architecture, tmp_path / "encoder.json")
+    shutil.copy(workspace.encoder_config.pretrained, tmp_path / "pretrained.safetensors")
+    tasks = {}
+    for name, task in workspace.task_configs.items():
+        shutil.copy(task.checkpoint, tmp_path / f"{name}.safetensors")
+        save_file({"weight": torch.randn(2, 16, generator=rng)}, tmp_path / f"{name}_head.safetensors")
+        tasks[name] = {
+            "checkpoint": f"{name}.safetensors",
+            "head": f"{name}_head.safetensors",
+            "merging": "merging",
+            "evaluation": "test",
+        }
+    config = {
+        "encoder": {"architecture": "encoder.json", "pretrained": "pretrained.safetensors"},
+        "tasks": tasks,
+        "method": {"steps": 2, "batch_size": 3, "rank": 2, "objective": "weight-distance"},
+    }
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert run("train", path, "--out", tmp_path / "free", "--quiet") == 0
+    config["method"] = {"steps": 2, "batch_size": 3, "rank": 2}
+    path.write_text(yaml.safe_dump(config))
+    assert run("train", path, "--out", tmp_path / "run", "--quiet") == 0
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["results"]) == 3
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("pareto-merging: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_mistakes_are_one_line_and_exit_code_2(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "run.yaml")
+    out = tmp_path / "out"
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("train", tmp_path / "none.yaml", "--out", out), "none.yaml"),
+        (("train", config, "--out", finished), str(finished)),
+        (("train", config, "--out", out, "--resume"), "no such folder"),
+        (("train", config), "--out"),
+        (("train", write_config(tmp_path / "bad1.yaml", methods={}), "--out", out), "unknown key methods"),
+        (("train", write_config(tmp_path / "bad2.yaml", tasks=["sideways"]), "--out", out), "sideways"),
+        (("train", write_config(tmp_path / "bad3.yaml", device="tpu"), "--out", out), "device"),
+        (("evaluate", tmp_path / "none"), "none"),
+        (("evaluate", tmp_path), "config.yaml"),
+        (("evaluate", finished, "--preferences", "0.5,0.6"), "expected a sum of 1, got 1.1"),
+        (("evaluate", finished, "--preferences", "0.5"), "expected shape [2]"),
+        (("evaluate", finished, "--preferences", "a,b"), "a,b"),
+        (("evaluate", finished, "--preferences", "SVHN=1"), "SVHN"),
+        (("evaluate", finished, "--preferences", "grid:1"), "grid:1"),
+        (("evaluate", finished, "--preferences", ";"), "at least one"),
+        (("evaluate", finished, "--preference", "1,0"), "No such option"),
+        (("export", finished), "either --preference or --folded"),
+        (("export", finished, "--folded", "--preference", "1,0"), "either --preference or --folded"),
+        (("export", finished, "--preference", "1,1", "--out", out / "a.safetensors"), "expected a sum of 1"),
+        (("export", finished, "--folded", "--out", tmp_path / "a.pt"), "ends in .safetensors"),
+        (("export", finished, "--folded", "--out", finished / "pareto_set.safetensors"), "existing file"),
+        (("plan", tmp_path / "none.yaml"), "none.yaml"),
+        (("demo", "--out", finished), "existing folder"),
+        (("demo", "--out", finished, "--overwrite"), "expected an earlier demo to replace"),
+        (("nonsense",), "nonsense"),
+    ]
+    before = sorted(str(path) for path in finished.parent.rglob("*"))
+    capsys.readouterr()
+    for arguments, expected in cases:
+        assert run(*arguments) == 2, arguments
+        assert expected in one_line(capsys), arguments
+        assert not out.exists(), arguments
+    assert sorted(str(path) for path in finished.parent.rglob("*")) == before
+
+
+def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    workspace = Workspace(read_config(finished / "config.yaml"))
+    good = workspace.encoder_config.pretrained
+    task = workspace.task_configs["upright"]
+    tensors = load_file(good)
+    save_file({k: v for k, v in tensors.items() if k != "proj"}, tmp_path / "missing.safetensors")
+    save_file({**tensors, "proj": torch.zeros(3, 3)}, tmp_path / "shaped.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    torch.save(tensors, tmp_path / "weights.pt")
+    for name, expected in (
+        ("missing.safetensors", "missing.safetensors: is not of the encoder's architecture: it lacks proj"),
+        ("shaped.safetensors", "has proj of shape [3, 3], expected [96, 16]"),
+        ("garbage.safetensors", "garbage.safetensors: expected a safetensors file"),
+        ("weights.pt", "weights.pt: expected safetensors, got .pt"),
+        ("none.safetensors", "none.safetensors: expected a safetensors file, got no such file"),
+    ):
+        path = tmp_path / "own.yaml"
+        entry = {"checkpoint": str(tmp_path / name), "head": str(task.head), "merging": "digits:upright/merging"}
+        encoder = {"architecture": workspace.encoder_config.architecture, "pretrained": str(good)}
+        path.write_text(yaml.safe_dump({"encoder": encoder, "tasks": {"upright": entry}, "method": {"steps": 1}}))
+        capsys.readouterr()
+        assert run("train", path, "--out", tmp_path / "out") == 2
+        assert expected in one_line(capsys)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_checkpoint_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(finished, other)
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    workspace = Workspace(read_config(finished / "config.yaml"))
+    entries = {
+        name: {"checkpoint": str(t.checkpoint), "head": str(t.head), "merging": t.merging, "evaluation": t.evaluation}
+        for name, t in workspace.task_configs.items()
+    }
+    entries["upright"]["checkpoint"] = entries["rotated"]["checkpoint"]
+    encoder = {
+        "architecture": workspace.encoder_config.architecture,
+        "pretrained": str(workspace.encoder_config.pretrained),
+    }
+    (other / "config.yaml").write_text(
+        yaml.safe_dump({"encoder": encoder, "tasks": entries, "method": config["method"]})
+    )
+    capsys.readouterr()
+    assert run("evaluate", other) == 2
+    assert "belongs to other weights; digest of upright" in one_line(capsys)
+
+
+def test_resume_wants_the_same_configuration(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = write_config(tmp_path / "run.yaml")
+    assert run("train", same, "--out", finished, "--resume", "--quiet") == 0
+    assert "3 of them before" in capsys.readouterr().out
+    other = write_config(tmp_path / "run.yaml", method={"mu": 0.2})
+    assert run("train", other, "--out", finished, "--resume") == 2
+    assert "method.mu" in one_line(capsys)
+
+
+def test_a_nan_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", method={"learning_rate": 1e38, "steps": 5})
+    assert run("train", config, "--out", tmp_path / "run", "--quiet") == 1
+    message = one_line(capsys)
+    assert "step " in message
+    assert "checkpoint.safetensors" in message
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "run" / "pareto_set.safetensors").exists()
+    assert run("evaluate", tmp_path / "run") == 2
+    assert "expected a finished run" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "export", "plan"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*filter(None, [command, "--help"])) == 0
+    text = capsys.readouterr().out
+    assert "Usage:" in text
+    if command:
+        assert "--" in text
+    else:
+        assert all(name in text for name in ("demo", "train", "evaluate", "export", "plan"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", method={"steps": 400, "checkpoint_every": 1000})
+    command = [sys.executable, "-m", "pareto_merging", "train", str(config), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not _steps(tmp_path / "run" / "log.jsonl") > 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"go on with: pareto-merging train {config} --out {tmp_path / 'run'} --resume" in errors
+    done = _steps(tmp_path / "run" / "log.jsonl")
+    assert 3 < done < 400
+    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0
+    assert f"400 steps, {done} of them before" in finished.stdout
+    assert _steps(tmp_path / "run" / "log.jsonl") == 400
+
+
+def _steps(log: Path) -> int:
+    return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0

@@ -1,0 +1,103 @@
+"""The YAML configuration: presets, defaults, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pareto_merging.config import MethodSettings, dump_config, read_config
+from pareto_merging.errors import UserError
+
+
+def test_presets() -> None:
+    icml = MethodSettings.model_validate({})
+    assert (icml.preset, icml.cosine, icml.tensor_norm, icml.concentration) == ("icml2025", 0.0, 0.1, 0.1)
+    assert (icml.rank, icml.batch_size, icml.learning_rate, icml.betas) == (16, 32, 1e-3, (0.9, 0.999))
+    assert (icml.init_lambda, icml.mu, icml.scalarization) == (0.3, 0.1, "smooth-tchebycheff")
+    first = MethodSettings.model_validate({"preset": "arxiv-v1"})
+    assert (first.cosine, first.tensor_norm, first.concentration) == (0.1, 1.0, 1.0)
+    assert MethodSettings.model_validate({"preset": "arxiv-v1", "cosine": 0.5}).cosine == 0.5
+
+
+def test_steps_of_the_paper() -> None:
+    settings = MethodSettings.model_validate({})
+    assert [settings.steps_for(k) for k in (1, 2, 5, 8, 20)] == [2000, 2000, 3000, 4000, 4000]
+    assert MethodSettings.model_validate({"steps": 7}).steps_for(8) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("suite: digits\nmethd: {}\n", "unknown key methd"),
+        ("suite: digits\nmethod: {ranks: 4}\n", "unknown key method.ranks"),
+        ("suite: digits\nmethod: {rank: 0}\n", "method.rank: .* got 0"),
+        ("suite: digits\nmethod: {preset: icml}\n", "method.preset: .* got 'icml'"),
+        ("suite: digits\nmethod: {mu: -1}\n", "method.mu"),
+        ("suite: digits\nmethod: {betas: [0.9, 1.5]}\n", "method.betas"),
+        ("suite: digits\nmethod: {steps: many}\n", "method.steps: .* got 'many'"),
+        ("suite: mnist\n", "suite: .* got 'mnist'"),
+        ("method: {}\n", "expected suite: digits, or encoder and tasks"),
+        ("suite: digits\ntasks: [a, a]\n", "tasks: expected each task once"),
+        ("suite: digits\ntasks: []\n", "tasks: expected at least one"),
+        ("encoder: {architecture: ViT-B-32, pretrained: a}\n", "tasks: expected a mapping"),
+        (
+            "encoder: {architecture: ViT-B-32, pretrained: a}\ntasks: {m: {checkpoint: a, head: b}}\n",
+            "tasks.m.merging: Field required",
+        ),
+        ("- 1\n", "expected a mapping of settings, got list"),
+        ("a: [\n", "expected YAML"),
+        ("", "expected a mapping of settings, got NoneType"),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        read_config(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="expected"):
+        read_config(tmp_path / "bytes.yaml")
+
+
+def test_paths_are_relative_to_the_file_and_survive_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "run.yaml"
+    path.parent.mkdir()
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "encoder": {"architecture": "small.json", "pretrained": "pre.safetensors"},
+                "tasks": {"m": {"checkpoint": "m.safetensors", "head": "../h.safetensors", "merging": "images"}},
+                "method": {"preset": "arxiv-v1", "rank": 4},
+            }
+        )
+    )
+    config = read_config(path)
+    assert config.encoder is not None
+    assert config.encoder.pretrained == path.parent / "pre.safetensors"
+    assert config.encoder.architecture == str(path.parent / "small.json")
+    assert isinstance(config.tasks, dict)
+    assert config.tasks["m"].merging == str(path.parent / "images")
+    assert config.method.cosine == 0.1
+    again = tmp_path / "copy.yaml"
+    again.write_text(dump_config(config))
+    assert read_config(again) == config
+
+
+def test_every_setting_of_the_method_is_documented_or_plain() -> None:
+    plain = {"scalarization", "init_lambda", "learn_lambda", "buffers", "learning_rate", "betas", "seed"}
+    undocumented = {name for name, field in MethodSettings.model_fields.items() if not field.description}
+    assert undocumented <= plain
+    with pytest.raises(ValidationError):
+        MethodSettings.model_validate({}).rank = 3  # type: ignore[misc]
