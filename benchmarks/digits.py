@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pareto_merging.config import MethodSettings, RunConfig
 from pareto_merging.data import digits
 from pareto_merging.demo import METHOD, PAIR_METHOD, TWO_TASKS
 from pareto_merging.study import Study, front_metrics
+from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -35,13 +35,10 @@ SHOWN_PRESET = CANDIDATES[0]
 
 def run(seeds: Sequence[int], quick: bool = False, progress: bool = True) -> dict[str, Any]:
     """Measure every seed; ``quick`` takes three steps everywhere and proves only that it runs."""
-    if not torch.cuda.is_available():
-        # the matrices are too small for a second thread
-        torch.set_num_threads(1)
     results = []
     for number, seed in enumerate(seeds, start=1):
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
+        with one_thread(), tempfile.TemporaryDirectory() as folder:
             digits.make(Path(folder), seed=seed)
             results.append({"seed": seed, **_seed(Path(folder), seed, quick)})
         if progress:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from pareto_merging.evaluation import evaluate_preferences
 from pareto_merging.preferences import equal_preference, one_hot_preferences
 from pareto_merging.runs import SET_NAME, check_new, train_run
 from pareto_merging.study import Study, front_metrics
+from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
 
 # Chosen on the unlabelled split from the candidates of benchmarks/digits.py. They differ from the preset because the
@@ -88,18 +88,6 @@ def run_demo(
         folder.rename(out)
     _print(report, out)
     return report
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """The matrices here are so small that a second thread costs more than it brings, and far more on a busy machine."""
-    before = torch.get_num_threads()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Path | None) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
 
+from pareto_merging.threads import one_thread
+
 StateDict = dict[str, Tensor]
 
 CLASSES = 10
@@ -272,7 +274,7 @@ def make(out: Path, seed: int = 0) -> None:
         tqdm.write(f"{who:<10} {'average':<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
 
     total = PRETRAINING["steps"] + len(TASKS) * FINETUNING["steps"]
-    with tqdm(total=total, unit="step") as bar:
+    with one_thread(), tqdm(total=total, unit="step") as bar:
         bar.set_description("generalist")
         pretrained = pretrain(seed, bar.update)
         _write_weights(out / "pretrained.safetensors", pretrained)

@@ -1,0 +1,20 @@
+"""How many threads the small models of the embedded suite are worth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread inside: for matrices this small a second one costs more than it brings (on a busy machine fifty
+    times more), and results must not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
