@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 # torch and open_clip take seconds to import: only commands that compute load them
 if TYPE_CHECKING:
@@ -193,6 +191,7 @@ def plan(
     """Count parameters and bytes by kind, before any weight is loaded."""
     from pareto_merging.config import read_config
     from pareto_merging.plan import plan_run
+    from pareto_merging.tables import print_table
     from pareto_merging.workspace import Workspace
 
     workspace = Workspace(read_config(config))
@@ -201,14 +200,9 @@ def plan(
         print(json.dumps([vars(row) for row in rows]))
         return
     steps = workspace.config.method.steps_for(len(workspace.task_names))
-    table = Table(title=f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}")
-    table.add_column("kind")
-    table.add_column("numbers", justify="right")
-    table.add_column("MiB", justify="right")
-    table.add_column("")
-    for row in rows:
-        table.add_row(row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note)
-    Console().print(table)
+    title = f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}"
+    counted = [[row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note] for row in rows]
+    print_table(title, ["kind", "numbers", "MiB", "note"], counted, left=(0, 3))
 
 
 def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
@@ -236,18 +230,13 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
 
 def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequence[Scores]) -> None:
     from pareto_merging.preferences import format_preference
+    from pareto_merging.tables import print_table
 
-    table = Table(title="accuracy in percent (held-out images)")
-    table.add_column("preference")
-    for name in (*names, "average"):
-        table.add_column(name, justify="right")
-    for gamma, score in zip(gammas, scores, strict=True):
-        table.add_row(
-            format_preference(gamma.tolist()),
-            *(f"{score.accuracy[name]:.1f}" for name in names),
-            f"{score.average:.1f}",
-        )
-    Console().print(table)
+    rows = [
+        [format_preference(gamma.tolist()), *(f"{score.accuracy[name]:.1f}" for name in names), f"{score.average:.1f}"]
+        for gamma, score in zip(gammas, scores, strict=True)
+    ]
+    print_table("accuracy in percent (held-out images)", ["preference", *names, "average"], rows)
 
 
 def _warn(text: str) -> None:

@@ -128,7 +128,7 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights and the images"
     )
-    workers: int = Field(0, ge=0, description="processes that load images")
+    workers: int = Field(0, ge=0, description="processes that load images, for each task")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from pareto_merging import figures
 from pareto_merging.checkpoints.files import write_json, write_text
@@ -26,6 +25,7 @@ from pareto_merging.evaluation import evaluate_preferences
 from pareto_merging.preferences import equal_preference, one_hot_preferences
 from pareto_merging.runs import SET_NAME, check_new, train_run
 from pareto_merging.study import Study, front_metrics
+from pareto_merging.tables import print_table
 from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
 
@@ -43,7 +43,7 @@ METHOD: dict[str, Any] = {
 PAIR_METHOD: dict[str, Any] = {**METHOD, "steps": 300}
 TWO_TASKS = ("upright", "mirrored")
 QUICK_STEPS = 5
-BASELINES_IN_FRONT = ("Weight averaging", "Task arithmetic", "AdaMerging", "Individual")
+MERGED_MODELS = ("Weight averaging", "Task arithmetic", "AdaMerging")
 
 
 def demo_config(tasks: Sequence[str] | None = None, *, quick: bool = False, seed: int = 0) -> RunConfig:
@@ -108,18 +108,21 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     pair_study = Study(Workspace(config, suite_folder), progress=progress)
     pair_entries = pair_study.baselines()
     front = pair_study.front(pair)
-    points = {name: list(pair_entries[name].scores.accuracy.values()) for name in BASELINES_IN_FRONT}
-    metrics = front_metrics(front, {name: point for name, point in points.items() if name != "Individual"})
+    points = {name: list(pair_entries[name].scores.accuracy.values()) for name in MERGED_MODELS}
+    individuals = {name: list(scores.accuracy.values()) for name, scores in pair_study.individual_models().items()}
+    metrics = front_metrics(front, points)
     figures.two_task_front(
         folder / "front.png",
         TWO_TASKS,
         [row["accuracy"] for row in front],
         [row["gamma"] for row in front],
         points,
+        individuals,
     )
 
     save_pareto_set(model, folder / SET_NAME, preset=eight.config.method.preset)
     return {
+        "quick": quick,
         "tasks": eight.task_names,
         "methods": {name: entry.to_json() for name, entry in entries.items()},
         "preferences": [
@@ -130,6 +133,7 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
             "tasks": list(TWO_TASKS),
             "seconds": round(result.seconds, 2),
             "methods": {name: entry.to_json() for name, entry in pair_entries.items()},
+            "individual_models": individuals,
         },
         "front": front,
         "hypervolume": metrics,
@@ -163,31 +167,24 @@ def _cpu_name() -> str:
 
 
 def _print(report: Mapping[str, Any], out: Path) -> None:
-    console = Console()
-    tasks = report["tasks"]
-    table = Table(title="Held-out accuracy in percent, eight tasks")
-    table.add_column("method")
-    for name in tasks:
-        table.add_column(name, justify="right")
-    table.add_column("average", justify="right", style="bold")
-    table.add_column("s", justify="right")
-    for name, entry in report["methods"].items():
-        row = [f"{entry['per_task'][task]:.1f}" for task in tasks]
-        table.add_row(name, *row, f"{entry['average']:.1f}", f"{entry['seconds']:.1f}")
-    console.print(table)
-    front = Table(title=f"Two tasks: one learned set, {len(report['front'])} preferences")
+    tasks, methods = report["tasks"], report["methods"]
+    # methods side by side: seven columns of numbers fit a terminal of eighty, eight task names do not
+    head = [name.replace("Pareto Merging (", "PM, ").replace(" preference)", "") for name in methods]
+    rows = [[task, *(f"{entry['per_task'][task]:.1f}" for entry in methods.values())] for task in tasks]
+    rows.append(["average", *(f"{entry['average']:.1f}" for entry in methods.values())])
+    rows.append(["seconds", *(f"{entry['seconds']:.1f}" for entry in methods.values())])
+    print_table("Held-out accuracy in percent, eight tasks (PM: Pareto Merging)", ["task", *head], rows)
     first, second = report["two_tasks"]["tasks"]
-    for column in ("γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"):
-        front.add_column(column, justify="right")
-    for row in report["front"]:
-        (a, b), (e, f) = row["accuracy"], row["entropy"]
-        front.add_row(f"{row['gamma'][0]:.1f}", f"{a:.1f}", f"{b:.1f}", f"{e:.3f}", f"{f:.3f}")
-    console.print(front)
+    front = [
+        [f"{row['gamma'][0]:.1f}", *(f"{v:.1f}" for v in row["accuracy"]), *(f"{v:.3f}" for v in row["entropy"])]
+        for row in report["front"]
+    ]
+    columns = ["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"]
+    print_table(f"Two tasks: one learned set at {len(front)} preferences", columns, front)
     metrics = report["hypervolume"]
-    console.print(
-        f"Hypervolume above {metrics['reference_point']}: Pareto Merging {metrics['pareto_merging']:.0f}, all "
-        f"baselines together {metrics['all_baselines_together']:.0f}. Open {out / 'index.html'}",
-        soft_wrap=True,
+    print(
+        f"Hypervolume above {metrics['reference_point']}: Pareto Merging {metrics['pareto_merging']:.0f}, "
+        f"all baselines together {metrics['all_baselines_together']:.0f}\nOpen {out / 'index.html'}"
     )
 
 
@@ -215,6 +212,8 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
     where = [[key, str(value)] for key, value in report["environment"].items()]
     image = base64.b64encode(picture).decode()
     columns = ["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"]
+    warning = "<p><strong>A quick run of a few steps: it shows that everything runs, not what it can do.</strong></p>"
+    warning = warning if report["quick"] else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Pareto Merging: demo</title>
@@ -222,7 +221,7 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
 th, td {{ padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; white-space: nowrap; }}
 .wide {{ overflow-x: auto; }}
 img {{ max-width: 100%; }}
 @media (prefers-color-scheme: dark) {{
@@ -233,7 +232,7 @@ img {{ max-width: 100%; }}
 <p>Eight vision transformers, each fine-tuned on its own view of real handwritten digits, are merged into one. Pareto
 Merging learns, without labels, a small structure from which the merged model for any preference follows at once. All
 accuracies are on held-out images; every choice was made on a separate, unlabelled split.</p>
-<h2>Eight tasks</h2>
+{warning}<h2>Eight tasks</h2>
 <div class="wide">{_table(["method", *tasks, "average (%)", "seconds"], methods)}</div>
 <p>"Individual" is eight models, the upper bound. "One-hot preference" gives each task the model of its own preference;
 all of them come from the one learned set.</p>

@@ -120,6 +120,13 @@ class Study:
         )
         return Entry(scores, time.perf_counter() - start, 0)
 
+    def individual_models(self) -> dict[str, Scores]:
+        """Each fine-tuned model on every task: what one gets by not merging."""
+        return {
+            name: evaluate_model(self.workspace.encoder(task.checkpoint), self.evaluation)
+            for name, task in self.workspace.task_configs.items()
+        }
+
     def generalist(self) -> Entry:
         """The pretrained model on every task."""
         return self._entry(lambda: (self.pretrained, {}))

@@ -50,12 +50,15 @@ def save_pareto_set(
     weights, the preset, the seed and the package's version; ``training`` may add more.
 
     Raises:
-        ValueError: not a Pareto model (a folded one has its own file: :func:`save_folded`).
+        ValueError: not a Pareto model (a folded one has its own file: :func:`save_folded`), or one made with
+            ``digests=False``.
     """
     state = pareto_state(model)
     learned = learned_parameters(model)
     if not any(name.startswith("lam.") for name in learned):
         raise ValueError("model: expected a Pareto model with task vectors, got a folded one (use save_folded)")
+    if not state.digests:
+        raise ValueError("model: expected one made with digests=True (a file must say which weights it belongs to)")
     metadata = {
         "format": SET_FORMAT,
         "format_version": FORMAT_VERSION,

@@ -17,6 +17,8 @@ ROOT = Path(run.__file__).parent.parent
 def test_quick_run_writes_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "PRETRAINING", {**suite.PRETRAINING, "steps": 2})
     monkeypatch.setattr(suite, "FINETUNING", {**suite.FINETUNING, "steps": 2})
+    monkeypatch.setattr(digits, "CANDIDATES", digits.CANDIDATES[:2])
+    monkeypatch.setattr(digits, "LEARNING_RATES", digits.LEARNING_RATES[:1])
     out = tmp_path / "result.json"
     run.main(["--suite", "digits", "--seeds", "7", "8", "--quick", "--out", str(out)])
     report = json.loads(out.read_text())

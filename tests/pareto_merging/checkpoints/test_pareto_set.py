@@ -162,6 +162,9 @@ def test_folded_file_is_self_sufficient(
     save_folded(fold(folded), tmp_path / "again.safetensors")
     with pytest.raises(UserError, match="expected a model with a module transformer"):
         load_folded(path, nn.Linear(2, 2))
+    unsigned = parametrize(tiny_vit, [noisy_copy(tiny_vit, 1)], digests=False)
+    with pytest.raises(ValueError, match="expected one made with digests=True"):
+        save_pareto_set(unsigned, tmp_path / "no.safetensors")
     with pytest.raises(ValueError, match="got a folded one"):
         save_pareto_set(folded, tmp_path / "no.safetensors")
 

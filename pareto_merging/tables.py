@@ -1,0 +1,23 @@
+"""Tables on the terminal: nothing is cut off, and what goes into a file or pipe is as wide as it needs to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 240
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """Print to standard output; columns are right-aligned but for those in ``left``, long cells fold."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,97 @@
+"""The eager strategy, the modules and a short training run on a CUDA GPU, against the CPU in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import randomize
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging.config import MethodSettings
+from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.sources import TensorImages
+from pareto_merging.parametrize import fold, learned_parameters, merge, parametrize
+from pareto_merging.preferences import set_preference
+from pareto_merging.training import MergingTask, learn_pareto_set
+from pmkernels import reference
+
+pytestmark = pytest.mark.gpu
+Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
+
+
+def exact_and_cuda(gamma_lead: tuple[int, ...], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (4, 9, 24),
+        "weight": (40, 24),
+        "task_vectors": (3, 40, 24),
+        "lam": (3,),
+        "A": (40, 4),
+        "G": (4, 4, 3),
+        "B": (24, 4),
+        "gamma": (*gamma_lead, 3),
+        "bias": (40,),
+    }
+    small = ("lam", "A", "G", "B", "gamma")
+    cuda, exact = {}, {}
+    for name, shape in shapes.items():
+        value = torch.rand(shape, generator=generator).to(torch.float32 if name in small else dtype)
+        frozen = name in ("weight", "task_vectors")
+        cuda[name] = value.cuda().requires_grad_(not frozen)
+        exact[name] = value.double().requires_grad_(not frozen)
+    return exact, cuda
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma_lead", [(), (4, 1), (4, 9)])
+def test_pareto_linear(gamma_lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    exact, cuda = exact_and_cuda(gamma_lead, dtype)
+    expected, y = reference.pareto_linear(**exact), pmkernels.pareto_linear(**cuda)
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert (y.double().cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+    names = [name for name, value in exact.items() if value.requires_grad]
+    dy = torch.rand(expected.shape, generator=torch.Generator().manual_seed(1))
+    theirs = torch.autograd.grad(expected, [exact[n] for n in names], dy.double())
+    ours = torch.autograd.grad(y, [cuda[n] for n in names], dy.cuda().to(dtype))
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert (a.double().cpu() - b).abs().max() <= 2 * tolerance * b.abs().max(), name
+
+
+def test_a_model_moves_to_the_gpu_and_gives_the_same_results(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = randomize(parametrize(tiny_vit, copies(tiny_vit, 3), rank=2))
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gammas = torch.softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
+    set_preference(model, gammas)
+    expected = model(images)
+    model.cuda()
+    for moved in (model, fold(model)):
+        set_preference(moved, gammas)
+        torch.testing.assert_close(moved(images.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4)
+    alone = merge(model, gammas[2])(images[2:3].cuda()).cpu()
+    torch.testing.assert_close(alone, expected[2:3], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_runs_and_repeats(tiny_vit: nn.Module, copies: Copies, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tasks = {
+        f"t{k}": MergingTask(
+            TensorImages(torch.randn(20, 3, 8, 8, generator=generator)),
+            ZeroShotHead(torch.randn(5, 8, generator=generator), 10.0).cuda(),
+        )
+        for k in range(2)
+    }
+    settings = MethodSettings.model_validate({"steps": 8, "batch_size": 6, "rank": 2})
+    finetuned = {name: module.cuda() for name, module in copies(tiny_vit, 2).items()}
+    runs = []
+    for _ in range(2):
+        model = parametrize(tiny_vit.cuda(), finetuned, rank=2).to(dtype)
+        result = learn_pareto_set(model, tasks, settings, progress=False)
+        assert result.steps == 8
+        runs.append({name: p.detach().clone() for name, p in learned_parameters(model).items()})
+    for name, value in runs[0].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, runs[1][name])
