@@ -24,13 +24,15 @@ from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-# as many runs as AdaMerging gets: the preset's regularisation and a weaker one that suits fewer steps, two rates each
+# as many runs as AdaMerging gets: the preset's regularisation and a weaker one, two rates each
 CANDIDATES = tuple(
     {"concentration": concentration, "tensor_norm": tensor_norm, "learning_rate": rate, "lambda_learning_rate": 1e-2}
     for concentration, tensor_norm in ((0.1, 0.1), (1.0, 0.01))
     for rate in (1e-3, 3e-3)
 )
-SHOWN_PRESET = CANDIDATES[0]
+# the first candidate: the preset but for the number of steps and the rate of λ; nothing about it is chosen
+PUBLISHED = "Pareto Merging, icml2025"
+CHOSEN = "Pareto Merging, chosen"
 
 
 def run(seeds: Sequence[int], quick: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -59,19 +61,19 @@ def _seed(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         eight = _study(folder, seed, METHOD, None, quick)
         entries = eight.baselines()
-        chosen, model, candidates = _choose(eight)
-        preset_model, seconds, peak = eight.learn(_with(eight, SHOWN_PRESET))
-        shown = eight.pareto_entries(preset_model, seconds, peak)
+        chosen, runs, candidates = _choose(eight)
         pair = _study(folder, seed, PAIR_METHOD, TWO_TASKS, quick)
         pair_entries = pair.baselines()
-        pair_chosen, pair_model, pair_candidates = _choose(pair)
-    entries |= eight.pareto_entries(*model)
-    for name, entry in shown.items():
-        entries[name.replace("Pareto Merging", "Pareto Merging icml2025")] = entry
-    front = pair.front(pair_model[0])
+        pair_chosen, pair_runs, pair_candidates = _choose(pair)
+    for label, learned in runs.items():
+        for name, entry in eight.pareto_entries(*learned).items():
+            entries[name.replace("Pareto Merging", label)] = entry
     points = {
-        name: list(entry.scores.accuracy.values()) for name, entry in pair_entries.items() if name != "Individual"
+        name: list(entry.scores.accuracy.values())
+        for name, entry in pair_entries.items()
+        if name not in ("Individual", "Pretrained")
     }
+    fronts = {label: pair.front(learned[0]) for label, learned in pair_runs.items()}
     return {
         "methods": {name: entry.to_json() for name, entry in entries.items()},
         "chosen": chosen,
@@ -81,8 +83,8 @@ def _seed(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
             "methods": {name: entry.to_json() for name, entry in pair_entries.items()},
             "chosen": pair_chosen,
             "candidates": pair_candidates,
-            "front": front,
-            "hypervolume": front_metrics(front, points),
+            "fronts": fronts,
+            "metrics": {label: front_metrics(front, points) for label, front in fronts.items()},
         },
     }
 
@@ -91,31 +93,37 @@ def _with(study: Study, candidate: Mapping[str, Any]) -> MethodSettings:
     return study.method.model_copy(update=dict(candidate))
 
 
-def _choose(study: Study) -> tuple[dict[str, Any], tuple[nn.Module, float, int], list[dict[str, Any]]]:
-    """The candidate with the best label-free score, its run, and all candidates with their scores."""
+Run = tuple[nn.Module, float, int]
+
+
+def _choose(study: Study) -> tuple[dict[str, Any], dict[str, Run], list[dict[str, Any]]]:
+    """The candidate with the best label-free score; its run and the published preset's; all candidates' scores."""
     runs = [(candidate, study.learn(_with(study, candidate))) for candidate in CANDIDATES]
     scored = [(study.label_free_set_score(learned[0]), candidate, learned) for candidate, learned in runs]
     _, candidate, learned = min(scored, key=lambda row: row[0])
     listed = [{**candidate, "label_free_score": round(score, 4)} for score, candidate, _ in scored]
-    return dict(candidate), learned, listed
+    return dict(candidate), {PUBLISHED: runs[0][1], CHOSEN: learned}, listed
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means and standard deviations over the seeds."""
     names = list(results[0]["methods"])
     averages = {name: _spread([r["methods"][name]["average"] for r in results]) for name in names}
-    hypervolumes = [r["two_tasks"]["hypervolume"] for r in results]
-    keys = [key for key in hypervolumes[0] if key.startswith("spearman")]
-    baselines = list(hypervolumes[0]["baselines"])
+    metrics = {label: [r["two_tasks"]["metrics"][label] for r in results] for label in (PUBLISHED, CHOSEN)}
+    first = metrics[PUBLISHED]
+    keys = [key for key in first[0] if key.startswith("spearman")]
     return {
         "averages": averages,
         "hypervolume": {
-            "reference_point": hypervolumes[0]["reference_point"],
-            "Pareto Merging": _spread([h["pareto_merging"] for h in hypervolumes]),
-            "all baselines together": _spread([h["all_baselines_together"] for h in hypervolumes]),
-            **{name: _spread([h["baselines"][name] for h in hypervolumes]) for name in baselines},
+            "reference_point": first[0]["reference_point"],
+            **{label: _spread([m["pareto_merging"] for m in rows]) for label, rows in metrics.items()},
+            "all baselines together": _spread([m["all_baselines_together"] for m in first]),
+            **{name: _spread([m["baselines"][name] for m in first]) for name in first[0]["baselines"]},
         },
-        "spearman": {key.removeprefix("spearman_"): _spread([h[key] for h in hypervolumes]) for key in keys},
+        "spearman": {
+            label: {key.removeprefix("spearman_"): _spread([m[key] for m in rows]) for key in keys}
+            for label, rows in metrics.items()
+        },
     }
 
 
@@ -147,9 +155,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "Two tasks, Spearman correlation of the preference with what it is for (held-out):",
         "",
-        "| pair | correlation |",
-        "|---|---|",
-        *(f"| {name.replace('_', ' and ')} | {_cell(value, 2)} |" for name, value in summary["spearman"].items()),
+        f"| of | {' | '.join(summary['spearman'])} |",
+        f"|---{'|---' * len(summary['spearman'])}|",
+        *(
+            f"| {key.replace('_', ' and ')} | {' | '.join(_cell(v[key], 2) for v in summary['spearman'].values())} |"
+            for key in next(iter(summary["spearman"].values()))
+        ),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,9 +84,9 @@ def train(
     try:
         _, result = train_run(settings, out, resume=resume, progress=not quiet, on_warning=_warn)
     except Interrupted as stop:
-        print(
-            f"pareto-merging: {stop}; go on with: pareto-merging train {config} --out {out} --resume", file=sys.stderr
-        )
+        again = shlex.join(["pareto-merging", "train", str(config), "--out", str(out), "--resume"])
+        print(f"pareto-merging: {stop}; go on with: {again}", file=sys.stderr)
+        _explained.append(stop)
         raise typer.Exit(130) from stop
     done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
     print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging evaluate {out}")
@@ -113,6 +115,9 @@ def evaluate(
     workspace, model = open_run(run)
     gammas = parse_preferences(preferences, workspace.task_names)
     tasks = workspace.evaluation_tasks()
+    left_out = [name for name in workspace.task_names if name not in tasks]
+    if left_out:
+        _warn(f"no evaluation images for {', '.join(left_out)}: left out")
     scores = evaluate_preferences(
         model, tasks, gammas, workers=workspace.config.workers, progress=not quiet and not as_json
     )
@@ -124,11 +129,11 @@ def evaluate(
             for gamma, score in zip(gammas, scores, strict=True)
         ],
     }
-    write_json(run / "evaluation.json", report)
     if as_json:
         print(json.dumps(report))
     else:
-        _print_scores(workspace.task_names, gammas, scores)
+        _print_scores(list(tasks), gammas, scores)
+    write_json(run / "evaluation.json", report)
 
 
 @app.command()
@@ -151,7 +156,8 @@ def export(
     from pareto_merging.errors import UserError
     from pareto_merging.parametrize import merge
     from pareto_merging.preferences import parse_preference
-    from pareto_merging.runs import check_new, open_run
+    from pareto_merging.runs import SET_NAME, check_new, open_run
+    from pareto_merging.training import CHECKPOINT_NAME
     from pareto_merging.workspace import user_errors
 
     if (preference is None) == (not folded):
@@ -159,11 +165,17 @@ def export(
     target = out or run / ("folded.safetensors" if folded else "merged.safetensors")
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: expected a name that ends in .safetensors")
-    if not overwrite:
+    if target.is_dir() or not overwrite:
         check_new(target)
+    if target.is_dir():
+        raise UserError(f"{target}: expected a file, got a folder")
     workspace, model = open_run(run)
+    inputs = [run / SET_NAME, run / CHECKPOINT_NAME, workspace.encoder_config.pretrained]
+    inputs += [path for task in workspace.task_configs.values() for path in (task.checkpoint, task.head) if path]
+    if target.resolve() in {path.resolve() for path in inputs}:
+        raise UserError(f"{target}: expected a file to write to, got one that the run is made of")
     if folded:
-        heads = {name: workspace.head(name) for name in workspace.task_names}
+        heads = {name: workspace.head(name) for name, task in workspace.task_configs.items() if task.head is not None}
         save_folded(
             model,
             target,
@@ -217,7 +229,7 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
             found += list(one_hot_preferences(len(task_names)))
         elif part.startswith("grid:"):
             points = part.removeprefix("grid:")
-            if len(task_names) != 2 or not points.isdigit() or int(points) < 2:
+            if len(task_names) != 2 or not points.isdecimal() or not 2 <= int(points) <= 10_000:
                 raise UserError(f"preference: expected grid:POINTS for two tasks, got {part!r} for {len(task_names)}")
             found += list(two_task_grid(int(points)))
         else:
@@ -239,18 +251,31 @@ def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequen
     print_table("accuracy in percent (held-out images)", ["preference", *names, "average"], rows)
 
 
+# an interrupt that was answered with how to go on
+_explained: list[BaseException] = []
+
+
 def _warn(text: str) -> None:
     print(f"pareto-merging: warning: {text}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0, 1 (training stopped on a NaN), 2 (a mistake), 130 (Ctrl-C)."""
-    from pareto_merging.errors import TrainingError, UserError
+    from pareto_merging.errors import Interrupted, TrainingError, UserError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that cannot show γ shows a question mark
+            stream.reconfigure(errors="replace")
     command: Any = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="pareto-merging", standalone_mode=False)
+        if code == 130 and not _explained:
+            print("pareto-merging: interrupted before there was anything to keep", file=sys.stderr)
         sys.exit(code if isinstance(code, int) else 0)
+    except Interrupted as stop:
+        print(f"pareto-merging: {stop}; nothing was kept", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         _exit(error, 2)
     except TrainingError as error:
@@ -264,6 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _exit(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        # torch says it is out of memory in a RuntimeError, on the CPU only by its text
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("pareto-merging: out of memory; `pareto-merging plan` counts what a run needs", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         # typer's own usage errors; its exception classes are not public
         if not hasattr(error, "format_message"):

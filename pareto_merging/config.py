@@ -19,7 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MethodSettings(_Strict):
@@ -50,7 +50,7 @@ class MethodSettings(_Strict):
     normalize_distance: bool = Field(
         True, description="weight-distance in units of ‖τ_k‖², so that tasks count alike; our reading"
     )
-    rank: int = Field(16, ge=1, description="r of A·(G ×₃ γ)·Bᵀ")
+    rank: int = Field(16, ge=1, le=4096, description="r of A·(G ×₃ γ)·Bᵀ")
     low_rank: Literal["attention", "in-projection", "all", "none"] = Field(
         "attention", description="which matrices have the low-rank term"
     )
@@ -61,13 +61,13 @@ class MethodSettings(_Strict):
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; default 2000 for 2 tasks to 4000 for 8 or more, straight between"
     )
-    batch_size: int = Field(32, ge=1, description="images per task and step")
+    batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
     learning_rate: float = Field(1e-3, gt=0)
     lambda_learning_rate: float | None = Field(
         None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
     )
     betas: tuple[float, float] = (0.9, 0.999)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     collapse_threshold: float = Field(
         0.5, ge=0, le=1, description="warn when a task's mean prediction keeps less than this share of its entropy"
     )
@@ -77,7 +77,9 @@ class MethodSettings(_Strict):
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            return {**PRESETS.get(values.get("preset", "icml2025"), PRESETS["icml2025"]), **values}
+            # an unknown preset is refused by its own field
+            preset = str(values.get("preset", "icml2025"))
+            return {**PRESETS.get(preset, PRESETS["icml2025"]), **values}
         return values
 
     @field_validator("betas")
@@ -104,10 +106,14 @@ class EncoderConfig(_Strict):
 
 class TaskConfig(_Strict):
     checkpoint: Path = Field(description="safetensors of the fine-tuned vision encoder")
-    head: Path = Field(
-        description="safetensors with the zero-shot head: `weight` [classes, dim]; metadata `logit_scale`"
+    head: Path | None = Field(
+        None, description="safetensors with the zero-shot head: `weight` [classes, dim]; metadata `logit_scale`"
     )
-    merging: str = Field(description="unlabelled images: a folder, or a safetensors file with `images` [n, 3, H, W]")
+    merging: str | None = Field(
+        None,
+        description="unlabelled images: a folder, or a safetensors file with normalised `images` [n, 3, H, W]; not "
+        "needed for weight-distance",
+    )
     evaluation: str | None = Field(
         None, description="labelled images: a folder with one sub-folder per class, or safetensors with `labels` too"
     )
@@ -128,7 +134,7 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights and the images"
     )
-    workers: int = Field(0, ge=0, description="processes that load images, for each task")
+    workers: int = Field(0, ge=0, le=64, description="processes that load images, for each task")
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -144,6 +150,10 @@ class RunConfig(_Strict):
                 raise ValueError("tasks: expected a mapping from task name to checkpoint, head and images")
         if self.tasks is not None and len(self.tasks) < 1:
             raise ValueError("tasks: expected at least one")
+        for name in self.tasks or ():
+            bad = [c for c in ",;=[]\n" if c in name]
+            if not name.strip() or bad or name in ("equal", "one-hot") or name.startswith("grid:"):
+                raise ValueError(f"tasks: expected names that preferences can be given by, got {name!r}")
         if isinstance(self.tasks, list) and len(set(self.tasks)) != len(self.tasks):
             raise ValueError("tasks: expected each task once")
         return self
@@ -156,14 +166,14 @@ def read_config(path: Path) -> RunConfig:
         UserError: the file is missing, is no YAML mapping, has an unknown key or a value out of range: all are named.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: expected a YAML file, got {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected a YAML file, got bytes that are not UTF-8 text") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
@@ -171,6 +181,17 @@ def read_config(path: Path) -> RunConfig:
         return _absolute(RunConfig.model_validate(values), path.parent.resolve())
     except ValidationError as error:
         raise UserError(f"{path}: {describe_validation(error)}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error and not a matter of order."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"the key {', '.join(twice)} twice")
+        return super().construct_mapping(node, deep)
 
 
 def describe_validation(error: ValidationError) -> str:
@@ -182,7 +203,10 @@ def describe_validation(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {where}")
         else:
-            lines.append(f"{where}: {item['msg']}, got {item['input']!r}" if where else item["msg"])
+            message = item["msg"].removeprefix("Value error, ")
+            got = repr(item["input"])
+            got = got if len(got) <= 80 else f"{got[:77]}…"
+            lines.append(f"{where}: {message}, got {got}" if where else message)
     return "; ".join(dict.fromkeys(lines))
 
 
@@ -198,8 +222,8 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
         name: task.model_copy(
             update={
                 "checkpoint": base / task.checkpoint,
-                "head": base / task.head,
-                "merging": str(base / task.merging),
+                "head": None if task.head is None else base / task.head,
+                "merging": None if task.merging is None else str(base / task.merging),
                 "evaluation": None if task.evaluation is None else str(base / task.evaluation),
             }
         )

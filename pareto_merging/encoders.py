@@ -23,12 +23,12 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
         return {"architecture": architecture, "quick_gelu": quick_gelu}
     path = Path(architecture)
     try:
-        arguments = json.loads(path.read_text())
+        arguments = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: expected a JSON file of VisionTransformer's arguments, got {error.strerror}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(arguments, dict):
         raise UserError(f"{path}: expected a mapping of VisionTransformer's arguments, got {type(arguments).__name__}")
@@ -57,8 +57,10 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     activation = {"act_layer": QuickGELU} if quick_gelu else {}
     try:
         model: nn.Module = VisionTransformer(**description["arguments"], **activation)
-    except TypeError as error:
-        raise UserError(f"encoder: expected arguments of open_clip's VisionTransformer, got {error}") from error
+    except Exception as error:
+        # whatever is wrong with the arguments, open_clip finds it somewhere inside
+        what = str(error) or type(error).__name__
+        raise UserError(f"encoder: expected arguments of open_clip's VisionTransformer, got {what}") from error
     return model.eval()
 
 
@@ -76,10 +78,11 @@ def _model_config(name: str) -> dict[str, Any]:
 
     import open_clip
 
-    config = open_clip.get_model_config(name)
+    # other schemas (hf-hub:…) would go to the network
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None or "vision_cfg" not in config:
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3))
         raise UserError(
-            f"encoder: expected an open_clip model name, got {name!r}" + (f"; near: {close}" if close else "")
+            f"encoder: expected an open_clip model name, got {name[:80]!r}" + (f"; near: {close}" if close else "")
         )
     return dict(config)

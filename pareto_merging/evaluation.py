@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 import pmkernels
 from pareto_merging.data.sources import labelled_batches
 from pareto_merging.errors import UserError
+from pareto_merging.modes import eval_mode
 from pareto_merging.parametrize import merge
 from pareto_merging.preferences import pareto_state
 from pareto_merging.progress import progress_bar
@@ -58,28 +59,31 @@ def evaluate_model(
         UserError: images without a label, or a label beyond the head's classes.
     """
     tensor = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
-    training = encoder.training
-    encoder.eval()
     accuracy, entropy, mean_entropy = {}, {}, {}
     for name, task in tasks.items():
         correct, total, nats, predictions = 0, 0, 0.0, torch.zeros(())
         for images, labels in labelled_batches(task.images, batch_size, workers):
-            logits = task.head(encoder(images.to(tensor.device, tensor.dtype)))
+            images = images.to(tensor.device, tensor.dtype if images.is_floating_point() else None)
+            with eval_mode(encoder, task.head):
+                logits = task.head(encoder(images))
             labels = labels.to(logits.device)
+            if not bool(torch.isfinite(logits).all()):
+                raise UserError(f"task {name}: expected finite logits, got NaN or inf (are the images finite?)")
             foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
             if len(foreign):
                 raise UserError(
                     f"task {name}: expected a label in [0, {logits.shape[-1]}) for every evaluation image, got "
-                    f"{int(foreign[0])} (a folder needs one sub-folder per class)"
+                    f"{int(foreign[0])} (a folder needs one sub-folder per class, a file `labels`)"
                 )
             correct += int((logits.argmax(dim=-1) == labels).sum())
             total += len(labels)
             nats += float(pmkernels.softmax_entropy(logits).double().sum())
             predictions = predictions.to(logits.device) + torch.softmax(logits.double(), dim=-1).sum(dim=0)
+        if not total:
+            raise ValueError(f"tasks: expected images for {name}, got none")
         accuracy[name] = 100.0 * correct / total
         entropy[name] = nats / total
         mean_entropy[name] = float(torch.special.entr(predictions / total).sum())
-    encoder.train(training)
     return Scores(accuracy, entropy, mean_entropy)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,15 @@ else:
 
 PARTS = ("task_vectors", "lam", "A", "G", "B")
 LEARNED = ("lam", "A", "G", "B")
-T = TypeVar("T", bound=nn.Module)
+_ATTENTION_NAMES = {
+    "in_proj_weight",
+    "in_proj_bias",
+    "q_proj_weight",
+    "k_proj_weight",
+    "v_proj_weight",
+    "bias_k",
+    "bias_v",
+}
 
 
 def part_name(name: str, part: str) -> str:
@@ -40,35 +48,37 @@ def part_name(name: str, part: str) -> str:
 class ParetoModule(ModuleBase):
     """A module some of whose parameters are merged: what they are made of, and the merged value of each.
 
-    Attributes set by :func:`convert`: ``merged_names`` (the parameters that are merged), ``original_class``,
-    ``lambda_groups`` (parameter -> the name of the λ vector it uses) and ``pareto`` (the state all layers share).
+    Attributes set by :func:`convert`: ``pareto_names`` (the parameters that are merged), ``pareto_original``,
+    ``pareto_groups`` (parameter -> the name of the λ vector it uses) and ``pareto`` (the state all layers share).
     """
 
-    merged_names: tuple[str, ...] = ()
-    original_class: type[nn.Module]
-    lambda_groups: dict[str, str]
+    pareto_names: tuple[str, ...] = ()
+    pareto_original: type[nn.Module]
+    pareto_groups: dict[str, str]
+    # where the items of a batch lie in the input: 1 in sequence-first transformers
+    pareto_batch_dim: int = 0
     # until convert gives it the model's
     pareto: ParetoState = ParetoState((), torch.empty(0))
 
-    def parts(self, name: str) -> dict[str, Tensor | None]:
+    def pareto_parts(self, name: str) -> dict[str, Tensor | None]:
         """Task vectors, λ, A, G and B of parameter ``name``; None for what it does not have."""
         return {part: self._parameters.get(part_name(name, part)) for part in PARTS}
 
-    def learned(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The learned parameters of this module itself, by attribute name."""
-        for name in self.merged_names:
+        for name in self.pareto_names:
             for part in LEARNED:
                 parameter = self._parameters.get(part_name(name, part))
                 if parameter is not None:
                     yield part_name(name, part), parameter
 
-    def gamma_on(self, device: torch.device) -> Tensor:
+    def pareto_gamma_on(self, device: torch.device) -> Tensor:
         """The current preference, on ``device``."""
         return self.pareto.gamma.to(device)
 
-    def gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
+    def pareto_gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
         """The preference as pareto_linear wants it for x: [K], or [batch, 1, …, K] with the items at ``batch_dim``."""
-        gamma = self.gamma_on(x.device)
+        gamma = self.pareto_gamma_on(x.device)
         if gamma.ndim == 1:
             return gamma
         if x.ndim < 2 or x.shape[batch_dim] != gamma.shape[0]:
@@ -80,23 +90,23 @@ class ParetoModule(ModuleBase):
         shape[batch_dim] = gamma.shape[0]
         return gamma.view(shape)
 
-    def merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
+    def pareto_merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
         """Parameter ``name`` merged at ``gamma`` [K], by default the current preference."""
         weight = self._parameters[name]
         assert weight is not None
-        parts = self.parts(name)
+        parts = self.pareto_parts(name)
         if parts["A"] is None:
-            return weight if parts["lam"] is None else self._merge(weight, None, parts)
-        gamma = self.gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
+            return weight if parts["lam"] is None else self._pareto_merge(weight, None, parts)
+        gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
         if gamma.ndim != 1:
             raise ValueError(
-                f"preference: {self.original_class.__name__}.{name} is one merged tensor, so expected one preference "
+                f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one preference "
                 f"for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear and "
                 "nn.MultiheadAttention layers)"
             )
-        return self._merge(weight, gamma, parts)
+        return self._pareto_merge(weight, gamma, parts)
 
-    def _merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
+    def _pareto_merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
         cache = self.pareto.cache
         if cache is None:
             return pmkernels.merge_weight(weight, gamma=gamma, **parts)
@@ -105,15 +115,15 @@ class ParetoModule(ModuleBase):
                 cache[id(weight)] = pmkernels.merge_weight(weight, gamma=gamma, **parts)
         return pmkernels.merge_weight(weight, gamma=gamma, cached=cache[id(weight)], **parts)
 
-    def project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
+    def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
         weight: Tensor | None = self._parameters[name]
         assert weight is not None
-        parts = self.parts(name)
+        parts = self.pareto_parts(name)
         plain = parts["lam"] is None and parts["A"] is None
         state, autocast = self.pareto, torch.is_autocast_enabled(x.device.type)
         if plain or (state.cache is not None and state.gamma.ndim == 1 and not autocast):
-            return F.linear(x, self.merged(name)[rows], None if bias is None else bias[rows])
+            return F.linear(x, self.pareto_merged(name)[rows], None if bias is None else bias[rows])
         gamma = None
         if rows != slice(None):
             weight = weight[rows]
@@ -123,12 +133,29 @@ class ParetoModule(ModuleBase):
                     parts[part] = value[:, rows] if axis else value[rows]
             bias = None if bias is None else bias[rows]
         if parts["A"] is not None:
-            gamma = self.gamma_for(x, batch_dim)
+            gamma = self.pareto_gamma_for(x, batch_dim)
         return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, **parts)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module registers a Parameter before a property is asked, and W0 would silently be another
+        if name in self.pareto_names and not self.__dict__.get("_pareto_loading"):
+            raise AttributeError(
+                f"{name}: expected a merged parameter to be left alone (set_lambda and set_preference change it, "
+                f"load_state_dict sets what it is made of), got an assignment of {type(value).__name__}"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # load_state_dict(assign=True) assigns W0 itself
+        self.__dict__["_pareto_loading"] = True
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            del self.__dict__["_pareto_loading"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
-        learned = {id(t) for _, p in self.learned() for t in (p, p.grad) if t is not None}
+        learned = {id(t) for _, p in self.pareto_learned() for t in (p, p.grad) if t is not None}
 
         def keep_float32(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -152,10 +179,10 @@ def _merged_property(name: str) -> property:
                 return self.__dict__[name]
             # raised while the original class's constructor asks whether the name is free
             raise AttributeError(name)
-        return self.merged(name)
+        return self.pareto_merged(name)
 
     def set_if_absent(self: ParetoModule, value: Any) -> None:
-        if self._parameters.get(name) is None:
+        if name not in self.pareto_names:
             self.__dict__[name] = value
             return
         raise AttributeError(f"{name}: a merged parameter cannot be assigned; set_lambda and set_preference change it")
@@ -191,7 +218,7 @@ class ParetoLinear(ParetoModule, nn.Linear):
         return model
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.project(input, "weight", self.bias, slice(None))
+        return self.pareto_project(input, "weight", self.bias, slice(None), self.pareto_batch_dim)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_describe(self, 'weight')}"
@@ -263,18 +290,19 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         joined = joined if batched else joined.flatten(0, 1)
         out = self.out_proj
         if isinstance(out, ParetoLinear):
-            return out.project(joined, "weight", out.bias, slice(None), batch_dim), weights
+            return out.pareto_project(joined, "weight", out.bias, slice(None), batch_dim), weights
         return F.linear(joined, out.weight, out.bias), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
         """q, k and v: one product where they share their input."""
         bias, size = self.in_proj_bias, self.embed_dim
-        project = functools.partial(self.project, bias=bias, batch_dim=batch_dim)
+        project = functools.partial(self.pareto_project, bias=bias, batch_dim=batch_dim)
         if not self._qkv_same_embed_dim:
             slices = [None if bias is None else bias[i * size : (i + 1) * size] for i in range(3)]
             inputs = ((query, "q_proj_weight"), (key, "k_proj_weight"), (value, "v_proj_weight"))
             return tuple(
-                self.project(x, name, b, slice(None), batch_dim) for (x, name), b in zip(inputs, slices, strict=True)
+                self.pareto_project(x, name, b, slice(None), batch_dim)
+                for (x, name), b in zip(inputs, slices, strict=True)
             )
         if query is key and key is value:
             return project(query, "in_proj_weight", rows=slice(None)).chunk(3, dim=-1)
@@ -320,7 +348,7 @@ def _float_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _describe(module: ParetoModule, name: str) -> str:
-    parts = module.parts(name)
+    parts = module.pareto_parts(name)
     tasks, A = parts["task_vectors"], parts["A"]
     folded = "folded" if tasks is None else f"tasks={tasks.shape[0]}"
     return folded if A is None else f"{folded}, rank={A.shape[1]}"
@@ -349,18 +377,31 @@ def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
     return blank
 
 
-def convert(module: nn.Module, names: Sequence[str], state: ParetoState) -> ParetoModule:
-    """Turn ``module`` into the Pareto form of its class, in place; the caller then registers the parts of ``names``."""
+def convert(module: nn.Module, names: Sequence[str], state: ParetoState, has_parts: bool = False) -> ParetoModule:
+    """Turn ``module`` into the Pareto form of its class, in place; the caller then registers the parts of ``names``,
+    unless it ``has_parts`` already.
+
+    Raises:
+        ValueError: the module already has an attribute that a part would be called.
+    """
     original: Any = type(module)
-    fixed: dict[Any, Any] = {nn.Linear: ParetoLinear, nn.MultiheadAttention: ParetoAttention}
-    linear_like = original is nn.modules.linear.NonDynamicallyQuantizableLinear
-    cls = ParetoLinear if linear_like else fixed.get(original)
-    new: Any = cls if cls is not None else _pareto_class(original, tuple(names))
-    module.__class__ = new
+    # a layer with parameters of its own making, or none where its weight should be (weight_norm), is an unknown module
+    is_linear = original is nn.Linear or original is nn.modules.linear.NonDynamicallyQuantizableLinear
+    fixed: Any = None
+    if is_linear and set(names) <= {"weight", "bias"} and "weight" in module._parameters:
+        fixed = ParetoLinear
+    elif original is nn.MultiheadAttention and set(names) <= _ATTENTION_NAMES:
+        fixed = ParetoAttention
+    for name in names:
+        for part in PARTS:
+            attribute = part_name(name, part)
+            if not has_parts and hasattr(module, attribute):
+                raise ValueError(f"{original.__name__}: expected no attribute {attribute}, which {name}'s parts need")
+    module.__class__ = _pareto_class(original, tuple(names)) if fixed is None else fixed
     assert isinstance(module, ParetoModule)
-    module.merged_names = tuple(names)
-    module.original_class = original
-    module.lambda_groups = {}
+    module.pareto_names = tuple(names)
+    module.pareto_original = original
+    module.pareto_groups = {}
     module.pareto = state
     module.__dict__.pop("_flat_weights", None)
     return module
@@ -368,11 +409,11 @@ def convert(module: nn.Module, names: Sequence[str], state: ParetoState) -> Pare
 
 def restore(module: ParetoModule) -> nn.Module:
     """Undo :func:`convert` in place: the original class, none of our attributes, no parts."""
-    for name in module.merged_names:
+    for name in module.pareto_names:
         for part in PARTS:
             module._parameters.pop(part_name(name, part), None)
-    original: Any = module.original_class
-    for attribute in ("merged_names", "original_class", "lambda_groups", "pareto"):
+    original: Any = module.pareto_original
+    for attribute in ("pareto_names", "pareto_original", "pareto_groups", "pareto_batch_dim", "pareto"):
         module.__dict__.pop(attribute, None)
     module.__class__ = original
     if isinstance(module, nn.RNNBase):

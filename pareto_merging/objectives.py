@@ -95,8 +95,8 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
 def _low_rank_parts(model: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     seen = set()
     for _, module in pareto_modules(model):
-        for name in module.merged_names:
-            parts = module.parts(name)
+        for name in module.pareto_names:
+            parts = module.pareto_parts(name)
             A, G, B = parts["A"], parts["G"], parts["B"]
             if A is not None and G is not None and B is not None and id(G) not in seen:
                 seen.add(id(G))
@@ -148,12 +148,12 @@ class WeightDistance:
         self.tasks = len(pareto_state(model).task_names)
         seen = set()
         for _, module in pareto_modules(model):
-            for name in module.merged_names:
+            for name in module.pareto_names:
                 weight = module._parameters[name]
                 if id(weight) in seen:
                     continue
                 seen.add(id(weight))
-                parts = module.parts(name)
+                parts = module.pareto_parts(name)
                 self._layers.append(parts)
                 self._grams.append(None if parts["task_vectors"] is None else gram(parts["task_vectors"]))
         grams = [g for g in self._grams if g is not None]

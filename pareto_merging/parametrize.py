@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def parametrize(
         ValueError: no copies; missing, extra or differently shaped tensors (all are named, with the task); tensors
             tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
     """
-    _check_settings(pretrained, rank, low_rank, granularity, buffers)
+    _check_settings(pretrained, rank, low_rank, granularity, buffers, init_lambda, seed)
     model = copy.deepcopy(pretrained)
     copies, tensors = check_copies(model, finetuned)
     names = tuple(copies)
@@ -82,7 +82,7 @@ def parametrize(
         equal_preference(len(names)),
         settings={
             "rank": rank,
-            "low_rank": low_rank if isinstance(low_rank, str) else getattr(low_rank, "__name__", "function"),
+            "low_rank": low_rank if isinstance(low_rank, str) else "function",
             "init_lambda": init_lambda,
             "granularity": granularity,
             "buffers": buffers,
@@ -92,7 +92,7 @@ def parametrize(
     )
     hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     lambdas: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         plans = [
@@ -100,23 +100,27 @@ def parametrize(
             for group, tensor in tensors
             if isinstance(tensor, nn.Parameter)
         ]
-        _merge_buffers(model, copies, buffers, hashers)
-    owners: dict[str, list[str]] = {}
+        _merge_buffers(tensors, copies, buffers, hashers)
+    # by identity: one module may have several names
+    owners: dict[int, tuple[nn.Module, list[str]]] = {}
     for plan in plans:
         if plan["task_vectors"] is None and plan["A"] is None:
             continue
         for name in plan["names"]:
             owner, _, attribute = name.rpartition(".")
-            owners.setdefault(owner, []).append(attribute)
-    for owner, attributes in owners.items():
-        convert(model.get_submodule(owner), attributes, state)
-    _disable_fused_encoder_layers(model)
+            module = model.get_submodule(owner)
+            attributes = owners.setdefault(id(module), (module, []))[1]
+            if attribute not in attributes:
+                attributes.append(attribute)
+    for module, attributes in owners.values():
+        convert(module, attributes, state)
+    prepare_transformers(model)
     for plan in plans:
         _register(model, plan, granularity, init_lambda, len(names), lambdas)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for _, module in pareto_modules(model):
-        for _, parameter in module.learned():
+    for _, pareto in pareto_modules(model):
+        for _, parameter in pareto.pareto_learned():
             parameter.requires_grad_(True)
     object.__setattr__(model, "pareto", state)
     device = next((t.device for t in model.state_dict().values()), state.gamma.device)
@@ -125,13 +129,28 @@ def parametrize(
     return model
 
 
-def _disable_fused_encoder_layers(model: nn.Module) -> None:
-    """nn.TransformerEncoderLayer's fused inference path wants each weight as one tensor; its ordinary path calls the
-    layers, which can do more (a preference per item). The flag that guards the fused path is put back by merge."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(True for _ in pareto_modules(module)):
-            module.__dict__["pareto_fused_activation"] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
+def prepare_transformers(model: nn.Module) -> None:
+    """What torch's own transformer blocks need around Pareto layers; :func:`merge` puts their flags back.
+
+    nn.TransformerEncoderLayer has a fused inference path that wants each weight as one tensor, nn.TransformerEncoder
+    one with nested tensors; the ordinary path calls the layers, which can do more (a preference per item). And in a
+    block whose attention is sequence-first, the linear layers beside it have the items along dimension 1 as well.
+    """
+    for module in list(model.modules()):
+        if not any(True for _ in pareto_modules(module)):
+            continue
+        flags = {}
+        if isinstance(module, nn.TransformerEncoderLayer):
+            flags = {"activation_relu_or_gelu": 0}
+        elif isinstance(module, nn.TransformerEncoder):
+            flags = {"enable_nested_tensor": False, "use_nested_tensor": False}
+        if flags:
+            module.__dict__.setdefault("pareto_flags", {name: getattr(module, name) for name in flags})
+            module.__dict__.update(flags)
+        attentions = [child for child in module.children() if isinstance(child, nn.MultiheadAttention)]
+        if any(not attention.batch_first for attention in attentions):
+            for _, inner in pareto_modules(module):
+                inner.pareto_batch_dim = 1
 
 
 class TensorDigest:
@@ -153,19 +172,27 @@ class TensorDigest:
         return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._parts.items())).encode()).hexdigest()
 
 
-def _check_settings(pretrained: Any, rank: int, low_rank: Any, granularity: str, buffers: str) -> None:
+def _check_settings(
+    pretrained: Any, rank: Any, low_rank: Any, granularity: str, buffers: str, init_lambda: Any, seed: Any
+) -> None:
     if not isinstance(pretrained, nn.Module):
         raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
+    if isinstance(pretrained, torch.jit.ScriptModule):
+        raise TypeError("pretrained: expected a plain nn.Module, got a ScriptModule")
     if pareto_states(pretrained):
         raise ValueError("pretrained: expected a plain module, got a Pareto model")
     if not callable(low_rank) and low_rank not in ("attention", "in-projection", "all", "none"):
         raise ValueError(f"low_rank: expected attention, in-projection, all, none or a function, got {low_rank!r}")
-    if not isinstance(rank, int) or (rank < 1 and low_rank != "none"):
+    if isinstance(rank, bool) or not isinstance(rank, int) or (rank < 1 and low_rank != "none"):
         raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}")
     if granularity not in ("tensor", "module", "block", "model"):
         raise ValueError(f"granularity: expected tensor, module, block or model, got {granularity!r}")
     if buffers not in ("pretrained", "average"):
         raise ValueError(f"buffers: expected pretrained or average, got {buffers!r}")
+    if not isinstance(init_lambda, int | float) or not math.isfinite(init_lambda):
+        raise ValueError(f"init_lambda: expected a finite number, got {init_lambda!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}")
 
 
 def check_copies(
@@ -180,11 +207,18 @@ def check_copies(
         isinstance(finetuned, Mapping) and any(isinstance(value, Tensor) for value in finetuned.values())
     ):
         raise TypeError("finetuned: expected a sequence or mapping of K fine-tuned copies, got a single one")
+    if not isinstance(finetuned, Mapping | Sequence) or isinstance(finetuned, str):
+        raise TypeError(
+            f"finetuned: expected a sequence or mapping of K fine-tuned copies, got {type(finetuned).__name__}"
+        )
     if not isinstance(finetuned, Mapping):
         finetuned = {f"task_{k + 1}": source for k, source in enumerate(finetuned)}
     if not finetuned:
         raise ValueError("finetuned: expected at least one fine-tuned copy, got none")
-    copies = {str(name): _tensors(source) for name, source in finetuned.items()}
+    for name in finetuned:
+        if not isinstance(name, str):
+            raise TypeError(f"finetuned: expected task names that are strings, got {name!r}")
+    copies = {name: _tensors(source) for name, source in finetuned.items()}
     tensors = [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
     _check_same_tensors(copies, tensors)
     return copies, tensors
@@ -192,7 +226,8 @@ def check_copies(
 
 def _tensors(source: Weights) -> Mapping[str, Tensor]:
     if isinstance(source, nn.Module):
-        return source.state_dict(keep_vars=True)
+        # modules may put more than tensors there (get_extra_state)
+        return {k: value for k, value in source.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     if isinstance(source, Mapping):
         return source
     raise TypeError(f"finetuned: expected modules or state dicts, got {type(source).__name__}")
@@ -225,10 +260,14 @@ def _check_same_tensors(
         present = set(weights)
         # a file may name a tied tensor once
         problems += [f"{task} lacks {group[0]}" for group, _ in tensors if not present.intersection(group)]
-        problems += [f"{task} has an extra {name}" for name in sorted(present - known)]
+        extra = [name for name in sorted(present - known) if isinstance(weights[name], Tensor)]
+        problems += [f"{task} has an extra {name}" for name in extra]
         for group, tensor in tensors:
             expected = list(tensor.shape)
             for name in group:
+                if name in present and not isinstance(weights[name], Tensor):
+                    kind = type(weights[name]).__name__
+                    raise TypeError(f"finetuned: expected {name} of {task} to be a tensor, got {kind}")
                 if name in present and list(weights[name].shape) != expected:
                     problems.append(f"{task} has {name} of shape {list(weights[name].shape)}, expected {expected}")
     if problems:
@@ -263,6 +302,10 @@ def _plan(
         if weight.is_floating_point():
             wide = torch.promote_types(torch.promote_types(weight.dtype, value.dtype), torch.float32)
             task_vectors[k] = value.to(wide) - weight.to(wide)
+            if not bool(torch.isfinite(task_vectors[k]).all()):
+                raise ValueError(
+                    f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
+                )
         elif not torch.equal(value, weight):
             raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
     if weight.is_floating_point() and bool(task_vectors.any()):
@@ -271,9 +314,10 @@ def _plan(
         out_features, in_features = weight.shape
         for part, size in (("A", out_features), ("B", in_features)):
             bound = math.sqrt(6.0 / size)
-            start = torch.empty(size, rank).uniform_(-bound, bound, generator=generator)
+            start = torch.empty(size, rank, dtype=torch.float32, device="cpu")
+            start.uniform_(-bound, bound, generator=generator)
             plan[part] = nn.Parameter(start.to(weight.device))
-        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), device=weight.device))
+        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
             for part in ("A", "G", "B"):
                 plan[part] = nn.Parameter(plan[part].detach().double())
@@ -305,23 +349,23 @@ def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
 
 
 def _merge_buffers(
-    model: nn.Module,
+    tensors: Sequence[tuple[Sequence[str], Tensor]],
     copies: Mapping[str, Mapping[str, Tensor]],
     buffers: str,
     hashers: Mapping[str, TensorDigest],
 ) -> None:
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        if isinstance(tensor, nn.Parameter) or not isinstance(tensor, Tensor):
+    for names, tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
             continue
+        values = {task: next(weights[name] for name in names if name in weights) for task, weights in copies.items()}
         if hashers:
-            hashers["pretrained"].add(name, tensor)
-            for task, weights in copies.items():
-                hashers[task].add(name, weights[name])
+            hashers["pretrained"].add(names[0], tensor)
+            for task, value in values.items():
+                hashers[task].add(names[0], value)
         if buffers == "average" and tensor.is_floating_point():
             total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            for weights in copies.values():
-                total += weights[name].to(total)
+            for value in values.values():
+                total += value.to(total)
             tensor.copy_(total / len(copies))
 
 
@@ -363,7 +407,7 @@ def _register(
         module = model.get_submodule(owner)
         assert isinstance(module, ParetoModule)
         if lam is not None:
-            module.lambda_groups[attribute] = group
+            module.pareto_groups[attribute] = group
         for part, value in {**plan, "lam": lam}.items():
             if part != "names" and value is not None:
                 module.register_parameter(part_name(attribute, part), value)
@@ -378,14 +422,17 @@ def get_lambda(model: nn.Module) -> Tensor:
     """λ of all layers as one [L, K] tensor (a copy), row l belonging to ``lambda_names(model)[l]``."""
     rows = list(_lambdas(model).values())
     tasks = len(pareto_state(model).task_names)
-    return torch.stack([row.detach() for row in rows]) if rows else torch.empty(0, tasks)
+    return torch.stack([row.detach() for row in rows]) if rows else torch.empty(0, tasks, dtype=torch.float32)
 
 
 def set_lambda(model: nn.Module, values: Tensor) -> None:
     """Set λ of all layers from one [L, K] tensor (or [K] for every layer, or a number for all); finite values."""
     rows = list(_lambdas(model).values())
     tasks = len(pareto_state(model).task_names)
-    values = torch.as_tensor(values, dtype=torch.float64)
+    try:
+        values = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lambda: expected a tensor of numbers, got {values!r}") from error
     if values.ndim < 2 and values.shape in ((), (tasks,)):
         values = values.expand(len(rows), tasks)
     if values.shape != (len(rows), tasks):
@@ -400,10 +447,14 @@ def set_lambda(model: nn.Module, values: Tensor) -> None:
 def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for _, module in pareto_modules(model):
-        for name, group in module.lambda_groups.items():
+        for name, group in module.pareto_groups.items():
             parameter = module._parameters[part_name(name, "lam")]
             assert parameter is not None
-            found.setdefault(group, parameter)
+            if found.setdefault(group, parameter) is not parameter:
+                raise ValueError(
+                    f"model: expected one λ vector for {group}, got several (load_state_dict(assign=True) takes apart "
+                    "what is shared; load without it)"
+                )
     return found
 
 
@@ -415,7 +466,7 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
     seen = {id(parameter) for parameter in found.values()}
     for prefix, module in pareto_modules(model):
-        for name in module.merged_names:
+        for name in module.pareto_names:
             for part in LEARNED:
                 parameter = module._parameters.get(part_name(name, part))
                 if parameter is not None and id(parameter) not in seen:
@@ -437,15 +488,15 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     Raises:
         ValueError: not a Pareto model, or not a preference.
     """
+    model = getattr(model, "_orig_mod", model)
     state = pareto_state(model)
     checked = check_preference(gamma, state.task_names, per_item=False).detach()
-    plain = _copy_with(model, lambda module, name: module.merged(name, checked), keep_low_rank=False)
+    plain = _copy_with(model, lambda module, name: module.pareto_merged(name, checked), keep_low_rank=False)
     for _, pareto in list(pareto_modules(plain)):
         restore(pareto)
-    plain.__dict__.pop("pareto", None)
     for module in plain.modules():
-        if "pareto_fused_activation" in module.__dict__:
-            module.__dict__["activation_relu_or_gelu"] = module.__dict__.pop("pareto_fused_activation")
+        module.__dict__.pop("pareto", None)
+        module.__dict__.update(module.__dict__.pop("pareto_flags", {}))
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -458,22 +509,24 @@ def fold(model: nn.Module) -> nn.Module:
     It takes preferences as the Pareto model does and gives the same results at about the memory of one plain model:
     what a server loads. Folding a folded model copies it. Raises ValueError if ``model`` is no Pareto model.
     """
+    model = getattr(model, "_orig_mod", model)
     pareto_state(model)
     folded = _copy_with(model, _base, keep_low_rank=True)
     state = pareto_state(folded)
+    state.folded = True
     for _, module in list(pareto_modules(folded)):
         kept = []
-        for name in module.merged_names:
+        for name in module.pareto_names:
             for part in ("task_vectors", "lam"):
                 module._parameters.pop(part_name(name, part), None)
             if module._parameters.get(part_name(name, "A")) is not None:
                 kept.append(name)
-        module.lambda_groups = {}
+        module.pareto_groups = {}
         if kept:
             # only the class of an unknown module depends on which of its parameters are merged
-            original: Any = module.original_class
+            batch_dim, original = module.pareto_batch_dim, cast(Any, module.pareto_original)
             module.__class__ = original
-            convert(module, kept, state)
+            convert(module, kept, state, has_parts=True).pareto_batch_dim = batch_dim
         else:
             restore(module)
     object.__setattr__(folded, "pareto", state)
@@ -483,7 +536,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _base(module: ParetoModule, name: str) -> Tensor:
     import pmkernels
 
-    weight, parts = module._parameters[name], module.parts(name)
+    weight, parts = module._parameters[name], module.pareto_parts(name)
     assert weight is not None
     return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=parts["lam"])
 
@@ -493,7 +546,7 @@ def _copy_with(model: nn.Module, value: Callable[[ParetoModule, str], Tensor], k
     memo: dict[int, Any] = {}
     with torch.no_grad():
         for _, module in pareto_modules(model):
-            for name in module.merged_names:
+            for name in module.pareto_names:
                 weight = module._parameters[name]
                 assert weight is not None
                 if id(weight) not in memo:

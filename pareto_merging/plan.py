@@ -38,7 +38,8 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
             factors += method.rank * sum(parameter.shape)
             cores += method.rank**2 * tasks
     lambdas = tasks * len({lambda_group(name, method.granularity) for name, _ in named})
-    learned = factors + cores + (lambdas if method.learn_lambda else 0)
+    kept = factors + cores + lambdas
+    learned = kept if method.learn_lambda else factors + cores
     rows = [
         ("frozen weights W0", frozen, narrow, "held once"),
         ("buffers", buffers, narrow, "batch-norm statistics and the like"),
@@ -53,6 +54,7 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     rows.append(("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"))
     if workspace.device.type == "cpu":
         rows.append(("merged weights of a step", frozen, narrow, "on the CPU, kept for the K tasks of a step"))
-    rows.append(("Pareto set file", learned, wide, "on disk"))
+    rows.append(("Pareto set file", kept, wide, "on disk"))
+    rows.append(("checkpoint", kept + 2 * learned, wide, "on disk, during training"))
     rows.append(("folded file", frozen + buffers, narrow, "on disk, and what a server holds, plus A, B and G"))
     return [PlanRow(kind, count, count * size, note) for kind, count, size, note in rows]

@@ -30,9 +30,14 @@ class ParetoState:
     task_names: tuple[str, ...]
     gamma: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
+    folded: bool = False
     # merged tensors by the identity of their W0, while merged_once says that λ and γ stand still
     cache: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a preference may carry a graph, which can be neither copied nor pickled
+        return {**self.__dict__, "gamma": self.gamma.detach(), "cache": None}
 
 
 def check_preference(gamma: Preference, task_names: Sequence[str], per_item: bool = True) -> Tensor:
@@ -45,14 +50,20 @@ def check_preference(gamma: Preference, task_names: Sequence[str], per_item: boo
         ValueError: not on the simplex (sum 1 within 1e-4), the wrong length, an unknown task. Nothing is normalised.
     """
     tasks = len(task_names)
-    if isinstance(gamma, Mapping):
-        gamma = _from_names(gamma, task_names)
     try:
-        tensor = gamma if isinstance(gamma, Tensor) else torch.tensor(gamma, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+        if isinstance(gamma, Mapping):
+            gamma = _from_names(gamma, task_names)
+        tensor = gamma if isinstance(gamma, Tensor) else torch.tensor(gamma, dtype=torch.float32, device="cpu")
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"preference: expected {tasks} numbers, got {gamma!r}") from error
+    except ValueError as error:
+        if str(error).startswith("preference:"):
+            raise
+        raise ValueError(f"preference: expected {tasks} numbers, got {gamma!r}") from error
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"preference: expected real numbers, got {tensor.dtype}")
     allowed = f"[{tasks}] or [batch, {tasks}]" if per_item else f"[{tasks}]"
-    if tensor.ndim not in ((1, 2) if per_item else (1,)) or tensor.shape[-1] != tasks:
+    if tensor.ndim not in ((1, 2) if per_item else (1,)) or tensor.shape[-1] != tasks or not len(tensor):
         raise ValueError(
             f"preference: expected shape {allowed}, one weight for each of {', '.join(task_names)}; "
             f"got {list(tensor.shape)}"
@@ -73,13 +84,14 @@ def check_preference(gamma: Preference, task_names: Sequence[str], per_item: boo
 def _from_names(gamma: Mapping[str, float], task_names: Sequence[str]) -> Tensor:
     unknown = [name for name in gamma if name not in task_names]
     if unknown:
-        raise ValueError(f"preference: expected task names among {', '.join(task_names)}; got {', '.join(unknown)}")
+        named = ", ".join(map(str, unknown))
+        raise ValueError(f"preference: expected task names among {', '.join(task_names)}; got {named}")
     others = [name for name in task_names if name not in gamma]
-    given = float(sum(gamma.values()))
+    given = float(sum(float(value) for value in gamma.values()))
     if given > 1 + SUM_TOLERANCE:
         raise ValueError(f"preference: expected a sum of at most 1, got {given:.6g} from {dict(gamma)}")
     share = max(0.0, 1.0 - given) / len(others) if others else 0.0
-    return torch.tensor([float(gamma.get(name, share)) for name in task_names])
+    return torch.tensor([float(gamma.get(name, share)) for name in task_names], dtype=torch.float32, device="cpu")
 
 
 def _show(values: Tensor) -> str:
@@ -116,17 +128,17 @@ def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:
 
 def equal_preference(tasks: int) -> Tensor:
     """[K] with 1/K everywhere."""
-    return torch.full((tasks,), 1.0 / tasks)
+    return torch.full((tasks,), 1.0 / tasks, dtype=torch.float32, device="cpu")
 
 
 def one_hot_preferences(tasks: int) -> Tensor:
     """[K, K]: row k wants task k alone."""
-    return torch.eye(tasks)
+    return torch.eye(tasks, dtype=torch.float32, device="cpu")
 
 
 def two_task_grid(points: int = 11) -> Tensor:
     """[points, 2]: γ₁ from 0 to 1 in equal steps."""
-    first = torch.linspace(0, 1, points, dtype=torch.float64)
+    first = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
     return torch.stack([first, 1 - first], dim=1).float()
 
 
@@ -151,6 +163,8 @@ def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator)
 
 def pareto_states(model: nn.Module) -> list[ParetoState]:
     """The distinct Pareto models inside ``model`` (itself one, or a module that contains some)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     found = {id(state): state for module in model.modules() if (state := module.__dict__.get("pareto")) is not None}
     return list(found.values())
 
@@ -184,7 +198,17 @@ def set_preference(model: nn.Module, gamma: Preference) -> None:
         # replaced, never written into: an earlier forward may still need the old value in its backward; copied,
         # because the caller may write into theirs
         value = value.to(state.gamma.device)
-        state.gamma = value if value.requires_grad else value.clone()
+        if not value.requires_grad:
+            # a tensor made in inference mode could not be used in training afterwards
+            with torch.inference_mode(False):
+                value = value.clone()
+        _replace_gamma(state, value)
+
+
+def _replace_gamma(state: ParetoState, value: Tensor) -> None:
+    state.gamma = value
+    if state.cache is not None:
+        state.cache = {}
 
 
 def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]]:
@@ -196,7 +220,11 @@ def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]
 
 @contextlib.contextmanager
 def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
-    """``with preference(model, gamma):`` sets the preference and restores the former one, also on an exception."""
+    """``with preference(model, gamma):`` sets the preference and restores the former one, also on an exception.
+
+    The preference belongs to the model, not to the thread: threads that share a model want a preference per item, or a
+    model each. With gradient checkpointing the backward computes the forward again, so run it inside the block too.
+    """
     before = [(state, state.gamma) for state in pareto_states(model)]
     set_preference(model, gamma)
     try:
@@ -204,14 +232,15 @@ def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
     finally:
         for state, value in before:
             # the model may have moved inside the block
-            state.gamma = value.to(state.gamma.device)
+            _replace_gamma(state, value.to(state.gamma.device))
 
 
 @contextlib.contextmanager
 def merged_once(model: nn.Module) -> Iterator[None]:
     """Inside, each weight is merged once and kept: the caller promises that λ, A, G, B and γ do not change.
 
-    It costs the memory of one more model; gradients are what they are without it.
+    It costs the memory of one more model; gradients are what they are without it. Setting a preference inside starts
+    anew.
     """
     states = pareto_states(model)
     for state in states:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance: TypeAlias = Callable[[int, str], None]
@@ -37,7 +38,7 @@ def progress_bar(title: str, total: int, done: int = 0, enabled: bool = True) ->
         )
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(title, total=total, completed=done, text="")
-            yield lambda step, text: progress.update(bar, completed=step, text=text)
+            yield lambda step, text: progress.update(bar, completed=step, text=escape(text))
     else:
         yield _plain(title, total, done)
 

@@ -9,8 +9,10 @@ evaluation.json        what `evaluate` measured last
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,18 @@ from pareto_merging.checkpoints.files import write_text
 from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.errors import UserError
-from pareto_merging.training import CHECKPOINT_NAME, TrainingResult, learn_pareto_set
+from pareto_merging.preferences import pareto_state
+from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
 
-CONFIG_NAME, SET_NAME = "config.yaml", "pareto_set.safetensors"
+CONFIG_NAME, SET_NAME, LOCK_NAME = "config.yaml", "pareto_set.safetensors", ".lock"
 
 
 def check_new(path: Path) -> None:
-    """UserError if there is something at ``path`` already (an empty folder is nothing)."""
+    """UserError if there is something at ``path`` already (an empty folder is nothing), or a file on the way to it."""
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{path}: expected a folder at {parent}, got a file")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         kind = "folder" if path.is_dir() else "file"
         raise UserError(f"{path}: expected a new path, got an existing {kind}")
@@ -40,6 +46,8 @@ def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
         UserError: it exists, or does not, or its configuration differs (the keys are named).
     """
     if not resume:
+        if (folder / SET_NAME).exists():
+            raise UserError(f"{folder}: expected a new folder, got a finished run")
         if (folder / CHECKPOINT_NAME).exists():
             raise UserError(f"{folder}: expected a new folder, got a run that can go on with --resume")
         check_new(folder)
@@ -49,10 +57,21 @@ def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
     if not (folder / CONFIG_NAME).exists():
         check_new(folder)
         return
-    before, now = read_config(folder / CONFIG_NAME).model_dump(), config.model_dump()
+    before, now = (_what_counts(c.model_dump()) for c in (read_config(folder / CONFIG_NAME), config))
     changed = sorted(_differences(before, now))
     if changed:
-        raise UserError(f"{folder}: expected the configuration it was started with, but {', '.join(changed)} differs")
+        raise UserError(
+            f"{folder}: expected the configuration it was started with, but {', '.join(changed)} differs "
+            "(for another configuration choose a new folder, or delete this one)"
+        )
+
+
+def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings that change nothing about the result, and with the order of the tasks."""
+    kept = {key: value for key, value in config.items() if key not in ("workers", "device")}
+    kept["method"] = {key: value for key, value in config["method"].items() if key != "checkpoint_every"}
+    kept["order of tasks"] = list(config["tasks"] or ())
+    return kept
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
@@ -83,24 +102,37 @@ def train_run(
         UserError: see :func:`start_run` and :class:`Workspace`. TrainingError, Interrupted: see
         :func:`learn_pareto_set`.
     """
+    folder = Path(folder)
     start_run(config, folder, resume)
     workspace = Workspace(config, suite_folder)
     workspace.check_files()
     tasks = workspace.merging_tasks() if config.method.objective == "entropy" else None
     model = workspace.pareto_model()
-    if not (folder / CONFIG_NAME).exists():
-        write_text(folder / CONFIG_NAME, dump_config(config))
-    with user_errors():
-        result = learn_pareto_set(
-            model,
-            tasks,
-            config.method,
-            folder=folder,
-            resume=resume,
-            progress=progress,
-            workers=config.workers,
-            on_warning=on_warning,
-        )
+    _check_task_vectors(model, on_warning)
+    is_new = not (folder / CONFIG_NAME).exists()
+    with _locked(folder):
+        try:
+            if is_new:
+                write_text(folder / CONFIG_NAME, dump_config(config))
+            with user_errors():
+                result = learn_pareto_set(
+                    model,
+                    tasks,
+                    config.method,
+                    folder=folder,
+                    resume=resume,
+                    progress=progress,
+                    workers=config.workers,
+                    on_warning=on_warning,
+                )
+        except UserError:
+            if is_new and not (folder / CHECKPOINT_NAME).exists():
+                # nothing was learned, so nothing is left to stand in the way of the next try
+                for name in (CONFIG_NAME, LOG_NAME, LOCK_NAME):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
     training = {
         "steps": result.steps,
         "collapsed": result.collapsed,
@@ -110,6 +142,32 @@ def train_run(
     return model, result
 
 
+def _check_task_vectors(model: nn.Module, on_warning: Callable[[str], None] | None) -> None:
+    state = pareto_state(model)
+    same = [name for name in state.task_names if state.digests[name] == state.digests["pretrained"]]
+    if len(same) == len(state.task_names):
+        raise UserError(f"tasks: expected fine-tuned checkpoints, got the pretrained one for {', '.join(same)}")
+    if same and on_warning is not None:
+        on_warning(f"the checkpoint of {', '.join(same)} equals the pretrained one")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time trains in a folder; UserError if another does. The lock goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: expected a run that is not being trained, but another process is at it"
+            ) from error
+        try:
+            yield
+        finally:
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+
+
 def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace, nn.Module]:
     """The workspace and the learned Pareto model of a finished run.
 
@@ -117,7 +175,7 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
         UserError: no such run, an unfinished one, or checkpoints that have changed since (their digests are named).
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a run folder, got no such folder")
+        raise UserError(f"{folder}: expected a run folder, got {'a file' if folder.exists() else 'no such folder'}")
     if not (folder / CONFIG_NAME).exists():
         raise UserError(f"{folder}: expected a run folder, got one without {CONFIG_NAME}")
     if not (folder / SET_NAME).exists():
@@ -125,4 +183,10 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
     workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
     with user_errors():
         model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
+    learned = list(pareto_state(model).task_names)
+    if learned != workspace.task_names:
+        raise UserError(
+            f"{folder}: expected the tasks {', '.join(learned)} in this order, as {SET_NAME} has them, but "
+            f"{CONFIG_NAME} has {', '.join(workspace.task_names)}"
+        )
     return workspace, model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PIPE_WIDTH = 240
@@ -15,9 +16,9 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number in left else "right", overflow="fold")
+        table.add_column(escape(name), justify="left" if number in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)

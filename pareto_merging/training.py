@@ -24,6 +24,7 @@ from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
+from pareto_merging.modes import eval_mode
 from pareto_merging.objectives import (
     EntropyTerms,
     WeightDistance,
@@ -32,13 +33,14 @@ from pareto_merging.objectives import (
     scalarize,
     tensor_norm,
 )
-from pareto_merging.parametrize import learned_parameters
+from pareto_merging.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import equal_preference, merged_once, pareto_state, preference, sample_dirichlet
 from pareto_merging.progress import progress_bar
 
 CHECKPOINT_NAME, LOG_NAME = "checkpoint.safetensors", "log.jsonl"
 # entropy and mean-prediction entropy are averaged over about this many steps before anything is said about them
 SMOOTHING = 0.95
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -132,7 +134,7 @@ def _flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         torch.zeros_like(parameter) if gradient is None else gradient
         for gradient, parameter in zip(gradients, parameters, strict=True)
     ]
-    return torch.cat([part.reshape(-1).to(parameters[0].device) for part in parts])
+    return torch.cat([part.reshape(-1).to(parameters[0]) for part in parts])
 
 
 def learn_pareto_set(
@@ -165,14 +167,21 @@ def learn_pareto_set(
         TrainingError: a NaN or inf, naming task, step and layer; the model and the checkpoint hold the last good state.
         Interrupted: Ctrl-C or SIGTERM; the step in hand was finished and a checkpoint written.
     """
-    state = pareto_state(model)
-    names = state.task_names
+    if not isinstance(settings, MethodSettings):
+        raise TypeError(f"settings: expected MethodSettings, got {type(settings).__name__}")
+    folder = None if folder is None else Path(folder)
+    names = pareto_state(model).task_names
     total = settings.steps_for(len(names))
     if settings.objective == "entropy":
         if tasks is None or set(tasks) != set(names):
             got = "none" if tasks is None else ", ".join(tasks)
             raise ValueError(f"tasks: expected images and a head for each of {', '.join(names)}; got {got}")
         tasks = {name: tasks[name] for name in names}
+        for name, task in tasks.items():
+            if not isinstance(task, MergingTask):
+                raise TypeError(f"tasks: expected a MergingTask for {name}, got {type(task).__name__}")
+            if not len(task.images):  # type: ignore[arg-type]
+                raise ValueError(f"tasks: expected images for {name}, got none")
     loop = _Loop(model, tasks, settings, total, folder, cache)
     first = loop.restore() if resume else 0
     if folder is not None:
@@ -180,10 +189,10 @@ def learn_pareto_set(
     result = TrainingResult(steps=first, resumed_from=first, seconds=0.0)
     watch = _CollapseWatch(names, tasks, settings, on_warning or (lambda text: warnings.warn(text, stacklevel=3)))
     start = time.monotonic()
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    heads = [] if tasks is None else [task.head for task in tasks.values()]
     try:
         with (
+            eval_mode(model, *heads),
             _stop_requested() as stop,
             progress_bar("learning", total, first, progress) as advance,
             contextlib.closing(loop.batches(first, workers)) as batches,
@@ -201,8 +210,6 @@ def learn_pareto_set(
                 if stop() and step < total:
                     raise Interrupted(f"stopped after step {step} of {total}", step)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         loop.close()
     result.seconds = time.monotonic() - start
     result.collapsed = watch.collapsed
@@ -273,7 +280,10 @@ class _Loop:
             for index, task in enumerate(self.tasks.values())
         ]
         for _ in range(first, self.total):
-            yield [next(stream).to(self.device, self.dtype) for stream in streams]
+            yield [self._on_device(next(stream)) for stream in streams]
+
+    def _on_device(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
 
     def gammas(self, step: int) -> list[Tensor]:
         """The preferences of one step: a function of the seed and the step alone."""
@@ -305,17 +315,16 @@ class _Loop:
         gradient = gradient / len(gammas)
         offset = 0
         for parameter in self.parameters:
-            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter).to(parameter.device)
+            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter).to(parameter)
             offset += parameter.numel()
-        before = [parameter.detach().clone() for parameter in self.parameters]
+        before = [tensor.clone() for tensor in self._state()]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        bad = [n for n, p in self.learned.items() if not bool(torch.isfinite(p.detach().sum()))]
-        if bad:
-            with torch.no_grad():
-                for parameter, value in zip(self.parameters, before, strict=True):
-                    parameter.copy_(value)
-            raise self._failure(None, step, bad[0], "the parameter is not finite after the update")
+        after = self._state()
+        if not bool(torch.isfinite(torch.stack([tensor.sum().to(self.device) for tensor in after])).all()):
+            bad = next((n for n, p in self.learned.items() if not bool(torch.isfinite(p).all())), "Adam's moments")
+            self._put_back(before)
+            raise self._failure(None, step, bad, "the parameter is not finite after the update")
         return StepResult(
             loss=sum(losses) / len(losses),
             objectives=_means([[float(t.objective) for t in seen] for seen in terms]),
@@ -325,6 +334,25 @@ class _Loop:
             else _means([[float(t.mean_prediction_entropy) for t in seen] for seen in terms]),
             gammas=[[round(value, 6) for value in gamma.tolist()] for gamma in gammas],
         )
+
+    def _state(self) -> list[Tensor]:
+        """The learned parameters and, once Adam has stepped, its moments."""
+        moments = [
+            self.optimizer.state[p][key] for p in self.parameters if p in self.optimizer.state for key in _MOMENTS
+        ]
+        return [parameter.detach() for parameter in self.parameters] + moments
+
+    def _put_back(self, before: Sequence[Tensor]) -> None:
+        """Undo an update of Adam."""
+        now = self._state()
+        for tensor, value in zip(now, before, strict=False):
+            tensor.copy_(value)
+        if len(before) < len(now):
+            # it was the first: there were no moments
+            self.optimizer.state.clear()
+        else:
+            for state in self.optimizer.state.values():
+                state["step"] -= 1
 
     def _gradient(self, batch: Sequence[Tensor], gamma: Tensor) -> tuple[float, list[EntropyTerms], Tensor]:
         if self.distance is None:
@@ -393,13 +421,14 @@ class _Loop:
         path = self.folder / LOG_NAME
         kept = []
         if first and path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 # a killed run may have left half a line
                 with contextlib.suppress(ValueError):
-                    if json.loads(line).get("step", 0) <= first:
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= first:
                         kept.append(line)
         write_text(path, "".join(line + "\n" for line in kept))
-        self._log = path.open("a", buffering=1)
+        self._log = path.open("a", buffering=1, encoding="utf-8")
         event = {"event": "resumed", "step": first} if first else {"event": "started", "step": 0}
         self.log({**event, "steps": self.total, "remaining": self.total - first})
 
@@ -415,17 +444,36 @@ class _Loop:
     # checkpoints
 
     def save(self, step: int) -> None:
-        """Write the parameters, Adam's moments and the step, atomically."""
+        """Write the learned parameters, Adam's moments, the step and what they belong to, atomically."""
         if self.folder is None:
             return
-        tensors = {f"parameter.{name}": parameter for name, parameter in self.learned.items()}
+        tensors = {f"parameter.{name}": parameter for name, parameter in learned_parameters(self.model).items()}
         for name, parameter in self.learned.items():
             moments = self.optimizer.state.get(parameter, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in moments:
-                    tensors[f"{key}.{name}"] = moments[key]
-        metadata = {"format": "pareto-checkpoint", "step": step, "settings": self.settings.model_dump_json()}
-        write_tensors(self.folder / CHECKPOINT_NAME, tensors, {**metadata, "task_names": list(self.names)})
+            tensors |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
+        metadata = {"format": "pareto-checkpoint", "step": step, **self._identity()}
+        write_tensors(self.folder / CHECKPOINT_NAME, tensors, metadata)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be gone on with: the settings, the tasks, the weights and the heads."""
+        state = pareto_state(self.model)
+        # how often to save changes nothing about the result
+        settings = {k: v for k, v in json.loads(self.settings.model_dump_json()).items() if k != "checkpoint_every"}
+        heads = {}
+        for name, task in (self.tasks or {}).items():
+            digest = TensorDigest()
+            for key, tensor in task.head.state_dict().items():
+                if isinstance(tensor, Tensor):
+                    digest.add(key, tensor)
+            heads[name] = digest.hexdigest()
+        model = json.loads(json.dumps(state.settings))
+        return {
+            "settings": settings,
+            "task_names": list(self.names),
+            "model": model,
+            "digests": state.digests,
+            "heads": heads,
+        }
 
     def restore(self) -> int:
         """Load the folder's checkpoint and return how many steps it has done; 0 if there is none."""
@@ -435,27 +483,54 @@ class _Loop:
         metadata = read_metadata(path)
         if metadata.get("format") != "pareto-checkpoint":
             raise UserError(f"{path}: expected a training checkpoint, got another safetensors file")
-        saved, now = json.loads(metadata["settings"]), json.loads(self.settings.model_dump_json())
-        # how often to save changes nothing about the result
-        changed = [key for key in now if saved.get(key) != now[key] and key != "checkpoint_every"]
-        if changed or json.loads(metadata["task_names"]) != list(self.names):
-            differs = ", ".join(f"{key} ({saved.get(key)!r}, now {now[key]!r})" for key in changed) or "the tasks"
-            raise UserError(f"{path}: expected a checkpoint of the same settings, but it differs in {differs}")
+        differs = []
+        for part, now in self._identity().items():
+            try:
+                saved = json.loads(metadata.get(part, ""))
+            except ValueError as error:
+                raise UserError(f"{path}: expected {part} in the header of a checkpoint, got none") from error
+            if saved == now:
+                continue
+            if not isinstance(saved, dict) or not isinstance(now, dict):
+                differs.append(f"{part} ({saved!r}, now {now!r})")
+                continue
+            label = "" if part == "settings" else f"{part}: "
+            differs += [
+                f"{label}{key} ({_short(saved.get(key))}, now {_short(now.get(key))})"
+                for key in [*now, *(key for key in saved if key not in now)]
+                if saved.get(key) != now.get(key)
+            ]
+        if differs:
+            raise UserError(
+                f"{path}: expected one of the same settings and weights, but it differs in {', '.join(differs)}"
+            )
+        step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else -1
+        if not 0 <= step <= self.total:
+            raise UserError(f"{path}: expected a step from 0 to {self.total}, got {metadata.get('step')!r}")
         tensors = read_tensors(path, self.device)
-        step = int(metadata["step"])
+        everything = learned_parameters(self.model)
+        wanted = {f"parameter.{name}": parameter for name, parameter in everything.items()}
+        if step:
+            wanted |= {f"{key}.{name}": p for name, p in self.learned.items() for key in _MOMENTS}
+        for name, parameter in wanted.items():
+            value = tensors.get(name)
+            if value is None or value.shape != parameter.shape:
+                raise UserError(f"{path}: expected {name} of shape {list(parameter.shape)}, got {_shape(value)}")
+            if not bool(torch.isfinite(value).all()):
+                raise UserError(f"{path}: expected finite numbers in {name}, got NaN or inf")
         with torch.no_grad():
-            for name, parameter in self.learned.items():
-                value = tensors.get(f"parameter.{name}")
-                if value is None or value.shape != parameter.shape:
-                    raise UserError(f"{path}: expected {name} of shape {list(parameter.shape)}, got {_shape(value)}")
-                parameter.copy_(value)
-                if f"exp_avg.{name}" in tensors:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step), device=self.device),
-                        "exp_avg": tensors[f"exp_avg.{name}"],
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
-                    }
+            for name, parameter in everything.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+        for name, parameter in self.learned.items() if step else ():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
+                **{key: tensors[f"{key}.{name}"] for key in _MOMENTS},
+            }
         return step
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else repr(value)
 
 
 def _shape(value: Tensor | None) -> str:

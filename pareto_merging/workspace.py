@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from pareto_merging.checkpoints.files import read_shapes, read_tensors
 from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig
 from pareto_merging.data import digits
 from pareto_merging.data.heads import ZeroShotHead, read_head
-from pareto_merging.data.sources import open_images
+from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.parametrize import parametrize
 from pareto_merging.training import MergingTask
+
+_WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
 
 @contextlib.contextmanager
@@ -104,15 +106,28 @@ class Workspace:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.config.dtype]
 
     def check_files(self) -> None:
-        """UserError if a checkpoint or head is missing, or its tensors are not the encoder's; reads only headers."""
-        expected = {name: list(t.shape) for name, t in self.skeleton().state_dict().items()}
+        """UserError if a checkpoint or head is missing or does not fit the encoder; reads only headers and heads."""
+        skeleton = self.skeleton()
+        expected = {name: list(t.shape) for name, t in skeleton.state_dict().items()}
         paths = {"pretrained": self.encoder_config.pretrained}
         paths |= {name: task.checkpoint for name, task in self.task_configs.items()}
         for path in paths.values():
-            shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
-            check_tensors(path, shapes, expected)
-        for task in self.task_configs.values():
-            read_shapes(task.head)
+            found = read_shapes(path)
+            check_tensors(path, {name: shape for name, (shape, _) in found.items()}, expected)
+            odd = [f"{name} {dtype}" for name, (_, dtype) in found.items() if dtype not in _WEIGHT_TYPES]
+            if odd:
+                raise UserError(f"{path}: expected {', '.join(_WEIGHT_TYPES)} tensors, got {', '.join(odd[:5])}")
+        size = encoders.image_size(self.encoder_description)
+        with user_errors("encoder"), torch.no_grad():
+            try:
+                features = cast(Tensor, skeleton(torch.empty(1, 3, size, size, device="meta")))
+                width = features.shape[-1]
+            except RuntimeError as error:
+                raise UserError(f"encoder: expected one that takes {size}×{size} images, got {error}") from error
+        for name, task in self.task_configs.items():
+            if task.head is not None and self.head(name).weight.shape[1] != width:
+                got = list(self.head(name).weight.shape)
+                raise UserError(f"{task.head}: expected a head of [classes, {width}] for this encoder, got {got}")
 
     def skeleton(self) -> nn.Module:
         """The encoder without memory for its weights."""
@@ -158,30 +173,49 @@ class Workspace:
 
     def head(self, task: str) -> ZeroShotHead:
         """The frozen head of one task."""
-        return read_head(self.task_configs[task].head, task).to(self.device)
+        path = self.task_configs[task].head
+        if path is None:
+            raise UserError(f"tasks.{task}.head: expected a head, got none")
+        return read_head(path, task).to(self.device)
 
     def merging_tasks(self) -> dict[str, MergingTask]:
-        """Unlabelled images and heads."""
+        """Unlabelled images and heads; UserError naming a task without."""
+        for name, task in self.task_configs.items():
+            if task.merging is None:
+                raise UserError(f"tasks.{name}.merging: expected unlabelled images for the entropy, got none")
         size = encoders.image_size(self.encoder_description)
         return {
-            name: MergingTask(open_images(task.merging, size), self.head(name))
+            name: MergingTask(open_images(str(task.merging), size), self.head(name))
             for name, task in self.task_configs.items()
         }
 
-    def evaluation_tasks(self, unlabelled_ok: bool = False) -> dict[str, EvaluationTask]:
-        """Labelled images and heads; UserError naming the tasks without them."""
-        missing = [name for name, task in self.task_configs.items() if task.evaluation is None]
-        if missing:
-            raise UserError(f"tasks: expected `evaluation` images for every task, got none for {', '.join(missing)}")
+    def evaluation_tasks(self) -> dict[str, EvaluationTask]:
+        """Labelled images and heads of the tasks that have them; UserError if none has, or if the classes differ."""
         size = encoders.image_size(self.encoder_description)
-        return {
-            name: EvaluationTask(open_images(str(task.evaluation), size), self.head(name))
+        tasks = {
+            name: EvaluationTask(open_images(task.evaluation, size), self.head(name))
             for name, task in self.task_configs.items()
+            if task.evaluation is not None
         }
+        if not tasks:
+            raise UserError("tasks: expected `evaluation` images for at least one task, got none")
+        for name, entry in tasks.items():
+            classes = self.head(name).weight.shape[0]
+            if isinstance(entry.images, FolderImages) and len(entry.images.classes) != classes:
+                raise UserError(
+                    f"{entry.images.root}: expected {classes} sub-folders, one for each class of {name}'s head in its "
+                    f"order, got {len(entry.images.classes)}"
+                )
+        return tasks
 
 
 def check_tensors(path: Path, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
     """UserError naming the tensors of ``path`` that are missing, extra or of another shape than ``expected``."""
+    if any(name.startswith("visual.") for name in shapes):
+        raise UserError(
+            f"{path}: expected the vision tower alone, got a whole CLIP model (keep the tensors whose names begin with "
+            "visual. and drop that prefix)"
+        )
     problems = [f"lacks {name}" for name in expected if name not in shapes]
     problems += [f"has an extra {name}" for name in shapes if name not in expected]
     problems += [

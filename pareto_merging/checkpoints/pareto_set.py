@@ -25,6 +25,7 @@ from pareto_merging.parametrize import (
     fold,
     learned_parameters,
     parametrize,
+    prepare_transformers,
 )
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
 
@@ -55,7 +56,7 @@ def save_pareto_set(
     """
     state = pareto_state(model)
     learned = learned_parameters(model)
-    if not any(name.startswith("lam.") for name in learned):
+    if state.folded:
         raise ValueError("model: expected a Pareto model with task vectors, got a folded one (use save_folded)")
     if not state.digests:
         raise ValueError("model: expected one made with digests=True (a file must say which weights it belongs to)")
@@ -73,26 +74,49 @@ def save_pareto_set(
         "package_version": package_version(),
         "training": dict(training or {}),
     }
-    write_tensors(path, learned, metadata)
+    write_tensors(Path(path), learned, metadata)
 
 
 def _layer_map(model: nn.Module) -> dict[str, dict[str, list[str]]]:
     """Module -> {"merged": [...], "low_rank": [...]}: the names of its parameters."""
     return {
         name: {
-            "merged": list(module.merged_names),
-            "low_rank": [p for p in module.merged_names if module.parts(p)["A"] is not None],
+            "merged": list(module.pareto_names),
+            "low_rank": [p for p in module.pareto_names if module.pareto_parts(p)["A"] is not None],
         }
         for name, module in pareto_modules(model)
     }
 
 
-def read_header(path: Path, expected_format: str) -> dict[str, Any]:
+_SET_KEYS = (
+    "task_names",
+    "rank",
+    "low_rank",
+    "init_lambda",
+    "lambda_grouping",
+    "buffers",
+    "seed",
+    "initial_scale",
+    "layers",
+    "digests",
+)
+_FOLDED_KEYS = ("task_names", "layers", "encoder")
+_KEY_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("layers", "digests", "encoder"), dict),
+    **dict.fromkeys(("low_rank", "lambda_grouping", "buffers", "initial_scale"), str),
+    **dict.fromkeys(("rank", "seed"), int),
+    "task_names": list,
+    "init_lambda": (int, float),
+}
+
+
+def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     """The header of a Pareto set or folded file, values decoded.
 
     Raises:
-        UserError: not such a file, or of a newer version.
+        UserError: not such a file, of a newer version, or without one of ``keys``.
     """
+    path = Path(path)
     raw = read_metadata(path)
     if raw.get("format") != expected_format:
         raise UserError(
@@ -108,6 +132,12 @@ def read_header(path: Path, expected_format: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected format version {FORMAT_VERSION} or older, got {header.get('format_version')!r}"
         )
+    for key in keys:
+        if not isinstance(header.get(key), _KEY_TYPES[key]):
+            raise UserError(f"{path}: expected {key} in the header, got {str(header.get(key))[:40]}")
+    names = header.get("task_names")
+    if "digests" in keys and not {"pretrained", *(names or ())} <= set(header["digests"]):
+        raise UserError(f"{path}: expected a digest for pretrained and every task, got {', '.join(header['digests'])}")
     return header
 
 
@@ -123,7 +153,8 @@ def load_pareto_set(
     Raises:
         UserError: not a Pareto set file, missing or foreign tensors, or weights whose digest differs: each is named.
     """
-    header = read_header(path, SET_FORMAT)
+    path = Path(path)
+    header = read_header(path, SET_FORMAT, _SET_KEYS)
     names = header["task_names"]
     if isinstance(finetuned, Mapping):
         missing = [name for name in names if name not in finetuned]
@@ -197,7 +228,7 @@ def save_folded(
     """
     folded = fold(model)
     state = pareto_state(folded)
-    tensors = {f"model.{name}": tensor for name, tensor in folded.state_dict().items()}
+    tensors = {f"model.{k}": tensor for k, tensor in folded.state_dict().items() if isinstance(tensor, Tensor)}
     for name, (weight, _) in (heads or {}).items():
         tensors[f"head.{name}"] = weight
     metadata = {
@@ -212,7 +243,7 @@ def save_folded(
         "package_version": package_version(),
         "training": dict(training or {}),
     }
-    write_tensors(path, tensors, metadata)
+    write_tensors(Path(path), tensors, metadata)
 
 
 def load_folded(path: Path, plain: nn.Module) -> nn.Module:
@@ -225,31 +256,37 @@ def load_folded(path: Path, plain: nn.Module) -> nn.Module:
     Raises:
         UserError: not a folded file, or one of another architecture.
     """
-    header = read_header(path, FOLDED_FORMAT)
+    path = Path(path)
+    header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
     tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
     names = tuple(header["task_names"])
-    state = ParetoState(names, equal_preference(len(names)), digests=header["digests"])
+    state = ParetoState(names, equal_preference(len(names)), digests=header.get("digests", {}), folded=True)
     state.settings = {
         key: header[key]
         for key in ("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale")
         if key in header
     }
-    for module_name, entry in header["layers"].items():
+    for module_name in header["layers"]:
         try:
-            module = plain.get_submodule(module_name)
+            plain.get_submodule(module_name)
         except AttributeError as error:
             raise UserError(f"{path}: expected a model with a module {module_name}, got none") from error
+    learned = set()
+    for module_name, entry in header["layers"].items():
+        module = plain.get_submodule(module_name)
         pareto = convert(module, entry["low_rank"], state)
         for name in entry["low_rank"]:
             for part in LEARNED:
                 key = f"{module_name}.{part_name(name, part)}" if module_name else part_name(name, part)
                 if key in tensors:
+                    learned.add(key)
                     pareto.register_parameter(part_name(name, part), nn.Parameter(torch.empty_like(tensors[key])))
     object.__setattr__(plain, "pareto", state)
     try:
         plain.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{path}: does not fit the model: {' '.join(str(error).split())}") from error
+    prepare_transformers(plain)
     for name, parameter in plain.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2].rpartition("_")[2] in LEARNED)
+        parameter.requires_grad_(name in learned)
     return plain

@@ -46,6 +46,12 @@ def read_head(path: Path, name: str = "weight") -> ZeroShotHead:
         raise UserError(f"{path}: expected a tensor named weight or {name}, got {', '.join(sorted(tensors)) or 'none'}")
     scale = read_metadata(path).get("logit_scale", "100")
     try:
+        if "logit_scale" in tensors:
+            raise ValueError("logit_scale: expected it in the metadata, got a tensor")
+        if not weight.is_floating_point():
+            raise ValueError(f"weight: expected floating-point numbers, got {weight.dtype}")
+        if not 0 < float(scale) < float("inf"):
+            raise ValueError(f"logit_scale: expected a positive number, got {scale}")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError("weight: expected finite numbers, got NaN or inf")
         return ZeroShotHead(weight, float(scale))

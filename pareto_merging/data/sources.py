@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +51,17 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, root: Path, transform: Callable[[Any], Tensor]) -> None:
         self.root, self.transform = root, transform
-        self.classes = sorted(
-            entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        # classes 0 … 10 in the order of their numbers
+        numbered = all(name.isdecimal() for name in names)
+        self.classes = sorted(names, key=lambda name: (int(name) if numbered else 0, name))
+        self.files = sorted(
+            path
+            for path in root.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)
         )
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
             raise UserError(f"{root}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none")
         index = {name: number for number, name in enumerate(self.classes)}
@@ -68,8 +77,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert("RGB")), self.labels[index]
-        except OSError as error:
-            raise UserError(f"{path}: expected an image, got {error}") from error
+        except Exception as error:
+            # a broken image can fail anywhere inside its decoder
+            raise UserError(f"{path}: expected an image, got {' '.join(str(error).split())}") from error
 
 
 def open_images(source: str, image_size: int) -> Dataset[Any]:
@@ -94,8 +104,14 @@ def open_images(source: str, image_size: int) -> Dataset[Any]:
         tensors = read_tensors(path)
         if "images" not in tensors:
             raise UserError(f"{path}: expected a tensor named images, got {', '.join(sorted(tensors)) or 'none'}")
+        images, labels = tensors["images"], tensors.get("labels")
+        if not images.is_floating_point() or images.shape[1:] != (3, image_size, image_size):
+            expected = f"normalised floating-point images [n, 3, {image_size}, {image_size}]"
+            raise UserError(f"{path}: expected {expected}, got {list(images.shape)} {images.dtype}")
+        if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise UserError(f"{path}: expected whole numbers as labels, got {labels.dtype}")
         try:
-            return TensorImages(tensors["images"].float(), tensors.get("labels"))
+            return TensorImages(images.float(), labels)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
     if not path.is_dir():
@@ -131,7 +147,12 @@ class BatchStream:
         # a generator of its own: a DataLoader draws a number from the caller's otherwise
         self._iterator = iter(
             DataLoader(
-                dataset, batch_sampler=order, collate_fn=_images, num_workers=workers, generator=torch.Generator()
+                dataset,
+                batch_sampler=order,
+                collate_fn=_images,
+                num_workers=workers,
+                generator=torch.Generator(),
+                worker_init_fn=_ignore_interrupts,
             )
         )
 
@@ -139,7 +160,25 @@ class BatchStream:
         return self
 
     def __next__(self) -> Tensor:
-        return next(self._iterator)
+        with _from_workers():
+            return next(self._iterator)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C goes to the whole process group, but the main process decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _from_workers() -> Iterator[None]:
+    """A worker's error comes with its traceback as text; what a user needs is the last line."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).strip()
+        if not text.startswith("Caught UserError"):
+            raise
+        raise UserError(text.splitlines()[-1].partition("UserError: ")[2]) from None
 
 
 class _Batches:
@@ -169,9 +208,15 @@ def _images(items: Any) -> Tensor:
 def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All items in order as (images [b, …], labels int64 [b])."""
     loader = DataLoader(
-        dataset, batch_size=batch, collate_fn=_labelled, num_workers=workers, generator=torch.Generator()
+        dataset,
+        batch_size=batch,
+        collate_fn=_labelled,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupts,
     )
-    yield from loader
+    with _from_workers():
+        yield from loader
 
 
 def _labelled(items: Any) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def test_quick_run_writes_a_whole_report(tmp_path: Path, monkeypatch: pytest.Mon
     report = json.loads(out.read_text())
     assert report["quick"]
     assert [r["seed"] for r in report["results"]] == [7, 8]
-    assert len(report["results"][0]["two_tasks"]["front"]) == 11
+    assert len(report["results"][0]["two_tasks"]["fronts"][digits.PUBLISHED]) == 11
     average = report["summary"]["averages"]["AdaMerging"]
     values = [r["methods"]["AdaMerging"]["average"] for r in report["results"]]
     assert average["mean"] == pytest.approx(sum(values) / 2, abs=1e-3)

@@ -44,8 +44,8 @@ def test_steps_of_the_paper() -> None:
         ("suite: digits\ntasks: []\n", "tasks: expected at least one"),
         ("encoder: {architecture: ViT-B-32, pretrained: a}\n", "tasks: expected a mapping"),
         (
-            "encoder: {architecture: ViT-B-32, pretrained: a}\ntasks: {m: {checkpoint: a, head: b}}\n",
-            "tasks.m.merging: Field required",
+            "encoder: {architecture: ViT-B-32, pretrained: a}\ntasks: {m: {head: b, merging: c}}\n",
+            "tasks.m.checkpoint: Field required",
         ),
         ("- 1\n", "expected a mapping of settings, got list"),
         ("a: [\n", "expected YAML"),

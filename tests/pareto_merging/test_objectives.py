@@ -90,7 +90,7 @@ def test_weight_distance_is_the_distance_of_the_merged_weights(normalize: bool) 
     parameters = list(learned_parameters(model).values())
     distance = WeightDistance(model, normalize)(GAMMA)
     weights = {
-        name: model.get_submodule(name.rpartition(".")[0]).merged(name.rpartition(".")[2], GAMMA)
+        name: model.get_submodule(name.rpartition(".")[0]).pareto_merged(name.rpartition(".")[2], GAMMA)
         for name, _ in plain.named_parameters()
     }
     expected = []

@@ -156,7 +156,7 @@ def test_merge_equals_the_formula_and_the_pareto_model(name: str, copies: Copies
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_merge_gives_back_the_original_class(name: str, copies: Copies) -> None:
+def test_merge_gives_back_the_pareto_original(name: str, copies: Copies) -> None:
     pretrained, _, low_rank = build(name)
     model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank=low_rank)
     plain = merge(model, [0.5, 0.5])
@@ -539,13 +539,13 @@ def test_every_part_is_registered_under_its_name(tiny_vit: nn.Module, copies: Co
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
     for _, module in pareto_modules(model):
         assert isinstance(module, ParetoModule)
-        for name in module.merged_names:
-            parts = module.parts(name)
+        for name in module.pareto_names:
+            parts = module.pareto_parts(name)
             assert parts["task_vectors"] is not None
             merged = pmkernels.reference.merge_weight(
                 module._parameters[name], gamma=None if parts["A"] is None else module.pareto.gamma, **parts
             )
-            torch.testing.assert_close(module.merged(name), merged)
+            torch.testing.assert_close(module.pareto_merged(name), merged)
     assert part_name("weight", "lam") == "lam"
     assert isinstance(model.transformer.resblocks[0].attn, ParetoAttention)
     assert isinstance(model.transformer.resblocks[0].mlp.c_fc, ParetoLinear)
