@@ -420,15 +420,15 @@ def lambda_names(model: nn.Module) -> list[str]:
 
 def get_lambda(model: nn.Module) -> Tensor:
     """λ of all layers as one [L, K] tensor (a copy), row l belonging to ``lambda_names(model)[l]``."""
-    rows = list(_lambdas(model).values())
     tasks = len(pareto_state(model).task_names)
+    rows = list(_lambdas(model).values())
     return torch.stack([row.detach() for row in rows]) if rows else torch.empty(0, tasks, dtype=torch.float32)
 
 
 def set_lambda(model: nn.Module, values: Tensor) -> None:
     """Set λ of all layers from one [L, K] tensor (or [K] for every layer, or a number for all); finite values."""
-    rows = list(_lambdas(model).values())
     tasks = len(pareto_state(model).task_names)
+    rows = list(_lambdas(model).values())
     try:
         values = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:

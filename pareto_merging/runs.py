@@ -34,7 +34,7 @@ def check_new(path: Path) -> None:
     for parent in path.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{path}: expected a folder at {parent}, got a file")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and all(entry.name == LOCK_NAME for entry in path.iterdir())):
         kind = "folder" if path.is_dir() else "file"
         raise UserError(f"{path}: expected a new path, got an existing {kind}")
 

@@ -17,7 +17,7 @@ def noisy_copy(model: nn.Module, seed: int, scale: float = 0.05) -> nn.Module:
     with torch.no_grad():
         seen = set()
         for tensor in changed.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point() and id(tensor) not in seen:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and id(tensor) not in seen:
                 seen.add(id(tensor))
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
                 # running variances must stay positive

@@ -324,3 +324,180 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
 
 def _steps(log: Path) -> int:
     return sum('"loss"' in line for line in log.read_text().splitlines()) if log.exists() else 0
+
+
+def own_files(folder: Path, finished: Path, classes: int = 2) -> dict[str, Any]:
+    """A configuration of files in ``folder``: encoder, two checkpoints, heads of two classes, image folders."""
+    from PIL import Image
+
+    workspace = Workspace(read_config(finished / "config.yaml"))
+    rng = torch.Generator().manual_seed(0)
+    for split in ("merging", "test"):
+        for label in ("one", "two"):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(3):
+                pixels = torch.randint(0, 255, (12, 12, 3), generator=rng, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / split / label / f"{index}.png")
+    shutil.copy(workspace.encoder_config.architecture, folder / "encoder.json")
+    shutil.copy(workspace.encoder_config.pretrained, folder / "pretrained.safetensors")
+    tasks: dict[str, Any] = {}
+    for name, task in workspace.task_configs.items():
+        shutil.copy(task.checkpoint, folder / f"{name}.safetensors")
+        save_file({"weight": torch.randn(classes, 16, generator=rng)}, folder / f"{name}_head.safetensors")
+        tasks[name] = {
+            "checkpoint": f"{name}.safetensors",
+            "head": f"{name}_head.safetensors",
+            "merging": "merging",
+            "evaluation": "test",
+        }
+    return {
+        "encoder": {"architecture": "encoder.json", "pretrained": "pretrained.safetensors"},
+        "tasks": tasks,
+        "method": {"steps": 2, "batch_size": 3, "rank": 2},
+    }
+
+
+def spoil(kind: str, folder: Path, config: dict[str, Any]) -> None:
+    task = config["tasks"]["upright"]
+    if kind == "head of another width":
+        save_file({"weight": torch.zeros(2, 15)}, folder / "upright_head.safetensors")
+    elif kind == "integer weights":
+        save_file(
+            {k: v.to(torch.int8) for k, v in load_file(folder / "upright.safetensors").items()},
+            folder / "upright.safetensors",
+        )
+    elif kind == "whole CLIP model":
+        save_file(
+            {f"visual.{k}": v for k, v in load_file(folder / "upright.safetensors").items()},
+            folder / "upright.safetensors",
+        )
+    elif kind == "negative scale":
+        save_file({"weight": torch.ones(2, 16)}, folder / "upright_head.safetensors", metadata={"logit_scale": "-5"})
+    elif kind == "broken image":
+        for path in (folder / "merging").rglob("*.png"):
+            path.write_bytes(b"")
+    elif kind == "all copies pretrained":
+        for name in config["tasks"]:
+            shutil.copy(folder / "pretrained.safetensors", folder / f"{name}.safetensors")
+    elif kind in ("images of another size", "images of bytes"):
+        images = torch.zeros(4, 3, 9, 9) if "size" in kind else torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+        save_file({"images": images}, folder / "images.safetensors")
+        task["merging"] = "images.safetensors"
+    elif kind == "no merging images":
+        del task["merging"]
+    elif kind == "no such architecture":
+        config["encoder"]["architecture"] = "hf-hub:foo/bar"
+    elif kind == "odd heads":
+        arguments = json.loads((folder / "encoder.json").read_text())
+        (folder / "encoder.json").write_text(json.dumps({**arguments, "heads": 5}))
+    elif kind == "bad name":
+        config["tasks"]["a=b"] = config["tasks"].pop("upright")
+    elif kind == "infinite mu":
+        config["method"]["mu"] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("head of another width", "expected a head of [classes, 16] for this encoder, got [2, 15]"),
+        ("integer weights", "expected F16, BF16, F32, F64 tensors, got"),
+        ("whole CLIP model", "got a whole CLIP model"),
+        ("negative scale", "logit_scale: expected a positive number, got -5"),
+        ("broken image", "expected an image"),
+        ("all copies pretrained", "expected fine-tuned checkpoints, got the pretrained one for rotated, upright"),
+        ("images of another size", "images [n, 3, 8, 8], got [4, 3, 9, 9]"),
+        ("images of bytes", "got [4, 3, 8, 8] torch.uint8"),
+        ("no merging images", "tasks.upright.merging: expected unlabelled images"),
+        ("no such architecture", "expected an open_clip model name, got 'hf-hub:foo/bar'"),
+        ("odd heads", "expected arguments of open_clip's VisionTransformer"),
+        ("bad name", "expected names that preferences can be given by, got 'a=b'"),
+        ("infinite mu", "method.mu"),
+    ],
+)
+def test_spoilt_files_leave_nothing_behind(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], kind: str, message: str
+) -> None:
+    config = own_files(tmp_path, finished)
+    spoil(kind, tmp_path, config)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    assert run("train", path, "--out", tmp_path / "run", "--quiet") == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_must_match_the_head(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own_files(tmp_path, finished)))
+    assert run("train", path, "--out", tmp_path / "run", "--quiet") == 0
+    shutil.rmtree(tmp_path / "test" / "one")
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run") == 2
+    assert "expected 2 sub-folders, one for each class of rotated's head in its order, got 1" in one_line(capsys)
+
+
+def test_a_run_keeps_its_order_of_tasks(tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(finished, other)
+    text = (other / "config.yaml").read_text().replace("- upright\n- rotated", "- rotated\n- upright")
+    (other / "config.yaml").write_text(text)
+    capsys.readouterr()
+    assert run("export", other, "--preference", "rotated=1", "--out", tmp_path / "a.safetensors") == 2
+    assert "expected the tasks upright, rotated in this order" in one_line(capsys)
+    again = write_config(tmp_path / "run.yaml", tasks=["rotated", "upright"])
+    assert run("train", again, "--out", finished, "--resume") == 2
+    assert "order of tasks" in one_line(capsys)
+
+
+def test_two_trainings_of_one_run_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pareto_merging.runs import _locked
+
+    config = write_config(tmp_path / "run.yaml")
+    with _locked(tmp_path / "run"):
+        capsys.readouterr()
+        assert run("train", config, "--out", tmp_path / "run", "--resume") == 2
+        assert "another process is at it" in one_line(capsys)
+    assert run("train", config, "--out", tmp_path / "run", "--quiet") == 0
+
+
+def test_exports_do_not_overwrite_what_the_run_is_made_of(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "pareto_set.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run("export", finished, "--folded", "--overwrite", "--out", finished / "pareto_set.safetensors") == 2
+    assert "got one that the run is made of" in one_line(capsys)
+    assert (finished / "pareto_set.safetensors").read_bytes() == before
+
+
+def test_the_same_run_has_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml")
+    assert run("train", config, "--out", tmp_path / "run", "--quiet") == 0
+    first, second = ((folder / "pareto_set.safetensors").read_bytes() for folder in (finished, tmp_path / "run"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("suite: digits\nsuite: digits\n", "the key suite twice"),
+        ("suite: digits\nmethod: {seed: 2020-13-45}\n", "expected YAML"),
+        ("suite: digits\nmethod: {preset: [1]}\n", "method.preset"),
+        ("suite: digits\nworkers: 100000\n", "workers"),
+        ("[" * 3000, "expected YAML"),
+    ],
+)
+def test_odd_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    capsys.readouterr()
+    assert run("plan", path) == 2
+    assert message in one_line(capsys)
+
+
+def test_a_terminal_without_greek(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pareto_merging", "plan", str(config)]
+    finished = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert finished.returncode == 0
+    assert b"task vectors" in finished.stdout

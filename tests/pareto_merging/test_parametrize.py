@@ -549,3 +549,168 @@ def test_every_part_is_registered_under_its_name(tiny_vit: nn.Module, copies: Co
     assert part_name("weight", "lam") == "lam"
     assert isinstance(model.transformer.resblocks[0].attn, ParetoAttention)
     assert isinstance(model.transformer.resblocks[0].mlp.c_fc, ParetoLinear)
+
+
+class Scaled(nn.Module):
+    """A linear layer that was given a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.fc.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.fc.scale
+
+
+class Extra(nn.Linear):
+    """A module that keeps more than tensors in its state dict."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+
+def shared_module() -> nn.Module:
+    activation, linear = nn.PReLU(), nn.Linear(4, 4)
+    return nn.Sequential(linear, activation, nn.LayerNorm(4), linear, activation)
+
+
+def parametrized() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Scaled,
+        shared_module,
+        parametrized,
+        lambda: nn.Sequential(Extra(4, 4), nn.ReLU()),
+        lambda: nn.Linear(4, 4),
+    ],
+)
+def test_at_lambda_one_of_one_task_the_model_is_the_fine_tuned_one(make: Callable[[], nn.Module]) -> None:
+    pretrained = make().eval()
+    finetuned = noisy_copy(pretrained, 1)
+    model = parametrize(pretrained, [finetuned], rank=2, low_rank="attention", init_lambda=1.0)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), finetuned(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merge(model, [1.0])(x), finetuned(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fold(model)(x), finetuned(x), rtol=1e-4, atol=1e-5)
+    assert type(merge(model, [1.0])) is type(pretrained)
+
+
+@pytest.mark.parametrize("length", [3, 5])
+@pytest.mark.parametrize("folding", [False, True])
+def test_per_item_preferences_in_a_sequence_first_block(length: int, folding: bool) -> None:
+    """As many tokens as items: what lies along which dimension cannot be seen from the shape."""
+    pretrained = nn.TransformerEncoderLayer(8, 2, 16).eval()
+    model = randomize(parametrize(pretrained, [noisy_copy(pretrained, k) for k in (1, 2)], rank=2, low_rank="all"))
+    model = fold(model) if folding else model
+    gammas = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    x = torch.randn(length, 3, 8, generator=torch.Generator().manual_seed(0))
+    set_preference(model, gammas)
+    y = model(x)
+    for item in range(3):
+        alone = merge(model, gammas[item])(x[:, item : item + 1])
+        torch.testing.assert_close(y[:, item : item + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_encoder_with_a_padding_mask_in_inference() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    pretrained = nn.TransformerEncoder(layer, 2).eval()
+    model = randomize(parametrize(pretrained, [noisy_copy(pretrained, k) for k in (1, 2)], rank=2, low_rank="all"))
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[:, 4] = True
+    with torch.no_grad():
+        plain = merge(model, [0.5, 0.5])
+        y = model(x, src_key_padding_mask=padding)
+        expected = plain(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(y[:, :4], expected[:, :4], rtol=1e-4, atol=1e-5)
+    assert plain.use_nested_tensor == pretrained.use_nested_tensor
+    assert plain.layers[0].activation_relu_or_gelu == pretrained.layers[0].activation_relu_or_gelu
+
+
+def test_a_merged_parameter_cannot_be_replaced(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    with pytest.raises(AttributeError, match="weight: expected a merged parameter to be left alone"):
+        model.ln_pre.weight = nn.Parameter(torch.zeros(32))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    assert model(IMAGES).shape == (5, 8)
+
+
+def test_shared_lambda_taken_apart_is_noticed(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2, granularity="model")
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="expected one λ vector for model, got several"):
+        get_lambda(model)
+
+
+class Taken(nn.Linear):
+    """A linear layer that already has a parameter called lam."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.lam = nn.Parameter(torch.ones(1))
+
+
+def test_what_cannot_be_merged_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="Taken: expected no attribute lam"):
+        parametrize(Taken(), [noisy_copy(Taken(), 1)])
+    plain = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="finetuned: expected task names that are strings, got 1"):
+        parametrize(plain, {1: plain, "1": plain})  # type: ignore[dict-item]
+    broken = {**plain.state_dict(), "weight": torch.full((2, 2), torch.nan)}
+    with pytest.raises(ValueError, match="expected finite numbers in weight of b minus pretrained"):
+        parametrize(plain, {"a": plain, "b": broken})
+    half = nn.Linear(1, 1).half()
+    low, high = ({k: torch.full_like(v, x) for k, v in half.state_dict().items()} for x in (-6e4, 6e4))
+    half.load_state_dict(low)
+    with pytest.raises(ValueError, match="expected finite numbers in weight of a minus pretrained"):
+        parametrize(half, {"a": high})
+    for setting, message in (
+        ({"init_lambda": float("nan")}, "init_lambda: expected a finite number"),
+        ({"seed": 1.5}, "seed: expected a whole number"),
+        ({"rank": True}, "rank: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parametrize(plain, [plain], **setting)
+    with pytest.raises(TypeError, match="finetuned: expected a sequence or mapping"):
+        parametrize(plain, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected weight of a to be a tensor, got list"):
+        parametrize(plain, {"a": {"weight": [1], "bias": plain.bias}})  # type: ignore[dict-item]
+    for function in (get_preference, get_lambda, fold, lambda m: merge(m, [1.0]), lambda m: set_preference(m, [1.0])):
+        with pytest.raises(TypeError, match=r"model: expected an nn.Module, got NoneType"):
+            function(None)  # type: ignore[arg-type]
+
+
+def test_the_default_dtype_and_device_do_not_matter(tiny_vit: nn.Module, copies: Copies) -> None:
+    finetuned = copies(tiny_vit, 2)
+    expected = parametrize(tiny_vit, finetuned, rank=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            model = parametrize(tiny_vit, finetuned, rank=2)
+            set_preference(model, [0.3, 0.7])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, a), b in zip(learned_parameters(model).items(), learned_parameters(expected).values(), strict=True):
+        assert a.dtype == torch.float32, name
+        assert torch.equal(a, b), name
+    assert model.pareto.gamma.device.type == "cpu"
+
+
+def test_copies_carry_no_graph_and_wrappers_no_state(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    set_preference(model, torch.softmax(torch.zeros(2, requires_grad=True), dim=0))
+    assert not copy.deepcopy(model).pareto.gamma.requires_grad
+    pickle.loads(pickle.dumps(model))
+    wrapped = merge(nn.Sequential(model, nn.Linear(8, 2)), [0.5, 0.5])
+    assert not any("pareto" in module.__dict__ for module in wrapped.modules())
+    with torch.inference_mode():
+        set_preference(model, [0.5, 0.5])
+    model(IMAGES).sum().backward()

@@ -446,3 +446,105 @@ def test_training_in_another_thread_sets_no_signal_handler(tiny_vit: nn.Module, 
     learn_pareto_set(model, task_set(2), method(), progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert issubclass(Interrupted, RuntimeError)
+
+
+def test_heads_are_in_eval_mode_and_integer_inputs_stay_integers(copies: Copies) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(self.embed(tokens).mean(dim=1))
+
+    class Ids(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.arange(index, index + 3) % 11
+
+    pretrained = Tokens()
+    heads = [nn.Sequential(nn.Dropout(0.5), ZeroShotHead(torch.randn(5, 8), 10.0)).train() for _ in range(2)]
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank="all")
+        tasks = {f"t{k}": MergingTask(Ids(), heads[k]) for k in range(2)}
+        learn_pareto_set(model, tasks, method(), progress=False)
+        runs.append(learned(model))
+    assert same(*runs), "dropout in a head was active"
+    assert heads[0][0].training
+
+
+def test_a_failed_first_update_leaves_no_moments(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    with pytest.raises(TrainingError, match="not finite after the update"):
+        learn_pareto_set(model, task_set(2), method(learning_rate=1e39), folder=tmp_path, progress=False)
+    assert not any(name.startswith("exp_avg") for name in read_tensors(tmp_path / CHECKPOINT_NAME))
+
+
+def test_an_unlearned_lambda_survives_a_resume(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    from pareto_merging.parametrize import get_lambda, set_lambda
+
+    settings = method(learn_lambda=False)
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    set_lambda(model, 0.1)
+    learn_pareto_set(model, task_set(2), settings, folder=tmp_path, progress=False)
+    again = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learn_pareto_set(again, task_set(2), settings, folder=tmp_path, resume=True, progress=False)
+    assert torch.equal(get_lambda(again), get_lambda(model))
+    assert same(learned(again), learned(model))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t, m: m.pop("step"), "expected a step from 0 to 4, got None"),
+        (lambda t, m: m.update(step="9"), "expected a step from 0 to 4, got '9'"),
+        (lambda t, m: m.pop("settings"), "expected settings in the header"),
+        (lambda t, m: m.update(settings="[]"), "differs in settings"),
+        (lambda t, m: t.pop(next(n for n in t if n.startswith("exp_avg_sq"))), "expected exp_avg_sq"),
+        (lambda t, m: t[next(iter(t))].fill_(math.nan), "expected finite numbers in"),
+        (lambda t, m: m.update(format="else"), "expected a training checkpoint"),
+    ],
+)
+def test_damaged_checkpoints_are_one_clear_error(
+    tiny_vit: nn.Module, copies: Copies, tmp_path: Path, damage: Callable[[Any, Any], Any], message: str
+) -> None:
+    from safetensors.torch import save_file
+
+    from pareto_merging.checkpoints.files import read_metadata
+
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learn_pareto_set(model, task_set(2), method(), folder=tmp_path, progress=False)
+    path = tmp_path / CHECKPOINT_NAME
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    damage(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match=message):
+        learn_pareto_set(model, task_set(2), method(), folder=tmp_path, resume=True, progress=False)
+
+
+def test_a_damaged_log_does_not_stop_a_resume(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learn_pareto_set(model, task_set(2), method(), folder=tmp_path, progress=False)
+    log = tmp_path / LOG_NAME
+    log.write_bytes(log.read_bytes() + b'[1]\n{"step": "x"}\n{"step": 3, "a": "\xc3')
+    learn_pareto_set(model, task_set(2), method(), folder=str(tmp_path), resume=True, progress=False)  # type: ignore[arg-type]
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"loss"' in line]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_arguments_are_checked(tiny_vit: nn.Module, copies: Copies) -> None:
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    with pytest.raises(TypeError, match="settings: expected MethodSettings, got dict"):
+        learn_pareto_set(model, task_set(2), {}, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tasks: expected a MergingTask for t0, got int"):
+        learn_pareto_set(model, {"t0": 1, "t1": 2}, method(), progress=False)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got NoneType"):
+        learn_pareto_set(None, task_set(2), method(), progress=False)  # type: ignore[arg-type]
+    tasks = task_set(2)
+    tasks["t1"].images = []  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="tasks: expected images for t1, got none"):
+        learn_pareto_set(model, tasks, method(), progress=False)
