@@ -1,4 +1,7 @@
-"""Package metadata; tool settings live in pyproject.toml. Lower bounds are versions that were tested."""
+"""Package metadata; tool settings live in pyproject.toml.
+
+Lower bounds are the versions tested; ruff and mypy are bounded above too, because a new release may find new faults.
+"""
 
 from pathlib import Path
 
@@ -23,22 +26,22 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "open_clip_torch>=3.3",
-        "numpy>=2.0",
-        "safetensors>=0.5",
-        "pydantic>=2.10",
+        "numpy>=2.4",
+        "safetensors>=0.8",
+        "pydantic>=2.14",
         "PyYAML>=6.0",
-        "typer>=0.15",
-        "rich>=13.9",
-        "matplotlib>=3.9",
-        "pymoo>=0.6.1",
-        "moocore>=0.1.7",
-        "scikit-learn>=1.5",
-        "scipy>=1.13",
+        "typer>=0.29",
+        "rich>=15.0",
+        "matplotlib>=3.11",
+        "pymoo>=0.6.2",
+        "moocore>=0.3",
+        "scikit-learn>=1.9",
+        "scipy>=1.17",
     ],
     extras_require={
-        "hf": ["transformers>=5.0"],
-        "test": ["pytest>=8.3", "pytest-benchmark>=5.1", "transformers>=5.0"],
-        "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML"],
+        "hf": ["transformers>=5.23"],
+        "test": ["pytest>=9.2", "pytest-benchmark>=5.3", "transformers>=5.23"],
+        "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0"],
     },
     entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli:main"]},
 )
