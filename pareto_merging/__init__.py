@@ -3,7 +3,13 @@
 W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, ICML 2025).
 """
 
-from pareto_merging.checkpoints.pareto_set import load_folded, load_pareto_set, save_folded, save_pareto_set
+from pareto_merging.checkpoints.pareto_set import (
+    load_folded,
+    load_heads,
+    load_pareto_set,
+    save_folded,
+    save_pareto_set,
+)
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import Interrupted, TrainingError, UserError
@@ -40,6 +46,7 @@ __all__ = [
     "learn_pareto_set",
     "learned_parameters",
     "load_folded",
+    "load_heads",
     "load_pareto_set",
     "merge",
     "parametrize",

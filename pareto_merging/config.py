@@ -33,15 +33,18 @@ class MethodSettings(_Strict):
     mu: float = Field(
         0.1, gt=0, description="smoothing of the Tchebycheff scalarisation; our reading, the paper has none"
     )
-    cosine: float = Field(ge=0, description="β₁ of −cos(S, 1/γ); arxiv-v1: 0.1 (our reading of its order), icml2025: 0")
+    # the defaults are icml2025's; _fill_from_preset puts in another preset's
+    cosine: float = Field(
+        0.0, ge=0, description="β₁ of −cos(S, 1/γ); arxiv-v1: 0.1 (our reading of its order), icml2025: 0"
+    )
     tensor_norm: float = Field(
-        ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
+        0.1, ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
     )
     preference: Literal["dirichlet", "equal"] = Field(
         "dirichlet", description="γ of each step: sampled, or always equal (one trade-off, as AdaMerging)"
     )
     concentration: float = Field(
-        gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
+        0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
     )
     preferences_per_step: int = Field(1, ge=1, description="γ per step; each costs a forward and backward per task")
     information_maximisation: float = Field(

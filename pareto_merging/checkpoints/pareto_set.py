@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pareto_merging import encoders
 from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_tensors
+from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
 from pareto_merging.parametrize import (
@@ -246,18 +248,32 @@ def save_folded(
     write_tensors(Path(path), tensors, metadata)
 
 
-def load_folded(path: Path, plain: nn.Module) -> nn.Module:
-    """A folded model from its file, ready for :func:`set_preference`.
+def load_heads(path: Path) -> dict[str, ZeroShotHead]:
+    """The zero-shot heads of a folded file by task name. Raises UserError as :func:`load_folded`."""
+    path = Path(path)
+    header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
+    tensors, scales = read_tensors(path), header.get("logit_scales", {})
+    return {
+        name: ZeroShotHead(tensors[f"head.{name}"], scales.get(name, 100.0))
+        for name in header["task_names"]
+        if f"head.{name}" in tensors
+    }
+
+
+def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
+    """A folded model from its file alone, in eval mode, ready for :func:`set_preference`.
 
     Args:
-        path: a folded file. plain: a module of the original class and shapes (its values do not matter and it is
-            changed in place); ``pareto_merging.encoders.build`` makes it from the header's ``encoder``.
+        path: a folded file. plain: a module of the original class and shapes, where the file does not say how to build
+            one (its values do not matter, and it is changed in place).
 
     Raises:
         UserError: not a folded file, or one of another architecture.
     """
     path = Path(path)
     header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
+    if plain is None:
+        plain = encoders.build(header["encoder"])
     tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
     names = tuple(header["task_names"])
     state = ParetoState(names, equal_preference(len(names)), digests=header.get("digests", {}), folded=True)

@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pareto_merging import encoders
-from pareto_merging.checkpoints.files import read_metadata, read_tensors
-from pareto_merging.checkpoints.pareto_set import load_folded, read_header
+from pareto_merging.checkpoints.files import read_metadata
+from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_header
 from pareto_merging.cli import main
 from pareto_merging.config import read_config
 from pareto_merging.evaluation import evaluate_model
@@ -90,14 +90,16 @@ def test_export_folded_is_self_sufficient(finished: Path, tmp_path: Path) -> Non
     out = tmp_path / "folded.safetensors"
     assert run("export", finished, "--folded", "--out", out) == 0
     header = read_header(out, "pareto-folded")
-    folded = load_folded(out, encoders.build(header["encoder"]))
+    folded = load_folded(out)
     _, model = open_run(finished)
     x = torch.randn(2, 3, 8, 8)
     gammas = torch.tensor([[0.3, 0.7], [1.0, 0.0]])
     set_preference(model, gammas)
     set_preference(folded, gammas)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
-    assert read_tensors(out)["head.upright"].shape[0] == 10
+    heads, expected = load_heads(out), Workspace(read_config(finished / "config.yaml")).head("rotated")
+    assert list(heads) == ["upright", "rotated"]
+    torch.testing.assert_close(heads["rotated"](x.flatten(1)[:, :16]), expected(x.flatten(1)[:, :16]))
     assert header["logit_scales"]["upright"] > 0
 
 
