@@ -474,7 +474,9 @@ def merge_weight(
     Raises:
         TypeError, ValueError: as :func:`pareto_linear`.
     """
-    _check_parameters(weight, task_vectors, lam, A, G, B, gamma)
+    if cached is None:
+        # the call that made a cached value has checked the rest
+        _check_parameters(weight, task_vectors, lam, A, G, B, gamma)
     if gamma is not None and gamma.ndim != 1:
         raise ValueError(f"gamma: expected shape [{gamma.shape[-1]}], one preference, got {list(gamma.shape)}")
     if out is not None:
