@@ -144,17 +144,7 @@ class BatchStream:
     ) -> None:
         size = len(dataset)  # type: ignore[arg-type]
         order = _Batches(size, batch, first_step, last_step, seed)
-        # a generator of its own: a DataLoader draws a number from the caller's otherwise
-        self._iterator = iter(
-            DataLoader(
-                dataset,
-                batch_sampler=order,
-                collate_fn=_images,
-                num_workers=workers,
-                generator=torch.Generator(),
-                worker_init_fn=_ignore_interrupts,
-            )
-        )
+        self._iterator = iter(_loader(dataset, workers, batch_sampler=order, collate_fn=_images))
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -162,6 +152,12 @@ class BatchStream:
     def __next__(self) -> Tensor:
         with _from_workers():
             return next(self._iterator)
+
+
+def _loader(dataset: Dataset[Any], workers: int, **how: Any) -> DataLoader[Any]:
+    # a generator of its own: a DataLoader draws a number from the caller's otherwise
+    generator = torch.Generator()
+    return DataLoader(dataset, num_workers=workers, generator=generator, worker_init_fn=_ignore_interrupts, **how)
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -207,16 +203,8 @@ def _images(items: Any) -> Tensor:
 
 def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All items in order as (images [b, …], labels int64 [b])."""
-    loader = DataLoader(
-        dataset,
-        batch_size=batch,
-        collate_fn=_labelled,
-        num_workers=workers,
-        generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupts,
-    )
     with _from_workers():
-        yield from loader
+        yield from _loader(dataset, workers, batch_size=batch, collate_fn=_labelled)
 
 
 def _labelled(items: Any) -> tuple[Tensor, Tensor]:
