@@ -9,9 +9,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from rich.markup import escape
 
 # torch and open_clip take seconds to import: only commands that compute load them
 if TYPE_CHECKING:
@@ -64,7 +65,19 @@ def demo(
     run_demo(out, overwrite=overwrite, quick=quick, seed=seed, progress=not quiet)
 
 
-@app.command()
+def _method_help() -> str:
+    """Every key of `method:` with its meaning and default, for --help."""
+    from pareto_merging.config import MethodSettings
+
+    lines = []
+    for name, field in MethodSettings.model_fields.items():
+        choices = ", ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
+        default = "" if field.default is None else f" (default {field.default})"
+        lines.append(f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}")
+    return escape("Keys of `method:`, all optional.") + "\n\n" + "\n\n".join(map(escape, lines))
+
+
+@app.command(epilog=_method_help())
 def train(
     config: ConfigFile,
     out: OutFolder,

@@ -29,7 +29,9 @@ class MethodSettings(_Strict):
     objective: Literal["entropy", "weight-distance"] = Field(
         "entropy", description="S_k: entropy of the predictions (unlabelled images), or ‖W(γ) − W_k‖² (no data)"
     )
-    scalarization: Literal["smooth-tchebycheff", "tchebycheff", "linear"] = "smooth-tchebycheff"
+    scalarization: Literal["smooth-tchebycheff", "tchebycheff", "linear"] = Field(
+        "smooth-tchebycheff", description="how S_1 … S_K become one loss at γ"
+    )
     mu: float = Field(
         0.1, gt=0, description="smoothing of the Tchebycheff scalarisation; our reading, the paper has none"
     )
@@ -57,20 +59,22 @@ class MethodSettings(_Strict):
     low_rank: Literal["attention", "in-projection", "all", "none"] = Field(
         "attention", description="which matrices have the low-rank term"
     )
-    init_lambda: float = 0.3
-    learn_lambda: bool = True
-    granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="one λ vector per …")
-    buffers: Literal["pretrained", "average"] = "pretrained"
+    init_lambda: float = Field(0.3, description="where every λ starts")
+    learn_lambda: bool = Field(True, description="false: λ stays where it starts")
+    granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="what shares one λ vector")
+    buffers: Literal["pretrained", "average"] = Field(
+        "pretrained", description="batch norm's statistics: the pretrained model's, or the fine-tuned ones' average"
+    )
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; default 2000 for 2 tasks to 4000 for 8 or more, straight between"
     )
     batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's")
     lambda_learning_rate: float | None = Field(
         None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
-    seed: int = Field(0, ge=0, lt=2**63)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's momentum parameters")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
     collapse_threshold: float = Field(
         0.5, ge=0, le=1, description="warn when a task's mean prediction keeps less than this share of its entropy"
     )

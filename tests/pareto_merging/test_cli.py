@@ -21,7 +21,7 @@ from pareto_merging import encoders
 from pareto_merging.checkpoints.files import read_metadata
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_header
 from pareto_merging.cli import main
-from pareto_merging.config import read_config
+from pareto_merging.config import MethodSettings, read_config
 from pareto_merging.evaluation import evaluate_model
 from pareto_merging.preferences import set_preference
 from pareto_merging.runs import open_run
@@ -296,6 +296,9 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*filter(None, [command, "--help"])) == 0
     text = capsys.readouterr().out
     assert "Usage:" in text
+    if command == "train":
+        assert all(name in text for name in MethodSettings.model_fields)
+        assert "smooth-tchebycheff, tchebycheff, linear" in " ".join(text.split())
     if command:
         assert "--" in text
     else:
