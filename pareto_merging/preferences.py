@@ -95,8 +95,8 @@ def _from_names(gamma: Mapping[str, float], task_names: Sequence[str]) -> Tensor
 
 
 def _show(values: Tensor) -> str:
-    listed = values.tolist() if values.numel() <= 16 else values.reshape(-1)[:16].tolist()
-    return str(listed) + ("" if values.numel() <= 16 else " …")
+    shown = format_preference(values.reshape(-1)[:16].tolist())
+    return f"[{shown}{', …' if values.numel() > 16 else ''}]"
 
 
 def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:

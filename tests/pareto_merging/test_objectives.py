@@ -20,7 +20,7 @@ from pareto_merging.objectives import (
     tchebycheff,
     tensor_norm,
 )
-from pareto_merging.parametrize import fold, learned_parameters, merge, parametrize
+from pareto_merging.parametrize import fold, learned_parameters, parametrize
 
 S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)
 GAMMA = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -134,10 +134,3 @@ def test_entropy_terms_and_information_maximisation() -> None:
     assert float(terms.entropy) == 0
     assert float(terms.objective.detach()) == pytest.approx(math.log(4))
     assert bool(torch.isfinite(torch.autograd.grad(terms.objective, collapsed)[0]).all())
-
-
-def test_the_equal_model_is_at_equal_distance() -> None:
-    model, _, finetuned = model_and_copies()
-    merged = merge(model, [1 / 3] * 3)
-    assert len(finetuned) == 3
-    torch.testing.assert_close(merged[0].weight, model[0].weight)
