@@ -4,7 +4,8 @@ Three operations, each with its definition in plain PyTorch under the same name 
 """
 
 from pmkernels import reference
+from pmkernels.dispatch import STRATEGIES
 from pmkernels.entropy import softmax_entropy
-from pmkernels.linear import STRATEGIES, merge_weight, pareto_linear
+from pmkernels.linear import merge_weight, pareto_linear
 
 __all__ = ["STRATEGIES", "merge_weight", "pareto_linear", "reference", "softmax_entropy"]

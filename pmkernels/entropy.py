@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pmkernels import dispatch
 from pmkernels.reference import accumulate_dtype
+
+if dispatch.HAS_TRITON:
+    from pmkernels import ops
 
 
 class _SoftmaxEntropy(torch.autograd.Function):
@@ -40,23 +44,28 @@ class _SoftmaxEntropy(torch.autograd.Function):
         return grad_logits.to(logits.dtype)
 
 
-def softmax_entropy(logits: Tensor) -> Tensor:
+def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
     """Shannon entropy in nats of the softmax of each row.
 
     Args:
         logits: ``[*, C]``, floating point, C at least 1. Logits of ±1e4 and −inf are fine (0·log 0 = 0).
+        strategy: ``"auto"``: the kernel (one read of the logits forward, one backward) on a CUDA GPU, else
+            ``"eager"``; or one of ``"eager"`` and ``"fused"`` (as is ``"streamed"``).
 
     Returns:
         ``[*]`` in [0, log C]; float32 for 16-bit logits, otherwise the dtype of ``logits``. Differentiable once.
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: ``logits`` has no class dimension or no classes.
+        ValueError: ``logits`` has no class dimension or no classes; a strategy that cannot be.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits: expected a floating-point tensor, got {got}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
-    entropy: Tensor = _SoftmaxEntropy.apply(logits)
+    if dispatch.resolve(strategy, {"logits": logits}, logits.device) == "eager":
+        entropy: Tensor = _SoftmaxEntropy.apply(logits)
+        return entropy
+    entropy, _, _ = ops.softmax_entropy(logits)
     return entropy

@@ -1,11 +1,6 @@
-"""pareto_linear and merge_weight: checks at the border, the choice of strategy, and the hand-written backward.
+"""pareto_linear and merge_weight: checks at the border, and the strategy that does the work.
 
-With dW = dyᵀx, every parameter gradient is a reduction of dW (the notation of :mod:`pmkernels.reference`):
-
-    dx = dy·W(γ)    dλ_k = ⟨dW, τ_k⟩    P = dW·B    Q = dWᵀ·A    dA = P·Cᵀ    dB = Q·C    dC = AᵀP    dG[:,:,k] = γ_k dC
-
-so the backward holds at most one layer's dW at a time and keeps none, and what the forward saves is x and the
-parameters themselves: W(γ) is put together again when the backward needs it.
+:mod:`pmkernels.eager` holds the strategy in plain PyTorch, :mod:`pmkernels.ops` the operators that launch kernels.
 """
 
 from __future__ import annotations
@@ -17,355 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from pmkernels.reference import accumulate_dtype, preference_core
+from pmkernels import dispatch, eager
+from pmkernels.checks import check_parameters, check_tensor
 
-STRATEGIES = ("auto", "eager")
-
-
-def _assemble(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, Tensor] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """W0 + Σ λ_k τ_k (+ A·C·Bᵀ for low_rank = (A, C, B)), summed in float32 (float64) and rounded once to ``dtype``."""
-    accumulate = accumulate_dtype(weight, lam)
-    if task_vectors is None or lam is None:
-        merged = weight.to(accumulate)
-    elif weight.dtype == accumulate and task_vectors.dtype == accumulate:
-        # one pass over W0 and the task vectors
-        flat = task_vectors.reshape(task_vectors.shape[0], weight.numel())
-        merged = torch.addmv(weight.reshape(-1), flat.t(), lam.to(accumulate)).view(weight.shape)
-    else:
-        # one task vector at a time: never K of them in float32
-        merged = weight.to(accumulate)
-        for k in range(task_vectors.shape[0]):
-            merged = torch.addcmul(merged, task_vectors[k].to(accumulate), lam[k].to(accumulate))
-    if low_rank is not None:
-        A, C, B = low_rank
-        merged = torch.addmm(merged, A.to(accumulate) @ C.to(accumulate), B.to(accumulate).t())
-    return merged.to(dtype)
-
-
-def _project_on_task_vectors(d_weight: Tensor, task_vectors: Tensor, like: Tensor) -> Tensor:
-    """dλ_k = ⟨dW, τ_k⟩ -> [K], in the dtype of ``like``."""
-    accumulate = accumulate_dtype(d_weight, like)
-    flat = d_weight.to(accumulate).reshape(-1)
-    tasks = task_vectors.shape[0]
-    if task_vectors.dtype == accumulate:
-        return torch.mv(task_vectors.reshape(tasks, flat.numel()), flat).to(like.dtype)
-    return torch.stack([torch.dot(task_vectors[k].reshape(-1).to(accumulate), flat) for k in range(tasks)]).to(
-        like.dtype
-    )
-
-
-def _core_gradients(dC: Tensor, G: Tensor, gamma: Tensor, need_G: bool, need_gamma: bool) -> tuple[Any, Any]:
-    """dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ for dC [g, R, R], gamma [g, K]."""
-    groups, rank, tasks = dC.shape[0], G.shape[0], G.shape[2]
-    flat = dC.reshape(groups, rank * rank)
-    dG = (flat.t() @ gamma.to(flat.dtype)).view(rank, rank, tasks).to(G.dtype) if need_G else None
-    d_gamma = (flat @ G.reshape(rank * rank, tasks).to(flat.dtype)).to(gamma.dtype) if need_gamma else None
-    return dG, d_gamma
-
-
-class _SharedLinear(torch.autograd.Function):
-    """y = x·W(γ)ᵀ + b with one γ for all rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        task_vectors: Tensor | None,
-        lam: Tensor | None,
-        A: Tensor | None,
-        G: Tensor | None,
-        B: Tensor | None,
-        gamma: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        merged = _assemble(weight, task_vectors, lam, _low_rank(A, G, B, gamma), x.dtype)
-        needs_x = any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma))
-        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
-        dx = d_lam = dA = dG = dB = d_gamma = d_bias = None
-        low_rank = _low_rank(A, G, B, gamma)
-        rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-        if need_x:
-            dx = (rows @ _assemble(weight, task_vectors, lam, low_rank, ctx.x_dtype)).view(ctx.x_shape)
-        if need_bias:
-            d_bias = rows.sum(dim=0, dtype=accumulate_dtype(rows)).to(ctx.bias_dtype)
-        need_low_rank = need_A or need_G or need_B or need_gamma
-        if need_lam or need_low_rank:
-            x = x.reshape(rows.shape[0], x.shape[-1])
-        d_weight: Tensor | None = None
-        if need_lam:
-            d_weight = rows.t() @ x
-            d_lam = _project_on_task_vectors(d_weight, task_vectors, lam)
-        if low_rank is not None and need_low_rank:
-            dA, dC, dB = _low_rank_gradients(rows, x, d_weight, low_rank, need_A, need_G or need_gamma, need_B)
-            if dC is not None:
-                dG, d_gamma = _core_gradients(dC[None], G, gamma[None], need_G, need_gamma)
-                d_gamma = None if d_gamma is None else d_gamma[0]
-        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias
-
-
-def _low_rank(
-    A: Tensor | None, G: Tensor | None, B: Tensor | None, gamma: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    return None if A is None or G is None or B is None or gamma is None else (A, preference_core(G, gamma), B)
-
-
-def _low_rank_gradients(
-    dy: Tensor | None,
-    x: Tensor | None,
-    d_weight: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, Tensor],
-    need_A: bool,
-    need_C: bool,
-    need_B: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, dC, dB from dW where λ wanted it anyway, otherwise from the skinny products s = x·B and u = dy·A."""
-    A, C, B = low_rank
-    accumulate = accumulate_dtype(d_weight, dy, A)
-    dA = dC = dB = None
-    if d_weight is not None:
-        d_weight = d_weight.to(accumulate)
-        if need_A or need_C:
-            P = d_weight @ B.to(accumulate)
-            dA = (P @ C.to(accumulate).t()).to(A.dtype) if need_A else None
-            dC = A.to(accumulate).t() @ P if need_C else None
-        if need_B:
-            dB = (d_weight.t() @ A.to(accumulate) @ C.to(accumulate)).to(B.dtype)
-        return dA, dC, dB
-    assert x is not None and dy is not None
-    compute = x.dtype
-    if need_A or need_C:
-        s = x @ B.to(compute)
-        dA = (dy.t() @ (s.to(accumulate) @ C.to(accumulate).t()).to(compute)).to(A.dtype) if need_A else None
-    if need_B or need_C:
-        u = dy @ A.to(compute)
-        dB = (x.t() @ (u.to(accumulate) @ C.to(accumulate)).to(compute)).to(B.dtype) if need_B else None
-    if need_C:
-        dC = u.to(accumulate).t() @ s.to(accumulate)
-    return dA, dC, dB
-
-
-class _RowsLinear(torch.autograd.Function):
-    """y = x·W_baseᵀ + t·Aᵀ + b, t = C(γ)·(x·B) row by row: γ varies along the leading dimensions of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        task_vectors: Tensor | None,
-        lam: Tensor | None,
-        A: Tensor,
-        G: Tensor,
-        B: Tensor,
-        gamma: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        x3, groups = _group_rows(x, gamma)
-        C = preference_core(G, groups)
-        base = _assemble(weight, task_vectors, lam, None, x.dtype)
-        t = (x3 @ B.to(x.dtype)).to(C.dtype) @ C.transpose(1, 2)
-        y = F.linear(x3, base, None if bias is None else bias.to(x.dtype)) + t.to(x.dtype) @ A.to(x.dtype).t()
-        needs_x = any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma))
-        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma)
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
-        dx = d_lam = dA = dG = dB = d_gamma = d_bias = None
-        dy3, groups = _group_rows(dy, gamma)
-        rows = dy3.flatten(0, 1)
-        compute, C = ctx.x_dtype, preference_core(G, groups)
-        if need_bias:
-            d_bias = rows.sum(dim=0, dtype=accumulate_dtype(rows)).to(ctx.bias_dtype)
-        need_core = need_G or need_gamma
-        if need_x or need_B or need_core:
-            u = (dy3 @ A.to(compute)).to(C.dtype)
-        if need_x or need_B:
-            ds = (u @ C).to(compute)
-        if need_x:
-            base = _assemble(weight, task_vectors, lam, None, compute)
-            dx = (dy3 @ base + ds @ B.to(compute).t()).view(ctx.x_shape)
-        if need_lam or need_A or need_B or need_core:
-            x3, _ = _group_rows(x, gamma)
-            x_rows = x3.flatten(0, 1)
-        if need_lam:
-            d_lam = _project_on_task_vectors(rows.t() @ x_rows, task_vectors, lam)
-        if need_B:
-            dB = (x_rows.t() @ ds.flatten(0, 1)).to(B.dtype)
-        if need_A or need_core:
-            s = (x3 @ B.to(compute)).to(C.dtype)
-        if need_A:
-            t = (s @ C.transpose(1, 2)).to(compute)
-            dA = (rows.t() @ t.flatten(0, 1)).to(A.dtype)
-        if need_core:
-            dC = u.transpose(1, 2) @ s
-            dG, d_groups = _core_gradients(dC, G, groups, need_G, need_gamma)
-            if need_gamma:
-                d_gamma = _ungroup(d_groups, ctx.x_shape, gamma)
-        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias
-
-
-def _split(gamma: Tensor) -> int:
-    """How many leading dimensions γ varies over: the rest share one γ and form the rows of a group."""
-    dims = gamma.ndim - 1
-    while dims > 0 and gamma.shape[dims - 1] == 1:
-        dims -= 1
-    return dims
-
-
-def _group_rows(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """x [*, D], gamma [*, K] -> x as [groups, rows, D] and gamma as [groups, K]; gamma is not expanded to rows."""
-    dims = _split(gamma)
-    lead = x.shape[:dims]
-    groups = math.prod(lead)
-    rows = math.prod(x.shape[dims:-1])
-    expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead, -1)
-    return x.reshape(groups, rows, x.shape[-1]), expanded.reshape(groups, gamma.shape[-1])
-
-
-def _ungroup(d_groups: Tensor, x_shape: torch.Size, gamma: Tensor) -> Tensor:
-    """The gradient of the grouped γ [groups, K] summed back to the shape of ``gamma``."""
-    dims = _split(gamma)
-    expanded = d_groups.reshape(*x_shape[:dims], *(1 for _ in gamma.shape[dims:-1]), gamma.shape[-1])
-    return expanded.sum_to_size(gamma.shape)
-
-
-class _MergeWeight(torch.autograd.Function):
-    """W(γ), with the reductions of its gradient: nothing of its own is saved but the parameters."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        task_vectors: Tensor | None,
-        lam: Tensor | None,
-        A: Tensor | None,
-        G: Tensor | None,
-        B: Tensor | None,
-        gamma: Tensor | None,
-        cached: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(task_vectors, lam, A, G, B, gamma)
-        if cached is not None:
-            return cached.detach()
-        merged = _assemble(weight, task_vectors, lam, _low_rank(A, G, B, gamma), weight.dtype)
-        return merged.clone() if merged is weight else merged
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
-        task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        _, _, need_lam, need_A, need_G, need_B, need_gamma, _ = ctx.needs_input_grad
-        d_lam = dA = dG = dB = d_gamma = None
-        if need_lam:
-            d_lam = _project_on_task_vectors(d_weight, task_vectors, lam)
-        if need_A or need_G or need_B or need_gamma:
-            low_rank = (A, preference_core(G, gamma), B)
-            dA, dC, dB = _low_rank_gradients(None, None, d_weight, low_rank, need_A, need_G or need_gamma, need_B)
-            if dC is not None:
-                dG, d_gamma = _core_gradients(dC[None], G, gamma[None], need_G, need_gamma)
-                d_gamma = None if d_gamma is None else d_gamma[0]
-        return None, None, d_lam, dA, dG, dB, d_gamma, None
-
-
-def _check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if learned and value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: expected float32 (it stays so in 16-bit models), got {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
-
-
-def _check_parameters(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    A: Tensor | None,
-    G: Tensor | None,
-    B: Tensor | None,
-    gamma: Tensor | None,
-) -> None:
-    """Types, devices, shapes and the number of tasks of everything but x, bias and the leading dimensions of gamma."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    device = weight.device
-    _check_tensor("weight", weight, device)
-    if (task_vectors is None) != (lam is None):
-        given, missing = ("task_vectors", "lam") if lam is None else ("lam", "task_vectors")
-        raise ValueError(f"{missing}: expected together with {given}, got None")
-    tasks: int | None = None
-    if task_vectors is not None and lam is not None:
-        _check_tensor("task_vectors", task_vectors, device)
-        _check_tensor("lam", lam, device, learned=True)
-        if task_vectors.shape[1:] != weight.shape or task_vectors.ndim != weight.ndim + 1:
-            raise ValueError(f"task_vectors: expected shape [K, {_dims(weight)}], got {list(task_vectors.shape)}")
-        tasks = task_vectors.shape[0]
-        if lam.shape != (tasks,):
-            raise ValueError(f"lam: expected shape [{tasks}], one per task vector, got {list(lam.shape)}")
-    low_rank = {"A": A, "G": G, "B": B, "gamma": gamma}
-    absent = [name for name, value in low_rank.items() if value is None]
-    if len(absent) == 4:
-        pass
-    elif absent:
-        given = ", ".join(name for name in low_rank if name not in absent)
-        raise ValueError(f"{absent[0]}: expected together with {given}, got None")
-    else:
-        assert A is not None and G is not None and B is not None and gamma is not None
-        for name, value in low_rank.items():
-            _check_tensor(name, value, device, learned=True)
-        if weight.ndim != 2:
-            raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
-        n, d = weight.shape
-        if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
-            raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
-        rank = A.shape[1]
-        if B.shape != (d, rank):
-            raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
-        if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
-            raise ValueError(
-                f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}"
-            )
-        tasks = G.shape[2]
-        if gamma.ndim == 0 or gamma.shape[-1] != tasks:
-            raise ValueError(f"gamma: expected shape [{tasks}] or [*, {tasks}], got {list(gamma.shape)}")
-    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
-        if value is not None and value.requires_grad:
-            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
-
-
-def _dims(tensor: Tensor) -> str:
-    return ", ".join(str(size) for size in tensor.shape)
-
-
-def _check_strategy(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+if dispatch.HAS_TRITON:
+    from pmkernels import ops
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -404,7 +56,9 @@ def pareto_linear(
             ones are 1 or x's (``[32, 1, K]`` against ``[32, 257, in]``: one preference per image). Its values are not
             looked at here.
         bias: ``[out]`` or None.
-        strategy: ``"auto"`` or ``"eager"`` (plain PyTorch on any device).
+        strategy: ``"auto"``; or ``"eager"`` (plain PyTorch, any device), ``"fused"`` (W assembled tile by tile inside
+            the product: allocates nothing of W's size), ``"streamed"`` (W merged into a scratch tensor, then the
+            library's product). The last two need a CUDA GPU, float32, bfloat16 or float16, K and R up to 32 and 64.
 
     Returns:
         ``[*, out]`` in the compute dtype. Differentiable once in x, lam, A, G, B, gamma and bias; the backward keeps
@@ -414,16 +68,15 @@ def pareto_linear(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of tasks, strategy, or a frozen
             tensor that requires a gradient. The message names the argument, what was expected and what came.
     """
-    _check_strategy(strategy)
-    _check_parameters(weight, task_vectors, lam, A, G, B, gamma)
-    _check_tensor("x", x, weight.device)
+    check_parameters(weight, task_vectors, lam, A, G, B, gamma)
+    check_tensor("x", x, weight.device)
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
     n, d = weight.shape
     if x.ndim == 0 or x.shape[-1] != d:
         raise ValueError(f"x: expected shape [*, {d}], got {list(x.shape)}")
     if bias is not None:
-        _check_tensor("bias", bias, weight.device)
+        check_tensor("bias", bias, weight.device)
         if bias.shape != (n,):
             raise ValueError(f"bias: expected shape [{n}], got {list(bias.shape)}")
     device_type = x.device.type
@@ -431,18 +84,25 @@ def pareto_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
-    with _no_autocast(device_type):
-        if gamma is None or gamma.ndim == 1:
-            y: Tensor = _SharedLinear.apply(x, weight, task_vectors, lam, A, G, B, gamma, bias)
-            return y
-        lead = gamma.shape[:-1]
-        if gamma.ndim != x.ndim or any(g not in (1, size) for g, size in zip(lead, x.shape[:-1], strict=True)):
-            rows = tuple(x.shape[:-1])
+    lead = x.shape[:-1]
+    per_row = gamma is not None and gamma.ndim > 1
+    if gamma is not None and per_row:
+        if gamma.ndim != x.ndim or any(g not in (1, size) for g, size in zip(gamma.shape[:-1], lead, strict=True)):
             raise ValueError(
                 f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
-                f"broadcastable to {rows}, got {list(gamma.shape)}"
+                f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
             )
-        y = _RowsLinear.apply(x, weight, task_vectors, lam, A, G, B, gamma, bias)
+    rank = 0 if A is None else A.shape[1]
+    tasks = 0 if task_vectors is None else task_vectors.shape[0]
+    tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
+    tensors.update(gamma=gamma, bias=bias)
+    chosen = dispatch.resolve(strategy, tensors, x.device, rows=math.prod(lead), tasks=tasks, rank=rank)
+    arguments = tuple(tensors.values())
+    with _no_autocast(device_type):
+        if chosen == "eager":
+            y: Tensor = (eager.RowsLinear if per_row else eager.SharedLinear).apply(*arguments)
+        else:
+            y = ops.pareto_linear(*arguments, chosen)
         return y
 
 
@@ -457,6 +117,7 @@ def merge_weight(
     gamma: Tensor | None = None,
     out: Tensor | None = None,
     cached: Tensor | None = None,
+    strategy: str = "auto",
 ) -> Tensor:
     """W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ itself, for one preference.
 
@@ -466,6 +127,8 @@ def merge_weight(
         out: where to write, the shape, dtype and device of ``weight``; not under autograd.
         cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
             this call's gradient: several losses can share one merge and still free each layer's dW at once.
+        strategy: ``"auto"``, ``"eager"``, or ``"fused"`` (as is ``"streamed"``): one kernel, where
+            :func:`pareto_linear` has one.
 
     Returns:
         A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
@@ -476,11 +139,11 @@ def merge_weight(
     """
     if cached is None:
         # the call that made a cached value has checked the rest
-        _check_parameters(weight, task_vectors, lam, A, G, B, gamma)
+        check_parameters(weight, task_vectors, lam, A, G, B, gamma)
     if gamma is not None and gamma.ndim != 1:
         raise ValueError(f"gamma: expected shape [{gamma.shape[-1]}], one preference, got {list(gamma.shape)}")
     if out is not None:
-        _check_tensor("out", out, weight.device)
+        check_tensor("out", out, weight.device)
         if out.shape != weight.shape or out.dtype != weight.dtype:
             raise ValueError(
                 f"out: expected {list(weight.shape)} in {weight.dtype}, got {list(out.shape)} in {out.dtype}"
@@ -488,10 +151,43 @@ def merge_weight(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
             raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
     if cached is not None:
-        _check_tensor("cached", cached, weight.device)
+        check_tensor("cached", cached, weight.device)
         if cached.shape != weight.shape or cached.dtype != weight.dtype:
             expected = f"{list(weight.shape)} in {weight.dtype}"
             raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
+    rank = 0 if A is None else A.shape[1]
+    tasks = 0 if task_vectors is None else task_vectors.shape[0]
+    tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B, "gamma": gamma}
+    chosen = dispatch.resolve(strategy, tensors, weight.device, tasks=tasks, rank=rank)
+    arguments = tuple(tensors.values())
     with _no_autocast(weight.device.type):
-        merged: Tensor = _MergeWeight.apply(weight, task_vectors, lam, A, G, B, gamma, cached)
-    return merged if out is None else out.copy_(merged)
+        if chosen == "eager":
+            merged: Tensor = eager.MergeWeight.apply(*arguments, cached)
+            return merged if out is None else out.copy_(merged)
+        if cached is not None:
+            merged = _CachedMerge.apply(*arguments, cached)
+            return merged if out is None else out.copy_(merged)
+        if out is None:
+            merged = ops.merge_weight(*arguments)
+            return merged
+        ops.merge_weight_out(*arguments, out)
+        return out
+
+
+class _CachedMerge(torch.autograd.Function):
+    """``cached`` with the gradient of the merge: an operator may not return its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, *rest: Tensor | None) -> Tensor:
+        *parameters, cached = rest
+        ctx.save_for_backward(*parameters)
+        assert cached is not None
+        return cached.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[2:-1])
+        found = ops.merge_weight_backward(d_weight, *ctx.saved_tensors, needs)
+        gradients = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
+        return (None, None, *gradients, None)

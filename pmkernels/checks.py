@@ -1,0 +1,80 @@
+"""What every public function checks at its border: the error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if learned and value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float32 (it stays so in 16-bit models), got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
+
+
+def check_parameters(
+    weight: Tensor,
+    task_vectors: Tensor | None,
+    lam: Tensor | None,
+    A: Tensor | None,
+    G: Tensor | None,
+    B: Tensor | None,
+    gamma: Tensor | None,
+) -> None:
+    """Types, devices, shapes and the number of tasks of everything but x, bias and the leading dimensions of gamma."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    device = weight.device
+    check_tensor("weight", weight, device)
+    if (task_vectors is None) != (lam is None):
+        given, missing = ("task_vectors", "lam") if lam is None else ("lam", "task_vectors")
+        raise ValueError(f"{missing}: expected together with {given}, got None")
+    tasks: int | None = None
+    if task_vectors is not None and lam is not None:
+        check_tensor("task_vectors", task_vectors, device)
+        check_tensor("lam", lam, device, learned=True)
+        if task_vectors.shape[1:] != weight.shape or task_vectors.ndim != weight.ndim + 1:
+            raise ValueError(f"task_vectors: expected shape [K, {_dims(weight)}], got {list(task_vectors.shape)}")
+        tasks = task_vectors.shape[0]
+        if lam.shape != (tasks,):
+            raise ValueError(f"lam: expected shape [{tasks}], one per task vector, got {list(lam.shape)}")
+    low_rank = {"A": A, "G": G, "B": B, "gamma": gamma}
+    absent = [name for name, value in low_rank.items() if value is None]
+    if len(absent) == 4:
+        pass
+    elif absent:
+        given = ", ".join(name for name in low_rank if name not in absent)
+        raise ValueError(f"{absent[0]}: expected together with {given}, got None")
+    else:
+        assert A is not None and G is not None and B is not None and gamma is not None
+        for name, value in low_rank.items():
+            check_tensor(name, value, device, learned=True)
+        if weight.ndim != 2:
+            raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
+        n, d = weight.shape
+        if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
+            raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+        rank = A.shape[1]
+        if B.shape != (d, rank):
+            raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
+        if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
+            raise ValueError(
+                f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}"
+            )
+        tasks = G.shape[2]
+        if gamma.ndim == 0 or gamma.shape[-1] != tasks:
+            raise ValueError(f"gamma: expected shape [{tasks}] or [*, {tasks}], got {list(gamma.shape)}")
+    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
+
+
+def _dims(tensor: Tensor) -> str:
+    return ", ".join(str(size) for size in tensor.shape)

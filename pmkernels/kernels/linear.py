@@ -1,0 +1,194 @@
+"""y = x·W(γ)ᵀ + b and dx = dy·W(γ), with W assembled tile by tile inside the matrix product and never in memory.
+
+One kernel for both: dx is the same product with Wᵀ, which is W with its strides and the factors of its low-rank term
+exchanged. It computes yᵀ = W·xᵀ, so that the assembled tile is the left operand, which may stay in registers.
+
+With one preference per row, W is the base W0 + Σ λ_k τ_k and the accumulator starts at the low-rank part t·Aᵀ
+(dx: ds·Bᵀ), t and ds from :mod:`pmkernels.kernels.low_rank`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmkernels import dispatch
+from pmkernels.kernels.assembly import weight_tile
+from pmkernels.kernels.rows import as_rows, row_offsets
+
+
+@triton.jit
+def linear_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    task_vectors_ptr,
+    lam_ptr,
+    left_ptr,
+    right_ptr,
+    t_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    D,
+    R,
+    x_inner,
+    x_stride_outer,
+    x_stride_inner,
+    x_stride_d,
+    weight_stride_n,
+    weight_stride_d,
+    task_stride_k,
+    task_stride_n,
+    task_stride_d,
+    left_stride_n,
+    left_stride_r,
+    right_stride_d,
+    right_stride_r,
+    K: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # neighbouring programs share the rows of W, which are dear, and differ in the rows of x
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if PER_ROW:
+        for r0 in range(0, R, 16):
+            r = r0 + tl.arange(0, 16)
+            left = tl.load(
+                left_ptr + n[:, None] * left_stride_n + r[None, :] * left_stride_r,
+                mask=(n[:, None] < N) & (r[None, :] < R),
+                other=0.0,
+            )  # [BLOCK_N, 16]
+            t = tl.load(
+                t_ptr + m[None, :].to(tl.int64) * R + r[:, None], mask=(m[None, :] < M) & (r[:, None] < R), other=0.0
+            )  # [16, BLOCK_M]
+            acc = tl.dot(left, t, acc=acc, input_precision=RANK_PRECISION)
+    for d0 in tl.range(0, D, BLOCK_D, num_stages=1):
+        d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
+        x = tl.load(
+            x_ptr + x_rows[None, :] + d[:, None] * x_stride_d, mask=(m[None, :] < M) & (d[:, None] < D), other=0.0
+        )  # [BLOCK_D, BLOCK_M]
+        w = weight_tile(
+            weight_ptr,
+            task_vectors_ptr,
+            lam_ptr,
+            left_ptr,
+            right_ptr,
+            n,
+            d,
+            N,
+            D,
+            R,
+            weight_stride_n,
+            weight_stride_d,
+            task_stride_k,
+            task_stride_n,
+            task_stride_d,
+            left_stride_n,
+            left_stride_r,
+            right_stride_d,
+            right_stride_r,
+            K,
+            LOW_RANK,
+            STAGES,
+        )  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(w.to(x.dtype).to(COMPUTE), x.to(COMPUTE), acc=acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        y_ptr + m[None, :].to(tl.int64) * N + n[:, None],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=(m[None, :] < M) & (n[:, None] < N),
+    )
+
+
+def linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    task_vectors: Tensor | None,
+    lam: Tensor | None,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [*, D], weight [N, D] -> y [*, N].
+
+    ``low_rank`` = (left [N, R], right [D, R]) is part of W; ``start`` = (t [M, R], left [N, R]) adds t·leftᵀ to y.
+    """
+    n, d = weight.shape
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows = as_rows(x)
+    tasks = 0 if task_vectors is None else task_vectors.shape[0]
+    t, left, right = None, None, None
+    if low_rank is not None:
+        left, right = low_rank
+    elif start is not None:
+        t, left = start
+    rank = 0 if left is None else left.shape[1]
+    config = dispatch.config("linear", x, rows=rows.M, rank=rank)
+    linear_fwd_kernel[(triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n),)](
+        rows.tensor,
+        weight,
+        task_vectors,
+        lam,
+        left,
+        right,
+        t,
+        bias,
+        y,
+        rows.M,
+        n,
+        d,
+        rank,
+        *rows.layout,
+        *weight.stride(),
+        *((0, 0, 0) if task_vectors is None else task_vectors.stride()),
+        *((0, 0) if left is None else left.stride()),
+        *((0, 0) if right is None else right.stride()),
+        K=tasks,
+        LOW_RANK=low_rank is not None,
+        PER_ROW=start is not None,
+        HAS_BIAS=bias is not None,
+        COMPUTE=dispatch.compute_type(x.dtype),
+        PRECISION=dispatch.dot_precision(x.dtype),
+        RANK_PRECISION=dispatch.rank_precision(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def linear_bwd_x(
+    dy: Tensor,
+    weight: Tensor,
+    task_vectors: Tensor | None,
+    lam: Tensor | None,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """dy [*, N] -> dx [*, D] = dy·W; ``low_rank`` as in :func:`linear_fwd`, ``start`` = (ds [M, R], B [D, R])."""
+    transposed = None if task_vectors is None else task_vectors.transpose(1, 2)
+    exchanged = None if low_rank is None else (low_rank[1], low_rank[0])
+    return linear_fwd(dy, weight.t(), transposed, lam, low_rank=exchanged, start=start)

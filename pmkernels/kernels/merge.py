@@ -1,0 +1,123 @@
+"""W(γ) written out: one read of W0 and of each task vector, one write, any number of dimensions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmkernels import dispatch
+from pmkernels.kernels.assembly import weight_tile
+from pmkernels.kernels.rows import as_matrix
+
+
+@triton.jit
+def merge_weight_kernel(
+    weight_ptr,
+    task_vectors_ptr,
+    lam_ptr,
+    left_ptr,
+    right_ptr,
+    out_ptr,
+    N,
+    D,
+    R,
+    weight_stride_n,
+    weight_stride_d,
+    task_stride_k,
+    task_stride_n,
+    task_stride_d,
+    left_stride_n,
+    left_stride_r,
+    right_stride_d,
+    right_stride_r,
+    out_stride_n,
+    out_stride_d,
+    K: tl.constexpr,
+    LOW_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    n = pid // blocks_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    w = weight_tile(
+        weight_ptr,
+        task_vectors_ptr,
+        lam_ptr,
+        left_ptr,
+        right_ptr,
+        n,
+        d,
+        N,
+        D,
+        R,
+        weight_stride_n,
+        weight_stride_d,
+        task_stride_k,
+        task_stride_n,
+        task_stride_d,
+        left_stride_n,
+        left_stride_r,
+        right_stride_d,
+        right_stride_r,
+        K,
+        LOW_RANK,
+        STAGES,
+    )  # [BLOCK_N, BLOCK_D]
+    tl.store(
+        out_ptr + n[:, None] * out_stride_n + d[None, :] * out_stride_d,
+        w.to(out_ptr.dtype.element_ty),
+        mask=(n[:, None] < N) & (d[None, :] < D),
+    )
+
+
+def merge_weight(
+    weight: Tensor,
+    task_vectors: Tensor | None,
+    lam: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+) -> Tensor:
+    """W(γ) into ``out``, which has weight's shape and any strides; ``low_rank`` = (A·C(γ) [N, R], B [D, R])."""
+    if out.numel() == 0:
+        return out
+    tensors = (weight, out) if task_vectors is None else (weight, out, task_vectors)
+    matrices = tensors if low_rank is not None else as_matrix(*tensors)
+    if matrices is None:
+        # dimensions that cannot be merged in place: contiguous copies, one write more
+        contiguous = tuple(t.contiguous() for t in tensors)
+        merge_weight(contiguous[0], None if task_vectors is None else contiguous[2], lam, None, contiguous[1])
+        return out if contiguous[1] is out else out.copy_(contiguous[1])
+    matrix, target = matrices[0], matrices[1]
+    taus = None if task_vectors is None else matrices[2]
+    n, d = matrix.shape
+    left, right = (None, None) if low_rank is None else low_rank
+    rank = 0 if left is None else left.shape[1]
+    config = dispatch.config("flat" if n == 1 else "merge", weight, rows=0, rank=rank)
+    merge_weight_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(d, config.block_d),)](
+        matrix,
+        taus,
+        lam,
+        left,
+        right,
+        target,
+        n,
+        d,
+        rank,
+        *matrix.stride(),
+        *((0, 0, 0) if taus is None else taus.stride()),
+        *((0, 0) if left is None else left.stride()),
+        *((0, 0) if right is None else right.stride()),
+        *target.stride(),
+        K=0 if taus is None else taus.shape[0],
+        LOW_RANK=low_rank is not None,
+        BLOCK_N=config.block_n,
+        BLOCK_D=config.block_d,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

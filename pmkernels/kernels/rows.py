@@ -1,0 +1,81 @@
+"""Where the rows of a tensor [*, F] lie: any strides, without a copy for up to two leading dimensions that don't merge."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def row_offsets(rows, inner, stride_outer, stride_inner):
+    """Offset of each row (int32), in int64: row m is item m % inner of block m // inner. inner = 1 costs no division."""
+    return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
+
+
+class Rows(NamedTuple):
+    """A tensor [*, F] as M rows: row m starts at (m // inner)·stride_outer + (m % inner)·stride_inner elements."""
+
+    tensor: Tensor
+    M: int
+    inner: int
+    stride_outer: int
+    stride_inner: int
+    stride_feature: int
+
+    @property
+    def layout(self) -> tuple[int, int, int, int]:
+        """inner, stride_outer, stride_inner, stride_feature: what a kernel takes after the pointer."""
+        return self.inner, self.stride_outer, self.stride_inner, self.stride_feature
+
+
+def as_rows(x: Tensor) -> Rows:
+    """``x`` [*, F] as rows, in its own memory wherever two strides can say where its rows are (else a copy)."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return as_rows(x.contiguous())
+    count = 1
+    for size in x.shape[:-1]:
+        count *= size
+    feature = x.stride(-1)
+    if len(merged) == 2:
+        return Rows(x, count, merged[1][0], merged[0][1], merged[1][1], feature)
+    return Rows(x, count, 1, merged[0][1] if merged else 0, 0, feature)
+
+
+def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
+    """Tensors of one shape as matrices [n, d] over the same elements in one order, without a copy; None if impossible.
+
+    Each of ``others`` may have one more dimension in front (task vectors), which stays.
+    """
+    order = sorted(range(first.ndim), key=lambda i: -first.stride(i))
+    shape = [first.shape[i] for i in order]
+    strides = [[t.stride(t.ndim - first.ndim + i) for i in order] for t in (first, *others)]
+    merged: list[tuple[int, list[int]]] = []
+    for i, size in enumerate(shape):
+        here = [stride[i] for stride in strides]
+        if size == 1:
+            continue
+        if merged and all(before == stride * size for before, stride in zip(merged[-1][1], here, strict=True)):
+            merged[-1] = (merged[-1][0] * size, here)
+        else:
+            merged.append((size, here))
+    if len(merged) > 2:
+        return None
+    merged = [(1, [0] * len(strides))] * (2 - len(merged)) + merged
+    views = []
+    for index, tensor in enumerate((first, *others)):
+        extra = tensor.ndim - first.ndim
+        size = [*tensor.shape[:extra], *(length for length, _ in merged)]
+        stride = [*tensor.stride()[:extra], *(s[index] for _, s in merged)]
+        views.append(tensor.as_strided(size, stride))
+    return tuple(views)

@@ -1,0 +1,101 @@
+"""Inputs for the kernels and the comparison with float64: used on the CPU (interpreted) and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pmkernels
+from pmkernels import reference
+
+FROZEN = ("weight", "task_vectors")
+LEARNED = ("lam", "A", "G", "B", "gamma")
+LOW_RANK = ("A", "G", "B", "gamma")
+
+
+def linear_arguments(
+    lead: Sequence[int],
+    n: int,
+    d: int,
+    *,
+    tasks: int = 3,
+    rank: int = 2,
+    gamma_lead: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    without: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """Arguments of pareto_linear on the scale of a real layer: entries of W about 1/√D, task vectors a tenth of that."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int, scale: float = 1.0, into: torch.dtype = torch.float32) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(into).to(device)
+
+    width = max(d, 1) ** -0.5
+    values = {
+        "x": make(*lead, d, into=dtype),
+        "weight": make(n, d, scale=width, into=dtype),
+        "task_vectors": make(tasks, n, d, scale=0.3 * width, into=dtype),
+        "lam": make(tasks),
+        "A": make(n, rank),
+        "G": make(rank, rank, tasks, scale=rank**-0.5),
+        "B": make(d, rank, scale=width),
+        "gamma": torch.softmax(make(*gamma_lead, tasks), dim=-1),
+        "bias": make(n, into=dtype),
+    }
+    values = {name: value for name, value in values.items() if name not in set(without)}
+    for name, value in values.items():
+        value.requires_grad_(name not in FROZEN)
+    return values
+
+
+def gradients(y: Tensor, dy: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of every argument that requires one, by name; zeros where it does not take part."""
+    names = [name for name, value in values.items() if value.requires_grad]
+    if not names:
+        return {}
+    found = torch.autograd.grad(y, [values[name] for name in names], dy, allow_unused=True)
+    return {n: torch.zeros_like(values[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+
+
+def exactly(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same arguments in float64."""
+    return {name: v.detach().double().requires_grad_(v.requires_grad) for name, v in values.items()}
+
+
+def assert_close(
+    name: str, ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, times: float = 2.0, ulps: float = 2.0
+) -> None:
+    """The error is at most ``times`` that of plain PyTorch in the same precision, or ``ulps`` of the largest element."""
+    assert ours.shape == truth.shape, f"{name}: {list(ours.shape)} against {list(truth.shape)}"
+    if not truth.numel():
+        return
+    scale = float(truth.abs().max())
+    error = float((ours.double() - truth).abs().max())
+    allowed = float((plain.double() - truth).abs().max())
+    bound = times * allowed + ulps * torch.finfo(dtype).eps * scale
+    assert error <= bound, f"{name}: error {error:.3g}, plain PyTorch {allowed:.3g}, largest element {scale:.3g}"
+
+
+def check_linear(values: Mapping[str, Tensor], dy: Tensor | None = None, **options: Any) -> None:
+    """pareto_linear and each of its gradients against float64, in units of plain PyTorch's own error."""
+    exact = exactly(values)
+    truth = reference.pareto_linear(**exact)
+    plain = reference.pareto_linear(**values)
+    ours = pmkernels.pareto_linear(**values, **options)
+    dtype = values["x"].dtype
+    assert ours.dtype == dtype
+    assert ours.shape == truth.shape
+    assert_close("y", ours.detach(), plain.detach(), truth.detach(), dtype)
+    if not ours.requires_grad:
+        return
+    if dy is None:
+        dy = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(ours)
+    theirs, reached = gradients(truth, dy.double(), exact), gradients(plain, dy, values)
+    for name, gradient in gradients(ours, dy, values).items():
+        assert gradient.dtype == values[name].dtype, name
+        assert_close(f"gradient of {name}", gradient, reached[name], theirs[name], dtype)
