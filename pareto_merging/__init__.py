@@ -14,7 +14,7 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
-from pareto_merging.modules import ParetoAttention, ParetoLinear
+from pareto_merging.modules import ParetoAttention, ParetoLinear, set_strategy
 from pareto_merging.parametrize import (
     fold,
     get_lambda,
@@ -55,4 +55,5 @@ __all__ = [
     "save_pareto_set",
     "set_lambda",
     "set_preference",
+    "set_strategy",
 ]

@@ -141,6 +141,9 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights and the images"
     )
+    strategy: Literal["auto", "fused", "streamed", "eager"] = Field(
+        "auto", description="how layers are computed; fused: on a GPU, no merged weight is ever in memory"
+    )
     workers: int = Field(0, ge=0, le=64, description="processes that load images, for each task")
 
     @model_validator(mode="after")

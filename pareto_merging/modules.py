@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.preferences import ParetoState
+from pareto_merging.preferences import ParetoState, pareto_states
 
 if TYPE_CHECKING:
     ModuleBase = nn.Module
@@ -108,12 +108,15 @@ class ParetoModule(ModuleBase):
 
     def _pareto_merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
         cache = self.pareto.cache
+        merge = functools.partial(
+            pmkernels.merge_weight, weight, gamma=gamma, strategy=self.pareto.strategy, **parts
+        )
         if cache is None:
-            return pmkernels.merge_weight(weight, gamma=gamma, **parts)
+            return merge()
         if id(weight) not in cache:
             with torch.no_grad():
-                cache[id(weight)] = pmkernels.merge_weight(weight, gamma=gamma, **parts)
-        return pmkernels.merge_weight(weight, gamma=gamma, cached=cache[id(weight)], **parts)
+                cache[id(weight)] = merge()
+        return merge(cached=cache[id(weight)])
 
     def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
@@ -134,7 +137,14 @@ class ParetoModule(ModuleBase):
             bias = None if bias is None else bias[rows]
         if parts["A"] is not None:
             gamma = self.pareto_gamma_for(x, batch_dim)
-        return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, **parts)  # type: ignore[arg-type]
+        return pmkernels.pareto_linear(
+            x,
+            weight,
+            bias=bias,
+            gamma=gamma,
+            strategy=state.strategy,
+            **parts,  # type: ignore[arg-type]
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module registers a Parameter before a property is asked, and W0 would silently be another
@@ -426,3 +436,22 @@ def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:
     for name, module in model.named_modules():
         if isinstance(module, ParetoModule):
             yield name, module
+
+
+def set_strategy(model: nn.Module, strategy: str) -> None:
+    """How the layers of a Pareto model are computed from now on: a strategy of :func:`pmkernels.pareto_linear`.
+
+    ``"auto"`` chooses by shape and device. ``"fused"`` allocates nothing of a weight's size in any linear layer, forward
+    or backward: for a GPU without memory to spare. A setting of the running model, as the preference is.
+
+    Raises:
+        ValueError: an unknown strategy, or a model without Pareto layers. Whether the device can follow is asked when
+            the model runs.
+    """
+    if strategy not in pmkernels.STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(pmkernels.STRATEGIES)}, got {strategy!r}")
+    states = pareto_states(model)
+    if not states:
+        raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")
+    for state in states:
+        state.strategy = strategy

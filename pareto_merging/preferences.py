@@ -31,6 +31,8 @@ class ParetoState:
     gamma: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
     folded: bool = False
+    # how pmkernels computes the layers; a setting of the running model too
+    strategy: str = "auto"
     # merged tensors by the identity of their W0, while merged_once says that λ and γ stand still
     cache: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)

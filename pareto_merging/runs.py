@@ -22,6 +22,7 @@ from pareto_merging.checkpoints.files import write_text
 from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.errors import UserError
+from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import pareto_state
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
@@ -68,7 +69,7 @@ def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """Without the settings that change nothing about the result, and with the order of the tasks."""
-    kept = {key: value for key, value in config.items() if key not in ("workers", "device")}
+    kept = {key: value for key, value in config.items() if key not in ("workers", "device", "strategy")}
     kept["method"] = {key: value for key, value in config["method"].items() if key != "checkpoint_every"}
     kept["order of tasks"] = list(config["tasks"] or ())
     return kept
@@ -183,6 +184,7 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
     workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
     with user_errors():
         model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
+    set_strategy(model, workspace.config.strategy)
     learned = list(pareto_state(model).task_names)
     if learned != workspace.task_names:
         raise UserError(

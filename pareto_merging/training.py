@@ -249,7 +249,9 @@ class _Loop:
             parameter.requires_grad_(name in self.learned)
         self.parameters = list(self.learned.values())
         self.device = self.parameters[0].device
-        self.cache = self.device.type == "cpu" if cache is None else cache
+        # a kernel strategy was asked for to be used, and fused to save the memory that a cache takes
+        plain = pareto_state(model).strategy in ("auto", "eager")
+        self.cache = (self.device.type == "cpu" and plain) if cache is None else cache
         rates = [settings.learning_rate, settings.lambda_learning_rate or settings.learning_rate]
         groups = [
             {"params": [p for name, p in self.learned.items() if name.startswith("lam.") == is_lambda], "lr": rate}

@@ -20,6 +20,7 @@ from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.modules import set_strategy
 from pareto_merging.parametrize import parametrize
 from pareto_merging.training import MergingTask
 
@@ -160,7 +161,7 @@ class Workspace:
         """A fresh Pareto model with the configuration's settings."""
         method = self.config.method
         with user_errors():
-            return parametrize(
+            model = parametrize(
                 self.pretrained(),
                 self.finetuned(),
                 rank=method.rank,
@@ -170,6 +171,8 @@ class Workspace:
                 buffers=method.buffers,
                 seed=method.seed,
             )
+        set_strategy(model, self.config.strategy)
+        return model
 
     def head(self, task: str) -> ZeroShotHead:
         """The frozen head of one task."""

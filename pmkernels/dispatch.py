@@ -6,7 +6,7 @@ Strategies of pareto_linear (all give the same result up to rounding):
 - ``fused``: W assembled tile by tile inside the matrix product; nothing of W's size is ever allocated.
 - ``streamed``: W merged in one pass into a scratch tensor, then the library's matrix product.
 
-``strategy="auto"`` asks :func:`choose`, the one place that knows a rule. Launch configurations are read from
+``strategy="auto"`` is eager off the GPU; on it :func:`choose` is the one place that knows a rule. Launch configurations are read from
 ``configs/*.json``: a file named after the GPU where one was tuned (``nvidia-h200.json``), else ``default.json``, whose
 every entry ``python -m benchmarks.budget`` compiles for sm_86 and sm_90.
 """
@@ -34,20 +34,22 @@ except ImportError:  # Triton has no build for this platform
 
 STRATEGIES = ("auto", "fused", "streamed", "eager")
 MAX_TASKS, MAX_RANK = 32, 64
+# up to here P and Q come with dλ from tiles of dW; their partial sums would reach the size of W at twice that, so larger
+# ranks go row by row, as with a frozen λ
+MAX_RANK_FROM_TILES = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fused reads all of W0 and τ once for each block of rows, streamed writes W and reads it back: at K = 8 two passes, the
 # second from L2, are about even
 FUSED_ROW_BLOCKS = 2
 
 
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1) and does not compile them."""
-    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
+# decided when kernels are defined, so once: Triton interprets kernels on the CPU and does not compile them
+INTERPRETING = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def runs_kernels(device: torch.device) -> bool:
     """Whether Triton kernels can run on tensors of ``device``."""
-    return HAS_TRITON and (device.type == "cuda" or (interpreting() and device.type == "cpu"))
+    return HAS_TRITON and (device.type == "cuda" or (INTERPRETING and device.type == "cpu"))
 
 
 def unsupported(device: torch.device, tensors: Mapping[str, Tensor | None], tasks: int, rank: int) -> Exception | None:
@@ -75,30 +77,29 @@ def resolve(
     tensors: Mapping[str, Tensor | None],
     device: torch.device,
     *,
-    rows: int = 0,
     tasks: int = 0,
     rank: int = 0,
 ) -> str:
-    """``eager``, ``fused`` or ``streamed`` for a call with these tensors, by name; the error of a wish that cannot be."""
+    """``eager`` for a call with these tensors, by name, that is not for the kernels, else ``strategy``; the error of a
+    wish that cannot be. ``auto`` goes on as it is: the operators ask :func:`choose`, out of the compiler's sight.
+    """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if strategy == "eager" or (strategy == "auto" and device.type != "cuda"):
         return "eager"
     error = unsupported(device, tensors, tasks, rank)
     if error is None:
-        return choose(device, tensors, rows=rows, rank=rank) if strategy == "auto" else strategy
+        return strategy
     if strategy != "auto":
         raise error
     return "eager"
 
 
-def choose(device: torch.device, tensors: Mapping[str, Tensor | None], *, rows: int, rank: int) -> str:
-    """``fused`` or ``streamed`` for a call on a CUDA GPU that the kernels can do: a rule from counted bytes."""
-    x = tensors.get("x")
-    if x is None:
-        # merge_weight and softmax_entropy have one kernel
-        return "fused"
-    block_m = config("linear", dtype=x.dtype, device=device, rows=rows, rank=rank).block_m
+def choose(strategy: str, like: Tensor, rows: int, rank: int) -> str:
+    """``fused`` or ``streamed`` for pareto_linear with ``rows`` rows like ``like``: a rule from counted bytes."""
+    if strategy != "auto":
+        return strategy
+    block_m = config("linear", like, rows=rows, rank=rank).block_m
     return "fused" if rows <= FUSED_ROW_BLOCKS * block_m else "streamed"
 
 
@@ -122,20 +123,27 @@ class Entry:
     config: Config
     max_rows: int | None = None
     max_rank: int | None = None
+    aligned: bool | None = None
 
-    def fits(self, op: str, dtype: str, rows: int, rank: int) -> bool:
-        """Whether this line is for that kernel, type (``float32`` or ``16-bit``), number of rows and rank."""
+    def fits(self, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> bool:
+        """Whether this line is for that kernel, type (``float32``, ``tf32``, ``16-bit``), rows, rank and layout."""
         return (
             self.op == op
             and self.dtype in (dtype, "any")
             and (self.max_rows is None or rows <= self.max_rows)
             and (self.max_rank is None or rank <= self.max_rank)
+            and (self.aligned is None or self.aligned == aligned)
         )
 
 
 def read_entries(text: str) -> list[Entry]:
     """The entries of a configuration file's JSON; a field that a Config or an Entry does not have is a TypeError."""
     return [Entry(**{**line, "config": Config(**line["config"])}) for line in json.loads(text)["entries"]]
+
+
+def architectures(text: str) -> tuple[str, ...]:
+    """The architectures a configuration file's JSON is for (``sm_90``), none named: any."""
+    return tuple(json.loads(text).get("architectures", ()))
 
 
 def config_files() -> dict[str, str]:
@@ -166,13 +174,39 @@ def config(
     device: torch.device | None = None,
     rows: int,
     rank: int,
+    aligned: bool = True,
 ) -> Config:
-    """The launch configuration of ``op`` for tensors like ``like`` (or of that dtype and device)."""
+    """The launch configuration of ``op`` for tensors like ``like`` (or of that dtype and device).
+
+    ``aligned``: see :func:`is_aligned`. Scattered loads take an address register pair per element and want small tiles.
+    """
     if like is not None:
         dtype, device = like.dtype, like.device
     assert device is not None
-    name = gpu_name(device.index) if device.type == "cuda" else "default"
-    return _lookup(name, op, "float32" if dtype == torch.float32 else "16-bit", _bucket(rows), rank)
+    if dtype != torch.float32:
+        kind = "16-bit"
+    else:
+        kind = "float32" if dot_precision(dtype) == "ieee" else "tf32"
+    return lookup(gpu_file(device), op, kind, _bucket(rows), rank, aligned)
+
+
+def gpu_file(device: torch.device) -> str:
+    """The name of the configuration file for a device, whether there is one or not: ``default`` off the GPU."""
+    return gpu_name(device.index) if device.type == "cuda" else "default"
+
+
+def is_aligned(*tensors: Tensor | None) -> bool:
+    """Whether Triton can load each tensor 16 bytes at a time: neighbours along a dimension that is a multiple of 16,
+    every other stride and the address multiples of 16, which is what it specialises a kernel for."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.data_ptr() % 16:
+            return False
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if size > 1 and (size if stride == 1 else stride) % 16:
+                return False
+    return True
 
 
 def _bucket(rows: int) -> int:
@@ -181,19 +215,20 @@ def _bucket(rows: int) -> int:
 
 
 @functools.cache
-def _lookup(name: str, op: str, dtype: str, rows: int, rank: int) -> Config:
+def lookup(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> Config:
+    """The first line that fits in the GPU's own file, then in the default one."""
     for entry in entries(name):
-        if entry.fits(op, dtype, rows, rank):
+        if entry.fits(op, dtype, rows, rank, aligned):
             return entry.config
     raise LookupError(f"configs/{name}.json: expected an entry for {op} in {dtype} with rank {rank}, got none")
 
 
-def splits(rows: int, block_m: int, programs: int) -> tuple[int, int]:
+def splits(rows: int, block_m: int, programs: int, most: int) -> tuple[int, int]:
     """How many parts to cut ``rows`` into, and rows per part, where ``programs`` programs work on each part.
 
-    Enough parts for about 256 programs, at most 16 (each is one more partial sum), at least four blocks each.
+    Enough parts for about 256 programs, at least four blocks each, at most 16 and ``most``: each is a partial sum more.
     """
-    parts = max(1, min(16, 256 // max(programs, 1), rows // (4 * block_m)))
+    parts = max(1, min(16, most, 256 // max(programs, 1), rows // (4 * block_m)))
     per_part = -(-rows // parts)
     return parts, -(-per_part // block_m) * block_m
 
@@ -221,6 +256,6 @@ def rank_precision(dtype: torch.dtype) -> str:
 
 def compute_type(dtype: torch.dtype) -> Any:
     """The type in which tiles are multiplied: the model's own; the interpreter would multiply bfloat16 as raw bits."""
-    if interpreting() and dtype == torch.bfloat16:
+    if INTERPRETING and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

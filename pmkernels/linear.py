@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def pareto_linear(
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
     tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
     tensors.update(gamma=gamma, bias=bias)
-    chosen = dispatch.resolve(strategy, tensors, x.device, rows=math.prod(lead), tasks=tasks, rank=rank)
+    chosen = dispatch.resolve(strategy, tensors, x.device, tasks=tasks, rank=rank)
     arguments = tuple(tensors.values())
     with _no_autocast(device_type):
         if chosen == "eager":

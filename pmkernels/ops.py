@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmkernels import eager
+from pmkernels import dispatch, eager
 from pmkernels.kernels import entropy as entropy_kernels
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
@@ -85,8 +85,9 @@ def pareto_linear(
     bias: OptionalTensor,
     strategy: str,
 ) -> Tensor:
-    """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused`` or ``streamed``."""
+    """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused``, ``streamed`` or ``auto``."""
     with torch.cuda.device_of(x):
+        strategy = dispatch.choose(strategy, x, math.prod(x.shape[:-1]), 0 if A is None else A.shape[1])
         lam = _contiguous(lam)
         low_rank, start = None, None
         if gamma is None or gamma.ndim == 1:
@@ -149,6 +150,7 @@ def pareto_linear_backward(
     need_core = need_G or need_gamma
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(dy):
+        strategy = dispatch.choose(strategy, dy, math.prod(dy.shape[:-1]), 0 if A is None else A.shape[1])
         lam = _contiguous(lam)
         per_row = gamma is not None and gamma.ndim > 1
         if need_bias:
@@ -157,7 +159,10 @@ def pareto_linear_backward(
             rows = dy.unsqueeze(0)
             found["bias"] = rows.sum(dim=tuple(range(rows.ndim - 1)), dtype=torch.float32).to(bias.dtype)
         # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
-        by_rows = per_row or (not need_lam and (need_A or need_B or need_core))
+        need_low_rank = need_A or need_B or need_core
+        from_tiles = need_lam and not per_row and (A is None or A.shape[1] <= dispatch.MAX_RANK_FROM_TILES)
+        by_rows = per_row or (need_low_rank and not from_tiles)
+        limit = weight.numel()
         groups = u = s = t = ds = None
         if by_rows:
             assert A is not None and G is not None and B is not None and gamma is not None
@@ -180,37 +185,37 @@ def pareto_linear_backward(
             found["x"] = dx
         if need_lam:
             assert x is not None
-            with_factors = not per_row
             d_lam, P, Q = weight_grad_kernels.weight_grad(
                 dy,
                 x,
                 task_vectors,
-                A=A if with_factors and need_B else None,
-                B=B if with_factors and (need_A or need_core) else None,
+                A=A if from_tiles and need_B else None,
+                B=B if from_tiles and (need_A or need_core) else None,
             )
             assert d_lam is not None
             found["lam"] = d_lam
-            if with_factors:
+            if from_tiles:
                 found.update(_from_products(P, Q, A, G, gamma, need_A, need_G, need_gamma))
         if by_rows:
             assert groups is not None and G is not None and gamma is not None
             if need_A:
                 assert t is not None
-                found["A"] = low_rank_kernels.factor_grad(dy, t)
+                found["A"] = low_rank_kernels.factor_grad(dy, t, limit)
             if need_B:
                 assert ds is not None and x is not None
-                found["B"] = low_rank_kernels.factor_grad(x, ds)
+                found["B"] = low_rank_kernels.factor_grad(x, ds, limit)
             if need_core:
                 assert u is not None and s is not None
                 if per_row:
                     if need_G:
-                        found["G"] = low_rank_kernels.core_grad(u, s, groups.gamma, dy.dtype)
+                        found["G"] = low_rank_kernels.core_grad(u, s, groups.gamma, dy.dtype, limit)
                     if need_gamma:
                         by_row = low_rank_kernels.preference_grad(u, s, groups.G, dy.dtype)
-                        by_group = by_row.view(groups.gamma.shape[0], -1, groups.tasks).sum(dim=1)
+                        members = by_row.shape[0] // max(groups.gamma.shape[0], 1)
+                        by_group = by_row.view(groups.gamma.shape[0], members, groups.tasks).sum(dim=1)
                         found["gamma"] = eager.ungroup(by_group, dy.shape, gamma)
                 else:
-                    dC = low_rank_kernels.core_grad(u, s, groups.gamma, dy.dtype)[..., 0]
+                    dC = low_rank_kernels.core_grad(u, s, groups.gamma, dy.dtype, limit)[..., 0]
                     found.update(_core_gradients(dC, G, gamma, need_G, need_gamma))
     names = ("x", "lam", "A", "G", "B", "gamma", "bias")
     return [found[name] if name in found else dy.new_empty(0) for name in names]

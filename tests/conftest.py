@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports a kernel: without a GPU, kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from helpers import noisy_copy
 from torch import nn
+
+from pmkernels import dispatch
 
 torch.set_num_threads(1)
 
@@ -30,6 +38,21 @@ def tiny_vit() -> nn.Module:
         return transformer.VisionTransformer(
             image_size=8, patch_size=4, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=8
         ).eval()
+
+
+@pytest.fixture(params=["eager", "fused"])
+def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What ``auto`` means in a test: plain PyTorch, then the kernels wherever they can be."""
+    resolve = dispatch.resolve
+
+    def with_default(strategy: str, tensors: dict[str, object], device: torch.device, **sizes: int) -> str:
+        if strategy != "auto":
+            return resolve(strategy, tensors, device, **sizes)
+        able = dispatch.unsupported(device, tensors, sizes.get("tasks", 0), sizes.get("rank", 0)) is None
+        return request.param if able else "eager"
+
+    monkeypatch.setattr(dispatch, "resolve", with_default)
+    return request.param
 
 
 @pytest.fixture

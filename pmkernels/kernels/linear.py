@@ -142,7 +142,8 @@ def linear_fwd(
     elif start is not None:
         t, left = start
     rank = 0 if left is None else left.shape[1]
-    config = dispatch.config("linear", x, rows=rows.M, rank=rank)
+    aligned = dispatch.is_aligned(x, weight, task_vectors)
+    config = dispatch.config("linear", x, rows=rows.M, rank=rank, aligned=aligned)
     linear_fwd_kernel[(triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n),)](
         rows.tensor,
         weight,
@@ -151,7 +152,7 @@ def linear_fwd(
         left,
         right,
         t,
-        bias,
+        None if bias is None else bias.contiguous(),
         y,
         rows.M,
         n,

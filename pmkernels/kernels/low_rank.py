@@ -158,12 +158,16 @@ def factor_grad_kernel(
     tl.store(out_ptr + places, acc, mask=(n[:, None] < N) & (r[None, :] < R))
 
 
-def factor_grad(dy: Tensor, t: Tensor) -> Tensor:
-    """dA = dyᵀ·t in float32: dy [*, N], t [M, R] -> [N, R]. dB is the same with x and ds."""
+def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
+    """dA = dyᵀ·t in float32: dy [*, N], t [M, R] -> [N, R]. dB is the same with x and ds.
+
+    The partial sums stay below ``limit`` elements, as far as the result itself does.
+    """
     rows = as_rows(dy)
     n, rank = dy.shape[-1], t.shape[1]
     config = dispatch.config("factor_grad", dy, rows=rows.M, rank=rank)
-    splits, rows_per_split = dispatch.splits(rows.M, config.block_m, triton.cdiv(n, config.block_n))
+    most = (limit - 1) // max(n * rank, 1)
+    splits, rows_per_split = dispatch.splits(rows.M, config.block_m, triton.cdiv(n, config.block_n), most)
     out = torch.empty(splits, n, rank, dtype=torch.float32, device=dy.device)
     if n > 0:
         factor_grad_kernel[(triton.cdiv(n, config.block_n), splits)](
@@ -222,11 +226,15 @@ def core_grad_kernel(
     tl.store(out_ptr + places * K + k, acc, mask=(i[:, None] < R) & (i[None, :] < R))
 
 
-def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-    """dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32: u, s [M, R] float32, gamma [groups, K]; ``dtype`` is the model's."""
+def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: int) -> Tensor:
+    """dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32: u, s [M, R] float32, gamma [groups, K]; ``dtype`` is the model's.
+
+    ``limit`` as in :func:`factor_grad`.
+    """
     (rows, rank), (groups, tasks) = u.shape, gamma.shape
     config = dispatch.config("core_grad", u, rows=rows, rank=rank)
-    splits, rows_per_split = dispatch.splits(rows, config.block_m, tasks)
+    most = (limit - 1) // (rank * rank * tasks)
+    splits, rows_per_split = dispatch.splits(rows, config.block_m, tasks, most)
     out = torch.empty(splits, rank, rank, tasks, dtype=torch.float32, device=u.device)
     core_grad_kernel[(splits, tasks)](
         u,

@@ -122,7 +122,8 @@ def _launch(
     rank = 0 if low_rank is None else low_rank.shape[1]
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
     dy_rows, x_rows = (as_rows(rows[0]), as_rows(rows[1])) if rows is not None else (None, None)
-    config = dispatch.config(op, sample, rows=0 if x_rows is None else x_rows.M, rank=rank)
+    aligned = dispatch.is_aligned(*(rows or ()), d_weight, task_vectors)
+    config = dispatch.config(op, sample, rows=0 if x_rows is None else x_rows.M, rank=rank, aligned=aligned)
     blocks_n, blocks_d = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)
 
     def partials(*size: int) -> Tensor:

@@ -13,6 +13,9 @@ from pareto_merging.modules import ParetoAttention, ParetoLinear
 from pareto_merging.parametrize import fold, merge, parametrize
 from pareto_merging.preferences import merged_once, set_preference
 
+# every test here runs twice: with the eager strategy and with the kernels
+pytestmark = pytest.mark.usefixtures("strategy")
+
 GAMMA = [0.2, 0.8]
 BATCH, LENGTH, SOURCE, SIZE, HEADS = 3, 4, 5, 8, 2
 

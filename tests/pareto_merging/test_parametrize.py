@@ -30,6 +30,9 @@ from pareto_merging.parametrize import (
 )
 from pareto_merging.preferences import get_preference, preference, set_preference
 
+# every test here runs twice: with the eager strategy and with the kernels
+pytestmark = pytest.mark.usefixtures("strategy")
+
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 GAMMAS = [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]
 

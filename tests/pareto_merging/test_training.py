@@ -30,6 +30,9 @@ from pareto_merging.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set, pareto_gradient
 
+# every test here runs twice: with the eager strategy and with the kernels
+pytestmark = pytest.mark.usefixtures("strategy")
+
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 
 

@@ -329,7 +329,7 @@ def test_merge_weight_of_nothing_is_a_copy() -> None:
         ({"gamma": torch.zeros(2, 3)}, ValueError, r"gamma: expected .* broadcastable to \(4,\), got \[2, 3\]"),
         ({"gamma": torch.zeros(4, 1, 3)}, ValueError, "gamma: expected .* with 2 dimensions"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \[7\], got \[6\]"),
-        ({"strategy": "fastest"}, ValueError, "strategy: expected one of auto, eager, got 'fastest'"),
+        ({"strategy": "fastest"}, ValueError, "strategy: expected one of auto, fused, streamed, eager, got 'fastest'"),
         ({"lam": torch.zeros(3, device="meta")}, ValueError, "lam: expected device cpu"),
     ],
 )
