@@ -4,14 +4,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# a small second environment for the oldest Triton we support: it compiles and never runs
+OLD_TRITON := 3.6.0
+OLD_VENV := .venv-triton-$(OLD_TRITON)
+OLD_STAMP := $(OLD_VENV)/.installed
 
-.PHONY: help setup demo test lint clean
+# `make gpu PYTHON=python3` uses an environment that is there already; without it, ours
+ifneq ($(filter command line environment,$(origin PYTHON)),)
+GPU_PYTHON := $(PYTHON)
+GPU_SETUP :=
+else
+GPU_PYTHON := $(BIN)/python
+GPU_SETUP := $(STAMP)
+endif
+
+.PHONY: help setup demo test lint budget gpu clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove .venv and caches"
+	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
+	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
+	@echo "make clean   remove the environments and caches"
 
 setup: $(STAMP)
 
@@ -22,6 +37,13 @@ $(STAMP): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	@touch $@
+
+# torch's CUDA builds ask for a Triton of their own, hence --no-deps
+$(OLD_STAMP): Makefile
+	test -x $(OLD_VENV)/bin/python || $(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/python -m pip install --quiet 'torch==2.13.0' numpy rich
+	$(OLD_VENV)/bin/python -m pip install --quiet --no-deps 'triton==$(OLD_TRITON)'
 	@touch $@
 
 demo: $(STAMP)
@@ -35,5 +57,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+budget: $(STAMP) $(OLD_STAMP)
+	$(BIN)/python -m benchmarks.budget
+	$(OLD_VENV)/bin/python -m benchmarks.budget
+
+gpu: $(GPU_SETUP)
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "expected a CUDA GPU that torch sees, got none" >&2; exit 2; }
+	$(GPU_PYTHON) -m pytest tests/gpu -m gpu $(PYTEST_ARGS); status=$$?; \
+		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

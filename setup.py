@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pmkernels*", "pareto_merging*"]),
     package_data={
-        "pmkernels": ["py.typed"],
+        "pmkernels": ["py.typed", "configs/*.json"],
         "pareto_merging": ["py.typed", "data/digits_suite/*"],
     },
     install_requires=[

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.budget``: compile every kernel as it would be launched, without a GPU, and check what it costs.
+"""``python -m benchmarks.budget``: compile every kernel as it would be launched, without a GPU, and check its cost.
 
 The public functions are called with the arguments listed in :func:`cases`, forward and backward, and every launch they
 would make is recorded and compiled for each architecture (ptxas and cuobjdump come with Triton). The exit code is 1
@@ -33,6 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import pmkernels
+from benchmarks import results
 from pmkernels import dispatch
 
 
@@ -133,7 +134,7 @@ def _call(case: Case) -> None:
     if not case.per_row and not case.mixed:
         merged = pmkernels.merge_weight(**arguments, strategy="fused")
         _backward(merged, arguments)
-    lead = (case.rows,)
+    lead: tuple[int, ...] = (case.rows,)
     if case.per_row:
         items = max(case.rows // 257, 1)
         lead = (items, case.rows // items) if case.rows % items == 0 else (1, case.rows)
@@ -194,8 +195,8 @@ def _argument_key(value: Any) -> str:
 
 
 @contextmanager
-def _recording(files: Sequence[str], launches: dict[str, Launch], used: set[tuple[str, str]]) -> Iterator[list[str]]:
-    """Record what would be launched on a GPU with the first of the configuration ``files``; yields [case, dtype]."""
+def _recording(configuration_file: str, launches: dict[str, Launch], used: set[tuple[str, str]]) -> Iterator[list[str]]:
+    """Record what would be launched on a GPU of that configuration file; yields what it is for: [case, dtype]."""
     now = ["", ""]
     run, runs_kernels, gpu_file, lookup = (
         triton.runtime.jit.JITFunction.run,
@@ -213,7 +214,16 @@ def _recording(files: Sequence[str], launches: dict[str, Launch], used: set[tupl
         parts = [kernel.__name__, *map(_argument_key, arguments), *(f"{k}={v!r}" for k, v in options.items())]
         key = "|".join(parts)
         launches.setdefault(
-            key, Launch(kernel, now[0], now[1], configuration.replace("warps", "w").replace("stages", "s"), arguments, options, key)
+            key,
+            Launch(
+                kernel,
+                now[0],
+                now[1],
+                configuration.replace("warps", "w").replace("stages", "s"),
+                arguments,
+                options,
+                key,
+            ),
         )
 
     def noting(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
@@ -224,7 +234,8 @@ def _recording(files: Sequence[str], launches: dict[str, Launch], used: set[tupl
         return lookup(name, op, dtype, rows, rank, aligned)
 
     triton.runtime.jit.JITFunction.run = record
-    dispatch.runs_kernels, dispatch.gpu_file, dispatch.lookup = lambda device: True, lambda device: files[0], noting
+    dispatch.runs_kernels, dispatch.gpu_file = lambda device: True, lambda device: configuration_file
+    dispatch.lookup = noting  # type: ignore[assignment]
     try:
         yield now
     finally:
@@ -238,7 +249,7 @@ def record(configuration_file: str) -> tuple[list[Launch], list[str]]:
     used: set[tuple[str, str]] = set()
     precision = torch.backends.cuda.matmul.fp32_precision
     try:
-        with _recording([configuration_file], launches, used) as now:
+        with _recording(configuration_file, launches, used) as now:
             for case in cases():
                 now[:] = [str(case), case.dtype]
                 _call(case)
@@ -422,9 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(markdown(costs))
     faults += [f"{c.kernel} [{c.arch}] {c.configuration} ({c.case}): {fault}" for c in costs for fault in c.faults]
     if chosen.out is not None:
-        from benchmarks.results import write
-
-        write(chosen.out, "budget", {"triton": triton.__version__, "faults": faults, "rows": [asdict(c) for c in costs]})
+        report = results.header(["python -m benchmarks.budget", *(arguments or sys.argv[1:])])
+        report |= {"suite": "budget", "faults": faults, "rows": [asdict(cost) for cost in costs]}
+        results.write(chosen.out, {**report, "environment": results.machine()})
     for fault in faults:
         print(f"FAULT {fault}")
     seconds = time.perf_counter() - start

@@ -3,58 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
+import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import digits
-from pareto_merging.checkpoints.files import write_json
-from pareto_merging.demo import environment
+import torch
 
-RESULTS = Path(__file__).parent / "results"
-SUITES = ("digits",)
+from benchmarks import results
+
+# on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
+GPU_SUITES = ("kernels",)
+CPU_SUITES = ("digits",)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def suite_module(name: str) -> Any:
+    """``benchmarks.<suite>``, imported when it runs: a GPU machine need not have what the CPU suites need."""
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is 1 if a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument(
-        "--suite", choices=SUITES, default="digits", help="digits: every method on the embedded suite, on the CPU"
+        "--suite",
+        choices=(*CPU_SUITES, *GPU_SUITES, "all"),
+        default="digits",
+        help="digits: every method on the embedded suite, on the CPU; kernels: every kernel beside its baselines, on a "
+        "CUDA GPU; all: every suite for a GPU (default: digits)",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[3, 4, 5], help="suite seeds; 0 to 2 were seen in its design"
+        "--seeds", type=int, nargs="+", default=[3, 4, 5], help="digits: suite seeds; 0 to 2 were seen in its design"
     )
-    parser.add_argument("--quick", action="store_true", help="a few steps: proves that it runs, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
     chosen = parser.parse_args(arguments)
     start = time.perf_counter()
-    report: dict[str, Any] = {
-        "suite": chosen.suite,
-        "command": " ".join(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])]),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "quick": chosen.quick,
-        **digits.run(chosen.seeds, chosen.quick),
-    }
-    report["environment"] = {**environment(), "seconds_in_all": round(time.perf_counter() - start, 1)}
-    out = chosen.out or RESULTS / f"{chosen.suite}-{report['date']}.json"
-    write_json(out, report)
-    print(digits.markdown(report))
+    report = results.header(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])])
+    report["quick"] = chosen.quick
+    if chosen.suite in CPU_SUITES:
+        name = chosen.suite
+        report |= {"suite": chosen.suite, **suite_module(chosen.suite).run(chosen.seeds, chosen.quick)}
+        tables = suite_module(chosen.suite).markdown(report)
+    else:
+        if chosen.quick and not torch.cuda.is_available():
+            # before a kernel is imported: without a GPU a rehearsal interprets them
+            os.environ["TRITON_INTERPRET"] = "1"
+        report["clocks_before"] = results.clocks()
+        names = GPU_SUITES if chosen.suite == "all" else (chosen.suite,)
+        report["suites"] = {name: suite_module(name).run(chosen.quick) for name in names}
+        report["clocks_after"] = results.clocks()
+        name = results.gpu_slug(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "rehearsal"
+        tables = "\n".join(suite_module(suite).markdown(report["suites"][suite]) for suite in names)
+    report["environment"] = {**results.machine(), "seconds_in_all": round(time.perf_counter() - start, 1)}
+    out = chosen.out or results.RESULTS / f"{name}-{report['date']}.json"
+    results.write(out, report)
+    print(tables)
     print(out)
-
-
-def _commit() -> str:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
+    wrong = [row for suite in report.get("suites", {}).values() for row in suite["rows"] if not row["matched"]]
+    for row in wrong:
+        print(f"WRONG {row['op']}, {row['layer']}, {row['dtype']}, {row['variant']}: error {row['error']:.2e}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -108,9 +108,7 @@ class ParetoModule(ModuleBase):
 
     def _pareto_merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
         cache = self.pareto.cache
-        merge = functools.partial(
-            pmkernels.merge_weight, weight, gamma=gamma, strategy=self.pareto.strategy, **parts
-        )
+        merge = functools.partial(pmkernels.merge_weight, weight, gamma=gamma, strategy=self.pareto.strategy, **parts)
         if cache is None:
             return merge()
         if id(weight) not in cache:
@@ -143,7 +141,7 @@ class ParetoModule(ModuleBase):
             bias=bias,
             gamma=gamma,
             strategy=state.strategy,
-            **parts,  # type: ignore[arg-type]
+            **parts,
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -441,8 +439,8 @@ def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:
 def set_strategy(model: nn.Module, strategy: str) -> None:
     """How the layers of a Pareto model are computed from now on: a strategy of :func:`pmkernels.pareto_linear`.
 
-    ``"auto"`` chooses by shape and device. ``"fused"`` allocates nothing of a weight's size in any linear layer, forward
-    or backward: for a GPU without memory to spare. A setting of the running model, as the preference is.
+    ``"auto"`` chooses by shape and device. ``"fused"`` allocates nothing of a weight's size in any linear layer,
+    forward or backward: for a GPU without memory to spare. A setting of the running model, as the preference is.
 
     Raises:
         ValueError: an unknown strategy, or a model without Pareto layers. Whether the device can follow is asked when

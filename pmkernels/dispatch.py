@@ -6,9 +6,9 @@ Strategies of pareto_linear (all give the same result up to rounding):
 - ``fused``: W assembled tile by tile inside the matrix product; nothing of W's size is ever allocated.
 - ``streamed``: W merged in one pass into a scratch tensor, then the library's matrix product.
 
-``strategy="auto"`` is eager off the GPU; on it :func:`choose` is the one place that knows a rule. Launch configurations are read from
-``configs/*.json``: a file named after the GPU where one was tuned (``nvidia-h200.json``), else ``default.json``, whose
-every entry ``python -m benchmarks.budget`` compiles for sm_86 and sm_90.
+``strategy="auto"`` is eager off the GPU; on it :func:`choose` is the one place that knows a rule. Launch configurations
+are read from ``configs/*.json``: a file named after the GPU where one was tuned (``nvidia-h200.json``), else
+``default.json``, whose every entry ``python -m benchmarks.budget`` compiles for sm_86 and sm_90.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ except ImportError:  # Triton has no build for this platform
 
 STRATEGIES = ("auto", "fused", "streamed", "eager")
 MAX_TASKS, MAX_RANK = 32, 64
-# up to here P and Q come with dλ from tiles of dW; their partial sums would reach the size of W at twice that, so larger
-# ranks go row by row, as with a frozen λ
+# up to here P and Q come with dλ from tiles of dW; their partial sums would reach the size of W at twice that, so
+# larger ranks go row by row, as with a frozen λ
 MAX_RANK_FROM_TILES = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fused reads all of W0 and τ once for each block of rows, streamed writes W and reads it back: at K = 8 two passes, the
@@ -113,6 +113,11 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch takes besides the kernel's own arguments; a·b + c is one instruction, whatever the default."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -183,10 +188,8 @@ def config(
     if like is not None:
         dtype, device = like.dtype, like.device
     assert device is not None
-    if dtype != torch.float32:
-        kind = "16-bit"
-    else:
-        kind = "float32" if dot_precision(dtype) == "ieee" else "tf32"
+    full = "float32" if dot_precision(torch.float32) == "ieee" else "tf32"
+    kind = full if dtype == torch.float32 else "16-bit"
     return lookup(gpu_file(device), op, kind, _bucket(rows), rank, aligned)
 
 
@@ -197,10 +200,12 @@ def gpu_file(device: torch.device) -> str:
 
 def is_aligned(*tensors: Tensor | None) -> bool:
     """Whether Triton can load each tensor 16 bytes at a time: neighbours along a dimension that is a multiple of 16,
-    every other stride and the address multiples of 16, which is what it specialises a kernel for."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
+    every other stride and the address multiples of 16, which is what it specialises a kernel for. And all of one type:
+    float32 weights beside 16-bit activations (autocast) are as hard on registers."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if len({tensor.dtype for tensor in given}) > 1:
+        return False
+    for tensor in given:
         if tensor.data_ptr() % 16:
             return False
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

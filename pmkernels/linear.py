@@ -29,6 +29,10 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
 _NOTHING = contextlib.nullcontext()
 
 
+def _broadcasts(lead: torch.Size, to: torch.Size) -> bool:
+    return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
+
+
 def pareto_linear(
     x: Tensor,
     weight: Tensor,
@@ -85,12 +89,11 @@ def pareto_linear(
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
     lead = x.shape[:-1]
     per_row = gamma is not None and gamma.ndim > 1
-    if gamma is not None and per_row:
-        if gamma.ndim != x.ndim or any(g not in (1, size) for g, size in zip(gamma.shape[:-1], lead, strict=True)):
-            raise ValueError(
-                f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
-                f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
-            )
+    if gamma is not None and per_row and not _broadcasts(gamma.shape[:-1], lead):
+        raise ValueError(
+            f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
+            f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
+        )
     rank = 0 if A is None else A.shape[1]
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
     tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}

@@ -1,21 +1,21 @@
-"""What the tests share: small models, noisy copies, and no GPU or second thread unless a test wants one."""
+"""What the tests share: small models, noisy copies, and no GPU or second thread unless a test wants one.
+
+A GPU machine may have torch, triton, numpy and pytest and nothing else: nothing here imports more before it is used.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 if not torch.cuda.is_available():
     # before anything imports a kernel: without a GPU, kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
-
-from helpers import noisy_copy
-from torch import nn
-
-from pmkernels import dispatch
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def tiny_vit() -> nn.Module:
     """open_clip's VisionTransformer with two layers of width 32, images of 8×8 in patches of 4."""
-    # a GPU machine may have torch and triton and nothing else
     transformer = pytest.importorskip("open_clip.transformer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -43,9 +42,11 @@ def tiny_vit() -> nn.Module:
 @pytest.fixture(params=["eager", "fused"])
 def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What ``auto`` means in a test: plain PyTorch, then the kernels wherever they can be."""
+    from pmkernels import dispatch
+
     resolve = dispatch.resolve
 
-    def with_default(strategy: str, tensors: dict[str, object], device: torch.device, **sizes: int) -> str:
+    def with_default(strategy: str, tensors: dict[str, Any], device: torch.device, **sizes: int) -> str:
         if strategy != "auto":
             return resolve(strategy, tensors, device, **sizes)
         able = dispatch.unsupported(device, tensors, sizes.get("tasks", 0), sizes.get("rank", 0)) is None
@@ -58,4 +59,6 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def copies() -> Callable[[nn.Module, int], dict[str, nn.Module]]:
     """``copies(model, K)``: task name -> noisy copy."""
+    from helpers import noisy_copy
+
     return lambda model, tasks: {f"t{k}": noisy_copy(model, seed=k + 1) for k in range(tasks)}

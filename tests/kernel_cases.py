@@ -29,7 +29,7 @@ def linear_arguments(
     seed: int = 0,
     without: Iterable[str] = (),
 ) -> dict[str, Tensor]:
-    """Arguments of pareto_linear on the scale of a real layer: entries of W about 1/√D, task vectors a tenth of that."""
+    """Arguments of pareto_linear on the scale of a real layer: entries of W about 1/√D, task vectors a third of it."""
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape: int, scale: float = 1.0, into: torch.dtype = torch.float32) -> Tensor:

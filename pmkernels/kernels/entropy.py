@@ -54,7 +54,9 @@ def entropy_fwd_kernel(
         shrink = tl.where(largest == -float("inf"), 0.0, tl.exp(-moved))
         below = z - shift[:, None]
         e = tl.exp(below)
-        weighted = shrink * (weighted - moved * total) + tl.sum(tl.where(below == -float("inf"), 0.0, e * below), axis=1)
+        weighted = shrink * (weighted - moved * total) + tl.sum(
+            tl.where(below == -float("inf"), 0.0, e * below), axis=1
+        )
         total = shrink * total + tl.sum(e, axis=1)
         largest = newest
     normaliser = tl.log(total)
@@ -102,6 +104,9 @@ def entropy_bwd_kernel(
         )
 
 
+ENTROPY = dispatch.Config(num_warps=4)
+
+
 def _blocks(classes: int) -> tuple[int, int]:
     """BLOCK_M, BLOCK_C: about 2048 logits at a time, many rows where classes are few."""
     block_c = min(max(triton.next_power_of_2(classes), 16), 2048)
@@ -125,7 +130,7 @@ def entropy_fwd(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             *rows.layout,
             BLOCK_M=block_m,
             BLOCK_C=block_c,
-            num_warps=4,
+            **ENTROPY.options,
         )
     return entropy, largest, normaliser
 
@@ -148,6 +153,6 @@ def entropy_bwd(grad: Tensor, logits: Tensor, entropy: Tensor, largest: Tensor, 
             *rows.layout,
             BLOCK_M=block_m,
             BLOCK_C=block_c,
-            num_warps=4,
+            **ENTROPY.options,
         )
     return d_logits

@@ -174,8 +174,7 @@ def linear_fwd(
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return y
 

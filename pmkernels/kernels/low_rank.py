@@ -65,7 +65,7 @@ def shrink_kernel(
     if K > 0:
         t = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
         groups = (m // rows_per_group).to(tl.int64)
-        for k in range(0, K):
+        for k in range(K):
             core = tl.load(
                 core_ptr + r[:, None] * core_stride_in + r[None, :] * core_stride_out + k * core_stride_k,
                 mask=(r[:, None] < R) & (r[None, :] < R),
@@ -113,8 +113,7 @@ def shrink(
         BLOCK_M=config.block_m,
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return s, t
 
@@ -184,8 +183,7 @@ def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
         )
     return out.sum(dim=0)
 
@@ -250,8 +248,7 @@ def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: in
         PRECISION=dispatch.rank_precision(dtype),
         BLOCK_M=config.block_m,
         STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out.sum(dim=0)
 
@@ -278,7 +275,7 @@ def preference_grad_kernel(
     valid = (m[:, None] < M) & (r[None, :] < R)
     u = tl.load(u_ptr + rows[:, None] * R + r[None, :], mask=valid, other=0.0)  # [BLOCK_M, RANK]
     s = tl.load(s_ptr + rows[:, None] * R + r[None, :], mask=valid, other=0.0)  # [BLOCK_M, RANK]
-    for k in range(0, K):
+    for k in range(K):
         core = tl.load(
             core_ptr + r[None, :] * core_stride_i + r[:, None] * core_stride_j + k * core_stride_k,
             mask=(r[:, None] < R) & (r[None, :] < R),
@@ -307,7 +304,6 @@ def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tens
             RANK=dispatch.padded_rank(rank),
             PRECISION=dispatch.rank_precision(dtype),
             BLOCK_M=config.block_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
         )
     return out

@@ -96,7 +96,9 @@ def merge_weight(
     n, d = matrix.shape
     left, right = (None, None) if low_rank is None else low_rank
     rank = 0 if left is None else left.shape[1]
-    config = dispatch.config("flat" if n == 1 else "merge", weight, rows=0, rank=rank, aligned=dispatch.is_aligned(matrix, taus))
+    config = dispatch.config(
+        "flat" if n == 1 else "merge", weight, rows=0, rank=rank, aligned=dispatch.is_aligned(matrix, taus)
+    )
     merge_weight_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(d, config.block_d),)](
         matrix,
         taus,
@@ -117,7 +119,6 @@ def merge_weight(
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return out

@@ -1,4 +1,4 @@
-"""Where the rows of a tensor [*, F] lie: any strides, without a copy for up to two leading dimensions that don't merge."""
+"""Where the rows of a tensor [*, F] lie: any strides, without a copy for up to two leading dimensions that stay two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @triton.jit
 def row_offsets(rows, inner, stride_outer, stride_inner):
-    """Offset of each row (int32), in int64: row m is item m % inner of block m // inner. inner = 1 costs no division."""
+    """Offset of each row (int32), in int64: row m is item m % inner of block m // inner; inner = 1 divides nothing."""
     return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
 
 
@@ -57,7 +57,7 @@ def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
 
     Each of ``others`` may have one more dimension in front (task vectors), which stays.
     """
-    order = sorted(range(first.ndim), key=lambda i: -first.stride(i))
+    order = sorted(range(first.ndim), key=lambda i: -first.stride()[i])
     shape = [first.shape[i] for i in order]
     strides = [[t.stride(t.ndim - first.ndim + i) for i in order] for t in (first, *others)]
     merged: list[tuple[int, list[int]]] = []
@@ -75,7 +75,7 @@ def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
     views = []
     for index, tensor in enumerate((first, *others)):
         extra = tensor.ndim - first.ndim
-        size = [*tensor.shape[:extra], *(length for length, _ in merged)]
-        stride = [*tensor.stride()[:extra], *(s[index] for _, s in merged)]
-        views.append(tensor.as_strided(size, stride))
+        sizes = [*tensor.shape[:extra], *(length for length, _ in merged)]
+        places = [*tensor.stride()[:extra], *(s[index] for _, s in merged)]
+        views.append(tensor.as_strided(sizes, places))
     return tuple(views)

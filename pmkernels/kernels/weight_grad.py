@@ -161,8 +161,7 @@ def _launch(
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,
             STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options,
         )
     return (
         None if d_lam is None else d_lam.sum(dim=0),

@@ -239,6 +239,8 @@ def test_per_item_preferences_of_another_batch_size_say_so(tiny_vit: nn.Module, 
         model(IMAGES)
 
 
+# an interpreter is not for full size
+@pytest.mark.parametrize("strategy", ["eager"], indirect=True)
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14"])
 @pytest.mark.slow
 def test_open_clip_at_full_size(name: str) -> None:

@@ -25,13 +25,14 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import TrainingError, UserError
+from pareto_merging.modules import set_strategy
 from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set, pareto_gradient
 
-# every test here runs twice: with the eager strategy and with the kernels
-pytestmark = pytest.mark.usefixtures("strategy")
+# those of these tests run twice, with the eager strategy and with the kernels
+with_kernels = pytest.mark.usefixtures("strategy")
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 
@@ -231,6 +232,7 @@ def test_several_preferences_average_their_gradients(
     torch.testing.assert_close(used[0], torch.stack(expected).mean(dim=0), rtol=1e-3, atol=1e-5)
 
 
+@with_kernels
 def test_data_free_training_needs_no_images_and_gets_closer(tiny_vit: nn.Module, copies: Copies) -> None:
     for preset in ("icml2025", "arxiv-v1"):
         model = parametrize(tiny_vit, copies(tiny_vit, 3), rank=2)
@@ -267,6 +269,26 @@ def test_tasks_must_be_the_models(tiny_vit: nn.Module, copies: Copies) -> None:
     assert same(learned(model), learned(other))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fused", "streamed"])
+def test_a_short_run_with_the_kernels(tiny_vit: nn.Module, copies: Copies, strategy: str) -> None:
+    """The same run as with plain PyTorch, to rounding, and the same bits twice; no step cache behind its back."""
+    runs = []
+    for name in ("eager", strategy, strategy):
+        model = randomize(parametrize(tiny_vit, copies(tiny_vit, 2), rank=2))
+        set_strategy(model, name)
+        result = learn_pareto_set(model, task_set(2), method(steps=3, batch_size=3), progress=False)
+        assert result.steps == 3
+        runs.append(learned(model))
+    plain, first, second = runs
+    assert same(first, second)
+    for name, value in plain.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=2e-4, msg=name)
+    untrained = learned(randomize(parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)))
+    assert not any(torch.equal(first[name], untrained[name]) for name in untrained if name.split(".")[-1] != "bias")
+
+
+@with_kernels
 def test_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
     def fresh() -> nn.Module:
         return parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)

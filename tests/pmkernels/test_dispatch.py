@@ -44,12 +44,12 @@ def test_auto_is_eager_off_the_gpu_and_a_matter_of_rows_on_it(monkeypatch: pytes
 
 def test_a_wish_that_cannot_be_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
-    with pytest.raises(ValueError, match="strategy: expected one of auto, fused, streamed, eager, got 'fast'"):
+    with pytest.raises(ValueError, match=r"strategy: expected one of auto, fused, streamed, eager, got 'fast'"):
         dispatch.resolve("fast", {"x": x}, CPU)
     monkeypatch.setattr(dispatch, "INTERPRETING", False)
     with pytest.raises(ValueError, match="strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU"):
         pmkernels.pareto_linear(torch.zeros(2, 3), torch.zeros(4, 3), strategy="fused")
-    with pytest.raises(ValueError, match="strategy: expected 'eager' or 'auto' .*got device cpu"):
+    with pytest.raises(ValueError, match=r"strategy: expected 'eager' or 'auto' .*got device cpu"):
         pmkernels.merge_weight(torch.zeros(4, 3), strategy="streamed")
     with pytest.raises(ValueError, match="strategy: expected 'eager' or 'auto'"):
         pmkernels.softmax_entropy(torch.zeros(4, 3), strategy="fused")
@@ -120,6 +120,7 @@ def test_alignment() -> None:
     assert not dispatch.is_aligned(x[:, :17])
     assert not dispatch.is_aligned(x[:, ::2])
     assert not dispatch.is_aligned(torch.zeros(32, 47))
+    assert not dispatch.is_aligned(x, x.half())
 
 
 def test_every_shipped_configuration_can_be_read_and_every_kernel_has_one() -> None:

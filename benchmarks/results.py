@@ -1,0 +1,109 @@
+"""Results files: what ran where, written whole or not at all. Needs torch and nothing else, so it runs anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, driver and versions: where figures were measured."""
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": None,
+    }
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        found["triton"] = None
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "driver": _nvidia_smi("driver_version"),
+        }
+    return found
+
+
+def clocks() -> dict[str, str | None]:
+    """The GPU's clocks, temperature and power at this moment, as nvidia-smi says them."""
+    return {name: _nvidia_smi(name) for name in ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")}
+
+
+def _nvidia_smi(query: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that is measured; ``unknown`` outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def header(command: Sequence[str]) -> dict[str, Any]:
+    """What every results file begins with."""
+    return {"command": " ".join(command), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` as JSON: into a file beside it first, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def gpu_slug(name: str) -> str:
+    """``NVIDIA H200`` -> ``nvidia-h200``: what results files and configuration files of a GPU are called."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,92 @@
+"""The offline compiler: what it sees, what it refuses. In processes of their own: kernels are interpreted in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_what_compiles_within_the_limits_passes(tmp_path: Path) -> None:
+    out = tmp_path / "budget.json"
+    done = run(
+        "import sys; from benchmarks import budget; "
+        f"sys.exit(budget.main(['--arch', 'sm_90', '--limit', '4', '--jobs', '1', '--out', {str(out)!r}]))"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| linear_fwd | bfloat16 |" in done.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["registers"] > 16 and row["instructions"] > 100 and 0 < row["occupancy"] <= 1 for row in rows)
+    product = next(row for row in rows if row["kernel"] == "linear_fwd_kernel")
+    assert product["tensor_core"] > 0
+    assert product["shared"] > 0
+
+
+BROKEN = """
+import dataclasses, json, sys
+from benchmarks import budget
+from pmkernels import dispatch
+text = json.loads(dispatch.config_files()["default"])
+for line in text["entries"]:
+    if line["op"] == "linear" and line.get("aligned") is False and line["dtype"] == "16-bit":
+        # 64 by 64 scattered elements in 128 threads: hundreds of words spill
+        line["config"] = {"block_m": 64, "block_n": 64, "block_d": 64, "num_warps": 4, "num_stages": 3}
+text["entries"].append({"op": "no_such_kernel", "dtype": "any", "config": {"block_m": 16}})
+dispatch.config_files = lambda: {"default": json.dumps(text)}
+launches, unused = budget.record("default")
+assert len(unused) == 1 and "no_such_kernel" in unused[0], unused
+scattered = next(l for l in launches if l.kernel.__name__ == "linear_fwd_kernel" and "unaligned" in l.case)
+cost = budget.measure(scattered, budget.ARCHITECTURES["sm_86"])
+assert any("spill instructions" in fault for fault in cost.faults), cost
+whole = next(l for l in launches if l.kernel.__name__ == "linear_fwd_kernel" and "unaligned" not in l.case)
+small = dataclasses.replace(budget.ARCHITECTURES["sm_90"], shared_per_program=1000, tensor_core="QGMMA")
+cost = budget.measure(whole, small)
+assert any("shared memory" in fault for fault in cost.faults), cost
+assert any("no QGMMA instruction" in fault for fault in cost.faults), cost
+wrong = dataclasses.replace(whole, options={**whole.options, "BLOCK_N": 48})
+cost = budget.measure(wrong, budget.ARCHITECTURES["sm_90"])
+assert any("does not compile" in fault for fault in cost.faults), cost
+sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+def test_what_spills_overflows_or_is_never_launched_is_a_fault() -> None:
+    done = run(BROKEN)
+    assert done.returncode == 7, done.stdout + done.stderr
+
+
+def test_occupancy_follows_registers_warps_and_shared_memory() -> None:
+    done = run(
+        "from benchmarks.budget import ARCHITECTURES as a, occupancy as o; "
+        "print(o(a['sm_90'], 128, 0, 8), o(a['sm_90'], 32, 0, 4), o(a['sm_90'], 255, 0, 8), "
+        "o(a['sm_86'], 64, 60000, 8), o(a['sm_86'], 64, 200000, 8), o(a['sm_90'], 40, 0, 4))"
+    )
+    assert [float(x) for x in done.stdout.split()] == [0.25, 1.0, 0.125, 8 / 48, 0.0, 0.75]
+
+
+def test_interpreting_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.budget"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 2
+    assert "expected unset" in done.stderr
