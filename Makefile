@@ -64,7 +64,8 @@ budget: $(STAMP) $(OLD_STAMP)
 gpu: $(GPU_SETUP)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "expected a CUDA GPU that torch sees, got none" >&2; exit 2; }
-	$(GPU_PYTHON) -m pytest tests/gpu -m gpu $(PYTEST_ARGS); status=$$?; \
+	parallel=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 6"); \
+		$(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
 
 clean:

@@ -27,8 +27,11 @@ def block(suite: str) -> str:
     """What the README says of a suite: its tables and where they come from, or that nothing was measured."""
     path = newest(suite)
     if path is None:
-        where = "a CUDA GPU: `make gpu` measures them" if suite in GPU_SUITES else "this machine"
-        return f"Not measured yet on {where} and writes a file into `benchmarks/results/`.\n"
+        if suite in GPU_SUITES:
+            return (
+                "Times on a GPU: **not measured** yet. `make gpu` measures them and writes the file they come from.\n"
+            )
+        return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]
     hardware = where["gpu"] if suite in GPU_SUITES else where["cpu"]

@@ -95,10 +95,13 @@ def resolve(
     return "eager"
 
 
-def choose(strategy: str, like: Tensor, rows: int, rank: int) -> str:
+def choose(strategy: str, like: Tensor, *, rows: int, rank: int, tasks: int) -> str:
     """``fused`` or ``streamed`` for pareto_linear with ``rows`` rows like ``like``: a rule from counted bytes."""
     if strategy != "auto":
         return strategy
+    if rank == 0 and tasks == 0:
+        # nothing to merge: streamed is the library's product and nothing else
+        return "streamed"
     block_m = config("linear", like, rows=rows, rank=rank).block_m
     return "fused" if rows <= FUSED_ROW_BLOCKS * block_m else "streamed"
 

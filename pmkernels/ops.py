@@ -38,6 +38,11 @@ def _factors(
     return (preference_core(G, gamma).t() @ A.t()).t(), B
 
 
+def _choose(strategy: str, x: Tensor, task_vectors: OptionalTensor, A: OptionalTensor) -> str:
+    rank, tasks = 0 if A is None else A.shape[1], 0 if task_vectors is None else task_vectors.shape[0]
+    return dispatch.choose(strategy, x, rows=math.prod(x.shape[:-1]), rank=rank, tasks=tasks)
+
+
 def _contiguous(lam: OptionalTensor) -> OptionalTensor:
     return None if lam is None else lam.contiguous()
 
@@ -87,7 +92,7 @@ def pareto_linear(
 ) -> Tensor:
     """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused``, ``streamed`` or ``auto``."""
     with torch.cuda.device_of(x):
-        strategy = dispatch.choose(strategy, x, math.prod(x.shape[:-1]), 0 if A is None else A.shape[1])
+        strategy = _choose(strategy, x, task_vectors, A)
         lam = _contiguous(lam)
         low_rank, start = None, None
         if gamma is None or gamma.ndim == 1:
@@ -150,7 +155,7 @@ def pareto_linear_backward(
     need_core = need_G or need_gamma
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(dy):
-        strategy = dispatch.choose(strategy, dy, math.prod(dy.shape[:-1]), 0 if A is None else A.shape[1])
+        strategy = _choose(strategy, dy, task_vectors, A)
         lam = _contiguous(lam)
         per_row = gamma is not None and gamma.ndim > 1
         if need_bias:

@@ -1,4 +1,4 @@
-"""The offline compiler: what it sees, what it refuses. In processes of their own: kernels are interpreted in this one."""
+"""The offline compiler: what it sees and refuses. In processes of their own: kernels are interpreted in this one."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_tables_say_what_was_never_measured_and_take_the_newest(
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = "before\n<!-- results:kernels -->\nold\n<!-- end -->\nafter\n"
-    assert "Not measured yet on a CUDA GPU" in tables.updated(text)
+    assert "Times on a GPU: **not measured** yet" in tables.updated(text)
     row = kernels.Row("forward", "layer", "bfloat16", "fused", 8, 0.0, 0.0, True, 0.5, 0.4, 0.6, 0.25)
     for date, gpu in (("2026-01-02", "some-gpu"), ("2026-01-03", "another-gpu")):
         suite = {"tasks": 8, "rank": 16, "ceilings": {"copy": 1e12, "bfloat16": 1e14}, "rows": [asdict(row)]}

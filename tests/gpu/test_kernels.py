@@ -104,8 +104,27 @@ def test_full_size_projections(layer: tuple[int, int, int, int], dtype: torch.dt
     )
     for strategy in KERNEL_STRATEGIES:
         check_linear(values, strategy=strategy)
+        _check_twice(values, strategy)
     values["lam"].requires_grad_(False)
     check_linear(values, strategy="fused")
+
+
+def _check_twice(values: dict[str, Tensor], strategy: str) -> None:
+    """‖ours − float64‖ at most twice ‖plain PyTorch − float64‖, of y and of every gradient."""
+    exact = exactly(values)
+    dy = torch.randn(*values["x"].shape[:-1], len(values["weight"]), generator=torch.Generator().manual_seed(3))
+    results = []
+    for function, arguments in (
+        (lambda **v: pmkernels.pareto_linear(**v, strategy=strategy), values),
+        (reference.pareto_linear, values),
+        (reference.pareto_linear, exact),
+    ):
+        y = function(**arguments)
+        results.append({"y": y.detach(), **gradients(y, dy.to(y), arguments)})
+    ours, plain, truth = results
+    for name, value in truth.items():
+        error, allowed = (float((found[name].double() - value).norm()) for found in (ours, plain))
+        assert error <= 2 * allowed + 1e-6 * float(value.norm()), f"{name}: {error:.3g}, plain PyTorch {allowed:.3g}"
 
 
 def _configurations() -> list[tuple[str, dispatch.Entry]]:

@@ -1,4 +1,4 @@
-"""The eager strategy, the modules and a short training run on a CUDA GPU, against the CPU in float64."""
+"""Default strategy, modules and a short training run on a CUDA GPU, against the CPU in float64."""
 
 from __future__ import annotations
 
