@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for that kind of device; some kinds have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The casts are made at the border; inside, a float32 product of small matrices must stay float32."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """A backward(ctx, gradient, …) that autocast leaves alone: loss.backward() may be called inside its region."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, gradient: Tensor, *rest: Any) -> Any:
+        with no_autocast(gradient.device.type):
+            return backward(ctx, gradient, *rest)
+
+    return cast(Backward, wrapped)
 
 
 def check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
@@ -15,6 +45,8 @@ def check_tensor(name: str, value: Any, device: torch.device, learned: bool = Fa
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     if learned and value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 (it stays so in 16-bit models), got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
 

@@ -52,7 +52,7 @@ def runs_kernels(device: torch.device) -> bool:
     return HAS_TRITON and (device.type == "cuda" or (INTERPRETING and device.type == "cpu"))
 
 
-def unsupported(device: torch.device, tensors: Mapping[str, Tensor | None], tasks: int, rank: int) -> Exception | None:
+def unsupported(device: torch.device, tensors: Mapping[str, Tensor | None]) -> Exception | None:
     """Why the kernels cannot do this: the error to raise where the user asked for them, or None if they can."""
     if not HAS_TRITON:
         return ValueError("strategy: expected 'eager' or 'auto', because triton is not installed")
@@ -65,10 +65,16 @@ def unsupported(device: torch.device, tensors: Mapping[str, Tensor | None], task
         if tensor is not None and tensor.dtype not in DTYPES:
             expected = "float32, bfloat16 or float16 (float64: strategy 'eager')"
             return TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
-    if tasks > MAX_TASKS:
-        return ValueError(f"task_vectors: expected K from 1 to {MAX_TASKS} (more: strategy 'eager'), got K = {tasks}")
-    if rank > MAX_RANK:
-        return ValueError(f"A: expected a rank from 1 to {MAX_RANK} (more: strategy 'eager'), got rank {rank}")
+    task_vectors, A, G = (tensors.get(name) for name in ("task_vectors", "A", "G"))
+    for name, tasks in (
+        ("task_vectors", 0 if task_vectors is None else task_vectors.shape[0]),
+        ("G", 0 if G is None else G.shape[2]),
+    ):
+        if tasks > MAX_TASKS:
+            return ValueError(f"{name}: expected K from 1 to {MAX_TASKS} (more: strategy 'eager'), got K = {tasks}")
+    if A is not None and A.shape[1] > MAX_RANK:
+        expected = f"a rank from 1 to {MAX_RANK} (more: strategy 'eager')"
+        return ValueError(f"A: expected {expected}, got rank {A.shape[1]}")
     return None
 
 
@@ -76,9 +82,6 @@ def resolve(
     strategy: str,
     tensors: Mapping[str, Tensor | None],
     device: torch.device,
-    *,
-    tasks: int = 0,
-    rank: int = 0,
 ) -> str:
     """``eager`` for a call with these tensors, by name, that is not for the kernels, else ``strategy``; the error of a
     wish that cannot be. ``auto`` goes on as it is: the operators ask :func:`choose`, out of the compiler's sight.
@@ -87,7 +90,7 @@ def resolve(
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if strategy == "eager" or (strategy == "auto" and device.type != "cuda"):
         return "eager"
-    error = unsupported(device, tensors, tasks, rank)
+    error = unsupported(device, tensors)
     if error is None:
         return strategy
     if strategy != "auto":

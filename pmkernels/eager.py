@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pmkernels.checks import without_autocast
 from pmkernels.reference import accumulate_dtype, preference_core
 
 
@@ -93,6 +94,7 @@ class SharedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
         need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
@@ -188,6 +190,7 @@ class RowsLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
         need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
@@ -273,6 +276,7 @@ class MergeWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
         _, _, need_lam, need_A, need_G, need_B, need_gamma, _ = ctx.needs_input_grad

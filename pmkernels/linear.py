@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,20 +12,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import dispatch, eager
-from pmkernels.checks import check_parameters, check_tensor
+from pmkernels.checks import autocast_enabled, check_parameters, check_tensor, no_autocast, without_autocast
 
 if dispatch.HAS_TRITON:
     from pmkernels import ops
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The casts are made at the border; inside, a float32 product of small matrices must stay float32."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return _NOTHING
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _broadcasts(lead: torch.Size, to: torch.Size) -> bool:
@@ -83,7 +72,7 @@ def pareto_linear(
         if bias.shape != (n,):
             raise ValueError(f"bias: expected shape [{n}], got {list(bias.shape)}")
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if autocast_enabled(device_type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
@@ -94,13 +83,11 @@ def pareto_linear(
             f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
             f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
         )
-    rank = 0 if A is None else A.shape[1]
-    tasks = 0 if task_vectors is None else task_vectors.shape[0]
     tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
     tensors.update(gamma=gamma, bias=bias)
-    chosen = dispatch.resolve(strategy, tensors, x.device, tasks=tasks, rank=rank)
+    chosen = dispatch.resolve(strategy, tensors, x.device)
     arguments = tuple(tensors.values())
-    with _no_autocast(device_type):
+    with no_autocast(device_type):
         if chosen == "eager":
             y: Tensor = (eager.RowsLinear if per_row else eager.SharedLinear).apply(*arguments)
         else:
@@ -143,13 +130,16 @@ def merge_weight(
         # the call that made a cached value has checked the rest
         check_parameters(weight, task_vectors, lam, A, G, B, gamma)
     if gamma is not None and gamma.ndim != 1:
-        raise ValueError(f"gamma: expected shape [{gamma.shape[-1]}], one preference, got {list(gamma.shape)}")
+        tasks = "K" if gamma.ndim == 0 else gamma.shape[-1]
+        raise ValueError(f"gamma: expected shape [{tasks}], one preference, got {list(gamma.shape)}")
     if out is not None:
         check_tensor("out", out, weight.device)
         if out.shape != weight.shape or out.dtype != weight.dtype:
             raise ValueError(
                 f"out: expected {list(weight.shape)} in {weight.dtype}, got {list(out.shape)} in {out.dtype}"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError("out: expected memory of its own for every element, got an expanded tensor")
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
             raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
     if cached is not None:
@@ -157,12 +147,10 @@ def merge_weight(
         if cached.shape != weight.shape or cached.dtype != weight.dtype:
             expected = f"{list(weight.shape)} in {weight.dtype}"
             raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
-    rank = 0 if A is None else A.shape[1]
-    tasks = 0 if task_vectors is None else task_vectors.shape[0]
     tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B, "gamma": gamma}
-    chosen = dispatch.resolve(strategy, tensors, weight.device, tasks=tasks, rank=rank)
+    chosen = dispatch.resolve(strategy, tensors, weight.device)
     arguments = tuple(tensors.values())
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
         if chosen == "eager":
             merged: Tensor = eager.MergeWeight.apply(*arguments, cached)
             return merged if out is None else out.copy_(merged)
@@ -188,6 +176,7 @@ class _CachedMerge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[2:-1])
         found = ops.merge_weight_backward(d_weight, *ctx.saved_tensors, needs)

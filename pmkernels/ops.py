@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmkernels import dispatch, eager
+from pmkernels.checks import without_autocast
 from pmkernels.kernels import entropy as entropy_kernels
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
@@ -43,8 +44,9 @@ def _choose(strategy: str, x: Tensor, task_vectors: OptionalTensor, A: OptionalT
     return dispatch.choose(strategy, x, rows=math.prod(x.shape[:-1]), rank=rank, tasks=tasks)
 
 
-def _contiguous(lam: OptionalTensor) -> OptionalTensor:
-    return None if lam is None else lam.contiguous()
+def _contiguous(*learned: OptionalTensor) -> tuple[OptionalTensor, ...]:
+    """λ, A, G, B are small: the kernels take them contiguous, and their offsets then stay in int32."""
+    return tuple(None if value is None else value.contiguous() for value in learned)
 
 
 def _scratch(
@@ -93,7 +95,7 @@ def pareto_linear(
     """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused``, ``streamed`` or ``auto``."""
     with torch.cuda.device_of(x):
         strategy = _choose(strategy, x, task_vectors, A)
-        lam = _contiguous(lam)
+        lam, A, G, B = _contiguous(lam, A, G, B)
         low_rank, start = None, None
         if gamma is None or gamma.ndim == 1:
             low_rank = _factors(A, G, B, gamma)
@@ -156,7 +158,7 @@ def pareto_linear_backward(
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(dy):
         strategy = _choose(strategy, dy, task_vectors, A)
-        lam = _contiguous(lam)
+        lam, A, G, B = _contiguous(lam, A, G, B)
         per_row = gamma is not None and gamma.ndim > 1
         if need_bias:
             assert bias is not None
@@ -298,6 +300,7 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.strategy = strategy
 
 
+@without_autocast
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[OptionalTensor, ...]:
     x, weight, task_vectors, lam, A, G, B, gamma, bias = ctx.saved_tensors
     need_x, _, _, *needs_rest, _ = ctx.needs_input_grad
@@ -322,8 +325,9 @@ def merge_weight(
 ) -> Tensor:
     """W(γ) in a new tensor like ``weight``."""
     with torch.cuda.device_of(weight):
+        lam, A, G, B = _contiguous(lam, A, G, B)
         low_rank = _factors(A, G, B, gamma)
-        return merge_kernels.merge_weight(weight, task_vectors, _contiguous(lam), low_rank, torch.empty_like(weight))
+        return merge_kernels.merge_weight(weight, task_vectors, lam, low_rank, torch.empty_like(weight))
 
 
 @merge_weight.register_fake
@@ -352,7 +356,8 @@ def merge_weight_out(
 ) -> None:
     """W(γ) into ``out``."""
     with torch.cuda.device_of(weight):
-        merge_kernels.merge_weight(weight, task_vectors, _contiguous(lam), _factors(A, G, B, gamma), out)
+        lam, A, G, B = _contiguous(lam, A, G, B)
+        merge_kernels.merge_weight(weight, task_vectors, lam, _factors(A, G, B, gamma), out)
 
 
 @merge_weight_out.register_fake
@@ -412,6 +417,7 @@ def _merge_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
+@without_autocast
 def _merge_backward(ctx: Any, d_weight: Tensor) -> tuple[OptionalTensor, ...]:
     needs = list(ctx.needs_input_grad[2:])
     found = merge_weight_backward(d_weight, *ctx.saved_tensors, needs)
@@ -456,6 +462,7 @@ def _entropy_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.save_for_backward(inputs[0], entropy, largest, normaliser)
 
 
+@without_autocast
 def _entropy_backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
     logits, entropy, largest, normaliser = ctx.saved_tensors
     return softmax_entropy_backward(grad, logits, entropy, largest, normaliser)

@@ -46,11 +46,10 @@ def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     resolve = dispatch.resolve
 
-    def with_default(strategy: str, tensors: dict[str, Any], device: torch.device, **sizes: int) -> str:
+    def with_default(strategy: str, tensors: dict[str, Any], device: torch.device) -> str:
         if strategy != "auto":
-            return resolve(strategy, tensors, device, **sizes)
-        able = dispatch.unsupported(device, tensors, sizes.get("tasks", 0), sizes.get("rank", 0)) is None
-        return request.param if able else "eager"
+            return resolve(strategy, tensors, device)
+        return request.param if dispatch.unsupported(device, tensors) is None else "eager"
 
     monkeypatch.setattr(dispatch, "resolve", with_default)
     return request.param

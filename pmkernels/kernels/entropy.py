@@ -54,9 +54,9 @@ def entropy_fwd_kernel(
         shrink = tl.where(largest == -float("inf"), 0.0, tl.exp(-moved))
         below = z - shift[:, None]
         e = tl.exp(below)
-        weighted = shrink * (weighted - moved * total) + tl.sum(
-            tl.where(below == -float("inf"), 0.0, e * below), axis=1
-        )
+        # behind a mask of float32's least number, moved * total is infinite and shrink 0
+        weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted - moved * total))
+        weighted += tl.sum(tl.where(below == -float("inf"), 0.0, e * below), axis=1)
         total = shrink * total + tl.sum(e, axis=1)
         largest = newest
     normaliser = tl.log(total)

@@ -40,6 +40,7 @@ def shrink_kernel(
     core_stride_in,
     core_stride_k,
     K: tl.constexpr,
+    MIX: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,7 +63,7 @@ def shrink_kernel(
     places = m[:, None].to(tl.int64) * R + r[None, :]
     valid = (m[:, None] < M) & (r[None, :] < R)
     tl.store(s_ptr + places, s, mask=valid)
-    if K > 0:
+    if MIX:
         t = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
         groups = (m // rows_per_group).to(tl.int64)
         for k in range(K):
@@ -108,6 +109,7 @@ def shrink(
         *rows.layout,
         *strides,
         K=tasks,
+        MIX=t is not None,
         RANK=dispatch.padded_rank(rank),
         PRECISION=dispatch.rank_precision(x.dtype),
         BLOCK_M=config.block_m,
@@ -230,6 +232,8 @@ def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: in
     ``limit`` as in :func:`factor_grad`.
     """
     (rows, rank), (groups, tasks) = u.shape, gamma.shape
+    if tasks == 0:
+        return torch.zeros(rank, rank, 0, dtype=torch.float32, device=u.device)
     config = dispatch.config("core_grad", u, rows=rows, rank=rank)
     most = (limit - 1) // (rank * rank * tasks)
     splits, rows_per_split = dispatch.splits(rows, config.block_m, tasks, most)

@@ -20,6 +20,14 @@ from pmkernels.kernels.rows import as_matrix, as_rows, row_offsets
 
 
 @triton.jit
+def round_to_tf32(value):
+    """float32 rounded to TF32's 10 bits of mantissa: a tensor core would cut the other 13 off, with a bias."""
+    bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    # the addition would turn a NaN of all ones into a zero
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
 def weight_grad_kernel(
     dy_ptr,
     x_ptr,
@@ -89,10 +97,14 @@ def weight_grad_kernel(
             tau = tl.load(tau_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
             tl.store(d_lam_ptr + pid * K + k, tl.sum(dw * tau))
             tau_ptr += task_stride_k
+    if PRECISION == "tf32":
+        dw = round_to_tf32(dw)
     if NEED_P:
         for r0 in range(0, R, 16):
             r = r0 + tl.arange(0, 16)
             b = tl.load(b_ptr + d[:, None] * R + r[None, :], mask=(d[:, None] < D) & (r[None, :] < R), other=0.0)
+            if PRECISION == "tf32":
+                b = round_to_tf32(b)
             p = tl.dot(dw, b, input_precision=PRECISION)  # [BLOCK_N, 16]
             places = (block_d * N + n)[:, None] * R + r[None, :]
             tl.store(p_ptr + places, p, mask=(n[:, None] < N) & (r[None, :] < R))
@@ -100,6 +112,8 @@ def weight_grad_kernel(
         for r0 in range(0, R, 16):
             r = r0 + tl.arange(0, 16)
             a = tl.load(a_ptr + n[None, :] * R + r[:, None], mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)
+            if PRECISION == "tf32":
+                a = round_to_tf32(a)
             q = tl.dot(a, dw, input_precision=PRECISION)  # [16, BLOCK_D]
             places = (block_n * D + d)[None, :] * R + r[:, None]
             tl.store(q_ptr + places, q, mask=(d[None, :] < D) & (r[:, None] < R))
@@ -121,6 +135,9 @@ def _launch(
     low_rank = A if A is not None else B
     rank = 0 if low_rank is None else low_rank.shape[1]
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
+    # a dW of 16 bits that is there is exact, and so should be what is made of it; one formed in registers need not be
+    # better than that dW would be
+    precision = (dispatch.rank_precision if rows is None else dispatch.dot_precision)(sample.dtype)
     dy_rows, x_rows = (as_rows(rows[0]), as_rows(rows[1])) if rows is not None else (None, None)
     aligned = dispatch.is_aligned(*(rows or ()), d_weight, task_vectors)
     config = dispatch.config(op, sample, rows=0 if x_rows is None else x_rows.M, rank=rank, aligned=aligned)
@@ -156,7 +173,7 @@ def _launch(
             NEED_P=p is not None,
             NEED_Q=q is not None,
             COMPUTE=dispatch.compute_type(sample.dtype),
-            PRECISION=dispatch.dot_precision(sample.dtype),
+            PRECISION=precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_D=config.block_d,

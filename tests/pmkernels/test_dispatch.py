@@ -29,7 +29,7 @@ def test_auto_is_eager_off_the_gpu_and_a_matter_of_rows_on_it(monkeypatch: pytes
     x = torch.zeros(1, dtype=torch.bfloat16)
     assert dispatch.resolve("auto", {"x": x}, CPU) == "eager"
     monkeypatch.setattr(dispatch, "runs_kernels", lambda device: True)
-    assert dispatch.resolve("auto", {"x": x}, CUDA, tasks=8, rank=16) == "auto"
+    assert dispatch.resolve("auto", {"x": x}, CUDA) == "auto"
     assert dispatch.choose("auto", x, rows=8, rank=16, tasks=8) == "fused"
     assert dispatch.choose("auto", x, rows=256, rank=16, tasks=8) == "fused"
     assert dispatch.choose("auto", x, rows=257, rank=16, tasks=8) == "streamed"
@@ -40,8 +40,9 @@ def test_auto_is_eager_off_the_gpu_and_a_matter_of_rows_on_it(monkeypatch: pytes
     assert dispatch.choose("auto", x, rows=8, rank=0, tasks=0) == "streamed"
     # what the kernels cannot do is done all the same
     assert dispatch.resolve("auto", {"x": x.double()}, CUDA) == "eager"
-    assert dispatch.resolve("auto", {"x": x}, CUDA, tasks=33) == "eager"
-    assert dispatch.resolve("auto", {"x": x}, CUDA, rank=65) == "eager"
+    assert dispatch.resolve("auto", {"x": x, "task_vectors": torch.zeros(33, 2, 2)}, CUDA) == "eager"
+    assert dispatch.resolve("auto", {"x": x, "G": torch.zeros(2, 2, 33)}, CUDA) == "eager"
+    assert dispatch.resolve("auto", {"x": x, "A": torch.zeros(2, 65)}, CUDA) == "eager"
 
 
 def test_a_wish_that_cannot_be_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,8 @@ if not dispatch.runs_kernels(torch.device("cpu")):
     pytest.skip("kernels run on the GPU here, see tests/gpu", allow_module_level=True)
 
 from pmkernels import ops
-from pmkernels.kernels import entropy as entropy_kernels
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
-from pmkernels.kernels import merge as merge_kernels
 from pmkernels.kernels import rows as row_layout
 from pmkernels.kernels import weight_grad as weight_grad_kernels
 
@@ -70,6 +68,11 @@ def test_no_rows_no_tasks_no_outputs_no_inputs() -> None:
         check_linear(values, strategy="fused")
         y = pmkernels.pareto_linear(**values, strategy="streamed")
         assert y.shape == (*lead, n)
+    for gamma_lead in ((), (3,), (1,)):
+        values = linear_arguments((3,), 5, 4, tasks=0, gamma_lead=gamma_lead)
+        for strategy in KERNEL_STRATEGIES:
+            check_linear(values, strategy=strategy)
+            check_linear({k: v for k, v in values.items() if k not in ("task_vectors", "lam")}, strategy=strategy)
     values = linear_arguments((3,), 5, 4, tasks=0, without=LOW_RANK)
     y = pmkernels.pareto_linear(**values, strategy="fused")
     assert gradients(y, torch.ones_like(y), values)["lam"].shape == (0,)
@@ -185,6 +188,18 @@ def _far_apart(value: Tensor, dim: int, stride: int) -> Tensor:
     length = 1 + sum((size - 1) * s for size, s in zip(value.shape, strides, strict=True))
     view = torch.empty(length, dtype=value.dtype).as_strided(value.shape, strides)
     return view.copy_(value.detach()).requires_grad_(value.requires_grad)
+
+
+def test_offsets_of_the_rank_beyond_int32() -> None:
+    values = linear_arguments((3,), 3, 4, rank=64)
+    expected = pmkernels.pareto_linear(**values, strategy="fused")
+    for name in ("A", "B"):
+        # 63 · 40,000,000 is more than 2^31
+        far = {**values, name: _far_apart(values[name], 1, 40_000_000)}
+        for strategy in KERNEL_STRATEGIES:
+            y = pmkernels.pareto_linear(**far, strategy=strategy)
+            torch.testing.assert_close(y, expected)
+            gradients(y, torch.ones_like(y), far)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "task_vectors"])
@@ -457,6 +472,44 @@ def test_autocast_casts_x_only(gamma_lead: tuple[int, ...], strategy: str) -> No
         assert_close(name, gradient, gradient, theirs[name], torch.bfloat16, times=0, ulps=8)
 
 
+@pytest.mark.parametrize("strategy", [*KERNEL_STRATEGIES, "eager"])
+@pytest.mark.parametrize("without", [(), ("task_vectors", "lam")], ids=str)
+def test_a_backward_inside_the_autocast_region_is_as_exact_as_outside(without: Sequence[str], strategy: str) -> None:
+    for gamma_lead in ((), (4, 1)):
+        values = linear_arguments((4, 3), 20, 18, gamma_lead=gamma_lead, without=without)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = pmkernels.pareto_linear(**values, strategy=strategy)
+            inside = torch.autograd.grad(y.sum(), [v for v in values.values() if v.requires_grad], retain_graph=True)
+        outside = torch.autograd.grad(y.sum(), [v for v in values.values() if v.requires_grad])
+        assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    parts = linear_arguments((1,), 20, 18, without=("x", "bias", *without))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = pmkernels.merge_weight(**parts, strategy=strategy)
+        dw = torch.ones_like(merged)
+        inside = torch.autograd.grad(merged, [v for v in parts.values() if v.requires_grad], dw, retain_graph=True)
+    outside = torch.autograd.grad(merged, [v for v in parts.values() if v.requires_grad], dw)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_float16_gradients_from_tiles_of_dw_are_rounded_to_tf32_not_cut_off() -> None:
+    """A tensor core cuts float32 operands off to TF32; rounded first, P and Q are within twice a float16 dW's error."""
+    values = linear_arguments((60,), 64, 128, rank=16, dtype=torch.float16)
+    y, exact = pmkernels.pareto_linear(**values, strategy="fused"), exactly(values)
+    truth = reference.pareto_linear(**exact)
+    dy = torch.randn(60, 64, generator=torch.Generator().manual_seed(1)).half()
+    found, theirs = gradients(y, dy, values), gradients(truth, dy.double(), exact)
+    for name in ("A", "B", "G"):
+        error = float((found[name].double() - theirs[name]).norm() / theirs[name].norm())
+        # something is rounded, to 11 bits
+        assert 1e-6 < error < 4e-4, name
+    # a NaN stays one, whatever its bits
+    all_ones = torch.full((1,), -1, dtype=torch.int32).view(torch.float32)
+    assert bool(torch.isnan(all_ones).all())
+    parts = linear_arguments((1,), 6, 5, dtype=torch.float16, without=("x", "bias", "task_vectors", "lam"))
+    merged = pmkernels.merge_weight(**parts, strategy="fused")
+    assert bool(torch.isnan(torch.autograd.grad(merged, parts["A"], merged.detach() * torch.nan)[0]).all())
+
+
 def test_gradients_of_gradients_are_refused() -> None:
     values = linear_arguments((4,), 6, 5)
     y = pmkernels.pareto_linear(**values, strategy="fused")
@@ -595,6 +648,14 @@ def test_softmax_entropy_at_the_edges() -> None:
             assert bool((entropy >= 0).all())
             (grad,) = torch.autograd.grad(entropy.sum(), z)
             assert bool(torch.isfinite(grad).all())
+    masked = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    masked[0, :2048] = torch.finfo(torch.float32).min
+    masked[1, :2048] = -1e36
+    z, exact = masked.clone().requires_grad_(), masked.double().requires_grad_()
+    entropy, truth = pmkernels.softmax_entropy(z, strategy="fused"), reference.softmax_entropy(exact)
+    torch.testing.assert_close(entropy.double(), truth, rtol=1e-5, atol=1e-5)
+    ours, theirs = torch.autograd.grad(entropy.sum(), z)[0], torch.autograd.grad(truth.sum(), exact)[0]
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
     odd = torch.tensor([[math.nan, 0.0], [-inf, -inf], [inf, 0.0]])
     assert bool(torch.isnan(pmkernels.softmax_entropy(odd, strategy="fused")).all())
     assert bool(torch.isnan(pmkernels.softmax_entropy(odd, strategy="eager")).all())
@@ -617,6 +678,11 @@ def test_softmax_entropy_keeps_logits_and_three_numbers_a_row() -> None:
     ("options", "error", "message"),
     [
         ({"tasks": 33}, ValueError, r"task_vectors: expected K from 1 to 32 .*got K = 33"),
+        (
+            {"tasks": 33, "without": ("task_vectors", "lam")},
+            ValueError,
+            r"G: expected K from 1 to 32 .*got K = 33",
+        ),
         ({"rank": 65}, ValueError, r"A: expected a rank from 1 to 64 .*got rank 65"),
         ({"dtype": torch.float64}, TypeError, r"x: expected float32, bfloat16 or float16 .*got torch.float64"),
     ],
@@ -629,5 +695,3 @@ def test_what_the_kernels_cannot_do_is_named_and_auto_goes_eager(
         with pytest.raises(error, match=message):
             pmkernels.pareto_linear(**values, strategy=strategy)
     torch.testing.assert_close(pmkernels.pareto_linear(**values), reference.pareto_linear(**values))
-    assert merge_kernels is not None
-    assert entropy_kernels is not None

@@ -288,6 +288,13 @@ def test_merge_weight_out() -> None:
         pmkernels.merge_weight(**{**values, "lam": values["lam"].requires_grad_()}, out=out)
 
 
+def test_merge_weight_out_needs_memory_of_its_own() -> None:
+    with pytest.raises(ValueError, match="out: expected memory of its own for every element"):
+        pmkernels.merge_weight(torch.ones(6, 5), out=torch.empty(1, 5).expand(6, 5))
+    with pytest.raises(ValueError, match=r"gamma: expected shape \[K\], one preference, got \[\]"):
+        pmkernels.merge_weight(torch.ones(6, 5), gamma=torch.tensor(1.0), cached=torch.ones(6, 5))
+
+
 def test_merge_weight_of_nothing_is_a_copy() -> None:
     weight = torch.ones(2, 2)
     merged = pmkernels.merge_weight(weight)
@@ -331,6 +338,7 @@ def test_merge_weight_of_nothing_is_a_copy() -> None:
         ({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \[7\], got \[6\]"),
         ({"strategy": "fastest"}, ValueError, "strategy: expected one of auto, fused, streamed, eager, got 'fastest'"),
         ({"lam": torch.zeros(3, device="meta")}, ValueError, "lam: expected device cpu"),
+        ({"x": torch.zeros(4, 5, dtype=torch.float64).to_sparse()}, TypeError, "x: expected a dense tensor"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, object], error: type[Exception], message: str) -> None:
