@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -102,8 +101,3 @@ def write(path: Path, report: dict[str, Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def gpu_slug(name: str) -> str:
-    """``NVIDIA H200`` -> ``nvidia-h200``: what results files and configuration files of a GPU are called."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -52,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if chosen.quick and not torch.cuda.is_available():
             # before a kernel is imported: without a GPU a rehearsal interprets them
             os.environ["TRITON_INTERPRET"] = "1"
+        from pmkernels import dispatch
+
         report["clocks_before"] = results.clocks()
         names = GPU_SUITES if chosen.suite == "all" else (chosen.suite,)
         report["suites"] = {name: suite_module(name).run(chosen.quick) for name in names}
         report["clocks_after"] = results.clocks()
-        name = results.gpu_slug(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else "rehearsal"
+        name = dispatch.gpu_name(0) if torch.cuda.is_available() else "rehearsal"
         tables = "\n".join(suite_module(suite).markdown(report["suites"][suite]) for suite in names)
     report["environment"] = {**results.machine(), "seconds_in_all": round(time.perf_counter() - start, 1)}
     out = chosen.out or results.RESULTS / f"{name}-{report['date']}.json"

@@ -15,7 +15,6 @@ import pytest
 import torch
 from kernel_cases import LOW_RANK, check_linear, exactly, gradients, linear_arguments
 from torch import Tensor
-from torch.nn import functional as F
 
 import pmkernels
 from pmkernels import dispatch, reference
@@ -245,7 +244,7 @@ def test_unwritten_memory_is_not_read() -> None:
 def test_nothing_of_the_size_of_a_weight_is_allocated() -> None:
     n, d = 3072, 1024
     for rank, frozen in ((16, False), (64, False), (16, True)):
-        values = linear_arguments((32,), n, d, tasks=8, rank=rank, dtype=torch.bfloat16, device="cuda")
+        values = linear_arguments((32,), n, d, tasks=8, rank=rank, device="cuda")
         values["lam"].requires_grad_(not frozen)
         pmkernels.pareto_linear(**values, strategy="fused").sum().backward()
         torch.cuda.synchronize()
@@ -256,7 +255,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated() -> None:
             trace = torch.cuda.memory._snapshot()["device_traces"][0]
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
-        # partial sums are float32
+        # in float32 a byte count says how many elements
         assert max((event["size"] for event in trace if event["action"] == "alloc"), default=0) < n * d * 4
 
 
@@ -392,8 +391,6 @@ def test_large_offsets() -> None:
     far = torch.empty(2 * stride + 8, dtype=torch.float16, device="cuda").as_strided((3, 8), (stride, 1))
     values["weight"] = far.copy_(values["weight"])
     assert torch.equal(pmkernels.pareto_linear(**values, strategy="fused"), expected)
-    plain = F.linear(values["x"], far.contiguous())
-    assert plain.shape == expected.shape
 
 
 SANITIZED = """

@@ -366,9 +366,9 @@ def _largest_allocation(run: Callable[[], None]) -> int:
 @pytest.mark.parametrize(("rank", "frozen"), [(4, False), (64, False), (4, True)])
 def test_nothing_of_the_size_of_a_weight_is_allocated(gamma_lead: tuple[int, ...], rank: int, frozen: bool) -> None:
     n, d = 192, 160
-    values = linear_arguments((8,), n, d, rank=rank, tasks=4, gamma_lead=gamma_lead, dtype=torch.float16)
+    # in float32, where a byte count says how many elements: a 16-bit weight would hide below float32 partial sums
+    values = linear_arguments((8,), n, d, rank=rank, tasks=4, gamma_lead=gamma_lead)
     values["lam"].requires_grad_(not frozen)
-    # in float32 elements: partial sums of 16-bit models are float32
     limit = n * d * 4
 
     def run(strategy: str) -> None:
@@ -378,6 +378,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(gamma_lead: tuple[int, ...
     assert _largest_allocation(lambda: run("fused")) < limit
     # the measurement itself sees what others allocate
     assert _largest_allocation(lambda: run("eager")) >= limit
+    assert _largest_allocation(lambda: run("streamed")) >= limit
 
 
 @pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
@@ -502,9 +503,7 @@ def test_float16_gradients_from_tiles_of_dw_are_rounded_to_tf32_not_cut_off() ->
         error = float((found[name].double() - theirs[name]).norm() / theirs[name].norm())
         # something is rounded, to 11 bits
         assert 1e-6 < error < 4e-4, name
-    # a NaN stays one, whatever its bits
-    all_ones = torch.full((1,), -1, dtype=torch.int32).view(torch.float32)
-    assert bool(torch.isnan(all_ones).all())
+    # NaN stays NaN
     parts = linear_arguments((1,), 6, 5, dtype=torch.float16, without=("x", "bias", "task_vectors", "lam"))
     merged = pmkernels.merge_weight(**parts, strategy="fused")
     assert bool(torch.isnan(torch.autograd.grad(merged, parts["A"], merged.detach() * torch.nan)[0]).all())
