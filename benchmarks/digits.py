@@ -1,172 +1,275 @@
-"""The embedded digits suite over several seeds: every method, eight tasks and two, chosen without labels.
+"""The study: every method on the embedded digits suite, with two, three and eight models, over several seeds.
 
 A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and 2
-were looked at while the suite was designed; figures to be believed come from others.
+were looked at while the suite was designed; figures to be believed come from others. Every method may try the same number
+of settings, chosen without labels; all rules are :mod:`pareto_merging.comparison`'s. Beside it ablations of Pareto Merging,
+each changing one thing about its published setting, nothing chosen.
+
+Results are kept in a work folder, method by method: an interrupted study goes on from there.
 """
 
 from __future__ import annotations
 
-import statistics
+import json
+import math
+import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from pareto_merging.config import MethodSettings, RunConfig
+from pareto_merging.baselines.registry import METHODS
+from pareto_merging.checkpoints.files import write_json
+from pareto_merging.comparison import Comparison, compare, summarize
+from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
-from pareto_merging.demo import METHOD, PAIR_METHOD, TWO_TASKS
-from pareto_merging.study import Study, front_metrics
+from pareto_merging.metrics import spearman, spread
+from pareto_merging.reports import answer, cell, markdown_table
 from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-# as many runs as AdaMerging gets: the preset's regularisation and a weaker one, two rates each
-CANDIDATES = tuple(
-    {"concentration": concentration, "tensor_norm": tensor_norm, "learning_rate": rate, "lambda_learning_rate": 1e-2}
-    for concentration, tensor_norm in ((0.1, 0.1), (1.0, 0.01))
-    for rate in (1e-3, 3e-3)
+EFFORT = 3
+# the published preset, except that the runs are short and λ wants a larger rate then
+METHOD: dict[str, Any] = {"preset": "icml2025", "learning_rate": 1e-3, "lambda_learning_rate": 1e-2, "batch_size": 32}
+TASKS: dict[int, list[str]] = {
+    2: ["upright", "mirrored"],
+    3: ["upright", "mirrored", "inverted"],
+    8: list(digits.TASKS),
+}
+STEPS = {2: 150, 3: 120, 8: 100}
+# where three models are merged, two views that no fine-tuned model is there for
+UNSEEN = {3: ["permuted", "blocks"]}
+
+# what costs little per step gets more of them than STEPS
+CHOICES: dict[str, list[dict[str, Any]]] = {
+    "multitask": [{"learning_rate": rate, "steps": 300} for rate in (1e-4, 3e-4, 1e-3)],
+    "pareto-data-free": [{"steps": 300}, {"steps": 300, "learning_rate": 1e-2}, {"steps": 300, "concentration": 1.0}],
+}
+
+# one change each to METHOD
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "rank 4": {"rank": 4},
+    "rank 32": {"rank": 32},
+    "cosine 0.1": {"cosine": 0.1},
+    "cosine 1": {"cosine": 1.0},
+    "tensor norm 0": {"tensor_norm": 0.0},
+    "tensor norm 0.01": {"tensor_norm": 0.01},
+    "tensor norm 1": {"tensor_norm": 1.0},
+    "μ 0.01": {"mu": 0.01},
+    "μ 1": {"mu": 1.0},
+    "p 0.3": {"concentration": 0.3},
+    "p 1": {"concentration": 1.0},
+    "λ per module": {"granularity": "module"},
+    "λ per model": {"granularity": "model"},
+    "low rank on in-projections": {"low_rank": "in-projection"},
+    "low rank on all linear layers": {"low_rank": "all"},
+    "rate 3e-3": {"learning_rate": 3e-3},
+    "p 1, norm 0.01, rate 3e-3": {"concentration": 1.0, "tensor_norm": 0.01, "learning_rate": 3e-3},
+    "linear scalarisation": {"scalarization": "linear"},
+    "weight distance (data-free)": {"objective": "weight-distance"},
+}
+# with eight models, where a run takes long, those that bear on how preferences are sampled and held back
+ABLATIONS_OF_EIGHT = (
+    "published",
+    "tensor norm 0",
+    "tensor norm 0.01",
+    "p 1",
+    "rate 3e-3",
+    "p 1, norm 0.01, rate 3e-3",
+    "λ per model",
+    "low rank on all linear layers",
+    "weight distance (data-free)",
 )
-# the first candidate: the preset but for the number of steps and the rate of λ; nothing about it is chosen
-PUBLISHED = "Pareto Merging, icml2025"
-CHOSEN = "Pareto Merging, chosen"
 
 
-def run(seeds: Sequence[int], quick: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Measure every seed; ``quick`` takes three steps everywhere and proves only that it runs."""
-    results = []
-    for number, seed in enumerate(seeds, start=1):
-        start = time.perf_counter()
-        with one_thread(), tempfile.TemporaryDirectory() as folder:
-            digits.make(Path(folder), seed=seed)
-            results.append({"seed": seed, **_seed(Path(folder), seed, quick)})
-        if progress:
-            took = time.perf_counter() - start
-            print(f"seed {seed} ({number} of {len(seeds)}) took {took:.0f} s", flush=True)
-    return {"seeds": list(seeds), "results": results, "summary": summarize(results)}
+def run(
+    seeds: Sequence[int], quick: bool = False, progress: bool = True, work: Path | None = None, jobs: int = 1
+) -> dict[str, Any]:
+    """Measure every seed; ``quick`` takes two steps everywhere and proves only that it runs.
+
+    Args:
+        work: the folder of partial results, to go on from; None: a temporary one. jobs: processes, one thread each.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if work is None else work
+        _in_parallel([("suite", seed, 0) for seed in seeds], folder, quick, jobs, progress)
+        parts = [(kind, seed, tasks) for tasks in (8, 3, 2) for seed in seeds for kind in ("compare", "ablate")]
+        _in_parallel([p for p in parts if p[0] == "compare" or p[2] != 3], folder, quick, jobs, progress)
+        results = {str(tasks): [_read(folder, seed, tasks) for seed in seeds] for tasks in TASKS}
+        ablations = {str(tasks): [_read(folder, seed, tasks, "ablations") for seed in seeds] for tasks in (2, 8)}
+    return {
+        "seeds": list(seeds),
+        "effort": EFFORT,
+        "steps": STEPS,
+        "method": METHOD,
+        "results": {tasks: [_short(row) for rows in found for row in rows] for tasks, found in results.items()},
+        "summary": {tasks: summarize([row for rows in found for row in rows]) for tasks, found in results.items()},
+        "answers": {
+            tasks: answer(summarize([row for rows in found for row in rows])) for tasks, found in results.items()
+        },
+        "ablations": {tasks: _ablation_summary(found) for tasks, found in ablations.items()},
+        "judges": {tasks: _judges([row for rows in found for row in rows]) for tasks, found in results.items()},
+    }
 
 
-def _study(folder: Path, seed: int, method: Mapping[str, Any], tasks: Sequence[str] | None, quick: bool) -> Study:
-    settings = {**method, "seed": seed, **({"steps": 3, "batch_size": 8} if quick else {})}
-    config = RunConfig.model_validate({"suite": "digits", "tasks": list(tasks) if tasks else None, "method": settings})
-    return Study(Workspace(config, folder), learning_rates=LEARNING_RATES, progress=False)
+def _in_parallel(parts: Sequence[tuple[str, int, int]], folder: Path, quick: bool, jobs: int, progress: bool) -> None:
+    start = time.perf_counter()
+    if jobs == 1:
+        for number, part in enumerate(parts, start=1):
+            _part(*part, folder, quick)
+            _say(part, number, len(parts), start, progress)
+        return
+    # forked, torch's threads would hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = {pool.submit(_part, *part, folder, quick): part for part in parts}
+        for number, done in enumerate(as_completed(waiting), start=1):
+            done.result()
+            _say(waiting[done], number, len(parts), start, progress)
 
 
-def _seed(folder: Path, seed: int, quick: bool) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        # a candidate that collapses is not chosen; its collapse is in the results
+def _say(part: tuple[str, int, int], number: int, total: int, start: float, progress: bool) -> None:
+    if progress:
+        kind, seed, tasks = part
+        what = f"seed {seed}: {kind}" + (f", {tasks} models" if tasks else "")
+        print(f"[{number}/{total}] {what} ({time.perf_counter() - start:.0f} s so far)", flush=True)
+
+
+def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
+    """One piece of the work, in a process of its own where there are several; done pieces are kept."""
+    suite = folder / f"seed-{seed}" / "suite"
+    with one_thread(), warnings.catch_warnings():
+        # a setting that collapses is not chosen; its warning is in the results
         warnings.simplefilter("ignore")
-        eight = _study(folder, seed, METHOD, None, quick)
-        entries = eight.baselines()
-        chosen, runs, candidates = _choose(eight)
-        pair = _study(folder, seed, PAIR_METHOD, TWO_TASKS, quick)
-        pair_entries = pair.baselines()
-        pair_chosen, pair_runs, pair_candidates = _choose(pair)
-    for label, learned in runs.items():
-        for name, entry in eight.pareto_entries(*learned).items():
-            entries[name.replace("Pareto Merging", label)] = entry
-    points = {
-        name: list(entry.scores.accuracy.values())
-        for name, entry in pair_entries.items()
-        if name not in ("Individual", "Pretrained")
-    }
-    fronts = {label: pair.front(learned[0]) for label, learned in pair_runs.items()}
-    return {
-        "methods": {name: entry.to_json() for name, entry in entries.items()},
-        "chosen": chosen,
-        "candidates": candidates,
-        "two_tasks": {
-            "tasks": list(TWO_TASKS),
-            "methods": {name: entry.to_json() for name, entry in pair_entries.items()},
-            "chosen": pair_chosen,
-            "candidates": pair_candidates,
-            "fronts": fronts,
-            "metrics": {label: front_metrics(front, points) for label, front in fronts.items()},
-        },
-    }
+        if kind == "suite":
+            if not (suite / "heads.safetensors").exists() or not (suite / "done").exists():
+                digits.make(suite, seed=seed)
+                (suite / "done").touch()
+        elif kind == "compare":
+            compare(
+                _workspace(suite, seed, tasks, quick),
+                folder / f"seed-{seed}" / f"{tasks}-models",
+                list(METHODS),
+                effort=1 if quick else EFFORT,
+                grid="equal" if quick else None,
+                progress=False,
+                choices=None if quick else CHOICES,
+            )
+        else:
+            _ablate(suite, seed, tasks, folder, quick)
 
 
-def _with(study: Study, candidate: Mapping[str, Any]) -> MethodSettings:
-    return study.method.model_copy(update=dict(candidate))
+def _workspace(suite: Path, seed: int, tasks: int, quick: bool) -> Workspace:
+    method = {**METHOD, "steps": STEPS[tasks], "seed": seed, **({"steps": 2, "batch_size": 8} if quick else {})}
+    values = {"suite": "digits", "tasks": TASKS[tasks], "unseen": UNSEEN.get(tasks), "method": method}
+    return Workspace(RunConfig.model_validate(values), suite)
 
 
-Run = tuple[nn.Module, float, int]
+def _ablate(suite: Path, seed: int, tasks: int, folder: Path, quick: bool) -> None:
+    names = [name for name in ABLATIONS if tasks == 2 or name in ABLATIONS_OF_EIGHT]
+    comparison: Comparison | None = None
+    for name in names[:2] if quick else names:
+        path = folder / f"seed-{seed}" / f"{tasks}-models" / "ablations" / f"{_file_name(name)}.json"
+        if path.exists():
+            continue
+        if comparison is None:
+            grid = None if tasks == 2 and not quick else "equal"
+            comparison = Comparison(_workspace(suite, seed, tasks, quick), effort=1, grid=grid, progress=False)
+        key = "pareto-data-free" if "objective" in ABLATIONS[name] else "pareto"
+        change = {k: v for k, v in ABLATIONS[name].items() if k != "objective"}
+        comparison.choices = {key: [change]}
+        result = comparison.run(key)
+        write_json(path, {**result, "method": name, "title": name})
 
 
-def _choose(study: Study) -> tuple[dict[str, Any], dict[str, Run], list[dict[str, Any]]]:
-    """The candidate with the best label-free score; its run and the published preset's; all candidates' scores."""
-    runs = [(candidate, study.learn(_with(study, candidate))) for candidate in CANDIDATES]
-    scored = [(study.label_free_set_score(learned[0]), candidate, learned) for candidate, learned in runs]
-    _, candidate, learned = min(scored, key=lambda row: row[0])
-    listed = [{**candidate, "label_free_score": round(score, 4)} for score, candidate, _ in scored]
-    return dict(candidate), {PUBLISHED: runs[0][1], CHOSEN: learned}, listed
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
-def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means and standard deviations over the seeds."""
-    names = list(results[0]["methods"])
-    averages = {name: _spread([r["methods"][name]["average"] for r in results]) for name in names}
-    metrics = {label: [r["two_tasks"]["metrics"][label] for r in results] for label in (PUBLISHED, CHOSEN)}
-    first = metrics[PUBLISHED]
-    keys = [key for key in first[0] if key.startswith("spearman")]
-    return {
-        "averages": averages,
-        "hypervolume": {
-            "reference_point": first[0]["reference_point"],
-            **{label: _spread([m["pareto_merging"] for m in rows]) for label, rows in metrics.items()},
-            "all baselines together": _spread([m["all_baselines_together"] for m in first]),
-            **{name: _spread([m["baselines"][name] for m in first]) for name in first[0]["baselines"]},
-        },
-        "spearman": {
-            label: {key.removeprefix("spearman_"): _spread([m[key] for m in rows]) for key in keys}
-            for label, rows in metrics.items()
-        },
-    }
+def _read(folder: Path, seed: int, tasks: int, inside: str = "") -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json")):
+        rows.append({**json.loads(path.read_text(encoding="utf-8")), "seed": seed})
+    order = {name: number for number, name in enumerate((*METHODS, *ABLATIONS))}
+    return sorted(rows, key=lambda row: order[row["method"]])
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    return {
-        "mean": round(statistics.fmean(known), 4) if known else None,
-        "sd": round(statistics.stdev(known), 4) if len(known) > 1 else None,
-        "values": [None if value is None else round(value, 4) for value in values],
-    }
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without what only matters while it is made."""
+    left = {key: value for key, value in row.items() if key not in ("format", "title", "facts", "tuning_seconds")}
+    if "points" in left:
+        left["points"] = [{k: v for k, v in point.items() if k != "entropy"} for point in left["points"]]
+    return left
+
+
+def _ablation_summary(found: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    summary = summarize([row for rows in found for row in rows])
+    kept = ("equal", "one_hot", "hypervolume", "spearman", "seconds")
+    return {name: {key: entry[key] for key in kept if key in entry} for name, entry in summary.items()}
+
+
+def _judges(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well the label-free score orders methods: its rank correlation, per seed, with what it stands for.
+
+    Over the merged models: the chosen setting's score against its held-out accuracy, equal and own-task where both count.
+    """
+    found = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        pairs = []
+        for row in rows:
+            if row["seed"] != seed or row["status"] != "done" or row["is_bound"] or row["preference_aware"]:
+                continue
+            score = next((c["score"] for c in row["candidates"] if c["choice"] == row["choice"]), None)
+            if score is not None:
+                accuracy = row["points"][0]["accuracy"]
+                pairs.append((score, math.fsum(accuracy) / len(accuracy)))
+        found.append(spearman([a for a, _ in pairs], [b for _, b in pairs]))
+    return {"spearman of agreement and accuracy": spread(found)}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The summary as the tables of the README."""
-    summary = report["summary"]
+    """The table of the README: every method with two, three and eight models."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
-    lines = [
-        f"Average held-out accuracy over the eight tasks, mean ± standard deviation over suite seeds {seeds}:",
-        "",
-        "| method | average (%) |",
-        "|---|---|",
-        *(f"| {name} | {_cell(value, 1)} |" for name, value in summary["averages"].items()),
-        "",
-        f"Two tasks, hypervolume above the reference point {summary['hypervolume']['reference_point']} (chance):",
-        "",
-        "| set | hypervolume |",
-        "|---|---|",
-        *(f"| {name} | {_cell(v, 0)} |" for name, v in summary["hypervolume"].items() if name != "reference_point"),
-        "",
-        "Two tasks, Spearman correlation of the preference with what it is for (held-out):",
-        "",
-        f"| of | {' | '.join(summary['spearman'])} |",
-        f"|---{'|---' * len(summary['spearman'])}|",
-        *(
-            f"| {key.replace('_', ' and ')} | {' | '.join(_cell(v[key], 2) for v in summary['spearman'].values())} |"
-            for key in next(iter(summary["spearman"].values()))
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    columns, figures_ = ["method"], [("equal", 1), ("one_hot", 1), ("hypervolume", 100)]
+    for tasks in TASKS:
+        columns += [f"{tasks} models: equal", "one-hot", "hypervolume"]
+    rows = []
+    for key, method in METHODS.items():
+        row = [method.title]
+        for tasks in TASKS:
+            entry = report["summary"][str(tasks)].get(key, {})
+            row += [cell(entry.get(name), factor) for name, factor in figures_]
+        rows.append(row)
+    return (
+        "Held-out accuracy in percent (equal: average at the equal preference; one-hot: each task at its own preference) "
+        "and hypervolume above chance in percent of the box, mean ± standard deviation over suite seeds "
+        f"{seeds}:\n\n{markdown_table(columns, rows)}"
+    )
 
 
-def _cell(value: Mapping[str, Any], digits_: int) -> str:
-    if value["mean"] is None:
-        return "undefined (constant)"
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits_}f}"
-    return f"{value['mean']:.{digits_}f}{spread}"
+def ablation_markdown(report: Mapping[str, Any]) -> str:
+    """Ablations of Pareto Merging, and what two unseen tasks get."""
+    parts = []
+    for tasks, entries in report["ablations"].items():
+        rows = [
+            [
+                name,
+                cell(entry["equal"]),
+                cell(entry["one_hot"]),
+                cell(entry["hypervolume"], 100),
+                cell(entry["spearman"], 1, 2),
+            ]
+            for name, entry in entries.items()
+        ]
+        columns = [f"{tasks} models", "equal (%)", "one-hot (%)", "hypervolume (%)", "Spearman"]
+        parts.append(markdown_table(columns, rows))
+    unseen = {k: e for k, e in report["summary"]["3"].items() if "unseen" in e}
+    names = list(next(iter(unseen.values()))["unseen"]) if unseen else []
+    rows = [[e["title"], *(cell(e["unseen"][name]) for name in names)] for e in unseen.values()]
+    if rows:
+        parts.append(markdown_table(["three models, unseen task", *(f"{name} (%)" for name in names)], rows))
+    return "\n".join(parts)

@@ -36,8 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "CUDA GPU; all: every suite for a GPU (default: digits)",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[3, 4, 5], help="digits: suite seeds; 0 to 2 were seen in its design"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[3, 4, 5, 6, 7],
+        help="digits: suite seeds; 0 to 2 were seen in its design",
     )
+    parser.add_argument("--work", type=Path, help="digits: where partial results are kept, to go on from")
+    parser.add_argument("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
     parser.add_argument("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
     chosen = parser.parse_args(arguments)
@@ -46,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report["quick"] = chosen.quick
     if chosen.suite in CPU_SUITES:
         name = chosen.suite
-        report |= {"suite": chosen.suite, **suite_module(chosen.suite).run(chosen.seeds, chosen.quick)}
+        report |= {
+            "suite": chosen.suite,
+            **suite_module(chosen.suite).run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs),
+        }
         tables = suite_module(chosen.suite).markdown(report)
     else:
         if chosen.quick and not torch.cuda.is_available():

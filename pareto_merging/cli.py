@@ -16,7 +16,6 @@ from rich.markup import escape
 
 # torch and open_clip take seconds to import: only commands that compute load them
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from pareto_merging.evaluation import Scores
@@ -26,13 +25,18 @@ app = typer.Typer(
     help=(
         "Merge K fine-tuned models into one Pareto set: learned once, without labels, it gives the best merged model "
         "for any preference.\n\nStart with `pareto-merging demo`; then write a CONFIG.yaml, look at `plan`, and run "
-        "`train`, `evaluate`, `export`."
+        "`train`, `evaluate`, `export`; `compare` says which of the merging methods suits your models."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
+PREFERENCES_HELP = (
+    "`0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, `one-hot` (each task alone), `priority` (0.5 on each "
+    "task in turn), `grid:11` (two tasks: 11 in equal steps), `lattice:7` (all multiples of 1/7), `energy:30` (30 spread "
+    "out evenly), `dirichlet:30` (30 at random)"
+)
 OutFolder = Annotated[Path, typer.Option("--out", help="The run folder to make; it must not exist yet.")]
 ConfigFile = Annotated[
     Path,
@@ -111,10 +115,7 @@ def evaluate(
     preferences: Annotated[
         str,
         typer.Option(
-            help=(
-                "Preferences apart by semicolons: `0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, "
-                "`one-hot` (each task alone), `grid:11` (two tasks: 11 in equal steps)."
-            )
+            help=f"Preferences apart by semicolons: {PREFERENCES_HELP}.",
         ),
     ] = "equal;one-hot",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
@@ -123,10 +124,15 @@ def evaluate(
     """Accuracy and entropy of a learned Pareto set on the held-out images, per task and preference."""
     from pareto_merging.checkpoints.files import write_json
     from pareto_merging.evaluation import evaluate_preferences
+    from pareto_merging.metrics import indicators
+    from pareto_merging.preferences import parse_preferences
+    from pareto_merging.reports import write_evaluation
     from pareto_merging.runs import open_run
+    from pareto_merging.workspace import user_errors
 
     workspace, model = open_run(run)
-    gammas = parse_preferences(preferences, workspace.task_names)
+    with user_errors():
+        gammas = parse_preferences(preferences, workspace.task_names)
     tasks = workspace.evaluation_tasks()
     left_out = [name for name in workspace.task_names if name not in tasks]
     if left_out:
@@ -142,11 +148,106 @@ def evaluate(
             for gamma, score in zip(gammas, scores, strict=True)
         ],
     }
+    points = [list(score.accuracy.values()) for score in scores]
+    wanted = [gamma.tolist() for gamma in gammas] if not left_out else None
+    report["indicators"] = indicators(points, workspace.chance(list(tasks)), wanted)
     if as_json:
         print(json.dumps(report))
     else:
         _print_scores(list(tasks), gammas, scores)
     write_json(run / "evaluation.json", report)
+    rows = [(g.tolist(), score.accuracy, score.entropy) for g, score in zip(gammas, scores, strict=True)]
+    pictures = write_evaluation(run, workspace.task_names, list(tasks), rows)
+    if not as_json:
+        print(
+            f"{run}: evaluation.json, evaluation.csv, evaluation.md {' '.join(path.name for path in pictures)}".strip()
+        )
+
+
+def _methods_help() -> str:
+    """Every method of `compare`, for --help."""
+    from pareto_merging.baselines.registry import METHODS
+
+    needs = {"weights": "", "images": " (needs unlabelled images)", "labels": " (needs labelled training images)"}
+    lines = [f"{name}: {method.title}{needs[method.needs]}" for name, method in METHODS.items()]
+    return escape("Methods:") + "\n\n" + "\n\n".join(map(escape, lines))
+
+
+@app.command(epilog=_methods_help())
+def compare(
+    config: ConfigFile,
+    out: OutFolder,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods apart by commas, `all`, or `all` and some to leave out: `all,-fisher`. Default: all, without "
+            "adamerging-preference (a run for each preference) beyond two tasks."
+        ),
+    ] = None,
+    effort: Annotated[
+        int,
+        typer.Option(min=1, max=4, help="Settings that each method may try, chosen without labels; 1: the published."),
+    ] = 4,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds, from the configuration's on.")] = 1,
+    preferences: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The grid of preferences beside equal, priority and one-hot: {PREFERENCES_HELP}. Default: grid:11 for "
+            "two tasks, lattice:7 for three, dirichlet:30 for more."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which merging method for these models? Every method on CONFIG.yaml's, in one table and one picture.
+
+    Each method is tuned without labels and measured on the held-out images: at the equal preference, for each task in
+    turn, and on a grid of preferences. Methods that need images a task does not have are left out, and it is said why.
+    Ctrl-C keeps what is done; the same command with --resume goes on. Writes compare.md, compare.json, methods.csv,
+    points.csv and pictures.
+    """
+    from pareto_merging.config import read_config
+    from pareto_merging.errors import Interrupted
+    from pareto_merging.reports import EXPLANATION, head, summary_rows
+    from pareto_merging.runs import compare_run
+    from pareto_merging.tables import print_table
+
+    settings = read_config(config)
+    try:
+        report = compare_run(
+            settings,
+            out,
+            methods=methods,
+            effort=effort,
+            seeds=seeds,
+            grid=preferences,
+            resume=resume,
+            progress=not quiet,
+        )
+    except (Interrupted, KeyboardInterrupt) as stop:
+        arguments = ["pareto-merging", "compare", str(config), "--out", str(out), "--resume"]
+        for name, value, default in (
+            ("--methods", methods, None),
+            ("--effort", effort, 4),
+            ("--seeds", seeds, 1),
+            ("--preferences", preferences, None),
+        ):
+            arguments += [] if value == default else [name, str(value)]
+        what = str(stop) or "stopped"
+        print(f"pareto-merging: {what}; go on with: {shlex.join(arguments)}", file=sys.stderr)
+        _explained.append(stop)
+        raise typer.Exit(130) from stop
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_table(f"{config}: held-out images", head(), summary_rows(report["methods"]), left=(0, 1))
+        print("\n".join([EXPLANATION, "", *report["answer"], str(out / "compare.md")]))
+    failed = [entry for entry in report["methods"].values() if entry.get("failed")]
+    for entry in failed:
+        print(f"pareto-merging: {entry['title']} failed: {'; '.join(entry['reasons'])}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -228,29 +329,6 @@ def plan(
     title = f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}"
     counted = [[row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note] for row in rows]
     print_table(title, ["kind", "numbers", "MiB", "note"], counted, left=(0, 3))
-
-
-def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
-    """The preferences of ``--preferences``, [K] each; UserError as :func:`check_preference`."""
-    from pareto_merging.errors import UserError
-    from pareto_merging.preferences import one_hot_preferences, parse_preference, two_task_grid
-    from pareto_merging.workspace import user_errors
-
-    found: list[torch.Tensor] = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        if part == "one-hot":
-            found += list(one_hot_preferences(len(task_names)))
-        elif part.startswith("grid:"):
-            points = part.removeprefix("grid:")
-            if len(task_names) != 2 or not points.isdecimal() or not 2 <= int(points) <= 10_000:
-                raise UserError(f"preference: expected grid:POINTS for two tasks, got {part!r} for {len(task_names)}")
-            found += list(two_task_grid(int(points)))
-        else:
-            with user_errors():
-                found.append(parse_preference(part, task_names))
-    if not found:
-        raise UserError("preference: expected at least one, got none")
-    return found
 
 
 def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequence[Scores]) -> None:

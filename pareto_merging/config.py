@@ -42,9 +42,10 @@ class MethodSettings(_Strict):
     tensor_norm: float = Field(
         0.1, ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
     )
-    preference: Literal["dirichlet", "equal"] = Field(
-        "dirichlet", description="γ of each step: sampled, or always equal (one trade-off, as AdaMerging)"
+    preference: Literal["dirichlet", "equal", "fixed"] = Field(
+        "dirichlet", description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`"
     )
+    gamma: tuple[float, ...] | None = Field(None, description="the one γ learned for with `preference: fixed`")
     concentration: float = Field(
         0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
     )
@@ -55,12 +56,22 @@ class MethodSettings(_Strict):
     normalize_distance: bool = Field(
         True, description="weight-distance in units of ‖τ_k‖², so that tasks count alike; our reading"
     )
+    preprocess: Literal["none", "ties", "dare"] = Field(
+        "none", description="of the task vectors: TIES's trimming and sign election (Pareto Merging++), or DARE's drops"
+    )
+    density: float = Field(0.2, gt=0, le=1, description="the share of its entries a task vector keeps under that")
+    core: Literal["tensor", "outer-product", "outer-vector"] = Field(
+        "tensor", description="how γ enters the low-rank term; the outer products are the paper's variations, rank K"
+    )
     rank: int = Field(16, ge=1, le=4096, description="r of A·(G ×₃ γ)·Bᵀ")
     low_rank: Literal["attention", "in-projection", "all", "none"] = Field(
         "attention", description="which matrices have the low-rank term"
     )
     init_lambda: float = Field(0.3, description="where every λ starts")
     learn_lambda: bool = Field(True, description="false: λ stays where it starts")
+    clamp_lambda: bool = Field(
+        False, description="use λ clamped to [0, 1], as the published AdaMerging code does; outside it has no gradient"
+    )
     granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="what shares one λ vector")
     buffers: Literal["pretrained", "average"] = Field(
         "pretrained", description="batch norm's statistics: the pretrained model's, or the fine-tuned ones' average"
@@ -96,6 +107,12 @@ class MethodSettings(_Strict):
             raise ValueError("expected two numbers in [0, 1)")
         return betas
 
+    @model_validator(mode="after")
+    def _check_gamma(self) -> MethodSettings:
+        if (self.gamma is not None) != (self.preference == "fixed"):
+            raise ValueError("gamma: expected one with preference: fixed, and none without")
+        return self
+
     def steps_for(self, tasks: int) -> int:
         """``steps``, or the preset's: 2000 for two tasks, 4000 for eight (the paper's), straight between (ours)."""
         if self.steps is not None:
@@ -124,6 +141,18 @@ class TaskConfig(_Strict):
     evaluation: str | None = Field(
         None, description="labelled images: a folder with one sub-folder per class, or safetensors with `labels` too"
     )
+    training: str | None = Field(
+        None,
+        description="labelled images for `compare`'s multi-task training, the upper bound; nothing else reads them",
+    )
+
+
+class UnseenConfig(_Strict):
+    """A task that no fine-tuned model is there for."""
+
+    head: Path = Field(description="its zero-shot head, as of a task")
+    merging: str = Field(description="unlabelled images, by which the front's model of least entropy is chosen")
+    evaluation: str = Field(description="labelled images")
 
 
 class RunConfig(_Strict):
@@ -135,6 +164,9 @@ class RunConfig(_Strict):
     encoder: EncoderConfig | None = None
     tasks: list[str] | dict[str, TaskConfig] | None = Field(
         None, description="by name; of a suite, a list of its tasks"
+    )
+    unseen: list[str] | dict[str, UnseenConfig] | None = Field(
+        None, description="tasks without a checkpoint, for `compare`; of a suite, a list of its other tasks"
     )
     method: MethodSettings = Field(default_factory=lambda: MethodSettings.model_validate({}))
     device: str = Field("auto", description="auto: a CUDA GPU where there is one, otherwise the CPU")
@@ -158,11 +190,17 @@ class RunConfig(_Strict):
                 raise ValueError("expected suite: digits, or encoder and tasks; got neither")
             if not isinstance(self.tasks, dict):
                 raise ValueError("tasks: expected a mapping from task name to checkpoint, head and images")
+        if self.unseen is not None and isinstance(self.unseen, dict) != (self.suite is None):
+            raise ValueError("unseen: expected a list of the suite's tasks, or a mapping where there is no suite")
+        both = sorted(set(self.unseen or ()) & set(self.tasks or ()))
+        if both:
+            raise ValueError(f"unseen: expected tasks that are not merged, got {', '.join(both)}")
         if self.tasks is not None and len(self.tasks) < 1:
             raise ValueError("tasks: expected at least one")
-        for name in self.tasks or ():
+        for name in (*(self.tasks or ()), *(self.unseen or ())):
             bad = [c for c in ",;=[]\n" if c in name]
-            if not name.strip() or bad or name in ("equal", "one-hot") or name.startswith("grid:"):
+            words = ("equal", "one-hot", "priority", "grid", "lattice", "energy", "dirichlet")
+            if not name.strip() or bad or name.split(":")[0] in words:
                 raise ValueError(f"tasks: expected names that preferences can be given by, got {name!r}")
         if isinstance(self.tasks, list) and len(set(self.tasks)) != len(self.tasks):
             raise ValueError("tasks: expected each task once")
@@ -235,11 +273,25 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
                 "head": None if task.head is None else base / task.head,
                 "merging": None if task.merging is None else str(base / task.merging),
                 "evaluation": None if task.evaluation is None else str(base / task.evaluation),
+                "training": None if task.training is None else str(base / task.training),
             }
         )
         for name, task in config.tasks.items()
     }
-    return config.model_copy(update={"encoder": config.encoder.model_copy(update=encoder), "tasks": tasks})
+    unseen = config.unseen
+    if isinstance(unseen, dict):
+        unseen = {
+            name: task.model_copy(
+                update={
+                    "head": base / task.head,
+                    "merging": str(base / task.merging),
+                    "evaluation": str(base / task.evaluation),
+                }
+            )
+            for name, task in unseen.items()
+        }
+    files = {"encoder": config.encoder.model_copy(update=encoder), "tasks": tasks, "unseen": unseen}
+    return config.model_copy(update=files)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from pareto_merging import figures
 from pareto_merging.checkpoints.files import write_json, write_text
-from pareto_merging.checkpoints.pareto_set import package_version, save_pareto_set
+from pareto_merging.checkpoints.pareto_set import save_pareto_set
+from pareto_merging.comparison import Comparison
 from pareto_merging.config import RunConfig
+from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import evaluate_preferences
-from pareto_merging.preferences import equal_preference, one_hot_preferences
+from pareto_merging.metrics import hypervolume, non_dominated, spearman
+from pareto_merging.preferences import two_task_grid
 from pareto_merging.runs import SET_NAME, check_new, train_run
-from pareto_merging.study import Study, front_metrics
 from pareto_merging.tables import print_table
 from pareto_merging.threads import one_thread
 from pareto_merging.workspace import Workspace
@@ -40,7 +39,23 @@ METHOD: dict[str, Any] = {
 PAIR_METHOD: dict[str, Any] = {**METHOD, "steps": 300}
 TWO_TASKS = ("upright", "mirrored")
 QUICK_STEPS = 5
+BASELINES = {
+    "individual": "Individual",
+    "pretrained": "Pretrained",
+    "weight-averaging": "Weight averaging",
+    "task-arithmetic": "Task arithmetic",
+    "adamerging": "AdaMerging",
+}
 MERGED_MODELS = ("Weight averaging", "Task arithmetic", "AdaMerging")
+# what each baseline may try, chosen without labels; Pareto Merging has its published setting
+CHOICES: dict[str, list[dict[str, Any]]] = {
+    "task-arithmetic": [{"coefficient": c} for c in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)],
+    "adamerging": [{"learning_rate": rate, "clamp_lambda": False} for rate in (3e-3, 1e-2)],
+    "pareto": [{}],
+}
+EFFORT = max(map(len, CHOICES.values()))
+# a model that is right by chance on ten classes
+CHANCE = 10.0
 
 
 def demo_config(tasks: Sequence[str] | None = None, *, quick: bool = False, seed: int = 0) -> RunConfig:
@@ -106,22 +121,33 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     console = Console(stderr=True, quiet=not progress)
     console.print("Eight tasks: the baselines, each tuned on the unlabelled split …")
     eight = Workspace(demo_config(quick=quick, seed=seed), suite_folder)
-    study = Study(eight, progress=progress)
-    entries = study.baselines()
+    comparison = Comparison(eight, effort=EFFORT, grid="equal", choices=CHOICES, progress=progress, keep=True)
+    entries = {title: _entry(comparison.run(key)) for key, title in BASELINES.items()}
     console.print("Eight tasks: Pareto Merging …")
-    model, seconds, peak = study.learn()
-    entries |= study.pareto_entries(model, seconds, peak)
-    gammas = torch.cat([equal_preference(len(eight.task_names))[None], one_hot_preferences(len(eight.task_names))])
-    scores = evaluate_preferences(model, study.evaluation, list(gammas), progress=progress)
+    learned = comparison.run("pareto")
+    entries["Pareto Merging (equal preference)"] = _entry(learned, "equal")
+    entries["Pareto Merging (one-hot preference)"] = _entry(learned, "one-hot")
+    model = comparison.kept["pareto"].pareto
+    assert model is not None
 
     console.print(f"Two tasks ({' and '.join(TWO_TASKS)}): Pareto Merging and its front …")
     config = demo_config(TWO_TASKS, quick=quick, seed=seed)
     pair, result = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
-    pair_study = Study(Workspace(config, suite_folder), progress=progress)
-    pair_entries = pair_study.baselines()
-    front = pair_study.front(pair)
-    points = {name: list(pair_entries[name].scores.accuracy.values()) for name in MERGED_MODELS}
-    individuals = {name: list(scores.accuracy.values()) for name, scores in pair_study.individual_models().items()}
+    pairs = Comparison(Workspace(config, suite_folder), effort=EFFORT, choices=CHOICES, progress=progress)
+    pair_results = {title: pairs.run(key) for key, title in BASELINES.items()}
+    gammas = list(two_task_grid(11))
+    front = [
+        {
+            "gamma": [round(value, 6) for value in gamma.tolist()],
+            "accuracy": list(score.accuracy.values()),
+            "entropy": list(score.entropy.values()),
+        }
+        for gamma, score in zip(
+            gammas, evaluate_preferences(pair, pairs.evaluation, gammas, progress=progress), strict=True
+        )
+    ]
+    points = {name: pair_results[name]["points"][0]["accuracy"] for name in MERGED_MODELS}
+    individuals = {name: _point(pair_results["Individual"], f"one-hot:{name}")["accuracy"] for name in pairs.evaluation}
     metrics = front_metrics(front, points)
     figures.two_task_front(
         folder / "front.png",
@@ -137,16 +163,13 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
         "format": FORMAT,
         "quick": quick,
         "tasks": eight.task_names,
-        "methods": {name: entry.to_json() for name, entry in entries.items()},
-        "preferences": [
-            {"gamma": [round(value, 6) for value in gamma.tolist()], **score.to_json()}
-            for gamma, score in zip(gammas, scores, strict=True)
-        ],
+        "methods": entries,
+        "preferences": [_preference(point, eight.task_names) for point in learned["points"]],
         "two_tasks": {
             "tasks": list(TWO_TASKS),
             "seconds": round(result.seconds, 2),
             "settings": config.method.model_dump(mode="json"),
-            "methods": {name: entry.to_json() for name, entry in pair_entries.items()},
+            "methods": {name: _entry(pair_result) for name, pair_result in pair_results.items()},
             "individual_models": individuals,
         },
         "front": front,
@@ -156,28 +179,61 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     }
 
 
-def environment() -> dict[str, Any]:
-    """Where figures were measured."""
+def _point(result: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The model of a result at the preference of that kind."""
+    return next(point for point in result["points"] if kind in point["kinds"])
+
+
+def _entry(result: Mapping[str, Any], kind: str = "equal") -> dict[str, Any]:
+    """A method in the report: accuracy per task at the equal preference, or each task's at its own one-hot preference."""
+    tasks, points = result["tasks"], result["points"]
+    single = len(points) == 1
+    of = {
+        name: points[0]
+        if single
+        else _point(result, kind if kind == "equal" and not result["is_bound"] else f"one-hot:{name}")
+        for name in tasks
+    }
+    accuracy = {name: of[name]["accuracy"][i] for i, name in enumerate(tasks)}
     return {
-        "package": package_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "per_task": {name: round(value, 2) for name, value in accuracy.items()},
+        "average": round(sum(accuracy.values()) / len(accuracy), 2),
+        "seconds": result["tuning_seconds"] if result["method"] == "task-arithmetic" else result["seconds"],
+        "peak_bytes": result["peak_bytes"],
+        "entropy": {name: round(of[name]["entropy"][i], 4) for i, name in enumerate(tasks)},
+        **({"chosen": result["choice"]} if result["choice"] else {}),
     }
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _preference(point: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    return {
+        "gamma": point["gamma"],
+        "accuracy": dict(zip(tasks, point["accuracy"], strict=True)),
+        "entropy": dict(zip(tasks, point["entropy"], strict=True)),
+        "average": round(sum(point["accuracy"]) / len(tasks), 4),
+    }
+
+
+def front_metrics(front: Sequence[Mapping[str, Any]], others: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Hypervolumes of a two-task front and of other models' points above one reference point, and rank correlations.
+
+    The reference point is chance (10 % on both tasks): fixed beforehand, below everything, the same for all.
+    """
+    reference = [CHANCE, CHANCE]
+    points = [row["accuracy"] for row in front]
+    first = [row["gamma"][0] for row in front]
+    singles = [list(point) for point in others.values()]
+    return {
+        "reference_point": reference,
+        "pareto_merging": hypervolume(points, reference),
+        "baselines": {name: hypervolume([list(point)], reference) for name, point in others.items()},
+        "all_baselines_together": hypervolume(singles, reference) if singles else 0.0,
+        "non_dominated_points": int(non_dominated(points).sum()),
+        "spearman_gamma1_entropy1": spearman(first, [row["entropy"][0] for row in front]),
+        "spearman_gamma1_accuracy1": spearman(first, [row["accuracy"][0] for row in front]),
+        "spearman_gamma2_entropy2": spearman([-g for g in first], [row["entropy"][1] for row in front]),
+        "spearman_gamma2_accuracy2": spearman([-g for g in first], [row["accuracy"][1] for row in front]),
+    }
 
 
 def _print(report: Mapping[str, Any], out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +49,15 @@ class Scores:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class UnseenChoice:
+    """The model chosen for an unseen task: its index and preference [K], and the mean entropy (nats) of every model."""
+
+    index: int
+    gamma: Tensor
+    entropies: list[float]
+
+
 @torch.no_grad()
 def evaluate_model(
     encoder: nn.Module, tasks: Mapping[str, EvaluationTask], batch_size: int = 256, workers: int = 0
@@ -58,17 +67,12 @@ def evaluate_model(
     Raises:
         UserError: images without a label, or a label beyond the head's classes.
     """
-    tensor = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
     accuracy, entropy, mean_entropy = {}, {}, {}
     for name, task in tasks.items():
         correct, total, nats, predictions = 0, 0, 0.0, torch.zeros(())
         for images, labels in labelled_batches(task.images, batch_size, workers):
-            images = images.to(tensor.device, tensor.dtype if images.is_floating_point() else None)
-            with eval_mode(encoder, task.head):
-                logits = task.head(encoder(images))
+            logits = _logits(encoder, images, task.head, f"task {name}")
             labels = labels.to(logits.device)
-            if not bool(torch.isfinite(logits).all()):
-                raise UserError(f"task {name}: expected finite logits, got NaN or inf (are the images finite?)")
             foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
             if len(foreign):
                 raise UserError(
@@ -104,3 +108,123 @@ def evaluate_preferences(
             scores.append(evaluate_model(merge(model, gamma), tasks, batch_size, workers))
             advance(number, f"average {scores[-1].average:.1f} %")
     return scores
+
+
+def choose_for_unseen(
+    models: Callable[[Tensor], nn.Module],
+    preferences: Sequence[Tensor],
+    images: Dataset[Any],
+    head: nn.Module,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = True,
+) -> UnseenChoice:
+    """The model of a front for a task that none of them was merged for: the one of least mean entropy on its images.
+
+    Section 4.3 of arXiv 2408.12105. Labels are never looked at. Of equal entropies the first wins.
+
+    Args:
+        models: ``models(gamma)`` is the plain merged encoder at gamma, such as ``lambda gamma: merge(model, gamma)``;
+            called once per preference, and one encoder is held at a time.
+        preferences: the candidates, [K] each.
+        images: the target's images, or pairs whose first is the image. head: the target's head.
+
+    Raises:
+        ValueError: no preferences or no images.
+        UserError: logits that are not finite.
+    """
+    if not len(preferences):
+        raise ValueError("preferences: expected at least one, got none")
+    unlabelled = _Unlabelled(images)
+    entropies = []
+    with progress_bar("choosing", len(preferences), enabled=progress) as advance:
+        for number, gamma in enumerate(preferences, start=1):
+            entropies.append(mean_entropy(models(gamma), unlabelled, head, batch_size, workers))
+            advance(number, f"entropy {entropies[-1]:.3f}")
+    index = min(range(len(entropies)), key=entropies.__getitem__)
+    return UnseenChoice(index, preferences[index].detach().clone(), entropies)
+
+
+@torch.no_grad()
+def mean_entropy(
+    encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int = 256, workers: int = 0
+) -> float:
+    """The mean entropy (nats) of encoder and head's predictions on ``images``, in eval mode; labels are not looked at.
+
+    Raises ValueError for no images, UserError for logits that are not finite.
+    """
+    nats, total = 0.0, 0
+    for logits in _unlabelled_logits(encoder, images, head, batch_size, workers):
+        nats += float(pmkernels.softmax_entropy(logits).double().sum())
+        total += len(logits)
+    return nats / total
+
+
+@torch.no_grad()
+def predict(
+    encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int = 256, workers: int = 0
+) -> Tensor:
+    """The class that encoder and head give each image, in eval mode: int64 [n] on the CPU; labels are not looked at.
+
+    Raises ValueError for no images, UserError for logits that are not finite.
+    """
+    batches = _unlabelled_logits(encoder, images, head, batch_size, workers)
+    return torch.cat([logits.argmax(dim=-1).cpu() for logits in batches])
+
+
+def agreement(
+    encoder: nn.Module,
+    images: Dataset[Any],
+    head: nn.Module,
+    predictions: Tensor,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> float:
+    """The percentage of images that encoder and head put into the classes ``predictions``, whole numbers [n].
+
+    Raises ValueError for other predictions and as :func:`predict`.
+    """
+    unlabelled = _Unlabelled(images)
+    numbers = not (predictions.is_floating_point() or predictions.is_complex() or predictions.dtype == torch.bool)
+    if predictions.shape != (len(unlabelled),) or not numbers:
+        raise ValueError(
+            f"predictions: expected whole numbers [{len(unlabelled)}], got {list(predictions.shape)} "
+            f"{predictions.dtype}"
+        )
+    same = predict(encoder, unlabelled, head, batch_size, workers) == predictions.cpu()
+    return 100.0 * int(same.sum()) / len(same)
+
+
+class _Unlabelled(Dataset[Tensor]):
+    """The images alone, whether items are images or (image, label) pairs; ValueError for none."""
+
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images = images
+        if not len(self):
+            raise ValueError("images: expected at least one, got none")
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        item = self.images[index]
+        return item[0] if isinstance(item, tuple | list) else item
+
+
+def _unlabelled_logits(
+    encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    for batch, _ in labelled_batches(_Unlabelled(images), batch_size, workers):
+        yield _logits(encoder, batch, head, "images")
+
+
+def _logits(encoder: nn.Module, images: Tensor, head: nn.Module, what: str) -> Tensor:
+    """Logits of one batch in eval mode, on the encoder's device and in its type; UserError if they are not finite."""
+    tensor = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
+    images = images.to(tensor.device, tensor.dtype if images.is_floating_point() else None)
+    with eval_mode(encoder, head):
+        logits: Tensor = head(encoder(images))
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"{what}: expected finite logits, got NaN or inf (are the images finite?)")
+    return logits

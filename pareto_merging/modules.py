@@ -40,6 +40,27 @@ _ATTENTION_NAMES = {
 }
 
 
+def preference_core(core: str, gamma: Tensor) -> Tensor:
+    """G [r, r, K] of the two structures without a learned core, r = K: G ×₃ γ is γγᵀ, or γ·e₁ᵀ (γ in the first column).
+
+    With A [N, K] and B [D, K] the low-rank term A·(G ×₃ γ)·Bᵀ is then (Aγ) ∘ (Bγ) for ``"outer-product"`` and
+    (Aγ) ∘ b for ``"outer-vector"``, b the first column of B; ∘ is the outer product of two vectors.
+
+    Raises:
+        ValueError: another core, or a preference per item.
+    """
+    if gamma.ndim != 1:
+        raise ValueError(f"preference: expected one for the whole batch with core={core!r}, got {len(gamma)}")
+    if core == "outer-product":
+        square = gamma[:, None] * gamma[None, :]
+    elif core == "outer-vector":
+        square = torch.nn.functional.pad(gamma[:, None], (0, len(gamma) - 1))
+    else:
+        raise ValueError(f"core: expected outer-product or outer-vector where there is no G, got {core!r}")
+    # the entries of γ sum to 1, so the same slice for every task gives that slice back; divided by their sum, exactly
+    return (square / gamma.sum())[:, :, None].expand(-1, -1, len(gamma))
+
+
 def part_name(name: str, part: str) -> str:
     """The attribute that holds ``part`` of parameter ``name``: ``("bias", "lam")`` -> ``"bias_lam"``."""
     return part if name == "weight" else f"{name}_{part}"
@@ -61,8 +82,21 @@ class ParetoModule(ModuleBase):
     pareto: ParetoState = ParetoState((), torch.empty(0))
 
     def pareto_parts(self, name: str) -> dict[str, Tensor | None]:
-        """Task vectors, λ, A, G and B of parameter ``name``; None for what it does not have."""
+        """Task vectors, λ, A, G and B of parameter ``name`` as they are stored; None for what it does not have."""
         return {part: self._parameters.get(part_name(name, part)) for part in PARTS}
+
+    def pareto_parts_at(self, name: str, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
+        """The same as they are used at ``gamma`` [K], by default the current preference.
+
+        λ within the range it is clamped to, and the G of a structure that learns none (:func:`preference_core`).
+        """
+        parts, state = self.pareto_parts(name), self.pareto
+        lam, A = parts["lam"], parts["A"]
+        if lam is not None and state.lambda_range is not None:
+            parts["lam"] = lam.clamp(*state.lambda_range)
+        if A is not None and parts["G"] is None:
+            parts["G"] = preference_core(state.core, (state.gamma if gamma is None else gamma).to(A))
+        return parts
 
     def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The learned parameters of this module itself, by attribute name."""
@@ -94,7 +128,7 @@ class ParetoModule(ModuleBase):
         """Parameter ``name`` merged at ``gamma`` [K], by default the current preference."""
         weight = self._parameters[name]
         assert weight is not None
-        parts = self.pareto_parts(name)
+        parts = self.pareto_parts_at(name, gamma)
         if parts["A"] is None:
             return weight if parts["lam"] is None else self._pareto_merge(weight, None, parts)
         gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
@@ -120,7 +154,7 @@ class ParetoModule(ModuleBase):
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
         weight: Tensor | None = self._parameters[name]
         assert weight is not None
-        parts = self.pareto_parts(name)
+        parts = self.pareto_parts_at(name)
         plain = parts["lam"] is None and parts["A"] is None
         state, autocast = self.pareto, torch.is_autocast_enabled(x.device.type)
         if plain or (state.cache is not None and state.gamma.ndim == 1 and not autocast):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import pmkernels
-from pareto_merging.modules import pareto_modules
+from pareto_merging.modules import ParetoModule, pareto_modules
 from pareto_merging.preferences import pareto_state
 
 Scalarization: TypeAlias = Literal["smooth-tchebycheff", "tchebycheff", "linear"]
@@ -84,7 +84,7 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     """
     squares = [
         low_rank_square(A, pmkernels.reference.preference_core(G, gamma.to(G.device)), B)
-        for A, G, B in _low_rank_parts(model)
+        for A, G, B in _low_rank_parts(model, gamma)
     ]
     if not squares:
         return torch.zeros((), device=gamma.device)
@@ -92,14 +92,14 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     return norm
 
 
-def _low_rank_parts(model: nn.Module) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+def _low_rank_parts(model: nn.Module, gamma: Tensor) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     seen = set()
     for _, module in pareto_modules(model):
         for name in module.pareto_names:
-            parts = module.pareto_parts(name)
+            parts = module.pareto_parts_at(name, gamma)
             A, G, B = parts["A"], parts["G"], parts["B"]
-            if A is not None and G is not None and B is not None and id(G) not in seen:
-                seen.add(id(G))
+            if A is not None and G is not None and B is not None and id(A) not in seen:
+                seen.add(id(A))
                 yield A, G, B
 
 
@@ -143,7 +143,7 @@ class WeightDistance:
     """
 
     def __init__(self, model: nn.Module, normalize: bool = False) -> None:
-        self._layers: list[dict[str, Tensor | None]] = []
+        self._layers: list[tuple[ParetoModule, str]] = []
         self._grams: list[Tensor | None] = []
         self.tasks = len(pareto_state(model).task_names)
         seen = set()
@@ -153,9 +153,9 @@ class WeightDistance:
                 if id(weight) in seen:
                     continue
                 seen.add(id(weight))
-                parts = module.pareto_parts(name)
-                self._layers.append(parts)
-                self._grams.append(None if parts["task_vectors"] is None else gram(parts["task_vectors"]))
+                task_vectors = module.pareto_parts(name)["task_vectors"]
+                self._layers.append((module, name))
+                self._grams.append(None if task_vectors is None else gram(task_vectors))
         grams = [g for g in self._grams if g is not None]
         if not grams:
             raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
@@ -165,7 +165,8 @@ class WeightDistance:
     def __call__(self, gamma: Tensor) -> Tensor:
         """S_1 … S_K at gamma [K], differentiable in λ, A, G and B: [K]."""
         total = torch.zeros(self.tasks, dtype=self.scale.dtype, device=self.scale.device)
-        for parts, matrix in zip(self._layers, self._grams, strict=True):
+        for (module, name), matrix in zip(self._layers, self._grams, strict=True):
+            parts = module.pareto_parts_at(name, gamma)
             total = total + self._layer(parts, matrix, gamma.to(self.scale.device)).to(total)
         return total / self.scale
 

@@ -21,14 +21,18 @@ from pareto_merging.preferences import (
     pareto_state,
     pareto_states,
 )
+from pareto_merging.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
 Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
+Core: TypeAlias = Literal["tensor", "outer-product", "outer-vector"]
 
 # Kaiming uniform (He et al. 2015, gain √2) over the dimension that A and B share with the weight; the paper names the
 # distribution but not the fan. A file made with another rule says so.
 INITIAL_SCALE = "kaiming-uniform: A ~ U(±sqrt(6/out)), B ~ U(±sqrt(6/in)), G = 0"
+
+OUTER_INITIAL_SCALE = "kaiming-uniform: A = 0, B ~ U(±sqrt(6/in))"
 
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 _OUT_PROJECTION = re.compile(r"(^|\.)(out_proj|o_proj|proj|to_out(\.\d+)?|c_proj|dense|wo)$")
@@ -45,6 +49,9 @@ def parametrize(
     buffers: Literal["pretrained", "average"] = "pretrained",
     seed: int = 0,
     digests: bool = True,
+    preprocess: PreprocessName | Preprocess = "none",
+    density: float = 0.2,
+    core: Core = "tensor",
 ) -> nn.Module:
     """Turn a pretrained module and K fine-tuned copies into a Pareto model: the same class, the same call signature.
 
@@ -67,6 +74,12 @@ def parametrize(
         buffers: floating-point buffers (batch norm's statistics) of the ``"pretrained"`` model, or the ``"average"`` of
             the fine-tuned ones.
         seed: of the starting values of A and B.
+        preprocess: what is done to the task vectors first: ``"ties"`` (trim and elect signs, as Pareto Merging++ and
+            AdaMerging++ do), ``"dare"`` (drop at random and rescale), or any function of a parameter's name and its
+            task vectors [K, *shape] in float32 that gives others of the same shape.
+        density: the share of its entries each task vector keeps under ``"ties"`` and ``"dare"``.
+        core: how the preference enters the low-rank term: ``"tensor"``, or one of the paper's outer products
+            (:func:`preference_core`; they learn A and B only, r = K).
         digests: record a SHA-256 of every set of weights, for the Pareto set file (about a second per 1.5 GB).
 
     Raises:
@@ -74,9 +87,17 @@ def parametrize(
             tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
     """
     _check_settings(pretrained, rank, low_rank, granularity, buffers, init_lambda, seed)
+    if core not in ("tensor", "outer-product", "outer-vector"):
+        raise ValueError(f"core: expected tensor, outer-product or outer-vector, got {core!r}")
+    check_density(density)
     model = copy.deepcopy(pretrained)
     copies, tensors = check_copies(model, finetuned)
     names = tuple(copies)
+    rank = rank if core == "tensor" else len(names)
+    apply = preprocess if callable(preprocess) else None
+    if not callable(preprocess):
+        parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
+        apply = make_preprocess(preprocess, density, seed, parameters, copies)
     state = ParetoState(
         names,
         equal_preference(len(names)),
@@ -87,8 +108,12 @@ def parametrize(
             "granularity": granularity,
             "buffers": buffers,
             "seed": seed,
-            "initial_scale": INITIAL_SCALE,
+            "initial_scale": INITIAL_SCALE if core == "tensor" else OUTER_INITIAL_SCALE,
+            "preprocess": preprocess if isinstance(preprocess, str) else "function",
+            "density": float(density),
+            "core": core,
         },
+        core=core,
     )
     hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
 
@@ -96,7 +121,7 @@ def parametrize(
     lambdas: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         plans = [
-            _plan(model, group, copies, rank, low_rank, generator, hashers)
+            _plan(model, group, copies, rank, low_rank, generator, hashers, apply, core)
             for group, tensor in tensors
             if isinstance(tensor, nn.Parameter)
         ]
@@ -283,13 +308,21 @@ def _plan(
     low_rank: LowRank,
     generator: torch.Generator,
     hashers: Mapping[str, TensorDigest],
+    preprocess: Preprocess | None,
+    core: Core,
 ) -> dict[str, Any]:
     """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
     weight = _lookup(model, names[0])
     plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
     if hashers:
         hashers["pretrained"].add(names[0], weight)
-    task_vectors = torch.empty((len(copies), *weight.shape), dtype=weight.dtype, device=weight.device)
+    dtype = weight.dtype
+    if preprocess is not None and weight.is_floating_point():
+        # what is compared with a threshold is not rounded to 16 bits before
+        for weights in copies.values():
+            dtype = torch.promote_types(dtype, next(weights[name].dtype for name in names if name in weights))
+        dtype = torch.promote_types(dtype, torch.float32)
+    task_vectors = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device)
     for k, (task, weights) in enumerate(copies.items()):
         present = [name for name in names if name in weights]
         value = weights[present[0]].detach()
@@ -308,6 +341,8 @@ def _plan(
                 )
         elif not torch.equal(value, weight):
             raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
+    if preprocess is not None and weight.is_floating_point():
+        task_vectors = _preprocessed(preprocess, names[0], task_vectors).to(weight.dtype)
     if weight.is_floating_point() and bool(task_vectors.any()):
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
@@ -316,12 +351,26 @@ def _plan(
             bound = math.sqrt(6.0 / size)
             start = torch.empty(size, rank, dtype=torch.float32, device="cpu")
             start.uniform_(-bound, bound, generator=generator)
+            if core != "tensor" and part == "A":
+                # without a G that starts at zero it is A that does, or the model would not start at its base
+                start.zero_()
             plan[part] = nn.Parameter(start.to(weight.device))
-        plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), dtype=torch.float32, device=weight.device))
+        if core == "tensor":
+            plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), dtype=torch.float32, device=weight.device))
         if weight.dtype == torch.float64:
             for part in ("A", "G", "B"):
-                plan[part] = nn.Parameter(plan[part].detach().double())
+                plan[part] = None if plan[part] is None else nn.Parameter(plan[part].detach().double())
     return plan
+
+
+def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor) -> Tensor:
+    result = preprocess(name, task_vectors)
+    if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
+    return result.to(task_vectors.device)
 
 
 def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
@@ -538,7 +587,10 @@ def _base(module: ParetoModule, name: str) -> Tensor:
 
     weight, parts = module._parameters[name], module.pareto_parts(name)
     assert weight is not None
-    return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=parts["lam"])
+    lam = parts["lam"]
+    if lam is not None and module.pareto.lambda_range is not None:
+        lam = lam.clamp(*module.pareto.lambda_range)
+    return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=lam)
 
 
 def _copy_with(model: nn.Module, value: Callable[[ParetoModule, str], Tensor], keep_low_rank: bool) -> nn.Module:

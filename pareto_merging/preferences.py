@@ -6,7 +6,8 @@ A preference γ is a point of the simplex, one weight per task: finite, non-nega
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 Preference: TypeAlias = Tensor | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, float]
 
 SUM_TOLERANCE = 1e-4
+
+MAX_PREFERENCES = 10_000
+# minutes of computation beyond that
+MAX_ENERGY_POINTS = 1_000
 
 
 @dataclass
@@ -33,6 +38,10 @@ class ParetoState:
     folded: bool = False
     # how pmkernels computes the layers; a setting of the running model too
     strategy: str = "auto"
+    # how γ becomes the r×r core of the low-rank term: see pareto_merging.modules.preference_core
+    core: str = "tensor"
+    # λ is used clamped to this range; set while AdaMerging's clamp is trained through
+    lambda_range: tuple[float, float] | None = None
     # merged tensors by the identity of their W0, while merged_once says that λ and γ stand still
     cache: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
@@ -128,6 +137,77 @@ def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:
         ) from error
 
 
+_SETS = {
+    "grid": "grid:POINTS for two tasks",
+    "lattice": "lattice:PARTITIONS",
+    "energy": "energy:POINTS",
+    "dirichlet": "dirichlet:POINTS or dirichlet:POINTS:CONCENTRATION",
+}
+
+
+def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
+    """Preferences from the command line, float32 [K] each, in the order given: one or more, separated by semicolons.
+
+    Each is what :func:`parse_preference` reads, or a set: ``one-hot`` (each task alone), ``priority`` (0.5 on each task
+    in turn), ``grid:11`` (two tasks, points from 0 to 1), ``lattice:4`` (every γ of multiples of 1/4), ``energy:50``
+    (50 well-spread points), ``dirichlet:20`` (20 uniform draws) and ``dirichlet:20:0.5`` (of concentration 0.5). The
+    same text always gives the same preferences.
+
+    Raises:
+        ValueError: as :func:`check_preference`; none; more than 10,000 in all, before any is generated.
+    """
+    sets = [_counted(part, task_names) for part in map(str.strip, text.split(";")) if part]
+    total = sum(count for count, _ in sets)
+    if not total:
+        raise ValueError("preference: expected at least one, got none")
+    if total > MAX_PREFERENCES:
+        # an integer of thousands of digits cannot even be printed
+        got = f"{total:,}" if total < 10**12 else "more than 10^12"
+        raise ValueError(
+            f"preference: expected at most {MAX_PREFERENCES:,} in all, got {got} for {len(task_names)} tasks"
+        )
+    return [gamma for _, generate in sets for gamma in generate()]
+
+
+def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], Iterable[Tensor]]]:
+    """How many preferences one part of a text stands for, and how to generate them."""
+    tasks = len(task_names)
+    if part == "one-hot":
+        return tasks, lambda: one_hot_preferences(tasks)
+    if part == "priority":
+        return tasks, lambda: priority_preferences(tasks)
+    kind, *arguments = part.split(":")
+    if kind not in _SETS or "=" in part:
+        gamma = parse_preference(part, task_names)
+        return 1, lambda: [gamma]
+    points = _whole_number(arguments[0]) if len(arguments) == 1 or (len(arguments) == 2 and kind == "dirichlet") else 0
+    if not points or (kind == "grid" and (tasks != 2 or points < 2)):
+        raise ValueError(f"preference: expected {_SETS[kind]}, got {part!r} for {tasks} tasks")
+    if kind == "grid":
+        return points, lambda: two_task_grid(points)
+    if kind == "lattice":
+        return math.comb(points + tasks - 1, tasks - 1), lambda: lattice(tasks, points)
+    if kind == "energy":
+        if tasks > 1 and not tasks <= points <= MAX_ENERGY_POINTS:
+            raise ValueError(
+                f"preference: expected energy:POINTS of at least {tasks} points for {tasks} tasks and at most "
+                f"{MAX_ENERGY_POINTS:,} (more take too long), got {part!r}"
+            )
+        return 1 if tasks == 1 else points, lambda: energy(tasks, points)
+    try:
+        concentration = float(arguments[1]) if len(arguments) == 2 else 1.0
+    except ValueError:
+        concentration = math.nan
+    if not _is_concentration(concentration):
+        raise ValueError(f"preference: expected a finite concentration above 0, got {part!r}")
+    return points, lambda: dirichlet(tasks, points, concentration)
+
+
+def _whole_number(text: str) -> int:
+    """A number of at most nine digits, 0 for any other text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else 0
+
+
 def equal_preference(tasks: int) -> Tensor:
     """[K] with 1/K everywhere."""
     return torch.full((tasks,), 1.0 / tasks, dtype=torch.float32, device="cpu")
@@ -136,6 +216,19 @@ def equal_preference(tasks: int) -> Tensor:
 def one_hot_preferences(tasks: int) -> Tensor:
     """[K, K]: row k wants task k alone."""
     return torch.eye(tasks, dtype=torch.float32, device="cpu")
+
+
+def priority_preferences(tasks: int, weight: float = 0.5) -> Tensor:
+    """[K, K]: row k gives task k ``weight`` and shares the rest out equally; [[1]] for one task.
+
+    Raises ValueError for a weight outside [0, 1].
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight: expected a number in [0, 1], got {weight}")
+    if tasks == 1:
+        return one_hot_preferences(1)
+    rows = torch.full((tasks, tasks), (1.0 - weight) / (tasks - 1), dtype=torch.float64, device="cpu")
+    return rows.fill_diagonal_(weight).float()
 
 
 def two_task_grid(points: int = 11) -> Tensor:
@@ -150,6 +243,44 @@ def lattice(tasks: int, partitions: int) -> Tensor:
 
     directions = get_reference_directions("das-dennis", tasks, n_partitions=partitions)
     return torch.from_numpy(directions).float()
+
+
+def energy(tasks: int, points: int, seed: int = 0) -> Tensor:
+    """Well-spread preferences of minimal Riesz s-energy (pymoo's; Blank et al. 2021), float32 [points, K].
+
+    A function of its arguments. One task has one preference, [[1]], whatever ``points`` is. On one core and 8 tasks,
+    100 points take about 1.5 s, 500 take 20 s and 1000 take 100 s and 1 GB.
+
+    Raises ValueError for fewer points than tasks: the K corners are part of every such set.
+    """
+    from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory  # takes a while to import
+
+    if tasks == 1 and points >= 1:
+        return one_hot_preferences(1)
+    if not 1 <= tasks <= points:
+        raise ValueError(f"points: expected at least one point and one for each of {tasks} tasks, got {points}")
+    # get_reference_directions("energy", …, seed=…) takes a seed and ignores it
+    directions = RieszEnergyReferenceDirectionFactory(tasks, points).do(seed=seed)
+    return torch.from_numpy(directions).float()
+
+
+def dirichlet(tasks: int, points: int, concentration: float = 1.0, seed: int = 0) -> Tensor:
+    """Independent γ ~ Dirichlet(concentration · 1), float32 [points, K]; a concentration of 1 is uniform.
+
+    More points with the same seed begin with the same ones. Raises ValueError for fewer than one point or task, or a
+    concentration that is not finite and above 0.
+    """
+    if tasks < 1 or points < 1:
+        raise ValueError(f"points: expected at least one point of at least one task, got {points} of {tasks}")
+    if not _is_concentration(concentration):
+        raise ValueError(f"concentration: expected a finite number above 0, got {concentration}")
+    rng = np.random.default_rng(seed)
+    return torch.stack([sample_dirichlet(concentration, tasks, rng) for _ in range(points)])
+
+
+def _is_concentration(value: float) -> bool:
+    # sample_dirichlet divides by it, which overflows a little below 1e-300
+    return 1e-300 <= value < math.inf
 
 
 def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator) -> Tensor:

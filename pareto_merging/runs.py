@@ -4,30 +4,39 @@ config.yaml            the configuration, every default written out, paths absol
 log.jsonl              one line per step and event
 checkpoint.safetensors what --resume goes on from
 pareto_set.safetensors the result
-evaluation.json        what `evaluate` measured last
+evaluation.*           what `evaluate` measured last, and its pictures
+
+A comparison's folder has config.yaml too, settings.json, a file for each method and seed, and the tables and pictures.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pareto_merging.checkpoints.files import write_text
+from pareto_merging.baselines.registry import METHODS
+from pareto_merging.checkpoints.files import write_json, write_text
 from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
+from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_preferences
 from pareto_merging.config import RunConfig, dump_config, read_config
+from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
 from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import pareto_state
+from pareto_merging.reports import write_comparison
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
 
 CONFIG_NAME, SET_NAME, LOCK_NAME = "config.yaml", "pareto_set.safetensors", ".lock"
+SETTINGS_NAME = "settings.json"
 
 
 def check_new(path: Path) -> None:
@@ -58,6 +67,10 @@ def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
     if not (folder / CONFIG_NAME).exists():
         check_new(folder)
         return
+    _check_same(config, folder)
+
+
+def _check_same(config: RunConfig, folder: Path) -> None:
     before, now = (_what_counts(c.model_dump()) for c in (read_config(folder / CONFIG_NAME), config))
     changed = sorted(_differences(before, now))
     if changed:
@@ -192,3 +205,123 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
             f"{CONFIG_NAME} has {', '.join(workspace.task_names)}"
         )
     return workspace, model.eval()
+
+
+def chosen_methods(text: str | None, tasks: int) -> list[str]:
+    """The methods of ``--methods``, each once, in order: names, ``all``, and ``-name`` for one to leave out.
+
+    None: all, beyond two tasks without the one that needs a run for each preference. Raises UserError for others.
+    """
+    if text is None:
+        return [name for name, method in METHODS.items() if tasks <= 2 or not method.runs_per_preference]
+    chosen: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name = part.removeprefix("-")
+        if name not in METHODS and part != "all":
+            close = ", ".join(difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4))
+            near = f"; near: {close}" if close else f" (all: {', '.join(METHODS)})"
+            raise UserError(f"methods: expected names of methods, got {part!r}{near}")
+        if part == "all":
+            chosen += METHODS
+        elif part.startswith("-"):
+            chosen = [other for other in chosen if other != name]
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise UserError(f"methods: expected at least one of {', '.join(METHODS)}; got {text!r}")
+    return list(dict.fromkeys(chosen))
+
+
+def compare_run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    methods: str | None = None,
+    effort: int = EFFORT,
+    seeds: int = 1,
+    grid: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    suite_folder: Path | None = None,
+) -> dict[str, Any]:
+    """Compare methods on a configuration's models and write everything into ``folder``; returns its compare.json.
+
+    What is done is kept in a file for each method and seed. With ``resume`` only what is missing is run; methods and
+    seeds may then be other ones, the rest must be what it was.
+
+    Args:
+        methods: see :func:`chosen_methods`. effort, grid: see :class:`Comparison`. seeds: how many, from the
+            configuration's on.
+
+    Raises:
+        UserError: see :func:`start_run`, :class:`Workspace` and :func:`parse_preferences`. Interrupted: Ctrl-C.
+    """
+    folder = Path(folder)
+    # a setting of the picture of the whole, not of one run
+    workspace = Workspace(config, suite_folder)
+    names = workspace.task_names
+    wanted = chosen_methods(methods, len(names))
+    grid = default_grid(len(names)) if grid is None else grid
+    with user_errors():
+        evaluated_preferences(names, grid)
+    if config.method.seed + seeds > 2**63:
+        raise UserError(f"seeds: expected fewer from {config.method.seed} on, got {seeds}")
+    if not resume:
+        if (folder / SETTINGS_NAME).exists():
+            raise UserError(f"{folder}: expected a new folder, got a comparison that can go on with --resume")
+        check_new(folder)
+    elif not (folder / SETTINGS_NAME).exists():
+        check_new(folder)
+    else:
+        _check_same(config, folder)
+    workspace.check_files()
+    settings = {"effort": effort, "preferences": grid, "files": workspace.fingerprint()}
+    if (folder / SETTINGS_NAME).exists():
+        _check_settings(folder / SETTINGS_NAME, settings)
+    # opened before the folder is made, so that a mistake leaves nothing behind
+    workspace.evaluation_tasks(), workspace.available_merging_tasks(), workspace.training_tasks()
+    workspace.unseen_tasks()
+    with _locked(folder):
+        write_text(folder / CONFIG_NAME, dump_config(config))
+        write_json(folder / SETTINGS_NAME, settings)
+        results = compare(
+            workspace,
+            folder,
+            wanted,
+            seeds=range(config.method.seed, config.method.seed + seeds),
+            effort=effort,
+            grid=grid,
+            progress=progress,
+            on_done=_tell if progress else None,
+        )
+        about = {
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "settings": {"effort": effort, "preferences": grid, "seeds": seeds, "methods": wanted},
+            "environment": environment(),
+        }
+        return write_comparison(folder, names, results, about)
+
+
+def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected the settings of a comparison, got {error}") from error
+    changed = sorted(_differences(before, json.loads(json.dumps(now))))
+    if changed:
+        raise UserError(
+            f"{path.parent}: expected what the comparison was started with, but {', '.join(changed)} differs (for other "
+            "settings choose a new folder)"
+        )
+
+
+def _tell(result: Mapping[str, Any], done: int, total: int, left: float) -> None:
+    if result["status"] == "done":
+        equal = next((p["accuracy"] for p in result["points"] if "equal" in p["kinds"]), None)
+        what = f"{result['tuning_seconds']:.1f} s"
+        if equal is not None:
+            what = f"average {sum(equal) / len(equal):.1f} % at the equal preference; {what}"
+    else:
+        what = f"{result['status']}: {result['reason']}"
+    time_left = f"; about {left:.0f} s left" if left >= 1 else ""
+    print(f"[{done}/{total}] {result['title']}: {what}{time_left}", file=sys.stderr, flush=True)

@@ -34,7 +34,14 @@ from pareto_merging.objectives import (
     tensor_norm,
 )
 from pareto_merging.parametrize import TensorDigest, learned_parameters
-from pareto_merging.preferences import equal_preference, merged_once, pareto_state, preference, sample_dirichlet
+from pareto_merging.preferences import (
+    check_preference,
+    equal_preference,
+    merged_once,
+    pareto_state,
+    preference,
+    sample_dirichlet,
+)
 from pareto_merging.progress import progress_bar
 
 CHECKPOINT_NAME, LOG_NAME = "checkpoint.safetensors", "log.jsonl"
@@ -182,6 +189,8 @@ def learn_pareto_set(
                 raise TypeError(f"tasks: expected a MergingTask for {name}, got {type(task).__name__}")
             if not len(task.images):  # type: ignore[arg-type]
                 raise ValueError(f"tasks: expected images for {name}, got none")
+    if settings.gamma is not None:
+        check_preference(settings.gamma, names, per_item=False)
     loop = _Loop(model, tasks, settings, total, folder, cache)
     first = loop.restore() if resume else 0
     if folder is not None:
@@ -193,6 +202,7 @@ def learn_pareto_set(
     try:
         with (
             eval_mode(model, *heads),
+            _clamped(model, (0.0, 1.0) if settings.clamp_lambda else None),
             _stop_requested() as stop,
             progress_bar("learning", total, first, progress) as advance,
             contextlib.closing(loop.batches(first, workers)) as batches,
@@ -214,6 +224,24 @@ def learn_pareto_set(
     result.seconds = time.monotonic() - start
     result.collapsed = watch.collapsed
     return result
+
+
+@contextlib.contextmanager
+def _clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[None]:
+    """λ is used clamped inside, learned (and checkpointed) as it is; what the model holds afterwards is what was used."""
+    if bounds is None:
+        yield
+        return
+    state = pareto_state(model)
+    state.lambda_range = bounds
+    try:
+        yield
+    finally:
+        state.lambda_range = None
+        with torch.no_grad():
+            for name, parameter in learned_parameters(model).items():
+                if name.startswith("lam."):
+                    parameter.clamp_(*bounds)
 
 
 def _status(outcome: StepResult) -> str:
@@ -292,6 +320,8 @@ class _Loop:
         tasks = len(self.names)
         if self.settings.preference == "equal":
             return [equal_preference(tasks)]
+        if self.settings.gamma is not None:
+            return [check_preference(self.settings.gamma, self.names, per_item=False)]
         rng = np.random.default_rng([self.settings.seed, 2, step])
         return [
             sample_dirichlet(self.settings.concentration, tasks, rng) for _ in range(self.settings.preferences_per_step)

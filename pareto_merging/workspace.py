@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pareto_merging import encoders
 from pareto_merging.checkpoints.files import read_shapes, read_tensors
-from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig
+from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig
 from pareto_merging.data import digits
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
@@ -53,6 +53,7 @@ def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, 
             head=folder / "heads.safetensors",
             merging=f"digits:{name}/merging",
             evaluation=f"digits:{name}/evaluation",
+            training=f"digits:{name}/training",
         )
         for name in chosen
     }
@@ -77,6 +78,22 @@ class Workspace:
         else:
             assert self.config.encoder is not None and isinstance(self.config.tasks, dict)
             self.encoder_config, self.task_configs = self.config.encoder, self.config.tasks
+
+        self.unseen_configs = self._unseen()
+
+    def _unseen(self) -> dict[str, UnseenConfig]:
+        unseen = self.config.unseen
+        if unseen is None or isinstance(unseen, dict):
+            return unseen or {}
+        folder = self.encoder_config.pretrained.parent
+        both = [name for name in unseen if name in self.task_configs]
+        if both:
+            raise UserError(f"unseen: expected tasks that are not merged, got {', '.join(both)}")
+        _, tasks = digits_files(folder, unseen)
+        return {
+            name: UnseenConfig(head=task.head, merging=task.merging, evaluation=task.evaluation)  # type: ignore[arg-type]
+            for name, task in tasks.items()
+        }
 
     @property
     def task_names(self) -> list[str]:
@@ -170,6 +187,9 @@ class Workspace:
                 granularity=method.granularity,
                 buffers=method.buffers,
                 seed=method.seed,
+                preprocess=method.preprocess,
+                density=method.density,
+                core=method.core,
             )
         set_strategy(model, self.config.strategy)
         return model
@@ -191,6 +211,46 @@ class Workspace:
             name: MergingTask(open_images(str(task.merging), size), self.head(name))
             for name, task in self.task_configs.items()
         }
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """Size and time of last change of each weights and head file: whether they are the ones they were."""
+        paths = [self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())]
+        paths += [task.head for task in (*self.task_configs.values(), *self.unseen_configs.values()) if task.head]
+        return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+    def chance(self, names: Sequence[str]) -> list[float]:
+        """What guessing would get on each task, in percent: 100 / its head's number of classes."""
+        return [100.0 / self.head(name).weight.shape[0] for name in names]
+
+    def available_merging_tasks(self) -> dict[str, MergingTask]:
+        """Unlabelled images and heads of the tasks that have both."""
+        size = encoders.image_size(self.encoder_description)
+        return {
+            name: MergingTask(open_images(task.merging, size), self.head(name))
+            for name, task in self.task_configs.items()
+            if task.merging is not None and task.head is not None
+        }
+
+    def training_tasks(self) -> dict[str, EvaluationTask]:
+        """Labelled training images and heads of the tasks that have both."""
+        size = encoders.image_size(self.encoder_description)
+        return {
+            name: EvaluationTask(open_images(task.training, size), self.head(name))
+            for name, task in self.task_configs.items()
+            if task.training is not None and task.head is not None
+        }
+
+    def unseen_tasks(self) -> dict[str, tuple[MergingTask, EvaluationTask]]:
+        """The tasks without a checkpoint: unlabelled images to choose a model by, and labelled ones to judge it."""
+        size = encoders.image_size(self.encoder_description)
+        found = {}
+        for name, task in self.unseen_configs.items():
+            head = read_head(task.head, name).to(self.device)
+            found[name] = (
+                MergingTask(open_images(task.merging, size), head),
+                EvaluationTask(open_images(task.evaluation, size), head),
+            )
+        return found
 
     def evaluation_tasks(self) -> dict[str, EvaluationTask]:
         """Labelled images and heads of the tasks that have them; UserError if none has, or if the classes differ."""

@@ -1,5 +1,8 @@
-"""The methods Pareto Merging is compared with: one file each, one interface.
+"""Pareto Merging and the methods it is compared with: one file each, one interface.
 
-``merge(pretrained, finetuned, …) -> nn.Module``: a new module of the pretrained class. What a method needs beyond the
-weights (unlabelled tasks, a coefficient) are its keyword arguments.
+``merge(pretrained, finetuned, …) -> Merged``: the weights as :func:`pareto_merging.parametrize` takes them; what a method
+needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are keyword
+arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
+
+``pareto_merging.baselines.registry.METHODS`` has them all by name, with what there is to choose for each.
 """

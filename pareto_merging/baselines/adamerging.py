@@ -1,38 +1,69 @@
 """AdaMerging: λ learned by minimising the entropy of the predictions on unlabelled images (Yang et al., ICLR 2024).
 
-Layer-wise AdaMerging is Pareto Merging without a low-rank term, at the equal preference, with linear scalarisation:
-min_λ Σ_k S_k(W0 + Σ_k λ_k τ_k), equation 1 of arXiv 2408.12105. It runs on the same code, so the two differ in nothing
-but what the methods differ in. We differ from the published code in the constant 1/K of the loss, which Adam does not
-feel, and do not clamp λ.
+min_λ Σ_k S_k(W0 + Σ_k λ_k τ_k), equation 1 of arXiv 2408.12105: one λ vector per parameter tensor ("layer-wise"), or
+one for the model ("task-wise"). AdaMerging++ has the task vectors trimmed and their signs elected by TIES first.
+
+It is Pareto Merging without a low-rank term, at one preference, with linear scalarisation, and runs on that code, so the
+two differ in nothing but what the methods differ in. Where we differ from the published code: the loss is the mean over
+the tasks and batches, not their sum, a constant that Adam does not feel; a step's two batches of 16 are one of 32 (the mean
+of two means); images come from seeded permutations and not from a new shuffle each step; buffers are not merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.config import MethodSettings
-from pareto_merging.parametrize import Weights, parametrize
+from pareto_merging.parametrize import Weights, get_lambda, lambda_names, parametrize
 from pareto_merging.parametrize import merge as merge_at
-from pareto_merging.preferences import equal_preference
 from pareto_merging.training import MergingTask, learn_pareto_set
 
+Preset: TypeAlias = Literal["official", "fusionbench"]
 
-def settings(base: MethodSettings) -> MethodSettings:
-    """``base`` (steps, batch size, learning rate, seed …) with everything that makes it AdaMerging."""
-    return base.model_copy(
-        update={
-            "scalarization": "linear",
-            "preference": "equal",
-            "preferences_per_step": 1,
-            "low_rank": "none",
-            "cosine": 0.0,
-            "tensor_norm": 0.0,
-            "learn_lambda": True,
-        }
-    )
+PRESETS: dict[str, dict[str, Any]] = {
+    # github.com/EnnengYang/AdaMerging: λ from 0.3, clamped in the forward pass, two batches of 16 per task and step
+    "official": {"steps": 500, "batch_size": 32, "learning_rate": 1e-3, "clamp_lambda": True},
+    # FusionBench's CLIP AdaMerging: one batch of 16, no clamp
+    "fusionbench": {"steps": 1000, "batch_size": 16, "learning_rate": 1e-3, "clamp_lambda": False},
+}
+# what makes the method AdaMerging; the preference is equal, unless it is AdaMerging + preference
+FIXED: dict[str, Any] = {
+    "objective": "entropy",
+    "scalarization": "linear",
+    "preferences_per_step": 1,
+    "low_rank": "none",
+    "core": "tensor",
+    "cosine": 0.0,
+    "tensor_norm": 0.0,
+    "information_maximisation": 0.0,
+    "learn_lambda": True,
+}
+
+
+def settings(
+    preset: Preset = "official", *, task_wise: bool = False, plus: bool = False, **changes: Any
+) -> MethodSettings:
+    """AdaMerging's settings: those of ``preset``, with ``changes`` (steps, seed, learning_rate …).
+
+    Args:
+        task_wise: one λ for each task's whole model instead of one per tensor. plus: AdaMerging++.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected {' or '.join(PRESETS)}, got {preset!r}")
+    values = {
+        "preference": "equal",
+        "granularity": "model" if task_wise else "tensor",
+        "preprocess": "ties" if plus else "none",
+        **PRESETS[preset],
+        **changes,
+    }
+    return MethodSettings.model_validate({**values, **FIXED})
 
 
 def merge(
@@ -40,16 +71,22 @@ def merge(
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
     tasks: Mapping[str, MergingTask],
-    method: MethodSettings,
+    method: MethodSettings | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
     progress: bool = True,
-) -> nn.Module:
-    """The merged model, as a new module like ``pretrained``.
+) -> Merged:
+    """The model with the learned λ.
 
     Args:
-        tasks: by task name, unlabelled images and the frozen head. method: steps, batch size, learning rate, seed,
-            init_lambda and granularity count; the rest is as :func:`settings` says.
+        tasks: by task name, unlabelled images and the frozen head.
+        method: of :func:`settings`, by default the preset ``official``. Any other settings are made AdaMerging's: what
+            :data:`FIXED` names is as it says, and a sampled preference becomes the equal one.
+        folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
-    method = settings(method)
+    method = settings() if method is None else method
+    changes = {**FIXED, **({"preference": "equal"} if method.preference == "dirichlet" else {})}
+    method = method.model_copy(update=changes)
     model = parametrize(
         pretrained,
         finetuned,
@@ -57,8 +94,14 @@ def merge(
         init_lambda=method.init_lambda,
         granularity=method.granularity,
         buffers=method.buffers,
-        digests=False,
+        preprocess=method.preprocess,
+        density=method.density,
+        seed=method.seed,
+        digests=folder is not None,
     )
-    learn_pareto_set(model, tasks, method, progress=progress)
+    learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
+    lam = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))
     with torch.no_grad():
-        return merge_at(model, equal_preference(len(tasks)))
+        # without a low-rank term the preference changes nothing
+        merged = merge_at(model, [1.0 / len(tasks)] * len(tasks))
+    return one_model(merged, finetuned, **{"lambda": lam})

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.parametrize import Weights
 
 
 def merge(
-    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], coefficient: float = 0.3
-) -> nn.Module:
+    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], *, coefficient: float = 0.3
+) -> Merged:
     """W0 plus ``coefficient`` (λ, one number for all tasks and tensors) times the sum of the task vectors; no data."""
-    return merge_tensors(pretrained, finetuned, lambda base, taus: base + coefficient * sum(taus))
+    model = merge_tensors(pretrained, finetuned, lambda name, place, base, taus: base + coefficient * taus.sum(dim=0))
+    return one_model(model, finetuned)

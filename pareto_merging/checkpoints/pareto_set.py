@@ -30,6 +30,7 @@ from pareto_merging.parametrize import (
     prepare_transformers,
 )
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
+from pareto_merging.preprocessing import Preprocess
 
 FORMAT_VERSION = 1
 SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
@@ -144,13 +145,18 @@ def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> d
 
 
 def load_pareto_set(
-    path: Path, pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
+    path: Path,
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    preprocess: Preprocess | None = None,
 ) -> nn.Module:
     """Put a Pareto set file and the weights it belongs to together again.
 
     Args:
         path: a Pareto set file. pretrained, finetuned: as for :func:`parametrize`, the same weights (in any
             precision that holds their values). A mapping may have the tasks in any order and more of them.
+        preprocess: the function that was given to :func:`parametrize`, where it was one of the user's own.
 
     Raises:
         UserError: not a Pareto set file, missing or foreign tensors, or weights whose digest differs: each is named.
@@ -167,6 +173,10 @@ def load_pareto_set(
         if len(finetuned) != len(names):
             raise UserError(f"finetuned: expected {len(names)} copies ({', '.join(names)}), got {len(finetuned)}")
         finetuned = dict(zip(names, finetuned, strict=True))
+    name = header.get("preprocess", "none")
+    if (name == "function") != (preprocess is not None):
+        expected = "the function that preprocessed the task vectors" if name == "function" else f"none beside {name!r}"
+        raise UserError(f"{path}: expected {expected} as preprocess, got {'none' if preprocess is None else 'one'}")
     settings = header["low_rank"]
     low_rank: Any = settings if settings in ("attention", "in-projection", "all", "none") else _listed_low_rank(header)
     model = parametrize(
@@ -178,6 +188,9 @@ def load_pareto_set(
         granularity=header["lambda_grouping"],
         buffers=header["buffers"],
         seed=header["seed"],
+        preprocess=name if preprocess is None else preprocess,
+        density=header.get("density", 0.2),
+        core=header.get("core", "tensor"),
     )
     state = pareto_state(model)
     state.settings = {**state.settings, "low_rank": settings, "initial_scale": header["initial_scale"]}
@@ -279,9 +292,13 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
     state = ParetoState(names, equal_preference(len(names)), digests=header.get("digests", {}), folded=True)
     state.settings = {
         key: header[key]
-        for key in ("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale")
+        for key in (
+            *("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale"),
+            *("preprocess", "density", "core"),
+        )
         if key in header
     }
+    state.core = str(header.get("core", "tensor"))
     for module_name in header["layers"]:
         try:
             plain.get_submodule(module_name)

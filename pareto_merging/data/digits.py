@@ -274,7 +274,7 @@ def make(out: Path, seed: int = 0) -> None:
         tqdm.write(f"{who:<10} {'average':<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
 
     total = PRETRAINING["steps"] + len(TASKS) * FINETUNING["steps"]
-    with one_thread(), tqdm(total=total, unit="step") as bar:
+    with one_thread(), tqdm(total=total, unit="step", disable=None) as bar:
         bar.set_description("generalist")
         pretrained = pretrain(seed, bar.update)
         _write_weights(out / "pretrained.safetensors", pretrained)

@@ -207,6 +207,15 @@ def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Ite
         yield from _loader(dataset, workers, batch_size=batch, collate_fn=_labelled)
 
 
+def labelled_stream(
+    dataset: Dataset[Any], batch: int, steps: int, seed: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first ``steps`` batches of :func:`batch_indices` as (images [batch, …], labels int64 [batch])."""
+    order = _Batches(len(dataset), batch, 0, steps, seed)  # type: ignore[arg-type]
+    with _from_workers():
+        yield from _loader(dataset, 0, batch_sampler=order, collate_fn=_labelled)
+
+
 def _labelled(items: Any) -> tuple[Tensor, Tensor]:
     if isinstance(items, tuple):
         return items[0], items[1]

@@ -1,0 +1,60 @@
+"""AdaMerging + preference: min_λ Σ_k γ_k S_k, one run for every γ (equation 4 of arXiv 2408.12105).
+
+Linear scalarisation at a fixed preference; the equal preference is AdaMerging. It costs a run and a model per preference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pareto_merging.baselines import adamerging
+from pareto_merging.baselines.interface import Merged, task_names
+from pareto_merging.config import MethodSettings
+from pareto_merging.parametrize import Weights
+from pareto_merging.training import MergingTask
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    tasks: Mapping[str, MergingTask],
+    method: MethodSettings | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """A model for every preference, learned when it is first asked for and kept; arguments as :func:`adamerging.merge`.
+
+    ``facts`` counts the ``runs`` and their ``seconds``. Each run keeps its checkpoint in a folder of its own under ``folder``.
+    """
+    method = adamerging.settings() if method is None else method
+    known: dict[tuple[float, ...], nn.Module] = {}
+    result = Merged(task_names(finetuned), lambda gamma: nn.Identity(), preference_aware=True)
+    result.facts |= {"runs": 0, "seconds": 0.0}
+
+    def at(gamma: Tensor) -> nn.Module:
+        key = tuple(round(value, 6) for value in gamma.tolist())
+        if key not in known:
+            start = time.perf_counter()
+            inside = None if folder is None else folder / "-".join(f"{value:.6g}" for value in key)
+            fixed = method.model_copy(update={"preference": "fixed", "gamma": tuple(gamma.tolist())})
+            known[key] = adamerging.merge(
+                pretrained,
+                finetuned,
+                tasks=tasks,
+                method=fixed,
+                folder=inside,
+                resume=resume and inside is not None,
+                progress=progress,
+            ).model()
+            result.facts["runs"] += 1
+            result.facts["seconds"] += time.perf_counter() - start
+        return known[key]
+
+    result.at = at
+    return result

@@ -1,0 +1,42 @@
+"""DARE: drop task-vector entries at random, rescale the rest (Yu et al., "Language models are Super Mario", ICML 2024).
+
+τ̃_k = m_k ⊙ τ_k / (1 − p) with m_k ~ Bernoulli(1 − p); then W = W0 + λ Σ_k τ̃_k, task arithmetic on what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.baselines.interface import Merged, one_model
+from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.parametrize import Weights
+from pareto_merging.preprocessing import check_density, dare_mask
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    coefficient: float = 0.3,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Merged:
+    """Task arithmetic on randomly thinned task vectors; no data.
+
+    Args:
+        coefficient: λ. density: 1 − p, the share of entries kept, in (0, 1]. seed: of the draws; the same seed gives
+            the same model on every device.
+    """
+    check_density(density)
+
+    def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
+        total = torch.zeros_like(base)
+        for task, tau in enumerate(taus):
+            mask = dare_mask(len(tau), density, (seed, name, task, place))
+            total.addcmul_(tau, mask.to(tau), value=1 / density)
+        return base + coefficient * total
+
+    return one_model(merge_tensors(pretrained, finetuned, piece), finetuned)

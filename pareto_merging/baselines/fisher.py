@@ -1,0 +1,306 @@
+"""Fisher merging: each entry averaged with the Fisher information of each model (Matena & Raffel, NeurIPS 2022).
+
+W = Σ_k F_k W_k / Σ_k F_k, entry by entry (their equation 4 with λ_k = 1), where F_k is the diagonal of the Fisher
+information of the k-th fine-tuned model with its head on its task's images:
+
+    F_k = mean over images x of E_{y ~ p(y|x)} (d log p(y|x) / dW)²
+
+The floor and the division by ‖F_k‖₂ over all parameters come from the published code of MergeLM and FusionBench, and
+we differ from it in two things. It squares the gradient of a sum, of √p(y|x)·log p(y|x) over classes and a batch, whose
+cross terms are no Fisher information; we square the gradient of one image and one class at a time. And it adds the
+floor before it divides, so that an entry to which no model is sensible leans to the model with the smallest ‖F_k‖; we
+add it after, and such an entry gets the average.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pareto_merging.baselines.interface import Merged, one_model, task_names
+from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.data.sources import batch_indices
+from pareto_merging.errors import UserError
+from pareto_merging.modes import eval_mode
+from pareto_merging.parametrize import Weights, check_copies
+from pareto_merging.progress import progress_bar
+from pareto_merging.training import MergingTask
+
+Labels: TypeAlias = Literal["expected", "sampled", "given"]
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    tasks: Mapping[str, MergingTask],
+    labels: Labels = "sampled",
+    floor: float = 1e-6,
+    normalize: bool = True,
+    images: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> Merged:
+    """The Fisher-merged model; buffers, and parameters that no forward uses, get the average.
+
+    Beside the models (pretrained, K copies, result) there are at most three more in float32: F_k, Σ F_k W_k and Σ F_k;
+    and a fourth in the storage dtype: a working copy with the weights of task k. The result comes after F_k and the
+    working copy are gone.
+
+    Args:
+        tasks: by task name, unlabelled images and the frozen head. images, seed: see :func:`diagonal_fisher`.
+        labels: over which y the gradient is squared, see :func:`diagonal_fisher`.
+        floor: added to each F_k (after the division); 0 leaves it out, and where all F_k are 0 the average is taken.
+        normalize: divide F_k by its L2 norm over all parameters, so that no task outweighs the others by its scale
+            (an F_k of 0 everywhere stays).
+
+    Raises:
+        ValueError: as :func:`parametrize`; tasks that do not match the copies; a task without images, or labels.
+        UserError: logits or gradients that are not finite, naming the task.
+    """
+    floor = check_number("floor", floor)
+    _check_labels(labels)
+    numerator, denominator, norms = _sums(
+        pretrained, finetuned, tasks, floor, normalize, labels=labels, images=images, seed=seed, progress=progress
+    )
+
+    def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
+        average = base + taus.mean(dim=0)
+        if name not in denominator:
+            return average
+        total = denominator[name].view(-1)[place : place + len(base)]
+        weighted = numerator[name].view(-1)[place : place + len(base)] / total
+        return torch.where(total > 0, weighted, average)
+
+    return one_model(merge_tensors(pretrained, finetuned, piece), finetuned, fisher_norms=norms)
+
+
+def _sums(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    tasks: Mapping[str, MergingTask],
+    floor: float,
+    normalize: bool,
+    **how: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """Σ F_k W_k and Σ F_k by the first name of each parameter, and ‖F_k‖ before the division."""
+    numerator: dict[str, Tensor] = {}
+    denominator: dict[str, Tensor] = {}
+    norms = []
+    for task, model, tensors in each_finetuned(pretrained, finetuned, tasks):
+        fisher = diagonal_fisher(model, tasks[task], name=f"task {task}", **how)
+        norm = math.hypot(*(float(torch.linalg.vector_norm(f, dtype=torch.float64)) for f in fisher.values()))
+        norms.append(norm)
+        for names, value in tensors:
+            found = next((name for name in names if name in fisher), None)
+            if found is None:
+                continue
+            f = fisher.pop(found)
+            if normalize and norm:
+                f /= norm
+            f += floor
+            if names[0] not in denominator:
+                numerator[names[0]], denominator[names[0]] = torch.zeros_like(f), torch.zeros_like(f)
+            denominator[names[0]] += f
+            numerator[names[0]] += f.mul_(value.to(f))
+    return numerator, denominator, norms
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    task: MergingTask,
+    *,
+    labels: Labels = "sampled",
+    images: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+    name: str = "the task",
+) -> dict[str, Tensor]:
+    """The diagonal Fisher information of ``task.head(model(image))``, one forward per image.
+
+    Args:
+        model: any module, run in eval mode on batches of one image; weights, mode, gradients and flags stay.
+        task: images, and the head that maps features to logits [1, C]. name: what to call it in errors.
+        labels: ``expected``: the exact expectation over the C classes, C backward passes per image. ``sampled``: one
+            y ~ p(y|x) per image, drawn on the CPU from ``seed``, the same on all devices up to the rounding of p.
+            ``given``: the dataset's labels, (image, label) pairs; this is the empirical Fisher.
+        images: how many, the first of a permutation of the dataset seeded with ``seed``; all if there are fewer.
+
+    Returns:
+        By the name of each floating-point parameter (tied ones once), its F in float32 (float64 for float64), on its
+        device; 0 for one that no forward uses. Gradients are as precise as the model's dtype.
+
+    Raises:
+        ValueError: no images; with ``given``, an image without label. UserError: logits or F not finite. All name the
+        task.
+    """
+    _check_labels(labels)
+    indices = chosen_images(task.images, images, seed, name)
+    uniform = torch.rand(len(indices), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float64)
+    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    fisher = {
+        n: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        for n, p in parameters.items()
+    }
+    with (
+        torch.enable_grad(),
+        eval_mode(model, task.head),
+        _squared_gradients(parameters, fisher) as add_squares,
+        progress_bar(f"Fisher of {name}", len(indices), enabled=progress) as advance,
+    ):
+        for step, index in enumerate(indices):
+            item = task.images[index]
+            logits = task.head(model(to_model(image_of(item)[None], model)))
+            if logits.ndim != 2 or len(logits) != 1:
+                raise ValueError(f"{name}: expected logits of shape [1, classes], got {list(logits.shape)}")
+            if not bool(torch.isfinite(logits).all()):
+                raise UserError(f"{name}: expected finite logits, got NaN or inf (are the images finite?)")
+            log_p = torch.log_softmax(logits[0].to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+            p = log_p.detach().double().exp().cpu()
+            if labels == "expected":
+                chosen = [(c, weight) for c, weight in enumerate(p.tolist()) if weight > 0]
+            elif labels == "sampled":
+                drawn = int(torch.searchsorted(p.cumsum(0), uniform[step], right=True))
+                chosen = [(min(drawn, len(p) - 1), 1.0)]
+            else:
+                chosen = [(_label_of(item, len(p), name), 1.0)]
+            for number, (c, weight) in enumerate(chosen, start=1):
+                add_squares(log_p[c], weight / len(indices), number < len(chosen))
+            advance(step + 1, "")
+    for parameter, f in fisher.items():
+        if not bool(torch.isfinite(f).all()):
+            raise UserError(f"{name}: expected finite gradients, got NaN or inf in the squares of {parameter}'s")
+    return fisher
+
+
+@contextlib.contextmanager
+def _squared_gradients(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Iterator[Any]:
+    """``add(value, weight, keep_graph)`` adds weight·(d value / d parameter)² to ``sums``.
+
+    Each gradient is squared and freed as soon as it is complete, so that there is never a whole model of them.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in parameters.values()]
+    handles = []
+    scale = 0.0
+
+    def square(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        wide = (gradient.to_dense() if gradient.layout != torch.strided else gradient).to(sums[name].dtype)
+        with torch.no_grad():
+            sums[name].addcmul_(wide, wide, value=scale)
+
+    def add(value: Tensor, weight: float, keep_graph: bool) -> None:
+        nonlocal scale
+        scale = weight
+        if parameters and value.requires_grad:
+            # inputs: a head's own parameters must get no gradient
+            value.backward(inputs=list(parameters.values()), retain_graph=keep_graph)
+
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p, name=name: square(name, p)))
+        yield add
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag, gradient in before:
+            parameter.grad = gradient
+            parameter.requires_grad_(flag)
+
+
+def _label_of(item: Any, classes: int, name: str) -> int:
+    label = int(item[1]) if isinstance(item, tuple | list) else -1
+    if not 0 <= label < classes:
+        raise UserError(f'{name}: expected a label in [0, {classes}) for every image with labels="given", got {label}')
+    return label
+
+
+def _check_labels(labels: Any) -> None:
+    if labels not in ("expected", "sampled", "given"):
+        raise ValueError(f"labels: expected expected, sampled or given, got {labels!r}")
+
+
+# what methods share that run each fine-tuned model on its task's images
+
+
+def each_finetuned(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    tasks: Mapping[str, MergingTask],
+) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
+    """Each task, a working copy of ``pretrained`` with its fine-tuned weights, and its (names of a tensor, tensor).
+
+    One working copy for all: it holds a task's weights until the next is asked for. Raises ValueError as
+    :func:`parametrize`, and for tasks other than those of the copies or without images.
+    """
+    model = copy.deepcopy(pretrained)
+    copies, tensors = check_copies(model, finetuned)
+    check_tasks(tasks, task_names(finetuned))
+    for task, weights in copies.items():
+        with torch.no_grad():
+            for names, tensor in tensors:
+                tensor.copy_(next(weights[name] for name in names if name in weights))
+        yield task, model, tensors
+
+
+def check_tasks(tasks: Mapping[str, MergingTask], names: Sequence[str]) -> None:
+    """ValueError unless ``tasks`` has images and a head for each of ``names`` and nothing else."""
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"tasks: expected a mapping from task name to MergingTask, got {type(tasks).__name__}")
+    for name in names:
+        if name not in tasks:
+            raise ValueError(f"tasks: expected images and a head for {name}, got {', '.join(tasks) or 'none'}")
+    for name, task in tasks.items():
+        if name not in names:
+            raise ValueError(f"tasks: expected only {', '.join(names)}, got {name}")
+        if not isinstance(task, MergingTask):
+            raise TypeError(f"tasks: expected a MergingTask for {name}, got {type(task).__name__}")
+        if not len(task.images):  # type: ignore[arg-type]
+            raise ValueError(f"tasks: expected images for {name}, got none")
+
+
+def chosen_images(dataset: Dataset[Any], images: int, seed: int, name: str) -> list[int]:
+    """The indices of the first ``images`` (or all) of a seeded permutation of the dataset."""
+    check_count("images", images)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    size = len(dataset)  # type: ignore[arg-type]
+    if not size:
+        raise ValueError(f"{name}: expected images, got none")
+    return batch_indices(size, min(images, size), 0, (seed, 3))
+
+
+def image_of(item: Any) -> Tensor:
+    """The image of a dataset's item, an image or an (image, anything) pair."""
+    image: Tensor = item[0] if isinstance(item, tuple | list) else item
+    return image
+
+
+def to_model(images: Tensor, model: nn.Module) -> Tensor:
+    """Images on the model's device and, if floating-point, in its dtype."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    return images.to(first.device, first.dtype if images.is_floating_point() else None)
+
+
+def check_count(name: str, value: Any) -> None:
+    """ValueError unless ``value`` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def check_number(name: str, value: Any, highest: float = math.inf) -> float:
+    """``value`` as a finite number in [0, highest]; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest or value == math.inf:
+        expected = f"in [0, {highest:g}]" if highest < math.inf else "that is finite and at least 0"
+        raise ValueError(f"{name}: expected a number {expected}, got {value!r}")
+    return float(value)

@@ -1,0 +1,100 @@
+"""Traditional multi-task learning on labels: min_W Σ_k γ_k CE_k(W), all weights trained (Caruana 1997).
+
+The upper bound among single models: it needs what merging does without, labelled images of every task and a training run
+of the whole encoder. Heads stay frozen, as in the fine-tuning of the individual models. The paper's "multi-task learning
++ preference" is one such run per γ.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pareto_merging.baselines.interface import Merged, one_model
+from pareto_merging.baselines.interface import task_names as names_of
+from pareto_merging.data.sources import labelled_stream
+from pareto_merging.errors import TrainingError, UserError
+from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.modes import eval_mode
+from pareto_merging.parametrize import Weights
+from pareto_merging.preferences import Preference, check_preference, equal_preference
+from pareto_merging.progress import progress_bar
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    training: Mapping[str, EvaluationTask],
+    steps: int = 500,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    weight_decay: float = 0.05,
+    gamma: Preference | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Merged:
+    """A copy of ``pretrained`` trained on all tasks together; of ``finetuned`` only the task names are used.
+
+    AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics fixed.
+    Weights are trained in float32, whatever they are stored in.
+
+    Args:
+        training: by task name, labelled images and the frozen head. steps, batch_size: per step, a batch of every task.
+        gamma: the tasks' weights in the loss, by default equal.
+
+    Raises:
+        ValueError: no labelled images of a task. UserError: a label that its head does not have. TrainingError: a loss
+            that is not finite.
+    """
+    names = names_of(finetuned)
+    missing = [name for name in names if name not in training or not len(training[name].images)]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"training: expected labelled images of every task, got none of {', '.join(missing)}")
+    weights = equal_preference(len(names)) if gamma is None else check_preference(gamma, names, per_item=False)
+    model = copy.deepcopy(pretrained)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    model = model.float() if dtype in (torch.float16, torch.bfloat16) else model
+    parameters = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    streams = [
+        labelled_stream(training[name].images, batch_size, steps, (seed, 3, index)) for index, name in enumerate(names)
+    ]
+    heads = [training[name].head for name in names]
+    with eval_mode(model, *heads), progress_bar("multi-task training", steps, enabled=progress) as advance:
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * _schedule(step, steps)
+            total = 0.0
+            for name, head, weight, stream in zip(names, heads, weights.tolist(), streams, strict=True):
+                images, labels = next(stream)
+                loss = weight * _loss(name, head, model, images, labels, parameters[0])
+                loss.backward()
+                total += float(loss.detach())
+            if not total < float("inf"):
+                raise TrainingError(f"step {step}: the loss of multi-task training is {total}", None, step, "the loss")
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(step, f"loss {total:.4f}")
+    return one_model(model.to(dtype) if dtype.itemsize == 2 else model, finetuned)
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = min(1.0, step / max(1.0, 0.1 * steps))
+    return warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+def _loss(name: str, head: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    logits = head(model(images.to(like.device, like.dtype if images.is_floating_point() else None)))
+    labels = labels.to(logits.device)
+    foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
+    if len(foreign):
+        raise UserError(
+            f"task {name}: expected a label in [0, {logits.shape[-1]}) for every training image, got {int(foreign[0])}"
+        )
+    return F.cross_entropy(logits.float(), labels)

@@ -1,0 +1,44 @@
+"""The paper's two variations with outer products in place of the tensor G ×₃ γ (appendix 5 of arXiv 2408.12105 v1).
+
+Variation 1: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ (Bγ) with A [N, K], B [D, K].
+Variation 2: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ b with A [N, K], b [D].
+
+The copy of the paper that we have lost the formulas and kept the words ("transform the preference vector to a matrix using
+vector outer product"), so both are our reading. Both are of rank one at every γ. A starts at zero and B from Kaiming's
+uniform distribution, so that, as in Pareto Merging, the run starts at W0 + 0.3 Σ τ_k. Trained exactly as Pareto Merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from pareto_merging.baselines import pareto
+from pareto_merging.baselines.interface import Merged
+from pareto_merging.config import MethodSettings
+from pareto_merging.parametrize import Weights
+from pareto_merging.training import MergingTask
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    tasks: Mapping[str, MergingTask] | None,
+    variation: Literal[1, 2] = 1,
+    method: MethodSettings | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """A model for every preference from a structure of rank one; other arguments as :func:`pareto.merge`."""
+    if variation not in (1, 2):
+        raise ValueError(f"variation: expected 1 or 2, got {variation!r}")
+    core = "outer-product" if variation == 1 else "outer-vector"
+    method = (MethodSettings() if method is None else method).model_copy(update={"core": core})
+    return pareto.merge(
+        pretrained, finetuned, tasks=tasks, method=method, folder=folder, resume=resume, progress=progress
+    )

@@ -1,0 +1,63 @@
+"""Pareto Merging: the Pareto set of merged models, learned in one run without labels (Chen & Kwok, ICML 2025).
+
+W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (equation 6), trained on the smooth Tchebycheff scalarisation of the tasks'
+entropies at sampled γ (equation 10); settings that the paper leaves open say so in :class:`MethodSettings`.
+
+Pareto Merging++ has the task vectors trimmed and their signs elected by TIES first (``preprocess="ties"``; any function
+can be plugged in). With ``objective="weight-distance"`` it is data-free: see :mod:`data_free`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pareto_merging.baselines.interface import Merged, task_names
+from pareto_merging.config import MethodSettings
+from pareto_merging.parametrize import Weights, get_lambda, lambda_names, parametrize
+from pareto_merging.parametrize import merge as merge_at
+from pareto_merging.preprocessing import Preprocess
+from pareto_merging.training import MergingTask, learn_pareto_set
+
+
+def merge(
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    *,
+    tasks: Mapping[str, MergingTask] | None,
+    method: MethodSettings | None = None,
+    preprocess: Preprocess | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Merged:
+    """A model for every preference, all from one run; ``result.pareto`` is the Pareto model.
+
+    Args:
+        tasks: by task name, unlabelled images and the frozen head; None for the data-free objective.
+        method: by default the preset ``icml2025``. preprocess: of the task vectors, instead of ``method.preprocess``.
+        folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
+    """
+    method = MethodSettings() if method is None else method
+    model = parametrize(
+        pretrained,
+        finetuned,
+        rank=method.rank,
+        low_rank=method.low_rank,
+        init_lambda=method.init_lambda,
+        granularity=method.granularity,
+        buffers=method.buffers,
+        seed=method.seed,
+        preprocess=method.preprocess if preprocess is None else preprocess,
+        density=method.density,
+        core=method.core,
+    )
+    learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
+
+    def at(gamma: Tensor) -> nn.Module:
+        return merge_at(model, gamma)
+
+    facts = {"lambda": dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))}
+    return Merged(task_names(finetuned), at, preference_aware=method.low_rank != "none", facts=facts, pareto=model)

@@ -1,0 +1,16 @@
+"""The pretrained model as it is: what zero-shot use gets, and where every task vector starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from pareto_merging.baselines.interface import Merged, one_model
+from pareto_merging.parametrize import Weights
+
+
+def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:
+    """A copy of ``pretrained``; of ``finetuned`` only the task names are used."""
+    return one_model(copy.deepcopy(pretrained), finetuned)

@@ -1,0 +1,174 @@
+"""What may be done to the task vectors before they are merged: TIES's trimming and sign election, DARE's dropping.
+
+A preprocessing is a function of one parameter's name and its K task vectors [K, *shape] (float32, or float64) that
+returns K others of the same shape. :func:`pareto_merging.parametrize` takes any such function.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Preprocess: TypeAlias = Callable[[str, Tensor], Tensor]
+PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
+NAMES: tuple[str, ...] = ("none", "ties", "dare")
+
+# tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model
+CHUNK = 1 << 20
+
+
+def differences(base: Tensor, value: Tensor) -> Iterator[Tensor]:
+    """value − base, flat, in float32 (float64 where either is) and in pieces of at most CHUNK numbers."""
+    wide = torch.promote_types(torch.promote_types(base.dtype, value.dtype), torch.float32)
+    flat_base, flat_value = base.detach().reshape(-1), value.detach().reshape(-1)
+    for start in range(0, flat_base.numel(), CHUNK):
+        piece = flat_base[start : start + CHUNK].to(wide)
+        yield flat_value[start : start + CHUNK].to(piece.device, wide) - piece
+
+
+def check_density(density: Any, name: str = "density") -> float:
+    """``density`` as a number in (0, 1]; ValueError otherwise."""
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(f"{name}: expected a share of the entries in (0, 1], got {density!r}")
+    return float(density)
+
+
+def trim_threshold(pieces: Callable[[], Iterator[Tensor]], density: float, task: str = "a task") -> float:
+    """The magnitude from which an entry of one task vector belongs to its largest ``density`` share.
+
+    Over the whole task vector, not tensor by tensor, and exact: the bits of a non-negative float order as whole
+    numbers, so sixteen of them at a time are counted and narrowed down, without ever holding or sorting the vector.
+
+    Args:
+        pieces: gives the task vector in pieces, anew at each call (three calls, five in float64).
+
+    Returns:
+        The k-th largest magnitude, k = ⌊density·n⌋ and at least 1; 0 for a vector without entries.
+
+    Raises:
+        ValueError: NaN or inf in the task vector; ``task`` is named.
+    """
+    total, is_double = 0, False
+    for piece in pieces():
+        if not bool(torch.isfinite(piece).all()):
+            raise ValueError(f"finetuned: expected finite numbers in {task} minus pretrained, got NaN or inf")
+        total += piece.numel()
+        is_double |= piece.dtype == torch.float64
+    if not total:
+        return 0.0
+    remaining = max(1, int(density * total))
+    integer, float_type, bits = (torch.int64, torch.float64, 64) if is_double else (torch.int32, torch.float32, 32)
+    prefix = 0
+    for shift in range(bits - 16, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for piece in pieces():
+            values = piece.abs().to(float_type).view(integer)
+            if shift < bits - 16:
+                values = values[(values >> (shift + 16)) == prefix]
+            counts += torch.bincount((values >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+        # how many lie in each bin or above
+        above = counts.flip(0).cumsum(0).flip(0)
+        chosen = int((above >= remaining).nonzero().max())
+        remaining -= int(above[chosen] - counts[chosen])
+        prefix = (prefix << 16) | chosen
+    return float(torch.tensor([prefix], dtype=integer).view(float_type))
+
+
+def elect_sign(task_vectors: Tensor) -> Tensor:
+    """The sign of each entry's sum over the tasks, [K, *] -> [*]: 0 where the sum is exactly 0.
+
+    The published code gives such an entry the sign of the majority of all entries; the paper does not.
+    """
+    return task_vectors.sum(dim=0).sign()
+
+
+class Ties:
+    """TIES's first two steps (Yadav et al., NeurIPS 2023, algorithm 1): trim, then keep what has the elected sign.
+
+    What AdaMerging++ and Pareto Merging++ do to the task vectors before they learn λ.
+
+    Args:
+        thresholds: one magnitude per task (:func:`trim_threshold`); entries below it are trimmed.
+    """
+
+    def __init__(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = tuple(thresholds)
+
+    @classmethod
+    def of(
+        cls, base: Sequence[tuple[Sequence[str], Tensor]], copies: Mapping[str, Mapping[str, Tensor]], density: float
+    ) -> Ties:
+        """The thresholds of K fine-tuned copies: ``base`` as (all names of a tensor, the pretrained tensor)."""
+        check_density(density)
+        kept = [(names, tensor) for names, tensor in base if tensor.is_floating_point()]
+
+        def pieces(weights: Mapping[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
+            return lambda: (
+                piece
+                for names, tensor in kept
+                for piece in differences(tensor, weights[next(name for name in names if name in weights)])
+            )
+
+        return cls([trim_threshold(pieces(weights), density, task) for task, weights in copies.items()])
+
+    def trim(self, task_vectors: Tensor) -> Tensor:
+        """[K, *] with the entries below each task's threshold at 0."""
+        limits = torch.tensor(self.thresholds, dtype=task_vectors.dtype, device=task_vectors.device)
+        return torch.where(task_vectors.abs() >= limits.view(-1, *[1] * (task_vectors.ndim - 1)), task_vectors, 0.0)
+
+    def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
+        trimmed = self.trim(task_vectors)
+        sign = elect_sign(trimmed)
+        return torch.where(trimmed.sign() == sign, trimmed, 0.0)
+
+
+class Dare:
+    """Drop And REscale (Yu et al., ICML 2024): each entry is kept with probability ``density`` and divided by it.
+
+    The draws depend on the seed, the parameter's name, the task and the place within it: the same on every device.
+    """
+
+    def __init__(self, density: float, seed: int = 0) -> None:
+        self.density, self.seed = check_density(density), seed
+
+    def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
+        if self.density == 1:
+            return task_vectors
+        kept = torch.empty_like(task_vectors)
+        for task, (tau, result) in enumerate(zip(task_vectors, kept, strict=True)):
+            flat, out, place = tau.reshape(-1), result.reshape(-1), 0
+            for piece in flat.split(CHUNK):
+                mask = dare_mask(piece.numel(), self.density, (self.seed, name, task, place)).to(piece.device)
+                out[place : place + len(piece)] = piece * mask / self.density
+                place += len(piece)
+        return kept
+
+
+def dare_mask(size: int, density: float, key: tuple[int, str, int, int]) -> Tensor:
+    """Which of ``size`` entries DARE keeps, as 0 and 1 in float32; ``key``: seed, name, task, place of the first."""
+    seed, name, task, place = key
+    # 31 bits and more: torch's CPU generator takes any 64-bit seed
+    mixed = zlib.crc32(f"{seed} {name} {task} {place}".encode()) | (seed & 0x7FFFFFFF) << 32
+    generator = torch.Generator("cpu").manual_seed(mixed)
+    return (torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") < density).float()
+
+
+def make_preprocess(
+    name: str,
+    density: float,
+    seed: int,
+    base: Sequence[tuple[Sequence[str], Tensor]],
+    copies: Mapping[str, Mapping[str, Tensor]],
+) -> Preprocess | None:
+    """The preprocessing called ``name``; TIES looks at all copies once for its thresholds."""
+    if name == "none":
+        return None
+    if name == "ties":
+        return Ties.of(base, copies, density)
+    if name == "dare":
+        return Dare(density, seed)
+    raise ValueError(f"preprocess: expected {', '.join(NAMES)} or a function, got {name!r}")
