@@ -1,9 +1,9 @@
 """The study: every method on the embedded digits suite, with two, three and eight models, over several seeds.
 
-A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and 2
-were looked at while the suite was designed; figures to be believed come from others. Every method may try the same number
-of settings, chosen without labels; all rules are :mod:`pareto_merging.comparison`'s. Beside it ablations of Pareto Merging,
-each changing one thing about its published setting, nothing chosen.
+A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and
+2 were looked at while the suite was designed; figures to be believed come from others. Every method may try the same
+number of settings, chosen without labels; all rules are :mod:`pareto_merging.comparison`'s. Beside it ablations of
+Pareto Merging, each changing one thing about its published setting, nothing chosen.
 
 Results are kept in a work folder, method by method: an interrupted study goes on from there.
 """
@@ -215,7 +215,7 @@ def _ablation_summary(found: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str,
 def _judges(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How well the label-free score orders methods: its rank correlation, per seed, with what it stands for.
 
-    Over the merged models: the chosen setting's score against its held-out accuracy, equal and own-task where both count.
+    Over the methods that give one model: the chosen setting's score against its held-out accuracy.
     """
     found = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
@@ -245,8 +245,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             row += [cell(entry.get(name), factor) for name, factor in figures_]
         rows.append(row)
     return (
-        "Held-out accuracy in percent (equal: average at the equal preference; one-hot: each task at its own preference) "
-        "and hypervolume above chance in percent of the box, mean ± standard deviation over suite seeds "
+        "Held-out accuracy in percent (equal: average at the equal preference; one-hot: each task at its own "
+        "preference) and hypervolume above chance in percent of the box, mean ± standard deviation over suite seeds "
         f"{seeds}:\n\n{markdown_table(columns, rows)}"
     )
 

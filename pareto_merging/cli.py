@@ -33,9 +33,9 @@ app = typer.Typer(
 )
 
 PREFERENCES_HELP = (
-    "`0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, `one-hot` (each task alone), `priority` (0.5 on each "
-    "task in turn), `grid:11` (two tasks: 11 in equal steps), `lattice:7` (all multiples of 1/7), `energy:30` (30 spread "
-    "out evenly), `dirichlet:30` (30 at random)"
+    "`0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, `one-hot` (each task alone), `priority` (0.5 "
+    "on each task in turn), `grid:11` (two tasks: 11 in equal steps), `lattice:7` (all multiples of 1/7), "
+    "`energy:30` (30 spread out evenly), `dirichlet:30` (30 at random)"
 )
 OutFolder = Annotated[Path, typer.Option("--out", help="The run folder to make; it must not exist yet.")]
 ConfigFile = Annotated[
@@ -140,7 +140,7 @@ def evaluate(
     scores = evaluate_preferences(
         model, tasks, gammas, workers=workspace.config.workers, progress=not quiet and not as_json
     )
-    report = {
+    report: dict[str, Any] = {
         "run": str(run),
         "tasks": workspace.task_names,
         "results": [
@@ -192,8 +192,8 @@ def compare(
     preferences: Annotated[
         str | None,
         typer.Option(
-            help=f"The grid of preferences beside equal, priority and one-hot: {PREFERENCES_HELP}. Default: grid:11 for "
-            "two tasks, lattice:7 for three, dirichlet:30 for more."
+            help=f"The grid of preferences beside equal, priority and one-hot: {PREFERENCES_HELP}. Default: grid:11 "
+            "for two tasks, lattice:7 for three, dirichlet:30 for more."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison there.")] = False,

@@ -1,9 +1,9 @@
 """Which merging method for these models? Every method on one workspace, under the same rules.
 
-- No choice looks at a label. Every method gets the same number of tries at its own hyper-parameters, and the try is kept
-  whose predictions agree most with the fine-tuned models' own on the unlabelled images (:meth:`Comparison.score`).
-- Everything is measured on held-out images: at the equal preference, at each task's priority and one-hot preference, and
-  on a grid of preferences that is the same for all.
+- No choice looks at a label. Every method gets the same number of tries at its own hyper-parameters, and the try is
+  kept whose predictions agree most with the fine-tuned models' own on unlabelled images (:meth:`Comparison.score`).
+- Everything is measured on held-out images: at the equal preference, at each task's priority and one-hot preference,
+  and on a grid of preferences that is the same for all.
 - Each (method, seed) is one file, written when it is done: a run that dies keeps what it had and goes on from there.
 """
 
@@ -20,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pareto_merging.baselines import individual
 from pareto_merging.baselines.interface import Merged
@@ -207,7 +207,7 @@ class Comparison:
                 row |= {"warnings": said} if said else {}
                 row |= {"seconds": round(seconds, 2), "peak_bytes": peak}
                 row["score"] = self.score(merged, method) if len(choices) > 1 else None
-            except (UserError, TrainingError, ValueError, torch.linalg.LinAlgError) as error:
+            except (UserError, TrainingError, ValueError, LinAlgError) as error:
                 row["error"] = _one_line(error)
                 continue
             if best is None or (row["score"] is not None and row["score"] > best[1]["score"]):
@@ -240,7 +240,7 @@ class Comparison:
         return points
 
     def _unseen(self, merged: Merged, method: Method) -> dict[str, Any]:
-        """For each task without a checkpoint: the front's model of least entropy there (section 4.3), and its accuracy."""
+        """Per task without a checkpoint: the front's model of least entropy there (section 4.3), its accuracy."""
         found = {}
         gammas = [gamma for _, gamma in self._preferences_of(merged, method)]
         for name, (unlabelled, labelled) in self.workspace.unseen_tasks().items():

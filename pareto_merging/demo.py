@@ -185,7 +185,7 @@ def _point(result: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _entry(result: Mapping[str, Any], kind: str = "equal") -> dict[str, Any]:
-    """A method in the report: accuracy per task at the equal preference, or each task's at its own one-hot preference."""
+    """A method in the report: accuracies at the equal preference, or each task's at its own one-hot preference."""
     tasks, points = result["tasks"], result["points"]
     single = len(points) == 1
     of = {

@@ -28,11 +28,12 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("seconds", "seconds", 1, 1),
 )
 EXPLANATION = (
-    "equal: average accuracy over the tasks at the equal preference; priority and one-hot: accuracy of the preferred task "
-    "at its preference of 0.5 and of 1, averaged over the tasks (a method that gives one model: its average). hypervolume: "
-    "share of the box between the reference point and 100 % that the models dominate. spacing and IGD+ in percent points, "
-    "IGD+ against the union of all methods' fronts. cosine and Spearman: of the preference with the accuracies. seconds: "
-    "the chosen run, tuning not counted. Individual models and multi-task training are upper bounds and not in the union."
+    "equal: average accuracy over the tasks at the equal preference; priority and one-hot: accuracy of the preferred "
+    "task at its preference of 0.5 and of 1, averaged over the tasks (a method that gives one model: its average). "
+    "hypervolume: share of the box between the reference point and 100 % that the models dominate. spacing and IGD+ "
+    "in percent points, IGD+ against the union of all methods' fronts. cosine and Spearman: of the preference with the "
+    "accuracies. seconds: the chosen run, tuning not counted. Individual models and multi-task training are upper "
+    "bounds and not in the union."
 )
 
 

@@ -310,8 +310,8 @@ def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
     changed = sorted(_differences(before, json.loads(json.dumps(now))))
     if changed:
         raise UserError(
-            f"{path.parent}: expected what the comparison was started with, but {', '.join(changed)} differs (for other "
-            "settings choose a new folder)"
+            f"{path.parent}: expected what the comparison was started with, but {', '.join(changed)} differs (for "
+            "other settings choose a new folder)"
         )
 
 

@@ -228,7 +228,7 @@ def learn_pareto_set(
 
 @contextlib.contextmanager
 def _clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[None]:
-    """λ is used clamped inside, learned (and checkpointed) as it is; what the model holds afterwards is what was used."""
+    """λ is used clamped inside, and learned and checkpointed as it is; afterwards the model holds what was used."""
     if bounds is None:
         yield
         return

@@ -215,7 +215,8 @@ class Workspace:
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of last change of each weights and head file: whether they are the ones they were."""
         paths = [self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())]
-        paths += [task.head for task in (*self.task_configs.values(), *self.unseen_configs.values()) if task.head]
+        paths += [task.head for task in self.task_configs.values() if task.head is not None]
+        paths += [task.head for task in self.unseen_configs.values()]
         return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
     def chance(self, names: Sequence[str]) -> list[float]:

@@ -1,8 +1,8 @@
 """Pareto Merging and the methods it is compared with: one file each, one interface.
 
-``merge(pretrained, finetuned, …) -> Merged``: the weights as :func:`pareto_merging.parametrize` takes them; what a method
-needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are keyword
-arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
+``merge(pretrained, finetuned, …) -> Merged``: the weights as :func:`pareto_merging.parametrize` takes them; what a
+method needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are
+keyword arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
 
 ``pareto_merging.baselines.registry.METHODS`` has them all by name, with what there is to choose for each.
 """

@@ -3,10 +3,11 @@
 min_λ Σ_k S_k(W0 + Σ_k λ_k τ_k), equation 1 of arXiv 2408.12105: one λ vector per parameter tensor ("layer-wise"), or
 one for the model ("task-wise"). AdaMerging++ has the task vectors trimmed and their signs elected by TIES first.
 
-It is Pareto Merging without a low-rank term, at one preference, with linear scalarisation, and runs on that code, so the
-two differ in nothing but what the methods differ in. Where we differ from the published code: the loss is the mean over
-the tasks and batches, not their sum, a constant that Adam does not feel; a step's two batches of 16 are one of 32 (the mean
-of two means); images come from seeded permutations and not from a new shuffle each step; buffers are not merged.
+It is Pareto Merging without a low-rank term, at one preference, with linear scalarisation, and runs on that code, so
+the two differ in nothing but what the methods differ in. Where we differ from the published code: the loss is the mean
+over the tasks and batches, not their sum, a constant that Adam does not feel; a step's two batches of 16 are one of 32
+(the mean of two means); images come from seeded permutations and not from a new shuffle each step; buffers are not
+merged.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """AdaMerging + preference: min_λ Σ_k γ_k S_k, one run for every γ (equation 4 of arXiv 2408.12105).
 
-Linear scalarisation at a fixed preference; the equal preference is AdaMerging. It costs a run and a model per preference.
+Linear scalarisation at a fixed preference; the equal preference is AdaMerging. It costs a run and a model per
+preference.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def merge(
 ) -> Merged:
     """A model for every preference, learned when it is first asked for and kept; arguments as :func:`adamerging.merge`.
 
-    ``facts`` counts the ``runs`` and their ``seconds``. Each run keeps its checkpoint in a folder of its own under ``folder``.
-    """
+    ``facts`` counts the ``runs`` and their ``seconds``. Each run keeps its checkpoint in a folder of its own under
+    ``folder``."""
     method = adamerging.settings() if method is None else method
     known: dict[tuple[float, ...], nn.Module] = {}
     result = Merged(task_names(finetuned), lambda gamma: nn.Identity(), preference_aware=True)

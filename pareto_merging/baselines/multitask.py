@@ -1,8 +1,8 @@
 """Traditional multi-task learning on labels: min_W Σ_k γ_k CE_k(W), all weights trained (Caruana 1997).
 
-The upper bound among single models: it needs what merging does without, labelled images of every task and a training run
-of the whole encoder. Heads stay frozen, as in the fine-tuning of the individual models. The paper's "multi-task learning
-+ preference" is one such run per γ.
+The upper bound among single models: it needs what merging does without, labelled images of every task and a training
+run of the whole encoder. Heads stay frozen, as in the fine-tuning of the individual models. The paper's "multi-task
+learning + preference" is one such run per γ.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def merge(
 ) -> Merged:
     """A copy of ``pretrained`` trained on all tasks together; of ``finetuned`` only the task names are used.
 
-    AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics fixed.
-    Weights are trained in float32, whatever they are stored in.
+    AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics
+    fixed. Weights are trained in float32, whatever they are stored in.
 
     Args:
         training: by task name, labelled images and the frozen head. steps, batch_size: per step, a batch of every task.

@@ -3,9 +3,10 @@
 Variation 1: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ (Bγ) with A [N, K], B [D, K].
 Variation 2: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ b with A [N, K], b [D].
 
-The copy of the paper that we have lost the formulas and kept the words ("transform the preference vector to a matrix using
-vector outer product"), so both are our reading. Both are of rank one at every γ. A starts at zero and B from Kaiming's
-uniform distribution, so that, as in Pareto Merging, the run starts at W0 + 0.3 Σ τ_k. Trained exactly as Pareto Merging.
+The copy of the paper that we have lost the formulas and kept the words ("transform the preference vector to a matrix
+using vector outer product"), so both are our reading. Both are of rank one at every γ. A starts at zero and B from
+Kaiming's uniform distribution, so that, as in Pareto Merging, the run starts at W0 + 0.3 Σ τ_k. Trained exactly as
+Pareto Merging.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def merge(
     if variation not in (1, 2):
         raise ValueError(f"variation: expected 1 or 2, got {variation!r}")
     core = "outer-product" if variation == 1 else "outer-vector"
-    method = (MethodSettings() if method is None else method).model_copy(update={"core": core})
+    method = (MethodSettings.model_validate({}) if method is None else method).model_copy(update={"core": core})
     return pareto.merge(
         pretrained, finetuned, tasks=tasks, method=method, folder=folder, resume=resume, progress=progress
     )

@@ -40,7 +40,7 @@ def merge(
         method: by default the preset ``icml2025``. preprocess: of the task vectors, instead of ``method.preprocess``.
         folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
-    method = MethodSettings() if method is None else method
+    method = MethodSettings.model_validate({}) if method is None else method
     model = parametrize(
         pretrained,
         finetuned,

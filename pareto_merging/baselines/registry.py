@@ -51,7 +51,7 @@ class Problem:
     finetuned: Sequence[Weights] | Mapping[str, Weights]
     tasks: Mapping[str, MergingTask] | None = None
     training: Mapping[str, EvaluationTask] | None = None
-    method: MethodSettings = field(default_factory=MethodSettings)
+    method: MethodSettings = field(default_factory=lambda: MethodSettings.model_validate({}))
     folder: Path | None = None
     progress: bool = True
 
