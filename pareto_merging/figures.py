@@ -36,6 +36,7 @@ Style: TypeAlias = dict[str, Any]
 
 # inches, and pixels per inch
 ONE_PANEL, SEVERAL_PANELS = 3.4, 7.0
+MANY = 8
 DPI = 300
 
 # Okabe and Ito's palette
@@ -356,7 +357,9 @@ def parallel_coordinates(
     methods = _checked(task_names, sets, at_least=3)
     alone = _checked_individuals(individuals, len(task_names))
     first = _first_set(methods)
-    with _picture(path, ONE_PANEL, 2.6) as figure:
+    # many methods want the width of the page, or their legend would be longer than the picture
+    width = ONE_PANEL if len(methods) <= MANY else SEVERAL_PANELS
+    with _picture(path, width, 2.6) as figure:
         axes = figure.subplots()
         at = np.arange(len(task_names))
         handles: list[Artist] = []
@@ -393,7 +396,7 @@ def parallel_coordinates(
             for task in range(len(task_names)):
                 axes.plot(task, -0.04, transform=axes.get_xaxis_transform(), clip_on=False, **_task_mark(task, 4.2))
         _name_axes(axes, task_names, pad=11 if first is not None else 3)
-        figure.set_size_inches(ONE_PANEL, 2.6 + max(t.get_window_extent().height for t in axes.get_xticklabels()) / DPI)
+        figure.set_size_inches(width, 2.6 + max(t.get_window_extent().height for t in axes.get_xticklabels()) / DPI)
         _legend_below(figure, handles, labels)
 
 
