@@ -251,25 +251,41 @@ def markdown(report: Mapping[str, Any]) -> str:
     )
 
 
-def ablation_markdown(report: Mapping[str, Any]) -> str:
-    """Ablations of Pareto Merging, and what two unseen tasks get."""
-    parts = []
-    for tasks, entries in report["ablations"].items():
-        rows = [
-            [
-                name,
-                cell(entry["equal"]),
-                cell(entry["one_hot"]),
-                cell(entry["hypervolume"], 100),
-                cell(entry["spearman"], 1, 2),
-            ]
-            for name, entry in entries.items()
-        ]
-        columns = [f"{tasks} models", "equal (%)", "one-hot (%)", "hypervolume (%)", "Spearman"]
-        parts.append(markdown_table(columns, rows))
+def ablations_markdown(report: Mapping[str, Any]) -> str:
+    """Ablations of Pareto Merging: one thing changed at a time, nothing chosen."""
+    figures_ = (("equal", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("spearman", 1, 2))
+    columns, rows = ["change"], []
+    for tasks in report["ablations"]:
+        columns += [f"{tasks} models: equal", "one-hot", "hypervolume", "Spearman"]
+    for name in ABLATIONS:
+        row = [name]
+        for entries in report["ablations"].values():
+            row += [cell(entries.get(name, {}).get(key), factor, n) for key, factor, n in figures_]
+        rows.append(row)
+    return markdown_table(columns, rows)
+
+
+def unseen_markdown(report: Mapping[str, Any]) -> str:
+    """Accuracy on tasks without a fine-tuned model, three models merged."""
     unseen = {k: e for k, e in report["summary"]["3"].items() if "unseen" in e}
     names = list(next(iter(unseen.values()))["unseen"]) if unseen else []
     rows = [[e["title"], *(cell(e["unseen"][name]) for name in names)] for e in unseen.values()]
-    if rows:
-        parts.append(markdown_table(["three models, unseen task", *(f"{name} (%)" for name in names)], rows))
-    return "\n".join(parts)
+    return markdown_table(["method", *(f"{name} (%)" for name in names)], rows)
+
+
+def fronts_markdown(report: Mapping[str, Any]) -> str:
+    """The methods that answer a preference: how good and how well aligned their sets are."""
+    figures_ = (
+        *(("equal", 1, 1), ("priority", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("non_dominated", 1, 0)),
+        *(("points", 1, 0), ("spacing", 1, 2), ("igd_plus", 1, 2), ("cosine", 1, 3), ("spearman", 1, 2)),
+        ("seconds", 1, 0),
+    )
+    columns = ["models, method", "equal", "priority", "one-hot", "hypervolume", "non-dominated", "of"]
+    columns += ["spacing", "IGD+", "cosine", "Spearman", "seconds"]
+    rows = []
+    for tasks, summary in report["summary"].items():
+        for entry in summary.values():
+            if entry.get("preference_aware") and not entry["is_bound"]:
+                row = [cell(entry.get(key), factor, n) for key, factor, n in figures_]
+                rows.append([f"{tasks}: {entry['title']}", *row])
+    return markdown_table(columns, rows)

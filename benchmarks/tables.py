@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables``: write the README's tables from the newest committed results."""
+"""``python -m benchmarks.tables``: write the tables of the README and docs/ from the newest committed results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 from benchmarks.results import RESULTS
 from benchmarks.run import GPU_SUITES, suite_module
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "docs" / "study.md")
 
 
 def newest(suite: str) -> Path | None:
@@ -23,8 +25,12 @@ def newest(suite: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def block(suite: str) -> str:
-    """What the README says of a suite: its tables and where they come from, or that nothing was measured."""
+def block(name: str, to_root: str = "") -> str:
+    """What a document says of a suite: its tables and where they come from, or that nothing was measured.
+
+    ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from the document's folder.
+    """
+    suite, _, part = name.partition("_")
     path = newest(suite)
     if path is None:
         if suite in GPU_SUITES:
@@ -37,22 +43,24 @@ def block(suite: str) -> str:
     hardware = where["gpu"] if suite in GPU_SUITES else where["cpu"]
     figures = report["suites"][suite] if suite in GPU_SUITES else report
     source = (
-        f"From [`{path.name}`](benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
+        f"From [`{path.name}`]({to_root}benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
         f"torch {where['torch']}).\n"
     )
-    return f"{suite_module(suite).markdown(figures)}\n{source}"
+    made = getattr(suite_module(suite), f"{part}_markdown" if part else "markdown")(figures)
+    return f"{made}\n{source}"
 
 
-def updated(readme: str) -> str:
-    """``readme`` with everything between ``<!-- results:SUITE -->`` and ``<!-- end -->`` made anew."""
+def updated(text: str, to_root: str = "") -> str:
+    """``text`` with everything between ``<!-- results:NAME -->`` and ``<!-- end -->`` made anew: see :func:`block`."""
     return re.sub(
         r"<!-- results:(\w+) -->.*?<!-- end -->",
-        lambda match: f"<!-- results:{match.group(1)} -->\n{block(match.group(1))}<!-- end -->",
-        readme,
+        lambda match: f"<!-- results:{match.group(1)} -->\n{block(match.group(1), to_root)}<!-- end -->",
+        text,
         flags=re.DOTALL,
     )
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
-    print(README)
+    for document in DOCUMENTS:
+        document.write_text(updated(document.read_text(), "../" * (len(document.relative_to(ROOT).parts) - 1)))
+        print(document)

@@ -1,0 +1,45 @@
+"""Every merging method on a CUDA GPU, against the same method on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.baselines.registry import METHODS, Problem, run
+from pareto_merging.config import MethodSettings
+from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.sources import TensorImages
+from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.training import MergingTask
+
+pytestmark = pytest.mark.gpu
+Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
+
+
+def problem(pretrained: nn.Module, finetuned: dict[str, nn.Module], device: str) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    tasks, training = {}, {}
+    for name in finetuned:
+        images = TensorImages(torch.randn(12, 3, 8, 8, generator=generator), torch.arange(12) % 5)
+        head = ZeroShotHead(torch.randn(5, 8, generator=generator), 10.0).to(device)
+        tasks[name], training[name] = MergingTask(images, head), EvaluationTask(images, head)
+    method = MethodSettings.model_validate({"steps": 3, "batch_size": 6, "rank": 4, "learning_rate": 1e-2})
+    copies = {name: copy.deepcopy(model).to(device) for name, model in finetuned.items()}
+    return Problem(copy.deepcopy(pretrained).to(device), copies, tasks, training, method, progress=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gpu_finds_what_the_cpu_finds(tiny_vit: nn.Module, copies: Copies, name: str) -> None:
+    finetuned = copies(tiny_vit, 3)
+    gamma: Tensor = torch.tensor([0.5, 0.3, 0.2])
+    # Fisher draws a label from probabilities that are rounded differently: its exact expectation does not
+    choice = {"labels": "expected"} if name == "fisher" else {}
+    cpu, cuda = (run(name, problem(tiny_vit, finetuned, device), **choice).model(gamma) for device in ("cpu", "cuda"))
+    for key, expected in cpu.state_dict().items():
+        found = cuda.state_dict()[key]
+        assert found.is_cuda, key
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{name}, {k}: {m}")
