@@ -28,7 +28,7 @@ def newest(suite: str) -> Path | None:
 def block(name: str, to_root: str = "") -> str:
     """What a document says of a suite: its tables and where they come from, or that nothing was measured.
 
-    ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from the document's folder.
+    ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from its folder, as ../.
     """
     suite, _, part = name.partition("_")
     path = newest(suite)

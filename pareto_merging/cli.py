@@ -61,8 +61,9 @@ def demo(
 ) -> None:
     """Merge eight fine-tuned vision transformers (embedded, real handwritten digits) in about a minute and a half.
 
-    Compares Pareto Merging with weight averaging, task arithmetic and AdaMerging; learns a two-task Pareto set and
-    draws its front. Writes report.json, front.png, pareto_set.safetensors and index.html.
+    Compares Pareto Merging with weight averaging, task arithmetic and
+    AdaMerging; learns a two-task Pareto set and draws its front. Writes
+    report.json, front.png, pareto_set.safetensors and index.html.
     """
     from pareto_merging.demo import run_demo
 
@@ -90,8 +91,9 @@ def train(
 ) -> None:
     """Learn the Pareto set that CONFIG.yaml describes.
 
-    Ctrl-C stops after the step in hand; the same command with --resume runs the remaining steps and gives the bits an
-    uninterrupted run would have given.
+    Ctrl-C stops after the step in hand; the same command with --resume runs
+    the remaining steps and gives the bits an uninterrupted run would have
+    given.
     """
     from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
@@ -159,9 +161,8 @@ def evaluate(
     rows = [(g.tolist(), score.accuracy, score.entropy) for g, score in zip(gammas, scores, strict=True)]
     pictures = write_evaluation(run, workspace.task_names, list(tasks), rows)
     if not as_json:
-        print(
-            f"{run}: evaluation.json, evaluation.csv, evaluation.md {' '.join(path.name for path in pictures)}".strip()
-        )
+        written = ["evaluation.json", "evaluation.csv", "evaluation.md", *(path.name for path in pictures)]
+        print(f"{run}: {', '.join(written)}")
 
 
 def _methods_help() -> str:
@@ -200,12 +201,14 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Which merging method for these models? Every method on CONFIG.yaml's, in one table and one picture.
+    """Which merging method for your models? Every method on those of CONFIG.yaml, in one table and one picture.
 
-    Each method is tuned without labels and measured on the held-out images: at the equal preference, for each task in
-    turn, and on a grid of preferences. Methods that need images a task does not have are left out, and it is said why.
-    Ctrl-C keeps what is done; the same command with --resume goes on. Writes compare.md, compare.json, methods.csv,
-    points.csv and pictures.
+    Each method is tuned without labels and measured on the held-out images:
+    at the equal preference, for each task in turn, and on a grid of
+    preferences. A method that needs images which a task does not have is left
+    out, and it is said why. Ctrl-C keeps what is done; the same command with
+    --resume goes on. Writes compare.md, compare.json, methods.csv, points.csv
+    and pictures.
     """
     from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
@@ -351,7 +354,7 @@ def _warn(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 1 (training stopped on a NaN), 2 (a mistake), 130 (Ctrl-C)."""
+    """Run the command line and exit: 0, 1 (training or a compared method failed), 2 (a mistake), 130 (Ctrl-C)."""
     from pareto_merging.errors import Interrupted, TrainingError, UserError
 
     for stream in (sys.stdout, sys.stderr):

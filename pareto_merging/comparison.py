@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pareto_merging.baselines import individual
 from pareto_merging.baselines.interface import Merged
 from pareto_merging.baselines.registry import METHODS, Choice, Method, Problem, check_needs
 from pareto_merging.checkpoints.files import write_json
+from pareto_merging.config import MethodSettings
 from pareto_merging.environment import measured
-from pareto_merging.errors import TrainingError, UserError
+from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.evaluation import agreement, choose_for_unseen, evaluate_model, predict
 from pareto_merging.metrics import hypervolume, indicators, spread, union_front
 from pareto_merging.preferences import (
@@ -41,6 +41,8 @@ from pareto_merging.workspace import Workspace
 
 FORMAT = "pareto-comparison-result"
 EFFORT = 4
+# what ends one method and not the comparison: NaN, a matrix that cannot be inverted, no memory
+FAILURES = (ValueError, RuntimeError, MemoryError)
 
 
 def default_grid(tasks: int) -> str:
@@ -89,6 +91,7 @@ class Comparison:
         self.preferences = evaluated_preferences(names, self.grid or default_grid(len(names)))
         self.evaluation = self.workspace.evaluation_tasks()
         self.tasks = self.workspace.available_merging_tasks()
+        self.unseen = self.workspace.unseen_tasks()
 
     @cached_property
     def problem(self) -> Problem:
@@ -112,7 +115,10 @@ class Comparison:
         names = self.workspace.task_names
         rows = dict(zip(names, one_hot_preferences(len(names)), strict=True))
         return {
-            name: predict(self._individuals.at(rows[name]), task.images, task.head) for name, task in self.tasks.items()
+            name: predict(
+                self._individuals.at(rows[name]), task.images, task.head, workers=self.workspace.config.workers
+            )
+            for name, task in self.tasks.items()
         }
 
     @cached_property
@@ -141,12 +147,19 @@ class Comparison:
         return (equal + math.fsum(own) / len(own)) / 2
 
     def _agreement(self, model: nn.Module, names: Sequence[str]) -> float:
-        found = [agreement(model, self.tasks[n].images, self.tasks[n].head, self._teachers[n]) for n in names]
+        workers = self.workspace.config.workers
+        found = [
+            agreement(model, self.tasks[n].images, self.tasks[n].head, self._teachers[n], workers=workers)
+            for n in names
+        ]
         return math.fsum(found) / len(found)
 
     def run(self, key: str) -> dict[str, Any]:
-        """Method ``key`` of METHODS: tuned, measured; plain JSON. What it lacks or how it failed is in ``reason``."""
-        method = METHODS[key]
+        """Method ``key`` of METHODS: tuned, measured; plain JSON. What it lacks or how it failed is in ``reason``.
+
+        Raises UserError for weights or images that cannot be opened. Interrupted: Ctrl-C while a method learns.
+        """
+        method, problem = METHODS[key], self.problem
         result: dict[str, Any] = {
             "format": FORMAT,
             "method": key,
@@ -157,7 +170,7 @@ class Comparison:
             "reference_point": self.reference_point,
         }
         try:
-            check_needs(method, self.problem)
+            check_needs(method, problem)
         except ValueError as error:
             return {**result, "status": "skipped", "reason": str(error)}
         start = time.perf_counter()
@@ -172,7 +185,9 @@ class Comparison:
         try:
             points = self._points(merged, method)
             unseen = self._unseen(merged, method)
-        except (UserError, TrainingError, ValueError, RuntimeError) as error:
+        except Interrupted:
+            raise
+        except FAILURES as error:
             return {**result, "status": "failed", "reason": _one_line(error)}
         return {
             **result,
@@ -202,17 +217,32 @@ class Comparison:
             try:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    merged, seconds, peak = measured(lambda p=problem, c=choice: method.run(p, c))  # type: ignore[misc]
+                    merged, seconds, peak = self._timed(number, lambda p=problem, c=choice: method.run(p, c))  # type: ignore[misc]
                 said = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
                 row |= {"warnings": said} if said else {}
                 row |= {"seconds": round(seconds, 2), "peak_bytes": peak}
                 row["score"] = self.score(merged, method) if len(choices) > 1 else None
-            except (UserError, TrainingError, ValueError, LinAlgError) as error:
+            except Interrupted:
+                raise
+            except FAILURES as error:
                 row["error"] = _one_line(error)
                 continue
             if best is None or (row["score"] is not None and row["score"] > best[1]["score"]):
                 best = (merged, row)
         return tried, best
+
+    def _timed(self, number: int, work: Callable[[], Any]) -> tuple[Any, float, int]:
+        """:func:`measured`; in a folder with the seconds that the same try took before it was interrupted."""
+        if self.folder is None:
+            return measured(work)
+        path = self.folder / f"{number}-seconds.json"
+        before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+        start = time.perf_counter()
+        try:
+            merged, seconds, peak = measured(work)
+        finally:
+            write_json(path, before + time.perf_counter() - start)
+        return merged, before + seconds, peak
 
     def _preferences_of(self, merged: Merged, method: Method) -> list[tuple[list[str], Tensor]]:
         if not merged.preference_aware:
@@ -243,9 +273,12 @@ class Comparison:
         """Per task without a checkpoint: the front's model of least entropy there (section 4.3), its accuracy."""
         found = {}
         gammas = [gamma for _, gamma in self._preferences_of(merged, method)]
-        for name, (unlabelled, labelled) in self.workspace.unseen_tasks().items():
-            choice = choose_for_unseen(merged.at, gammas, unlabelled.images, unlabelled.head, progress=False)
-            scores = evaluate_model(merged.at(choice.gamma), {name: labelled})
+        workers = self.workspace.config.workers
+        for name, (unlabelled, labelled) in self.unseen.items():
+            choice = choose_for_unseen(
+                merged.at, gammas, unlabelled.images, unlabelled.head, workers=workers, progress=False
+            )
+            scores = evaluate_model(merged.at(choice.gamma), {name: labelled}, workers=workers)
             found[name] = {
                 "accuracy": round(scores.average, 4),
                 "entropy": round(choice.entropies[choice.index], 4),
@@ -267,13 +300,14 @@ def compare(
     effort: int = EFFORT,
     grid: str | None = None,
     progress: bool = True,
-    on_done: Callable[[dict[str, Any], int, int, float], None] | None = None,
+    on_done: Callable[[dict[str, Any], int, int, float | None], None] | None = None,
     choices: Mapping[str, Sequence[Choice]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run the methods that have no result in ``folder`` yet, each with every seed; all results, in order.
 
     A result is ``METHOD-seed-SEED.json``. A failed one is tried again. ``on_done`` is called with each new result, how
-    many are done, how many there are, and the seconds that are probably left.
+    many are done, how many there are, and the seconds that are probably left (None while nothing like the work that
+    waits has been done).
 
     Raises:
         UserError: an unknown method, or files that cannot be read. Interrupted: Ctrl-C while a method learns.
@@ -290,9 +324,8 @@ def compare(
         if done is not None and done["status"] != "failed":
             found[seed, key] = done
     waiting = [job for job in jobs if job not in found]
-    tasks = len(workspace.task_names)
-    start, weight_done = time.monotonic(), 0.0
-    weight = sum(_weight(METHODS[key], tasks, effort) for _, key in waiting)
+    preferences = evaluated_preferences(workspace.task_names, grid or default_grid(len(workspace.task_names)))
+    left = _TimeLeft({key: _weight(METHODS[key], config.method, preferences, effort) for _, key in waiting}, waiting)
     current: tuple[int, Comparison] | None = None
     for seed, key in waiting:
         if current is None or current[0] != seed:
@@ -301,16 +334,16 @@ def compare(
             current = seed, Comparison(seeded, effort, grid, progress=progress, choices=choices or {})
         working = folder / f".{key}-seed-{seed}"
         current[1].folder = working if METHODS[key].learns else None
+        start = time.monotonic()
         result = current[1].run(key)
         write_json(folder / result_name(key, seed), result)
         # what a failed method had learned is gone on from
         if result["status"] != "failed":
             shutil.rmtree(working, ignore_errors=True)
         found[seed, key] = result
-        weight_done += _weight(METHODS[key], tasks, effort)
+        left.done(key, None if result["status"] == "skipped" else time.monotonic() - start)
         if on_done is not None:
-            left = (time.monotonic() - start) / weight_done * (weight - weight_done)
-            on_done(result, len(found), len(jobs), left)
+            on_done(result, len(found), len(jobs), left.seconds())
     return [found[job] for job in jobs]
 
 
@@ -326,16 +359,50 @@ def _read_result(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a result of a comparison, got {error}") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
+    if not isinstance(result, dict) or result.get("format") != FORMAT or "status" not in result:
         raise UserError(f"{path}: expected a result of a comparison, got another file")
     return result
 
 
-def _weight(method: Method, tasks: int, effort: int) -> float:
-    """How long a method takes, roughly, in runs of one that learns."""
-    if not method.learns:
-        return 0.2
-    return effort + (2 * tasks + (9 if tasks == 2 else 0) if method.runs_per_preference else 0)
+class _TimeLeft:
+    """How long the methods that wait will take, from those that are done: the ones that learn, and the quick ones."""
+
+    def __init__(self, weights: Mapping[str, float], waiting: Sequence[tuple[int, str]]) -> None:
+        self._weights = weights
+        self._waiting, self._done, self._spent = ({True: 0.0, False: 0.0} for _ in range(3))
+        for _, key in waiting:
+            self._waiting[METHODS[key].learns] += weights[key]
+
+    def done(self, key: str, seconds: float | None) -> None:
+        """One is done, after so many seconds; None: it was skipped, which says nothing."""
+        learns = METHODS[key].learns
+        self._waiting[learns] -= self._weights[key]
+        if seconds is not None:
+            self._done[learns] += self._weights[key]
+            self._spent[learns] += seconds
+
+    def seconds(self) -> float | None:
+        left = 0.0
+        for learns, weight in self._waiting.items():
+            if weight < 1e-6:
+                continue
+            if self._done[learns]:
+                left += weight * self._spent[learns] / self._done[learns]
+            elif learns:
+                return None
+        return left
+
+
+def _weight(
+    method: Method, settings: MethodSettings, preferences: Sequence[tuple[list[str], Tensor]], effort: int
+) -> float:
+    """How long a method takes, roughly, in runs of it."""
+    tasks = len(preferences[0][1])
+    runs = min(effort, len(method.choices(tasks, settings)))
+    if method.runs_per_preference:
+        # the equal one was run when the setting was chosen
+        runs += len(preferences) - 1 if tasks <= 2 else tasks
+    return float(runs)
 
 
 # summaries
@@ -345,8 +412,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures per method, each with mean, standard deviation and the values over the seeds.
 
     Accuracies in percent: ``equal`` (average over the tasks), ``priority`` and ``one_hot`` (of the preferred task,
-    averaged over the tasks). Hypervolume as a share of the box between the reference point and 100 %; IGD+ (percent
-    points) against the union of all methods' fronts of that seed, bounds left out.
+    averaged over the tasks). Hypervolume as a share of the box between the reference point and 100 % (None where a head
+    of one class leaves no box); IGD+ (percent points) against the union of all methods' fronts of that seed, bounds
+    left out.
     """
     unions: dict[int, Any] = {}
     for seed in {r["seed"] for r in results}:
@@ -424,11 +492,12 @@ def _figures(result: Mapping[str, Any], union: Any) -> dict[str, float | None]:
     wanted = gammas(result) if aware and all(len(p["gamma"]) == len(tasks) for p in result["points"]) else None
     found = indicators(points, reference, wanted, union)
     # 8 tasks: 90^8 says little; a share of the box does
-    scaled = [[(a - r) / (100 - r) for a, r in zip(point, reference, strict=True)] for point in points]
+    has_box = max(reference) < 100
+    scaled = [[(a - r) / (100 - r) for a, r in zip(point, reference, strict=True)] for point in points if has_box]
     alignment = found["alignment"] or {"cosine": None, "spearman": [None]}
     correlations = [value for value in alignment["spearman"] if value is not None]
     return figures | {
-        "hypervolume": hypervolume(scaled, [0.0] * len(tasks)),
+        "hypervolume": hypervolume(scaled, [0.0] * len(tasks)) if has_box else None,
         "non_dominated": found["non_dominated_points"],
         "points": len(points),
         "spacing": found["spacing"],

@@ -21,12 +21,13 @@ from pareto_merging.preferences import (
     pareto_state,
     pareto_states,
 )
-from pareto_merging.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess
+from pareto_merging.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess, wide_dtype
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
 Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
 Core: TypeAlias = Literal["tensor", "outer-product", "outer-vector"]
+CORES: tuple[str, ...] = ("tensor", "outer-product", "outer-vector")
 
 # Kaiming uniform (He et al. 2015, gain √2) over the dimension that A and B share with the weight; the paper names the
 # distribution but not the fan. A file made with another rule says so.
@@ -87,8 +88,8 @@ def parametrize(
             tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
     """
     _check_settings(pretrained, rank, low_rank, granularity, buffers, init_lambda, seed)
-    if core not in ("tensor", "outer-product", "outer-vector"):
-        raise ValueError(f"core: expected tensor, outer-product or outer-vector, got {core!r}")
+    if core not in CORES:
+        raise ValueError(f"core: expected {', '.join(CORES)}, got {core!r}")
     check_density(density)
     model = copy.deepcopy(pretrained)
     copies, tensors = check_copies(model, finetuned)
@@ -319,9 +320,7 @@ def _plan(
     dtype = weight.dtype
     if preprocess is not None and weight.is_floating_point():
         # what is compared with a threshold is not rounded to 16 bits before
-        for weights in copies.values():
-            dtype = torch.promote_types(dtype, next(weights[name].dtype for name in names if name in weights))
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = wide_dtype(weight, *(weights[next(n for n in names if n in weights)] for weights in copies.values()))
     task_vectors = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device)
     for k, (task, weights) in enumerate(copies.items()):
         present = [name for name in names if name in weights]
@@ -333,7 +332,7 @@ def _plan(
                 raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
         value = value.to(weight.device)
         if weight.is_floating_point():
-            wide = torch.promote_types(torch.promote_types(weight.dtype, value.dtype), torch.float32)
+            wide = wide_dtype(task_vectors, weight, value)
             task_vectors[k] = value.to(wide) - weight.to(wide)
             if not bool(torch.isfinite(task_vectors[k]).all()):
                 raise ValueError(
@@ -342,7 +341,7 @@ def _plan(
         elif not torch.equal(value, weight):
             raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
     if preprocess is not None and weight.is_floating_point():
-        task_vectors = _preprocessed(preprocess, names[0], task_vectors).to(weight.dtype)
+        task_vectors = _preprocessed(preprocess, names[0], task_vectors, weight)
     if weight.is_floating_point() and bool(task_vectors.any()):
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
@@ -363,14 +362,16 @@ def _plan(
     return plan
 
 
-def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor) -> Tensor:
+def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor) -> Tensor:
+    """On the device and in the dtype of ``weight``, with memory of its own for every number."""
     result = preprocess(name, task_vectors)
     if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
+    result = result.detach().to(weight).contiguous()
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
-    return result.to(task_vectors.device)
+    return result
 
 
 def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:

@@ -32,11 +32,13 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     named = list(model.named_parameters())
     frozen = sum(p.numel() for _, p in named)
     buffers = sum(b.numel() for b in model.buffers())
+    # the outer products learn no core and have a column for each task
+    rank, has_core = (method.rank, True) if method.core == "tensor" else (tasks, False)
     factors, cores = 0, 0
     for name, parameter in named:
         if parameter.ndim == 2 and wants_low_rank(model, name, method.low_rank):
-            factors += method.rank * sum(parameter.shape)
-            cores += method.rank**2 * tasks
+            factors += rank * sum(parameter.shape)
+            cores += rank**2 * tasks if has_core else 0
     lambdas = tasks * len({lambda_group(name, method.granularity) for name, _ in named})
     kept = factors + cores + lambdas
     learned = kept if method.learn_lambda else factors + cores
@@ -45,7 +47,7 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
         ("buffers", buffers, narrow, "batch-norm statistics and the like"),
         ("task vectors τ", tasks * frozen, narrow, f"K = {tasks}, at most"),
         ("λ", lambdas, wide, f"one vector per {method.granularity}, float32"),
-        ("A and B", factors, wide, f"rank {method.rank}, {method.low_rank}, float32"),
+        ("A and B", factors, wide, f"rank {rank}, {method.low_rank}, float32"),
         ("G", cores, wide, "float32"),
         ("Adam's moments", 2 * learned, wide, "during training"),
         ("gradients of the K tasks", (tasks + 1) * learned, wide, "during training"),

@@ -6,6 +6,7 @@ returns K others of the same shape. :func:`pareto_merging.parametrize` takes any
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -18,12 +19,16 @@ PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
 NAMES: tuple[str, ...] = ("none", "ties", "dare")
 
 # tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
-def differences(base: Tensor, value: Tensor) -> Iterator[Tensor]:
-    """value − base, flat, in float32 (float64 where either is) and in pieces of at most CHUNK numbers."""
-    wide = torch.promote_types(torch.promote_types(base.dtype, value.dtype), torch.float32)
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where one of ``tensors`` is."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+    """value − base, flat, in the type ``wide`` and in pieces of at most CHUNK numbers."""
     flat_base, flat_value = base.detach().reshape(-1), value.detach().reshape(-1)
     for start in range(0, flat_base.numel(), CHUNK):
         piece = flat_base[start : start + CHUNK].to(wide)
@@ -106,11 +111,17 @@ class Ties:
         check_density(density)
         kept = [(names, tensor) for names, tensor in base if tensor.is_floating_point()]
 
+        def value(names: Sequence[str], weights: Mapping[str, Tensor]) -> Tensor:
+            return weights[next(name for name in names if name in weights)]
+
+        # that of all copies together, in which the differences are compared with the thresholds later
+        wide = [wide_dtype(tensor, *(value(names, copy) for copy in copies.values())) for names, tensor in kept]
+
         def pieces(weights: Mapping[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
             return lambda: (
                 piece
-                for names, tensor in kept
-                for piece in differences(tensor, weights[next(name for name in names if name in weights)])
+                for (names, tensor), dtype in zip(kept, wide, strict=True)
+                for piece in differences(tensor, value(names, weights), dtype)
             )
 
         return cls([trim_threshold(pieces(weights), density, task) for task, weights in copies.items()])
@@ -129,7 +140,8 @@ class Ties:
 class Dare:
     """Drop And REscale (Yu et al., ICML 2024): each entry is kept with probability ``density`` and divided by it.
 
-    The draws depend on the seed, the parameter's name, the task and the place within it: the same on every device.
+    The draws depend on the seed, the parameter's name, the task and the place within it: the same on every device,
+    and the same as those of :mod:`pareto_merging.baselines.dare`.
     """
 
     def __init__(self, density: float, seed: int = 0) -> None:
@@ -138,22 +150,23 @@ class Dare:
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         if self.density == 1:
             return task_vectors
-        kept = torch.empty_like(task_vectors)
+        kept = torch.empty_like(task_vectors, memory_format=torch.contiguous_format)
         for task, (tau, result) in enumerate(zip(task_vectors, kept, strict=True)):
-            flat, out, place = tau.reshape(-1), result.reshape(-1), 0
-            for piece in flat.split(CHUNK):
-                mask = dare_mask(piece.numel(), self.density, (self.seed, name, task, place)).to(piece.device)
-                out[place : place + len(piece)] = piece * mask / self.density
-                place += len(piece)
+            generator = dare_generator(self.seed, name, task)
+            for piece, out in zip(tau.reshape(-1).split(CHUNK), result.view(-1).split(CHUNK), strict=True):
+                mask = dare_mask(len(piece), self.density, generator).to(piece)
+                torch.mul(piece, mask, out=out).div_(self.density)
         return kept
 
 
-def dare_mask(size: int, density: float, key: tuple[int, str, int, int]) -> Tensor:
-    """Which of ``size`` entries DARE keeps, as 0 and 1 in float32; ``key``: seed, name, task, place of the first."""
-    seed, name, task, place = key
-    # 31 bits and more: torch's CPU generator takes any 64-bit seed
-    mixed = zlib.crc32(f"{seed} {name} {task} {place}".encode()) | (seed & 0x7FFFFFFF) << 32
-    generator = torch.Generator("cpu").manual_seed(mixed)
+def dare_generator(seed: int, name: str, task: int) -> torch.Generator:
+    """What draws the masks of one tensor of one task, piece after piece."""
+    # torch's CPU generator looks at 32 bits of its seed; the 0 keeps the draws of earlier files
+    return torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {name} {task} 0".encode()))
+
+
+def dare_mask(size: int, density: float, generator: torch.Generator) -> Tensor:
+    """Which of the next ``size`` entries DARE keeps, as 0 and 1 in float32 on the CPU."""
     return (torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") < density).float()
 
 

@@ -91,18 +91,29 @@ def answer(summary: Mapping[str, Any]) -> list[str]:
     def named(name: str, figure: str, factor: float = 1) -> str:
         return f"{merged[name]['title']} ({cell(merged[name][figure], factor)} %)"
 
+    def tied(name: str, figure: str, among: Sequence[str]) -> str:
+        mean = merged[name][figure]["mean"]
+        same = [merged[n]["title"] for n in among if n != name and (merged[n].get(figure) or {}).get("mean") == mean]
+        if not same:
+            return ""
+        more = f" and {len(same) - 3} more" if len(same) > 3 else ""
+        return f" (as {'does' if len(same) == 1 else 'do'} {', '.join(same[:3])}{more})"
+
     lines = []
     first = best(list(merged), "equal")
     if first is not None:
-        lines.append(f"One model for everybody: {named(first, 'equal')} has the highest average accuracy.")
+        level = tied(first, "equal", list(merged))
+        lines.append(f"One model for everybody: {named(first, 'equal')} has the highest average accuracy{level}.")
         # a title not in METHODS is somebody else's method
         free = best([name for name in merged if name in METHODS and METHODS[name].needs == "weights"], "equal")
         if free is not None and free != first:
-            lines.append(f"Without any data: {named(free, 'equal')}.")
-    aware = [name for name, entry in merged.items() if entry["preference_aware"]]
+            lines.append(f"From the weights alone: {named(free, 'equal')}.")
+    # one task has one preference
+    aware = [name for name, entry in merged.items() if entry["preference_aware"] and len(entry["per_task"]) > 1]
     front, own = best(aware, "hypervolume"), best(aware, "one_hot")
     if front is not None:
-        lines.append(f"A model per preference: {named(front, 'hypervolume', 100)} dominates the largest volume.")
+        level = tied(front, "hypervolume", aware)
+        lines.append(f"A model per preference: {named(front, 'hypervolume', 100)} dominates the largest volume{level}.")
     if own is not None and own != front:
         lines.append(f"Each user caring for one task alone: {named(own, 'one_hot')} at one-hot preferences.")
     return lines
@@ -199,6 +210,7 @@ def _markdown(report: Mapping[str, Any], evaluated: Sequence[str], pictures: Seq
         rows = [[e["title"], *(cell(e["unseen"][n]) for n in unseen)] for e in summary.values() if "unseen" in e]
         parts += [markdown_table(["method", *(f"{name} (%)" for name in unseen)], rows)]
     left = [(e["title"], reason) for e in summary.values() for reason in e.get("reasons", [])]
+    left += [(name, "no evaluation images") for name in report["tasks"] if name not in evaluated]
     if left:
         parts += ["## Left out\n", *(f"- {title}: {reason}" for title, reason in left)]
     parts += [f"\n![{name}]({name})" for name in pictures]

@@ -30,7 +30,7 @@ from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
 from pareto_merging.modules import set_strategy
-from pareto_merging.preferences import pareto_state
+from pareto_merging.preferences import check_preference, pareto_state
 from pareto_merging.reports import write_comparison
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
@@ -257,13 +257,14 @@ def compare_run(
         UserError: see :func:`start_run`, :class:`Workspace` and :func:`parse_preferences`. Interrupted: Ctrl-C.
     """
     folder = Path(folder)
-    # a setting of the picture of the whole, not of one run
     workspace = Workspace(config, suite_folder)
     names = workspace.task_names
     wanted = chosen_methods(methods, len(names))
     grid = default_grid(len(names)) if grid is None else grid
     with user_errors():
         evaluated_preferences(names, grid)
+        if config.method.gamma is not None:
+            check_preference(config.method.gamma, names, per_item=False)
     if config.method.seed + seeds > 2**63:
         raise UserError(f"seeds: expected fewer from {config.method.seed} on, got {seeds}")
     if not resume:
@@ -275,12 +276,12 @@ def compare_run(
     else:
         _check_same(config, folder)
     workspace.check_files()
-    settings = {"effort": effort, "preferences": grid, "files": workspace.fingerprint()}
-    if (folder / SETTINGS_NAME).exists():
-        _check_settings(folder / SETTINGS_NAME, settings)
     # opened before the folder is made, so that a mistake leaves nothing behind
     workspace.evaluation_tasks(), workspace.available_merging_tasks(), workspace.training_tasks()
     workspace.unseen_tasks()
+    settings = {"effort": effort, "preferences": grid, "files": workspace.fingerprint()}
+    if (folder / SETTINGS_NAME).exists():
+        _check_settings(folder / SETTINGS_NAME, settings)
     with _locked(folder):
         write_text(folder / CONFIG_NAME, dump_config(config))
         write_json(folder / SETTINGS_NAME, settings)
@@ -315,13 +316,20 @@ def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def _tell(result: Mapping[str, Any], done: int, total: int, left: float) -> None:
+def _tell(result: Mapping[str, Any], done: int, total: int, left: float | None) -> None:
     if result["status"] == "done":
         equal = next((p["accuracy"] for p in result["points"] if "equal" in p["kinds"]), None)
-        what = f"{result['tuning_seconds']:.1f} s"
+        # a method that runs once for each preference does so after its tuning
+        what = f"{max(result['tuning_seconds'], result['seconds']):.1f} s"
         if equal is not None:
             what = f"average {sum(equal) / len(equal):.1f} % at the equal preference; {what}"
     else:
         what = f"{result['status']}: {result['reason']}"
-    time_left = f"; about {left:.0f} s left" if left >= 1 else ""
+    time_left = f"; about {_duration(left)} left" if left is not None and left >= 1 else ""
     print(f"[{done}/{total}] {result['title']}: {what}{time_left}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -142,10 +142,12 @@ class Workspace:
                 width = features.shape[-1]
             except RuntimeError as error:
                 raise UserError(f"encoder: expected one that takes {size}×{size} images, got {error}") from error
-        for name, task in self.task_configs.items():
-            if task.head is not None and self.head(name).weight.shape[1] != width:
-                got = list(self.head(name).weight.shape)
-                raise UserError(f"{task.head}: expected a head of [classes, {width}] for this encoder, got {got}")
+        heads = [(name, task.head) for name, task in self.task_configs.items() if task.head is not None]
+        heads += [(name, task.head) for name, task in self.unseen_configs.items()]
+        for name, path in heads:
+            got = list(read_head(path, name).weight.shape)
+            if got[1] != width:
+                raise UserError(f"{path}: expected a head of [classes, {width}] for this encoder, got {got}")
 
     def skeleton(self) -> nn.Module:
         """The encoder without memory for its weights."""
@@ -213,11 +215,14 @@ class Workspace:
         }
 
     def fingerprint(self) -> dict[str, list[int]]:
-        """Size and time of last change of each weights and head file: whether they are the ones they were."""
-        paths = [self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())]
-        paths += [task.head for task in self.task_configs.values() if task.head is not None]
-        paths += [task.head for task in self.unseen_configs.values()]
-        return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+        """Size and time of last change of each file (not of image folders): whether they are the ones they were."""
+        named: list[Path | str | None] = [self.encoder_config.architecture, self.encoder_config.pretrained]
+        for task in self.task_configs.values():
+            named += [task.checkpoint, task.head, task.merging, task.evaluation, task.training]
+        for unseen in self.unseen_configs.values():
+            named += [unseen.head, unseen.merging, unseen.evaluation]
+        paths = [Path(name) for name in dict.fromkeys(named) if name is not None]
+        return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
 
     def chance(self, names: Sequence[str]) -> list[float]:
         """What guessing would get on each task, in percent: 100 / its head's number of classes."""
@@ -233,13 +238,16 @@ class Workspace:
         }
 
     def training_tasks(self) -> dict[str, EvaluationTask]:
-        """Labelled training images and heads of the tasks that have both."""
+        """Labelled training images and heads of the tasks that have both; UserError if the classes differ."""
         size = encoders.image_size(self.encoder_description)
-        return {
+        tasks = {
             name: EvaluationTask(open_images(task.training, size), self.head(name))
             for name, task in self.task_configs.items()
             if task.training is not None and task.head is not None
         }
+        for name, entry in tasks.items():
+            _check_classes(name, entry, self.head(name))
+        return tasks
 
     def unseen_tasks(self) -> dict[str, tuple[MergingTask, EvaluationTask]]:
         """The tasks without a checkpoint: unlabelled images to choose a model by, and labelled ones to judge it."""
@@ -247,10 +255,9 @@ class Workspace:
         found = {}
         for name, task in self.unseen_configs.items():
             head = read_head(task.head, name).to(self.device)
-            found[name] = (
-                MergingTask(open_images(task.merging, size), head),
-                EvaluationTask(open_images(task.evaluation, size), head),
-            )
+            labelled = EvaluationTask(open_images(task.evaluation, size), head)
+            _check_classes(name, labelled, head)
+            found[name] = MergingTask(open_images(task.merging, size), head), labelled
         return found
 
     def evaluation_tasks(self) -> dict[str, EvaluationTask]:
@@ -264,13 +271,17 @@ class Workspace:
         if not tasks:
             raise UserError("tasks: expected `evaluation` images for at least one task, got none")
         for name, entry in tasks.items():
-            classes = self.head(name).weight.shape[0]
-            if isinstance(entry.images, FolderImages) and len(entry.images.classes) != classes:
-                raise UserError(
-                    f"{entry.images.root}: expected {classes} sub-folders, one for each class of {name}'s head in its "
-                    f"order, got {len(entry.images.classes)}"
-                )
+            _check_classes(name, entry, self.head(name))
         return tasks
+
+
+def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:
+    classes = head.weight.shape[0]
+    if isinstance(task.images, FolderImages) and len(task.images.classes) != classes:
+        raise UserError(
+            f"{task.images.root}: expected {classes} sub-folders, one for each class of {name}'s head in its order, "
+            f"got {len(task.images.classes)}"
+        )
 
 
 def check_tensors(path: Path, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:

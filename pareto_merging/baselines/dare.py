@@ -1,6 +1,7 @@
 """DARE: drop task-vector entries at random, rescale the rest (Yu et al., "Language models are Super Mario", ICML 2024).
 
 τ̃_k = m_k ⊙ τ_k / (1 − p) with m_k ~ Bernoulli(1 − p); then W = W0 + λ Σ_k τ̃_k, task arithmetic on what is left.
+Buffers are averaged, as in :mod:`task_arithmetic`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.parametrize import Weights
-from pareto_merging.preprocessing import check_density, dare_mask
+from pareto_merging.preprocessing import check_density, dare_generator, dare_mask
 
 
 def merge(
@@ -31,11 +32,14 @@ def merge(
             the same model on every device.
     """
     check_density(density)
+    draws: list[torch.Generator] = []
 
     def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
+        if place == 0:
+            draws[:] = [dare_generator(seed, name, task) for task in range(len(taus))]
         total = torch.zeros_like(base)
-        for task, tau in enumerate(taus):
-            mask = dare_mask(len(tau), density, (seed, name, task, place))
+        for tau, generator in zip(taus, draws, strict=True):
+            mask = dare_mask(len(tau), density, generator)
             total.addcmul_(tau, mask.to(tau), value=1 / density)
         return base + coefficient * total
 

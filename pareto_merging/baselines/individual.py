@@ -5,22 +5,33 @@ As an answer to a preference: the fine-tuned model of the task that γ wants mos
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from pareto_merging.baselines.interface import Merged, task_names
-from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.parametrize import Weights, check_copies
+from pareto_merging.preprocessing import CHUNK
 
 
 def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:
-    """Nothing is merged: ``at(γ)`` is a copy of the fine-tuned model of the task with the largest γ_k."""
-    copies, _ = check_copies(pretrained, finetuned)
-    names = list(copies)
+    """Nothing is merged: ``at(γ)`` is a copy of the fine-tuned model of the task with the largest γ_k, bit by bit.
 
+    Raises ValueError as :func:`parametrize`, and ``at`` for numbers that are not finite.
+    """
+    copies, _ = check_copies(pretrained, finetuned)
+
+    @torch.no_grad()
     def at(gamma: Tensor) -> nn.Module:
-        name = names[int(gamma.argmax())]
-        return merge_tensors(pretrained, {name: copies[name]}, lambda _, place, base, taus: base + taus[0])
+        task = list(copies)[int(gamma.argmax())]
+        model = copy.deepcopy(pretrained)
+        _, tensors = check_copies(model, {task: copies[task]})
+        for names, tensor in tensors:
+            tensor.copy_(next(copies[task][name] for name in names if name in copies[task]))
+            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(CHUNK)):
+                raise ValueError(f"finetuned: expected finite numbers in {names[0]} of {task}, got NaN or inf")
+        return model
 
     return Merged(task_names(finetuned), at, preference_aware=True)

@@ -50,7 +50,7 @@ def merge(
 
     Raises:
         ValueError: no labelled images of a task. UserError: a label that its head does not have. TrainingError: a loss
-            that is not finite.
+            or a trained parameter that is not finite.
     """
     names = names_of(finetuned)
     missing = [name for name in names if name not in training or not len(training[name].images)]  # type: ignore[arg-type]
@@ -58,9 +58,10 @@ def merge(
         raise ValueError(f"training: expected labelled images of every task, got none of {', '.join(missing)}")
     weights = equal_preference(len(names)) if gamma is None else check_preference(gamma, names, per_item=False)
     model = copy.deepcopy(pretrained)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    model = model.float() if dtype in (torch.float16, torch.bfloat16) else model
-    parameters = [p.requires_grad_(p.is_floating_point()) for p in model.parameters()]
+    stored = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    for tensor, dtype in stored:
+        tensor.data = tensor.data.float() if dtype in (torch.float16, torch.bfloat16) else tensor.data
+    parameters = [p.requires_grad_(True) for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     streams = [
         labelled_stream(training[name].images, batch_size, steps, (seed, 3, index)) for index, name in enumerate(names)
@@ -70,18 +71,29 @@ def merge(
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
-            total = 0.0
+            losses = []
             for name, head, weight, stream in zip(names, heads, weights.tolist(), streams, strict=True):
                 images, labels = next(stream)
                 loss = weight * _loss(name, head, model, images, labels, parameters[0])
-                loss.backward()
-                total += float(loss.detach())
-            if not total < float("inf"):
-                raise TrainingError(f"step {step}: the loss of multi-task training is {total}", None, step, "the loss")
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise TrainingError(
+                        f"step {step}, task {name}: the loss of multi-task training is {losses[-1]}",
+                        name,
+                        step,
+                        "the loss",
+                    )
+                # a head's own parameters must get no gradient
+                loss.backward(inputs=parameters)
             optimizer.step()
             optimizer.zero_grad()
-            advance(step, f"loss {total:.4f}")
-    return one_model(model.to(dtype) if dtype.itemsize == 2 else model, finetuned)
+            advance(step, f"loss {math.fsum(losses):.4f}")
+    for tensor, dtype in stored:
+        tensor.data = tensor.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise TrainingError(f"step {steps}: {name} is not finite after multi-task training", None, steps, name)
+    return one_model(model, finetuned)
 
 
 def _schedule(step: int, steps: int) -> float:

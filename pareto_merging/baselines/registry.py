@@ -188,7 +188,7 @@ def _nothing(tasks: int, method: MethodSettings) -> list[Choice]:
 
 def _coefficients(tasks: int, method: MethodSettings) -> list[Choice]:
     # 0.3 is the published value for eight tasks; 1/K is the weight average
-    return [{"coefficient": round(c, 4)} for c in (0.3, 2 / tasks, 3 / tasks, 1 / tasks)]
+    return [{"coefficient": c} for c in dict.fromkeys(round(c, 4) for c in (0.3, 2 / tasks, 3 / tasks, 1 / tasks))]
 
 
 def _preference_coefficients(tasks: int, method: MethodSettings) -> list[Choice]:

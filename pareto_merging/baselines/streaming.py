@@ -9,23 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.parametrize import Weights, check_copies
-from pareto_merging.preprocessing import CHUNK
+from pareto_merging.preprocessing import CHUNK, wide_dtype
 
-# (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]
+# (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]; pieces come in order
 Combine = Callable[[str, int, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
 def merge_tensors(
-    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], combine: Combine
+    pretrained: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    combine: Combine,
+    gamma: Tensor | None = None,
 ) -> nn.Module:
-    """A copy of ``pretrained`` in which every floating-point tensor is put together by ``combine``, piece by piece.
+    """A copy of ``pretrained`` in which every floating-point parameter is put together by ``combine``, piece by piece.
 
     A piece is at most CHUNK // K consecutive numbers of one tensor with its K task vectors, in float32 (float64 where
-    the weights are), so that beside the models there is never as much as one more of their larger tensors. Buffers are
-    merged like parameters; tensors that are not floating point are the pretrained ones. Raises ValueError as
-    :func:`parametrize`, and for numbers that are not finite.
+    the weights are), so that beside the models there is never as much as one more of their larger tensors. Of
+    floating-point buffers the result has the average of the copies', weighted with ``gamma`` [K] where it is given:
+    other combinations can make batch norm's variances negative. Tensors that are not floating point are the pretrained
+    ones. Raises ValueError as :func:`parametrize`, and for numbers that are not finite.
     """
+
+    def average(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
+        return base + (taus.mean(dim=0) if gamma is None else gamma.to(taus) @ taus)
+
     merged = copy.deepcopy(pretrained)
     copies, aliases = check_copies(merged, finetuned)
     size = max(1, CHUNK // len(copies))
@@ -33,9 +41,8 @@ def merge_tensors(
         if not tensor.is_floating_point():
             continue
         values = [weights[next(name for name in names if name in weights)].detach() for weights in copies.values()]
-        wide = torch.float32
-        for value in (tensor, *values):
-            wide = torch.promote_types(wide, value.dtype)
+        wide = wide_dtype(tensor, *values)
+        merge_piece = combine if isinstance(tensor, nn.Parameter) else average
         flat, values = tensor.detach().reshape(-1), [value.reshape(-1) for value in values]
         result = flat if flat.data_ptr() == tensor.data_ptr() else torch.empty_like(flat)
         for start in range(0, flat.numel(), size):
@@ -43,12 +50,12 @@ def merge_tensors(
             taus = torch.empty((len(values), len(base)), dtype=wide, device=base.device)
             for tau, value in zip(taus, values, strict=True):
                 tau.copy_(value[start : start + size]).sub_(base)
-            piece = combine(names[0], start, base, taus)
+            piece = merge_piece(names[0], start, base, taus).to(result.dtype)
             if not bool(torch.isfinite(piece).all()):
                 task = next((t for t, tau in zip(copies, taus, strict=True) if not bool(torch.isfinite(tau).all())), "")
                 where = f"{names[0]} of {task} minus pretrained" if task else f"the merged {names[0]}"
                 raise ValueError(f"finetuned: expected finite numbers in {where}, got NaN or inf")
-            result[start : start + size] = piece.to(result.dtype)
+            result[start : start + size] = piece
         if result is not flat:
             tensor.copy_(result.view(tensor.shape))
     return merged

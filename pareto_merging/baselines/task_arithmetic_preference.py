@@ -26,6 +26,6 @@ def merge(
         def combine(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
             return base + coefficient * (gamma.to(taus) @ taus)
 
-        return merge_tensors(pretrained, finetuned, combine)
+        return merge_tensors(pretrained, finetuned, combine, gamma)
 
     return Merged(task_names(finetuned), at, preference_aware=True)

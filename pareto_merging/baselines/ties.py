@@ -4,8 +4,8 @@ Per task: keep the ``density`` share of the task vector's entries with the large
 Per entry: the sign of the trimmed task vectors' sum is elected, and what has that sign is averaged (or summed, as the
 merging of vision models in the published code does). W = W0 + λ·τ.
 
-We differ from the published code in one thing: where the sum is exactly 0 nothing is elected (the paper's sgn), while
-the code takes the sign that most entries have.
+We differ from the published code in two things: where the sum is exactly 0 nothing is elected (the paper's sgn), while
+the code takes the sign that most entries have; and buffers are averaged, not trimmed together with the parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def merge(
     if combine not in ("mean", "sum"):
         raise ValueError(f"combine: expected mean or sum, got {combine!r}")
     copies, tensors = check_copies(pretrained, finetuned)
-    ties = Ties.of(tensors, copies, density)
+    parameters = [(names, tensor) for names, tensor in tensors if isinstance(tensor, nn.Parameter)]
+    ties = Ties.of(parameters, copies, density)
 
     def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
         kept = ties(name, taus)

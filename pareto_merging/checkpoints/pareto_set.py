@@ -22,6 +22,7 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
 from pareto_merging.parametrize import (
+    CORES,
     INITIAL_SCALE,
     Weights,
     fold,
@@ -30,9 +31,11 @@ from pareto_merging.parametrize import (
     prepare_transformers,
 )
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
+from pareto_merging.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.preprocessing import Preprocess
 
-FORMAT_VERSION = 1
+# 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1
+FORMAT_VERSION = 2
 SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
 
 
@@ -65,7 +68,7 @@ def save_pareto_set(
         raise ValueError("model: expected one made with digests=True (a file must say which weights it belongs to)")
     metadata = {
         "format": SET_FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _format_version(state.settings),
         "task_names": list(state.task_names),
         "tasks": len(state.task_names),
         **{key: value for key, value in state.settings.items() if key not in ("initial_scale", "granularity")},
@@ -78,6 +81,11 @@ def save_pareto_set(
         "training": dict(training or {}),
     }
     write_tensors(Path(path), learned, metadata)
+
+
+def _format_version(settings: Mapping[str, Any]) -> int:
+    is_new = settings.get("preprocess", "none") != "none" or settings.get("core", "tensor") != "tensor"
+    return FORMAT_VERSION if is_new else 1
 
 
 def _layer_map(model: nn.Module) -> dict[str, dict[str, list[str]]]:
@@ -138,6 +146,13 @@ def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> d
     for key in keys:
         if not isinstance(header.get(key), _KEY_TYPES[key]):
             raise UserError(f"{path}: expected {key} in the header, got {str(header.get(key))[:40]}")
+    choices = {"preprocess": (*PREPROCESS_NAMES, "function"), "core": CORES}
+    for key, allowed in choices.items():
+        if header.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path}: expected {key} {', '.join(allowed)} in the header, got {str(header[key])[:40]}")
+    density = header.get("density", 1.0)
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise UserError(f"{path}: expected density in (0, 1] in the header, got {str(density)[:40]}")
     names = header.get("task_names")
     if "digests" in keys and not {"pretrained", *(names or ())} <= set(header["digests"]):
         raise UserError(f"{path}: expected a digest for pretrained and every task, got {', '.join(header['digests'])}")
@@ -248,7 +263,7 @@ def save_folded(
         tensors[f"head.{name}"] = weight
     metadata = {
         "format": FOLDED_FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if state.core == "tensor" else FORMAT_VERSION,
         "task_names": list(state.task_names),
         **state.settings,
         "layers": _layer_map(folded),

@@ -5,5 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 collect_ignore = (
-    [] if importlib.util.find_spec("pydantic") and importlib.util.find_spec("pymoo") else ["test_models.py", "test_methods.py"]
+    []
+    if importlib.util.find_spec("pydantic") and importlib.util.find_spec("pymoo")
+    else ["test_models.py", "test_methods.py"]
 )

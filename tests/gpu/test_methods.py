@@ -42,4 +42,6 @@ def test_the_gpu_finds_what_the_cpu_finds(tiny_vit: nn.Module, copies: Copies, n
     for key, expected in cpu.state_dict().items():
         found = cuda.state_dict()[key]
         assert found.is_cuda, key
-        torch.testing.assert_close(found.cpu(), expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{name}, {k}: {m}")
+        torch.testing.assert_close(
+            found.cpu(), expected, rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{name}, {k}: {m}"
+        )

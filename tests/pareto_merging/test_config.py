@@ -47,6 +47,20 @@ def test_steps_of_the_paper() -> None:
             "encoder: {architecture: ViT-B-32, pretrained: a}\ntasks: {m: {head: b, merging: c}}\n",
             "tasks.m.checkpoint: Field required",
         ),
+        ("suite: digits\nunseen: {a: {head: b, merging: c, evaluation: d}}\n", "unseen: expected a list"),
+        ("suite: digits\ntasks: [a]\nunseen: [a]\n", "unseen: expected tasks that are not merged, got a"),
+        ("suite: digits\nunseen: ['b,c']\n", "expected names that preferences can be given by, got 'b,c'"),
+        ("suite: digits\nunseen: [priority]\n", "expected names that preferences can be given by, got 'priority'"),
+        (
+            "encoder: {architecture: x, pretrained: a}\ntasks: {m: {checkpoint: b}}\nunseen: [c]\n",
+            "unseen: expected .* a mapping where there is no suite",
+        ),
+        (
+            "encoder: {architecture: x, pretrained: a}\ntasks: {m: {checkpoint: b}}\nunseen: {c: {head: d}}\n",
+            "unseen.c.merging: Field required.*unseen.c.evaluation: Field required",
+        ),
+        ("suite: digits\nmethod: {gamma: [1, 0]}\n", "gamma: expected one with preference: fixed"),
+        ("suite: digits\nmethod: {preference: fixed}\n", "gamma: expected one with preference: fixed"),
         ("- 1\n", "expected a mapping of settings, got list"),
         ("a: [\n", "expected YAML"),
         ("", "expected a mapping of settings, got NoneType"),
@@ -78,8 +92,16 @@ def test_paths_are_relative_to_the_file_and_survive_a_round_trip(tmp_path: Path)
         yaml.safe_dump(
             {
                 "encoder": {"architecture": "small.json", "pretrained": "pre.safetensors"},
-                "tasks": {"m": {"checkpoint": "m.safetensors", "head": "../h.safetensors", "merging": "images"}},
-                "method": {"preset": "arxiv-v1", "rank": 4},
+                "tasks": {
+                    "m": {
+                        "checkpoint": "m.safetensors",
+                        "head": "../h.safetensors",
+                        "merging": "images",
+                        "training": "train.safetensors",
+                    }
+                },
+                "unseen": {"u": {"head": "u.safetensors", "merging": "more", "evaluation": "../labelled"}},
+                "method": {"preset": "arxiv-v1", "rank": 4, "preference": "fixed", "gamma": [1]},
             }
         )
     )
@@ -89,6 +111,12 @@ def test_paths_are_relative_to_the_file_and_survive_a_round_trip(tmp_path: Path)
     assert config.encoder.architecture == str(path.parent / "small.json")
     assert isinstance(config.tasks, dict)
     assert config.tasks["m"].merging == str(path.parent / "images")
+    assert config.tasks["m"].training == str(path.parent / "train.safetensors")
+    assert isinstance(config.unseen, dict)
+    assert config.unseen["u"].head == path.parent / "u.safetensors"
+    assert config.unseen["u"].merging == str(path.parent / "more")
+    assert config.unseen["u"].evaluation == str(path.parent / "../labelled")
+    assert config.method.gamma == (1.0,)
     assert config.method.cosine == 0.1
     again = tmp_path / "copy.yaml"
     again.write_text(dump_config(config))

@@ -49,7 +49,12 @@ def test_report(demo: Path) -> None:
     volumes = report["hypervolume"]
     points = [row["accuracy"] for row in report["front"]]
     assert volumes["pareto_merging"] == pytest.approx(hypervolume(points, volumes["reference_point"]))
-    assert len(report["preferences"]) == 9
+    gammas = [tuple(row["gamma"]) for row in report["preferences"]]
+    assert len(set(gammas)) == len(gammas) == 17, "equal, and each task's priority and one-hot"
+    own = report["methods"]["Pareto Merging (one-hot preference)"]["per_task"]
+    for k, task in enumerate(digits.TASKS):
+        row = report["preferences"][gammas.index(tuple(float(k == j) for j in range(8)))]
+        assert row["accuracy"][task] == pytest.approx(own[task], abs=0.01)
     assert report["environment"]["torch"]
     assert report["settings"]["steps"] == 5
 
