@@ -244,7 +244,7 @@ def compare(
     if as_json:
         print(json.dumps(report))
     else:
-        print_table(f"{config}: held-out images", head(), summary_rows(report["methods"]), left=(0, 1))
+        print_table(f"{config}: held-out images", head(), summary_rows(report["methods"]), left=(0, 1, 2))
         print("\n".join([EXPLANATION, "", *report["answer"], str(out / "compare.md")]))
     failed = [entry for entry in report["methods"].values() if entry.get("failed")]
     for entry in failed:

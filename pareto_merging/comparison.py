@@ -205,6 +205,7 @@ class Comparison:
     def _tune(self, key: str, method: Method) -> tuple[list[dict[str, Any]], tuple[Merged, dict[str, Any]] | None]:
         names = self.workspace.task_names
         choices = list(self.choices.get(key, method.choices(len(names), self.workspace.config.method)))
+        choices = [choice for place, choice in enumerate(choices) if choice not in choices[:place]]
         choices = choices[: self.effort if self.tasks else 1]
         tried: list[dict[str, Any]] = []
         best: tuple[Merged, dict[str, Any]] | None = None

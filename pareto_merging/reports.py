@@ -28,6 +28,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("seconds", "seconds", 1, 1),
 )
 EXPLANATION = (
+    "needs: the weights alone, unlabelled images or labels. keeps: what must be stored to answer any preference later. "
     "equal: average accuracy over the tasks at the equal preference; priority and one-hot: accuracy of the preferred "
     "task at its preference of 0.5 and of 1, averaged over the tasks (a method that gives one model: its average). "
     "hypervolume: share of the box between the reference point and 100 % that the models dominate. spacing and IGD+ "
@@ -46,21 +47,22 @@ def cell(value: Mapping[str, Any] | None, factor: float = 1, digits: int = 1) ->
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row per method: title, what it needs, and the cells of COLUMNS."""
+    """One row per method: title, what it needs, what must be kept, and the cells of COLUMNS."""
     rows = []
     for key, entry in summary.items():
-        needs = METHODS[key].needs if key in METHODS else ""
-        if not entry["seeds"]:
-            state = "failed" if entry["failed"] else "skipped"
-            rows.append([entry["title"], needs, state, *[""] * (len(COLUMNS) - 1)])
-            continue
-        rows.append([entry["title"], needs, *(cell(entry.get(k), factor, n) for k, _, factor, n in COLUMNS)])
+        known = METHODS.get(key)
+        row = [entry["title"], known.needs if known else "", known.stores if known else ""]
+        if entry["seeds"]:
+            row += [cell(entry.get(k), factor, n) for k, _, factor, n in COLUMNS]
+        else:
+            row += ["failed" if entry["failed"] else "skipped", *[""] * (len(COLUMNS) - 1)]
+        rows.append(row)
     return rows
 
 
 def head() -> list[str]:
     """The columns of :func:`summary_rows`."""
-    return ["method", "needs", *(title for _, title, _, _ in COLUMNS)]
+    return ["method", "needs", "keeps", *(title for _, title, _, _ in COLUMNS)]
 
 
 def task_rows(summary: Mapping[str, Any], tasks: Sequence[str]) -> list[list[str]]:
@@ -114,6 +116,11 @@ def answer(summary: Mapping[str, Any]) -> list[str]:
     if front is not None:
         level = tied(front, "hypervolume", aware)
         lines.append(f"A model per preference: {named(front, 'hypervolume', 100)} dominates the largest volume{level}.")
+        kept = [name for name in aware if name in METHODS and METHODS[name].stores == "1 model + low rank"]
+        small = best(kept, "hypervolume")
+        if front in METHODS and front not in kept and small is not None:
+            stores = METHODS[front].stores
+            lines.append(f"It keeps {stores}; of those that keep one: {named(small, 'hypervolume', 100)}.")
     if own is not None and own != front:
         lines.append(f"Each user caring for one task alone: {named(own, 'one_hot')} at one-hot preferences.")
     return lines

@@ -32,6 +32,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import check_preference, pareto_state
 from pareto_merging.reports import write_comparison
+from pareto_merging.threads import one_thread
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
 
@@ -282,7 +283,9 @@ def compare_run(
     settings = {"effort": effort, "preferences": grid, "files": workspace.fingerprint()}
     if (folder / SETTINGS_NAME).exists():
         _check_settings(folder / SETTINGS_NAME, settings)
-    with _locked(folder):
+    # the suite's matrices are too small for a second thread
+    threads = one_thread() if config.suite is not None else contextlib.nullcontext()
+    with _locked(folder), threads:
         write_text(folder / CONFIG_NAME, dump_config(config))
         write_json(folder / SETTINGS_NAME, settings)
         results = compare(

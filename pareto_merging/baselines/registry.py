@@ -33,6 +33,7 @@ from pareto_merging.parametrize import Weights
 from pareto_merging.training import MergingTask
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]
+Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]
 Choice: TypeAlias = dict[str, Any]
 
 
@@ -66,6 +67,7 @@ class Method:
 
     Attributes:
         title: the name in tables. needs: "weights" alone, unlabelled "images", or "labels".
+        stores: what must be kept to answer any preference later (table 1 of arXiv 2408.12105 v1).
         run: (problem, choice) -> what the method finds with that choice of its hyper-parameters.
         choices: (tasks K, the problem's method settings) -> what to choose from, the published values first.
         is_bound: an upper bound, not a merged model. runs_per_preference: each new γ costs a run of its own.
@@ -76,6 +78,7 @@ class Method:
     needs: Needs
     run: Callable[[Problem, Choice], Merged]
     choices: Callable[[int, MethodSettings], list[Choice]]
+    stores: Stores = "1 model"
     is_bound: bool = False
     runs_per_preference: bool = False
     learns: bool = False
@@ -140,8 +143,11 @@ def _learned(
 
 
 def _pareto_settings(**fixed: Any) -> Callable[[Problem, Choice], MethodSettings]:
+    # what makes the method the one of its title, whatever the configuration's own run is
+    same = {"objective": "entropy", "preprocess": "none", "core": "tensor", "preference": "dirichlet", "gamma": None}
+
     def settings(problem: Problem, choice: Choice) -> MethodSettings:
-        return MethodSettings.model_validate({**problem.method.model_dump(), **choice, **fixed})
+        return MethodSettings.model_validate({**problem.method.model_dump(), **same, **choice, **fixed})
 
     return settings
 
@@ -256,7 +262,9 @@ def _data_free_choices(tasks: int, method: MethodSettings) -> list[Choice]:
 
 
 METHODS: dict[str, Method] = {
-    "individual": Method("Individual", "weights", _plain(individual.merge), _nothing, is_bound=True),
+    "individual": Method(
+        "Individual", "weights", _plain(individual.merge), _nothing, stores="all models", is_bound=True
+    ),
     "multitask": Method("Multi-task training", "labels", _multitask, _rates(1e-4), is_bound=True, learns=True),
     "pretrained": Method("Pretrained", "weights", _plain(pretrained.merge), _nothing),
     "weight-averaging": Method("Weight averaging", "weights", _plain(weight_averaging.merge), _nothing),
@@ -290,27 +298,42 @@ METHODS: dict[str, Method] = {
         learns=True,
     ),
     "task-arithmetic-preference": Method(
-        "Task arithmetic + preference", "weights", _plain(task_arithmetic_preference.merge), _preference_coefficients
+        "Task arithmetic + preference",
+        "weights",
+        _plain(task_arithmetic_preference.merge),
+        _preference_coefficients,
+        stores="all models",
     ),
     "adamerging-preference": Method(
         "AdaMerging + preference",
         "images",
         _learned(adamerging_preference.merge, _adamerging_settings()),
         _rates(1e-3),
+        stores="1 model per preference",
         runs_per_preference=True,
         learns=True,
     ),
     "pareto-data-free": Method(
-        "Pareto Merging, data-free", "weights", _learned(data_free.merge, _pareto_settings()), _data_free_choices
+        "Pareto Merging, data-free",
+        "weights",
+        _learned(data_free.merge, _pareto_settings()),
+        _data_free_choices,
+        stores="1 model + low rank",
     ),
     "pareto": Method(
-        "Pareto Merging", "images", _learned(pareto.merge, _pareto_settings()), _pareto_choices, learns=True
+        "Pareto Merging",
+        "images",
+        _learned(pareto.merge, _pareto_settings()),
+        _pareto_choices,
+        stores="1 model + low rank",
+        learns=True,
     ),
     "pareto++": Method(
         "Pareto Merging++",
         "images",
         _learned(pareto.merge, _pareto_settings(preprocess="ties")),
         _with_density(_pareto_choices),
+        stores="1 model + low rank",
         learns=True,
     ),
     "outer-product-1": Method(
@@ -318,6 +341,7 @@ METHODS: dict[str, Method] = {
         "images",
         _learned(outer_product.merge, _pareto_settings(), variation=1),
         _pareto_choices,
+        stores="1 model + low rank",
         learns=True,
     ),
     "outer-product-2": Method(
@@ -325,6 +349,7 @@ METHODS: dict[str, Method] = {
         "images",
         _learned(outer_product.merge, _pareto_settings(), variation=2),
         _pareto_choices,
+        stores="1 model + low rank",
         learns=True,
     ),
 }

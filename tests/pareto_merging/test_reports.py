@@ -106,12 +106,12 @@ def test_markdown_says_what_the_json_says(written: tuple[Path, dict[str, Any]]) 
     assert all(len(row) == len(head()) for row in methods)
     by_title = {row[0]: row for row in methods[1:]}
     assert list(by_title) == ["Individual", "Weight averaging", "Pareto Merging", "TIES-Merging"]
-    for number, (key, _, factor, digits) in enumerate(COLUMNS, start=2):
+    for number, (key, _, factor, digits) in enumerate(COLUMNS, start=3):
         spread = report["methods"]["pareto"][key]
         expected = "–" if spread["mean"] is None else f"{factor * spread['mean']:.{digits}f}"
         assert by_title["Pareto Merging"][number] == expected, key
-    assert by_title["Weight averaging"][:3] == ["Weight averaging", "weights", "66.5 ± 1.4"]
-    assert by_title["TIES-Merging"][2:] == ["failed", *[""] * (len(COLUMNS) - 1)]
+    assert by_title["Weight averaging"][:4] == ["Weight averaging", "weights", "1 model", "66.5 ± 1.4"]
+    assert by_title["TIES-Merging"][3:] == ["failed", *[""] * (len(COLUMNS) - 1)]
     assert tasks[0] == ["method", *TASKS]
     assert ["Individual", "95.0", "96.0"] in tasks and ["Pareto Merging", "60.0", "61.0"] in tasks
     assert unseen == [
@@ -206,6 +206,20 @@ def test_the_answer_names_the_best_of_each_kind() -> None:
     failed = {"ties": {"title": "TIES", "is_bound": False, "seeds": 0, "failed": True, "reasons": ["NaN"]}}
     assert answer(failed) == []
     assert answer({**summary(dare={"equal": 1.0}), **failed})[0].startswith("One model for everybody: dare (1.0 %)")
+
+
+def test_the_answer_says_what_must_be_kept() -> None:
+    aware = {
+        "task-arithmetic-preference": {"equal": 70.0, "one_hot": 94.0, "hypervolume": 0.6},
+        "pareto": {"equal": 80.0, "one_hot": 82.0, "hypervolume": 0.5},
+        "pareto++": {"equal": 75.0, "one_hot": 90.0, "hypervolume": 0.4},
+    }
+    lines = answer(summary(**aware))
+    assert lines[2:] == [
+        "A model per preference: task-arithmetic-preference (60.0 %) dominates the largest volume.",
+        "It keeps all models; of those that keep one: pareto (50.0 %).",
+    ]
+    assert len(answer(summary(**{"task-arithmetic-preference": aware["task-arithmetic-preference"]}))) == 2
 
 
 def test_the_answer_says_what_is_level() -> None:
