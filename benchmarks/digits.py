@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from pareto_merging import reports
 from pareto_merging.baselines.registry import METHODS
 from pareto_merging.checkpoints.files import write_json
 from pareto_merging.comparison import Comparison, compare, summarize
@@ -232,6 +233,17 @@ def _judges(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 pairs.append((score, math.fsum(accuracy) / len(accuracy)))
         found.append(spearman([a for a, _ in pairs], [b for _, b in pairs]))
     return {"spearman of agreement and accuracy": spread(found)}
+
+
+def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The first seed's pictures in ``folder``/TASKS-models."""
+    written = []
+    for tasks, rows in report["results"].items():
+        done = [{**r, "title": METHODS[r["method"]].title} for r in rows if r["status"] == "done"]
+        if done:
+            names = TASKS[int(tasks)]
+            written += reports.draw(folder / f"{tasks}-models", names, done[0]["tasks"], done)
+    return written
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tables``: write the tables of the README and docs/ from the newest committed results."""
+"""``python -m benchmarks.tables``: tables of the README and docs/, and pictures, from the newest committed results."""
 
 from __future__ import annotations
 
@@ -64,3 +64,7 @@ if __name__ == "__main__":
     for document in DOCUMENTS:
         document.write_text(updated(document.read_text(), "../" * (len(document.relative_to(ROOT).parts) - 1)))
         print(document)
+    study = newest("digits")
+    if study is not None:
+        for picture in suite_module("digits").draw(json.loads(study.read_text()), ROOT / "docs" / "study"):
+            print(picture)

@@ -165,14 +165,13 @@ def write_comparison(
     columns = ["method", "seed", "kind", *(f"gamma {name}" for name in tasks)]
     columns += [f"accuracy {name}" for name in evaluated] + [f"entropy {name}" for name in evaluated]
     write_text(folder / "points.csv", _csv(columns, rows))
-    pictures = _pictures(folder, tasks, evaluated, done)
+    pictures = draw(folder, tasks, evaluated, done)
     write_text(folder / "compare.md", _markdown(report, evaluated, [path.name for path in pictures]))
     return report
 
 
-def _pictures(
-    folder: Path, tasks: Sequence[str], evaluated: Sequence[str], done: Sequence[Mapping[str, Any]]
-) -> list[Path]:
+def draw(folder: Path, tasks: Sequence[str], evaluated: Sequence[str], done: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """The pictures of the first seed's results, where every merged task was evaluated; the paths written."""
     if not done or list(evaluated) != list(tasks):
         return []
     seed = done[0]["seed"]

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pareto_merging.baselines.fisher import (
+from pareto_merging.baselines.interface import Merged, one_model
+from pareto_merging.baselines.per_task import (
     check_count,
     check_number,
     chosen_images,
@@ -36,7 +37,6 @@ from pareto_merging.baselines.fisher import (
     image_of,
     to_model,
 )
-from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.modes import eval_mode
