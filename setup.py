@@ -40,7 +40,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5.23"],
-        "test": ["pytest>=9.2", "pytest-benchmark>=5.3", "transformers>=5.23"],
+        "test": ["pytest>=9.2", "pytest-benchmark>=5.3", "pytest-xdist>=3.8", "transformers>=5.23"],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0"],
     },
     entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli:main"]},

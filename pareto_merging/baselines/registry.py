@@ -193,8 +193,8 @@ def _nothing(tasks: int, method: MethodSettings) -> list[Choice]:
 
 
 def _coefficients(tasks: int, method: MethodSettings) -> list[Choice]:
-    # 0.3 is the published value for eight tasks; 1/K is the weight average
-    return [{"coefficient": c} for c in dict.fromkeys(round(c, 4) for c in (0.3, 2 / tasks, 3 / tasks, 1 / tasks))]
+    # 0.3 is the published value for eight tasks; fewer task vectors bear a larger one
+    return [{"coefficient": round(c, 4)} for c in (0.3, min(0.5, 3 / tasks), min(0.4, 2 / tasks), 0.2)]
 
 
 def _preference_coefficients(tasks: int, method: MethodSettings) -> list[Choice]:
@@ -205,16 +205,16 @@ def _ties_choices(tasks: int, method: MethodSettings) -> list[Choice]:
     return [
         {"coefficient": 0.3, "density": 0.2, "combine": "sum"},
         {"coefficient": 1.0, "density": 0.2, "combine": "mean"},
-        {"coefficient": round(2 / tasks, 4), "density": 0.5, "combine": "sum"},
-        {"coefficient": round(3 / tasks, 4), "density": 0.2, "combine": "sum"},
+        {"coefficient": round(min(0.5, 2 / tasks), 4), "density": 0.5, "combine": "sum"},
+        {"coefficient": round(min(0.8, 3 / tasks), 4), "density": 0.2, "combine": "sum"},
     ]
 
 
 def _dare_choices(tasks: int, method: MethodSettings) -> list[Choice]:
     return [
         {"coefficient": 0.3, "density": 0.5},
-        {"coefficient": round(2 / tasks, 4), "density": 0.5},
-        {"coefficient": round(3 / tasks, 4), "density": 0.8},
+        {"coefficient": round(min(0.5, 3 / tasks), 4), "density": 0.5},
+        {"coefficient": round(min(0.4, 2 / tasks), 4), "density": 0.8},
         {"coefficient": 0.3, "density": 0.1},
     ]
 
