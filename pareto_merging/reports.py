@@ -178,7 +178,7 @@ def draw(folder: Path, tasks: Sequence[str], evaluated: Sequence[str], done: Seq
     shown = [r for r in done if r["seed"] == seed]
     # a preference-aware upper bound has one model per task
     individuals = {
-        f"fine-tuned on {task}": next(
+        task: next(
             (p["accuracy"] for p in result["points"] if f"one-hot:{task}" in p["kinds"]),
             result["points"][0]["accuracy"],
         )
