@@ -49,8 +49,9 @@ $(OLD_STAMP): Makefile
 demo: $(STAMP)
 	$(BIN)/pareto-merging demo --out runs/demo --overwrite
 
+# two processes of one thread each; a test fails the same way in one (PYTEST_ARGS="-n 0")
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
