@@ -246,6 +246,9 @@ def compare(
     else:
         print_table(f"{config}: held-out images", head(), summary_rows(report["methods"]), left=(0, 1, 2))
         print("\n".join([EXPLANATION, "", *report["answer"], str(out / "compare.md")]))
+    left_out = [name for name in report["tasks"] if name not in report["evaluated_tasks"]]
+    if left_out:
+        _warn(f"no evaluation images for {', '.join(left_out)}: left out")
     failed = [entry for entry in report["methods"].values() if entry.get("failed")]
     for entry in failed:
         print(f"pareto-merging: {entry['title']} failed: {'; '.join(entry['reasons'])}", file=sys.stderr)

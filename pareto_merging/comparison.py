@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -114,12 +115,11 @@ class Comparison:
         """What each fine-tuned model predicts on its own task's unlabelled images: [n] class numbers by task."""
         names = self.workspace.task_names
         rows = dict(zip(names, one_hot_preferences(len(names)), strict=True))
-        return {
-            name: predict(
-                self._individuals.at(rows[name]), task.images, task.head, workers=self.workspace.config.workers
-            )
-            for name, task in self.tasks.items()
-        }
+        found, workers = {}, self.workspace.config.workers
+        for name, task in self.tasks.items():
+            with _named(name):
+                found[name] = predict(self._individuals.at(rows[name]), task.images, task.head, workers=workers)
+        return found
 
     @cached_property
     def reference_point(self) -> list[float]:
@@ -148,10 +148,11 @@ class Comparison:
 
     def _agreement(self, model: nn.Module, names: Sequence[str]) -> float:
         workers = self.workspace.config.workers
-        found = [
-            agreement(model, self.tasks[n].images, self.tasks[n].head, self._teachers[n], workers=workers)
-            for n in names
-        ]
+        found = []
+        for name in names:
+            task, wanted = self.tasks[name], self._teachers[name]
+            with _named(name):
+                found.append(agreement(model, task.images, task.head, wanted, workers=workers))
         return math.fsum(found) / len(found)
 
     def run(self, key: str) -> dict[str, Any]:
@@ -233,7 +234,7 @@ class Comparison:
         return tried, best
 
     def _timed(self, number: int, work: Callable[[], Any]) -> tuple[Any, float, int]:
-        """:func:`measured`; in a folder with the seconds that the same try took before it was interrupted."""
+        """:func:`measured`; in a folder with the seconds of the same try before Ctrl-C (a kill's are lost)."""
         if self.folder is None:
             return measured(work)
         path = self.folder / f"{number}-seconds.json"
@@ -286,6 +287,15 @@ class Comparison:
                 "gamma": [round(value, 6) for value in choice.gamma.tolist()] if merged.preference_aware else None,
             }
         return found
+
+
+@contextlib.contextmanager
+def _named(task: str) -> Iterator[None]:
+    """Says which task's unlabelled images a UserError is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"task {task}, unlabelled {error}") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -346,6 +356,14 @@ def compare(
         if on_done is not None:
             on_done(result, len(found), len(jobs), left.seconds())
     return [found[job] for job in jobs]
+
+
+def stored_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result in a comparison's folder, by seed and then in the order of METHODS."""
+    found = [_read_result(path) for path in folder.glob("*-seed-*.json")]
+    order = {key: place for place, key in enumerate(METHODS)}
+    known = [result for result in found if result is not None and result["method"] in order]
+    return sorted(known, key=lambda result: (result["seed"], order[result["method"]]))
 
 
 def result_name(key: str, seed: int) -> str:

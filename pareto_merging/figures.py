@@ -207,7 +207,7 @@ def fronts(
     """Methods on two tasks, written to PNG: all of them with the individual models, and beside it the merged enlarged.
 
     A set with preferences is a line in the order of γ₁; solutions that another of the same set dominates are hollow.
-    The enlarged panel holds the sets with preferences and the models near them; its title counts the others.
+    The enlarged panel holds the first set with preferences and the models near it; its title counts the others.
 
     Args:
         task_names: two names. sets: accuracies [n, 2], gammas [n, 2] or None. individuals: task -> accuracies [2] of
@@ -244,7 +244,10 @@ def fronts(
         low, high, outside = _enlarged(methods)
         near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         near.set_title("enlarged" + (f" ({outside} outside)" if outside else ""))
-        whole.add_patch(Rectangle((low[0], low[1]), *(high - low), fill=False, edgecolor=GREY, linewidth=0.7))
+        corner, opposite = np.maximum(low, limits[0] + 0.5), np.minimum(high, limits[1] - 0.5)
+        whole.add_patch(
+            Rectangle((corner[0], corner[1]), *(opposite - corner), fill=False, edgecolor=GREY, linewidth=0.7)
+        )
         _name_ends(near, _first_set(methods))
         _legend_below(figure, handles, labels)
 
@@ -303,13 +306,10 @@ def simplex_scatter(path: Path, task_names: Sequence[str], sets: Sequence[Set]) 
         for column, (x, y) in enumerate(((0, 1), (0, 2), (1, 2))):
             axes = figure.add_subplot(grid[0, column])
             for method in others:
-                style: Style = method.grey_mark(4.8 if method.gammas is None else 3)
-                axes.plot(
-                    *method.accuracies[:, (x, y)].T,
-                    label=method.name,
-                    zorder=5 if method.gammas is None else 3,
-                    **style,
-                )
+                # other sets are many points: behind everything, so that the coloured one is seen
+                single = method.gammas is None
+                style: Style = method.grey_mark(4.8 if single else 2.4) | {"alpha": 1.0 if single else 0.5}
+                axes.plot(*method.accuracies[:, (x, y)].T, label=method.name, zorder=3 if single else 2, **style)
             if first is not None:
                 _draw_preferences(axes, first, x, y)
             axes.set_xlabel(f"{_short(task_names[x], 16)} accuracy (%)")
@@ -580,15 +580,15 @@ def _draw_fronts(axes: Axes, methods: Sequence[_Method], size: float) -> list[Ar
 
 
 def _enlarged(methods: Sequence[_Method]) -> tuple[Array, Array, int]:
-    """Corners [2] of the box around the sets with preferences and the models near them, and how many are outside.
+    """Corners [2] of the box around the first set with preferences and the models near it, and how many are outside.
 
-    Near is within half the extent of the sets, or five points, from them. Without such a set all models are in the box.
+    Near is within half the extent of the set, or five points, from it. Without such a set all models are in the box.
     """
     points = np.concatenate([method.accuracies for method in methods])
-    core = [method.accuracies for method in methods if method.gammas is not None]
+    first = _first_set(methods)
     inside = np.ones(len(points), dtype=bool)
-    if core:
-        low, high = np.concatenate(core).min(axis=0), np.concatenate(core).max(axis=0)
+    if first is not None:
+        low, high = first.accuracies.min(axis=0), first.accuracies.max(axis=0)
         reach = np.maximum((high - low) / 2, 5.0)
         inside = ((points >= low - reach) & (points <= high + reach)).all(axis=1)
     low, high = points[inside].min(axis=0), points[inside].max(axis=0)

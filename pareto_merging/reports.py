@@ -33,8 +33,9 @@ EXPLANATION = (
     "task at its preference of 0.5 and of 1, averaged over the tasks (a method that gives one model: its average). "
     "hypervolume: share of the box between the reference point and 100 % that the models dominate. spacing and IGD+ "
     "in percent points, IGD+ against the union of all methods' fronts. cosine and Spearman: of the preference with the "
-    "accuracies. seconds: the chosen run, tuning not counted. Individual models and multi-task training are upper "
-    "bounds and not in the union."
+    "accuracies. A dash: not defined (a constant, one model, or a head of one class, which leaves no box). seconds: "
+    "the chosen run, tuning not counted. Individual models and multi-task training are upper bounds and not in the "
+    "union."
 )
 
 
@@ -116,7 +117,9 @@ def answer(summary: Mapping[str, Any]) -> list[str]:
     if front is not None:
         level = tied(front, "hypervolume", aware)
         lines.append(f"A model per preference: {named(front, 'hypervolume', 100)} dominates the largest volume{level}.")
-        kept = [name for name in aware if name in METHODS and METHODS[name].stores == "1 model + low rank"]
+        kept = [
+            name for name in merged if name in METHODS and METHODS[name].stores in ("1 model", "1 model + low rank")
+        ]
         small = best(kept, "hypervolume")
         if front in METHODS and front not in kept and small is not None:
             stores = METHODS[front].stores

@@ -25,7 +25,7 @@ from torch import nn
 from pareto_merging.baselines.registry import METHODS
 from pareto_merging.checkpoints.files import write_json, write_text
 from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
-from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_preferences
+from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_preferences, stored_results
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
@@ -248,7 +248,7 @@ def compare_run(
     """Compare methods on a configuration's models and write everything into ``folder``; returns its compare.json.
 
     What is done is kept in a file for each method and seed. With ``resume`` only what is missing is run; methods and
-    seeds may then be other ones, the rest must be what it was.
+    seeds may then be other ones and join those that are there, the rest must be what it was.
 
     Args:
         methods: see :func:`chosen_methods`. effort, grid: see :class:`Comparison`. seeds: how many, from the
@@ -288,7 +288,7 @@ def compare_run(
     with _locked(folder), threads:
         write_text(folder / CONFIG_NAME, dump_config(config))
         write_json(folder / SETTINGS_NAME, settings)
-        results = compare(
+        compare(
             workspace,
             folder,
             wanted,
@@ -303,7 +303,8 @@ def compare_run(
             "settings": {"effort": effort, "preferences": grid, "seeds": seeds, "methods": wanted},
             "environment": environment(),
         }
-        return write_comparison(folder, names, results, about)
+        # with --resume perhaps more than what was asked for now
+        return write_comparison(folder, names, stored_results(folder), about)
 
 
 def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
