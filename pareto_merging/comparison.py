@@ -358,10 +358,10 @@ def compare(
     return [found[job] for job in jobs]
 
 
-def stored_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result in a comparison's folder, by seed and then in the order of METHODS."""
+def stored_results(folder: Path, first: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every result in a comparison's folder, by seed, then the methods ``first``, then in the order of METHODS."""
     found = [_read_result(path) for path in folder.glob("*-seed-*.json")]
-    order = {key: place for place, key in enumerate(METHODS)}
+    order = {key: place for place, key in enumerate(dict.fromkeys((*first, *METHODS)))}
     known = [result for result in found if result is not None and result["method"] in order]
     return sorted(known, key=lambda result: (result["seed"], order[result["method"]]))
 

@@ -304,7 +304,7 @@ def compare_run(
             "environment": environment(),
         }
         # with --resume perhaps more than what was asked for now
-        return write_comparison(folder, names, stored_results(folder), about)
+        return write_comparison(folder, names, stored_results(folder, wanted), about)
 
 
 def _check_settings(path: Path, now: Mapping[str, Any]) -> None:

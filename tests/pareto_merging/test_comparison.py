@@ -589,6 +589,21 @@ def test_seconds_count_what_was_learned_before(tmp_path: Path) -> None:
     assert 1000 < found["seconds"] < 1100
 
 
+def test_a_resumed_report_keeps_what_is_not_asked_for_now(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    before = json.loads((tmp_path / "copy" / "compare.json").read_text())
+    after = resumed(tmp_path / "copy", methods=next(iter(before["methods"])))
+    assert list(after["methods"]) == list(before["methods"])
+    assert without_times(after["methods"]) == without_times(before["methods"])
+
+
+def test_nan_images_are_named_with_their_task(spoil: Any) -> None:
+    spoil(0, nan)
+    found = comparison(effort=2).run("ties")
+    assert found["status"] == "failed"
+    assert found["reason"].startswith("task upright, unlabelled images: expected finite logits")
+
+
 def test_seeds_differ(whole: Path) -> None:
     first, second = (json.loads((whole / result_name("pareto", seed)).read_text())["points"] for seed in (0, 1))
     assert [point["gamma"] for point in first] == [point["gamma"] for point in second]
