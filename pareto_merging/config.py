@@ -113,6 +113,11 @@ class MethodSettings(_Strict):
             raise ValueError("gamma: expected one with preference: fixed, and none without")
         return self
 
+    def model_arguments(self) -> dict[str, Any]:
+        """The settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""
+        names = ("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "preprocess", "density", "core")
+        return {name: getattr(self, name) for name in names}
+
     def steps_for(self, tasks: int) -> int:
         """``steps``, or the preset's: 2000 for two tasks, 4000 for eight (the paper's), straight between (ours)."""
         if self.steps is not None:

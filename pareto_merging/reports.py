@@ -117,6 +117,9 @@ def answer(summary: Mapping[str, Any]) -> list[str]:
     if front is not None:
         level = tied(front, "hypervolume", aware)
         lines.append(f"A model per preference: {named(front, 'hypervolume', 100)} dominates the largest volume{level}.")
+        single = best([name for name in merged if not merged[name]["preference_aware"]], "hypervolume")
+        if single is not None and merged[single]["hypervolume"]["mean"] > merged[front]["hypervolume"]["mean"]:
+            lines.append(f"Yet {named(single, 'hypervolume', 100)}, one model for every preference, dominates more.")
         kept = [
             name for name in merged if name in METHODS and METHODS[name].stores in ("1 model", "1 model + low rank")
         ]

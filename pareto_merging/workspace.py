@@ -180,19 +180,7 @@ class Workspace:
         """A fresh Pareto model with the configuration's settings."""
         method = self.config.method
         with user_errors():
-            model = parametrize(
-                self.pretrained(),
-                self.finetuned(),
-                rank=method.rank,
-                low_rank=method.low_rank,
-                init_lambda=method.init_lambda,
-                granularity=method.granularity,
-                buffers=method.buffers,
-                seed=method.seed,
-                preprocess=method.preprocess,
-                density=method.density,
-                core=method.core,
-            )
+            model = parametrize(self.pretrained(), self.finetuned(), **method.model_arguments())
         set_strategy(model, self.config.strategy)
         return model
 

@@ -88,18 +88,7 @@ def merge(
     method = settings() if method is None else method
     changes = {**FIXED, **({"preference": "equal"} if method.preference == "dirichlet" else {})}
     method = method.model_copy(update=changes)
-    model = parametrize(
-        pretrained,
-        finetuned,
-        low_rank="none",
-        init_lambda=method.init_lambda,
-        granularity=method.granularity,
-        buffers=method.buffers,
-        preprocess=method.preprocess,
-        density=method.density,
-        seed=method.seed,
-        digests=folder is not None,
-    )
+    model = parametrize(pretrained, finetuned, **method.model_arguments(), digests=folder is not None)
     learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
     lam = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))
     with torch.no_grad():

@@ -41,19 +41,8 @@ def merge(
         folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = MethodSettings.model_validate({}) if method is None else method
-    model = parametrize(
-        pretrained,
-        finetuned,
-        rank=method.rank,
-        low_rank=method.low_rank,
-        init_lambda=method.init_lambda,
-        granularity=method.granularity,
-        buffers=method.buffers,
-        seed=method.seed,
-        preprocess=method.preprocess if preprocess is None else preprocess,
-        density=method.density,
-        core=method.core,
-    )
+    arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
+    model = parametrize(pretrained, finetuned, **arguments)
     learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
 
     def at(gamma: Tensor) -> nn.Module:

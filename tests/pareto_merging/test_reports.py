@@ -219,6 +219,9 @@ def test_the_answer_says_what_must_be_kept() -> None:
         "A model per preference: task-arithmetic-preference (60.0 %) dominates the largest volume.",
         "It keeps all models; of those that keep one: pareto (50.0 %).",
     ]
+    larger = {"regmean": {"equal": 79.0, "hypervolume": 0.7}}
+    line = "Yet regmean (70.0 %), one model for every preference, dominates more."
+    assert answer(summary(pareto=aware["pareto"], **larger))[2] == line
     # one model may dominate more than a set does
     single = {"regmean": {"equal": 79.0, "hypervolume": 0.55}}
     assert answer(summary(**aware, **single))[3] == "It keeps all models; of those that keep one: regmean (55.0 %)."
