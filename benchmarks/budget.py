@@ -377,9 +377,11 @@ def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list
 
     costs: list[Cost] = []
     faults: list[str] = []
-    for name, text in dispatch.config_files().items():
+    files = dispatch.config_files()
+    for name, text in files.items():
         meant_for = dispatch.architectures(text)
-        chosen = [arch for arch in archs if not meant_for or arch in meant_for]
+        # the default file is for GPUs whose architecture has none of its own, which goes on with the default's lines
+        chosen = [arch for arch in archs if (arch in meant_for if meant_for else arch not in files)]
         launches, unused = record(name)
         faults += [f"configs/{name}.json: never launched: {entry}" for entry in unused]
         _LAUNCHES[:] = launches[:limit]

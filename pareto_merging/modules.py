@@ -11,7 +11,9 @@ its name in front: ``bias_lam``, ``in_proj_weight_G``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
+from pareto_merging.cache import MergedWeights
 from pareto_merging.preferences import ParetoState, pareto_states
 
 if TYPE_CHECKING:
@@ -128,38 +131,65 @@ class ParetoModule(ModuleBase):
         """Parameter ``name`` merged at ``gamma`` [K], by default the current preference."""
         weight = self._parameters[name]
         assert weight is not None
+        state, current = self.pareto, gamma is None
+        if current and state.vectors is not None and id(weight) in state.vectors:
+            return state.vectors[id(weight)]
         parts = self.pareto_parts_at(name, gamma)
         if parts["A"] is None:
-            return weight if parts["lam"] is None else self._pareto_merge(weight, None, parts)
-        gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
-        if gamma.ndim != 1:
-            raise ValueError(
-                f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one preference "
-                f"for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear and "
-                "nn.MultiheadAttention layers)"
-            )
-        return self._pareto_merge(weight, gamma, parts)
+            if parts["lam"] is None:
+                return weight
+            gamma = None
+        else:
+            gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
+            if gamma.ndim != 1:
+                raise ValueError(
+                    f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one "
+                    f"preference for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear "
+                    "and nn.MultiheadAttention layers)"
+                )
+        kept = self._pareto_kept(name, gamma, weight.dtype) if current else None
+        strategy = state.kernel_strategy
+        return pmkernels.merge_weight(weight, gamma=gamma, cached=kept, strategy=strategy, **parts)
 
-    def _pareto_merge(self, weight: Tensor, gamma: Tensor | None, parts: Mapping[str, Any]) -> Tensor:
-        cache = self.pareto.cache
-        merge = functools.partial(pmkernels.merge_weight, weight, gamma=gamma, strategy=self.pareto.strategy, **parts)
-        if cache is None:
-            return merge()
-        if id(weight) not in cache:
-            with torch.no_grad():
-                cache[id(weight)] = merge()
-        return merge(cached=cache[id(weight)])
+    def _pareto_kept(self, name: str, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Parameter ``name`` merged at ``gamma`` (None: λ alone) as the model's cache keeps it, in ``dtype``."""
+        state, weight = self.pareto, self._parameters[name]
+        if state.cache is None or weight is None:
+            return None
+        stored = self.pareto_parts(name)
+        if gamma is None:
+            stored |= {"A": None, "G": None, "B": None}
+
+        def merge(out: Tensor | None) -> Tensor:
+            parts = self.pareto_parts_at(name, gamma)
+            if gamma is None:
+                parts |= {"A": None, "G": None, "B": None}
+            narrow = out if weight.dtype == dtype else None
+            merged = pmkernels.merge_weight(weight, gamma=gamma, out=narrow, strategy=state.kernel_strategy, **parts)
+            return merged if merged.dtype == dtype else merged.to(dtype) if out is None else out.copy_(merged)
+
+        return state.cache.get(
+            (id(weight), dtype, gamma is None),
+            {"weight": weight, **stored, "gamma": None if gamma is None else state.gamma},
+            (state.lambda_range, state.core),
+            weight,
+            dtype,
+            merge,
+        )
 
     def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
         weight: Tensor | None = self._parameters[name]
         assert weight is not None
         parts = self.pareto_parts_at(name)
-        plain = parts["lam"] is None and parts["A"] is None
-        state, autocast = self.pareto, torch.is_autocast_enabled(x.device.type)
-        if plain or (state.cache is not None and state.gamma.ndim == 1 and not autocast):
-            return F.linear(x, self.pareto_merged(name)[rows], None if bias is None else bias[rows])
-        gamma = None
+        if parts["lam"] is None and parts["A"] is None:
+            return F.linear(x, weight[rows], None if bias is None else bias[rows])
+        gamma = None if parts["A"] is None else self.pareto_gamma_for(x, batch_dim)
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
+        shared = gamma if gamma is not None and gamma.ndim == 1 else None
+        # a folded weight with a preference per item is used as it is
+        kept = None if shared is None and parts["lam"] is None else self._pareto_kept(name, shared, dtype)
         if rows != slice(None):
             weight = weight[rows]
             for part, axis in (("task_vectors", 1), ("A", 0)):
@@ -167,14 +197,14 @@ class ParetoModule(ModuleBase):
                 if value is not None:
                     parts[part] = value[:, rows] if axis else value[rows]
             bias = None if bias is None else bias[rows]
-        if parts["A"] is not None:
-            gamma = self.pareto_gamma_for(x, batch_dim)
+            kept = None if kept is None else kept[rows]
         return pmkernels.pareto_linear(
             x,
             weight,
             bias=bias,
             gamma=gamma,
-            strategy=state.strategy,
+            cached=kept,
+            strategy=self.pareto.kernel_strategy,
             **parts,
         )
 
@@ -208,6 +238,8 @@ class ParetoModule(ModuleBase):
         super()._apply(keep_float32, recurse)
         if (state := self.__dict__.get("pareto")) is not None:
             state.gamma = state.gamma.to(fn(state.gamma).device)
+            if state.cache is not None:
+                state.cache.clear()
         return self
 
 
@@ -470,20 +502,79 @@ def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:
             yield name, module
 
 
-def set_strategy(model: nn.Module, strategy: str) -> None:
-    """How the layers of a Pareto model are computed from now on: a strategy of :func:`pmkernels.pareto_linear`.
+STRATEGIES = (*pmkernels.STRATEGIES, "cached")
 
-    ``"auto"`` chooses by shape and device. ``"fused"`` allocates nothing of a weight's size in any linear layer,
-    forward or backward: for a GPU without memory to spare. A setting of the running model, as the preference is.
+
+def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None = None) -> None:
+    """How the layers of a Pareto model are computed from now on. A setting of the running model, as the preference is.
+
+    Args:
+        model: a Pareto model, or a module that contains some.
+        strategy: one of :func:`pmkernels.pareto_linear`'s, or ``"cached"``. ``"auto"`` chooses by shape and device, and
+            :func:`learn_pareto_set` keeps the merged weights of a step for all its tasks where ``memory_budget`` has
+            room. ``"cached"`` keeps merged weights between all calls, for as long as λ, γ and what else they are made
+            of stand still: the price of one more model, for the speed of a plain one. ``"fused"`` allocates nothing of
+            a weight's size in any linear layer, forward or backward: for a GPU without memory to spare.
+        memory_budget: bytes that kept weights may take, for ``"auto"`` and ``"cached"``. None is no limit for
+            ``"cached"``; for ``"auto"``, on a GPU, half of what is free when learning begins.
 
     Raises:
-        ValueError: an unknown strategy, or a model without Pareto layers. Whether the device can follow is asked when
-            the model runs.
+        ValueError: an unknown strategy, a model without Pareto layers, or a budget that is negative, that another
+            strategy has no use for, that is more memory than there is, or too small for ``"cached"``. Whether the
+            device can follow is asked when the model runs.
+        TypeError: a budget that is not a number of bytes.
     """
-    if strategy not in pmkernels.STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(pmkernels.STRATEGIES)}, got {strategy!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     states = pareto_states(model)
     if not states:
         raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")
+    if memory_budget is not None:
+        _check_budget(model, strategy, memory_budget)
     for state in states:
-        state.strategy = strategy
+        state.strategy, state.memory_budget = strategy, memory_budget
+        state.cache = MergedWeights(memory_budget) if strategy == "cached" else None
+
+
+def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"memory_budget: expected a number of bytes or None, got {budget!r}")
+    if strategy not in ("auto", "cached"):
+        raise ValueError(f"memory_budget: expected None for strategy {strategy!r}, which keeps nothing, got {budget}")
+    if budget < 0:
+        raise ValueError(f"memory_budget: expected at least 0 bytes, got {budget}")
+    needed, device = merged_bytes(model), next(model.parameters()).device
+    if strategy == "cached" and budget < needed:
+        raise ValueError(
+            f"memory_budget: expected at least {needed} bytes ({in_gib(needed)}, one more model) for strategy "
+            f"'cached', got {budget}; 'auto' keeps as much as fits"
+        )
+    there = memory_of(device)
+    if there is not None and budget > there:
+        raise ValueError(f"memory_budget: expected at most the {in_gib(there)} of {device}, got {in_gib(budget)}")
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """The bytes of all merged tensors of a Pareto model together: what strategy ``cached`` keeps."""
+    merged = {
+        id(weight): weight
+        for _, module in pareto_modules(model)
+        for name in module.pareto_names
+        if (weight := module._parameters[name]) is not None
+    }
+    return sum(weight.numel() * weight.element_size() for weight in merged.values())
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All the memory of a device in bytes; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        with contextlib.suppress(ValueError, OSError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def in_gib(size: int) -> str:
+    """Bytes for a message: ``1.5 GiB``."""
+    return f"{size / 2**30:.3g} GiB"

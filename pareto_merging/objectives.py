@@ -5,6 +5,7 @@ Equations: Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.121
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -72,23 +73,27 @@ class _ZeroSafeSqrt(torch.autograd.Function):
 
 
 def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
-    """‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ) by products of r×r matrices: A [N, r], C [r, r], B [D, r] -> scalar."""
-    return ((A.t() @ A @ C) * (C @ (B.t() @ B))).sum()
+    """‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ) by products of r×r matrices: A [*, N, r], C [*, r, r], B [*, D, r] -> [*]."""
+    return ((A.mT @ A @ C) * (C @ (B.mT @ B))).sum(dim=(-2, -1))
 
 
 def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     """‖A·(G ×₃ γ)·Bᵀ‖_F over all low-rank layers together (equation 10), zero where there are none.
 
     Our reading: the Frobenius norm of the whole personalised part, √Σ_layers ‖·‖², not a sum of the layers' norms.
-    Its gradient at G = 0 is 0.
+    Its gradient at G = 0 is 0. Layers of one shape are computed together, in a few batched products.
     """
-    squares = [
-        low_rank_square(A, pmkernels.reference.preference_core(G, gamma.to(G.device)), B)
-        for A, G, B in _low_rank_parts(model, gamma)
-    ]
-    if not squares:
+    shapes: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for A, G, B in _low_rank_parts(model, gamma):
+        shapes.setdefault((A.shape, G.shape, B.shape, A.dtype, A.device), []).append((A, G, B))
+    if not shapes:
         return torch.zeros((), device=gamma.device)
-    norm: Tensor = _ZeroSafeSqrt.apply(torch.stack([square.to(gamma.device) for square in squares]).sum())
+    total = torch.zeros((), device=gamma.device)
+    for group in shapes.values():
+        A, G, B = (torch.stack(parts) for parts in zip(*group, strict=True))
+        core = G.to(pmkernels.reference.accumulate_dtype(G, gamma)) @ gamma.to(G)
+        total = total.to(core.dtype) + low_rank_square(A, core, B).sum().to(gamma.device)
+    norm: Tensor = _ZeroSafeSqrt.apply(total)
     return norm
 
 
@@ -123,8 +128,7 @@ def entropy_terms(logits: Tensor, information_maximisation: float = 0.0) -> Entr
     mean_entropy = torch.special.entr(mean_prediction.clamp(min=torch.finfo(entropy.dtype).tiny)).sum()
     objective = entropy
     if information_maximisation:
-        ceiling = torch.log(torch.tensor(float(logits.shape[-1]), device=logits.device))
-        objective = entropy + information_maximisation * (ceiling - mean_entropy)
+        objective = entropy + information_maximisation * (math.log(logits.shape[-1]) - mean_entropy)
     return EntropyTerms(objective, entropy.detach(), mean_entropy.detach())
 
 

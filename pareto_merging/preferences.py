@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.cache import MergedWeights
+
 Preference: TypeAlias = Tensor | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, float]
 
 SUM_TOLERANCE = 1e-4
@@ -38,17 +40,26 @@ class ParetoState:
     folded: bool = False
     # how pmkernels computes the layers; a setting of the running model too
     strategy: str = "auto"
+    # bytes that kept merged weights may take, where the strategy keeps any
+    memory_budget: int | None = None
     # how γ becomes the r×r core of the low-rank term: see pareto_merging.modules.preference_core
     core: str = "tensor"
     # λ is used clamped to this range; set while AdaMerging's clamp is trained through
     lambda_range: tuple[float, float] | None = None
-    # merged tensors by the identity of their W0, while merged_once says that λ and γ stand still
-    cache: dict[int, Tensor] | None = None
+    # merged weights kept between calls, where the strategy or a training run wants that
+    cache: MergedWeights | None = None
+    # merged vectors by the identity of their W0, while a training step has merged them all at once
+    vectors: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kernel_strategy(self) -> str:
+        """What pmkernels is told: keeping merged weights is the model's own business."""
+        return "auto" if self.strategy == "cached" else self.strategy
 
     def __getstate__(self) -> dict[str, Any]:
         # a preference may carry a graph, which can be neither copied nor pickled
-        return {**self.__dict__, "gamma": self.gamma.detach(), "cache": None}
+        return {**self.__dict__, "gamma": self.gamma.detach(), "vectors": None}
 
 
 def check_preference(gamma: Preference, task_names: Sequence[str], per_item: bool = True) -> Tensor:
@@ -335,13 +346,7 @@ def set_preference(model: nn.Module, gamma: Preference) -> None:
             # a tensor made in inference mode could not be used in training afterwards
             with torch.inference_mode(False):
                 value = value.clone()
-        _replace_gamma(state, value)
-
-
-def _replace_gamma(state: ParetoState, value: Tensor) -> None:
-    state.gamma = value
-    if state.cache is not None:
-        state.cache = {}
+        state.gamma = value
 
 
 def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]]:
@@ -365,24 +370,7 @@ def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
     finally:
         for state, value in before:
             # the model may have moved inside the block
-            _replace_gamma(state, value.to(state.gamma.device))
-
-
-@contextlib.contextmanager
-def merged_once(model: nn.Module) -> Iterator[None]:
-    """Inside, each weight is merged once and kept: the caller promises that λ, A, G, B and γ do not change.
-
-    It costs the memory of one more model; gradients are what they are without it. Setting a preference inside starts
-    anew.
-    """
-    states = pareto_states(model)
-    for state in states:
-        state.cache = {}
-    try:
-        yield
-    finally:
-        for state in states:
-            state.cache = None
+            state.gamma = value.to(state.gamma.device)
 
 
 def format_preference(gamma: Iterable[float]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,20 +24,12 @@ from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
+from pareto_merging.gradient import CudaGraphs, GradientOfStep
 from pareto_merging.modes import eval_mode
-from pareto_merging.objectives import (
-    EntropyTerms,
-    WeightDistance,
-    cosine_alignment,
-    entropy_terms,
-    scalarize,
-    tensor_norm,
-)
 from pareto_merging.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import (
     check_preference,
     equal_preference,
-    merged_once,
     pareto_state,
     preference,
     sample_dirichlet,
@@ -84,66 +76,6 @@ class TrainingResult:
     collapsed: list[str] = field(default_factory=list)
 
 
-Objective: TypeAlias = Callable[[], EntropyTerms]
-
-
-def pareto_gradient(
-    objectives: Sequence[Objective],
-    parameters: Sequence[Tensor],
-    gamma: Tensor,
-    settings: MethodSettings,
-    norm: Callable[[], Tensor] | None = None,
-) -> tuple[float, list[EntropyTerms], Tensor]:
-    """The exact gradient of the loss at the activation memory of one task (design: the loss needs only S_1 … S_K).
-
-    Task by task: forward, backward to the few learned parameters, keep that small gradient, free the activations. Then
-    dL/dS_k from the K numbers S, and Σ_k (dL/dS_k)·∇S_k.
-
-    Args:
-        objectives: K functions that each run one task's forward. parameters: what to differentiate, P numbers in all.
-        gamma: [K]. norm: ‖A·C·Bᵀ‖ of the model at γ, if the settings use it.
-
-    Returns:
-        (loss, the K objectives without their graphs, the gradient as one flat tensor [P]); the gradient holds NaN where
-        an objective does.
-    """
-    terms: list[EntropyTerms] = []
-    gradients: list[Tensor] = []
-    for objective in objectives:
-        term = objective()
-        gradients.append(_flat_gradient(term.objective, parameters))
-        terms.append(EntropyTerms(term.objective.detach(), term.entropy, term.mean_prediction_entropy))
-        del term
-    values = torch.stack([term.objective for term in terms])
-    loss, coefficients = _scalarized(values, gamma.to(values), settings)
-    total = coefficients.to(gradients[0].dtype) @ torch.stack(gradients)
-    if norm is not None and settings.tensor_norm:
-        size = norm()
-        loss += settings.tensor_norm * float(size.detach())
-        total = total + settings.tensor_norm * _flat_gradient(size, parameters)
-    return loss, terms, total
-
-
-def _scalarized(values: Tensor, gamma: Tensor, settings: MethodSettings) -> tuple[float, Tensor]:
-    values = values.detach().requires_grad_()
-    loss = scalarize(values, gamma, settings.scalarization, settings.mu)
-    if settings.cosine:
-        loss = loss - settings.cosine * cosine_alignment(values, gamma)
-    (coefficients,) = torch.autograd.grad(loss, values)
-    return float(loss.detach()), coefficients
-
-
-def _flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
-    gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
-    parts = [
-        torch.zeros_like(parameter) if gradient is None else gradient
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-    ]
-    return torch.cat([part.reshape(-1).to(parameters[0]) for part in parts])
-
-
 def learn_pareto_set(
     model: nn.Module,
     tasks: Mapping[str, MergingTask] | None,
@@ -154,6 +86,7 @@ def learn_pareto_set(
     progress: bool = True,
     workers: int = 0,
     cache: bool | None = None,
+    cuda_graphs: CudaGraphs = "auto",
     on_warning: Callable[[str], None] | None = None,
 ) -> TrainingResult:
     """Train λ, A, G and B of a Pareto model in place.
@@ -165,12 +98,16 @@ def learn_pareto_set(
         folder: where ``log.jsonl`` and ``checkpoint.safetensors`` go; None writes nothing.
         resume: continue from the folder's checkpoint, if there is one: only the remaining steps are run, and the
             result has the bits an uninterrupted run on the same machine has.
-        cache: keep the merged weights of a step for all its tasks, at the memory of one more model: by default on the
-            CPU, where assembling a weight is slow and memory is not.
-        on_warning: what to do with a warning about collapse; by default :func:`warnings.warn`.
+        cache: keep the merged weights of a step for all its tasks, at the memory of one more model; None: as the
+            model's strategy and memory budget say (:func:`pareto_merging.set_strategy`).
+        cuda_graphs: ``"auto"``: on a GPU, capture a step's gradient once and replay it, unless the model cannot be
+            captured; ``"on"``: an error then; ``"off"``.
+        on_warning: what to do with a warning about collapse, or a model that cannot be captured; by default
+            :func:`warnings.warn`.
 
     Raises:
-        ValueError: tasks that do not match the model's. UserError: a checkpoint of another model or other settings.
+        ValueError: tasks that do not match the model's, CUDA graphs without a GPU. UserError: a checkpoint of
+            another model or other settings.
         TrainingError: a NaN or inf, naming task, step and layer; the model and the checkpoint hold the last good state.
         Interrupted: Ctrl-C or SIGTERM; the step in hand was finished and a checkpoint written.
     """
@@ -191,12 +128,15 @@ def learn_pareto_set(
                 raise ValueError(f"tasks: expected images for {name}, got none")
     if settings.gamma is not None:
         check_preference(settings.gamma, names, per_item=False)
-    loop = _Loop(model, tasks, settings, total, folder, cache)
+    warn = on_warning or (lambda text: warnings.warn(text, stacklevel=3))
+    loop = Learner(
+        model, tasks, settings, total=total, folder=folder, cache=cache, cuda_graphs=cuda_graphs, on_warning=warn
+    )
     first = loop.restore() if resume else 0
     if folder is not None:
         loop.open_log(first)
     result = TrainingResult(steps=first, resumed_from=first, seconds=0.0)
-    watch = _CollapseWatch(names, tasks, settings, on_warning or (lambda text: warnings.warn(text, stacklevel=3)))
+    watch = _CollapseWatch(names, tasks, settings, warn)
     start = time.monotonic()
     heads = [] if tasks is None else [task.head for task in tasks.values()]
     try:
@@ -251,56 +191,89 @@ def _status(outcome: StepResult) -> str:
     return text
 
 
-class _Loop:
-    """The state of one run: the parameters, Adam, the log and the checkpoint."""
+class Learner:
+    """The state of one run: the parameters, Adam, the log and the checkpoint. :meth:`step` is one optimiser step.
+
+    The hundreds of small learned parameters are stepped as two long vectors, λ and the rest (which may differ in their
+    rate), and copied to their places in the model.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         tasks: Mapping[str, MergingTask] | None,
         settings: MethodSettings,
-        total: int,
-        folder: Path | None,
-        cache: bool | None,
+        *,
+        total: int | None = None,
+        folder: Path | None = None,
+        cache: bool | None = None,
+        cuda_graphs: CudaGraphs = "auto",
+        on_warning: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self.tasks, self.settings, self.total, self.folder = model, tasks, settings, total, folder
+        self.model, self.tasks, self.settings, self.folder = model, tasks, settings, folder
         self.names = pareto_state(model).task_names
+        self.total = settings.steps_for(len(self.names)) if total is None else total
         everything = learned_parameters(model)
-        self.learned = {
-            name: parameter
-            for name, parameter in everything.items()
-            if settings.learn_lambda or not name.startswith("lam.")
-        }
+        lambdas, others = (
+            {name: p for name, p in everything.items() if name.startswith("lam.") == wanted} for wanted in (True, False)
+        )
+        self.learned = {**(lambdas if settings.learn_lambda else {}), **others}
         if not self.learned:
             raise ValueError("model: expected something to learn (λ, or a low-rank term), got a model with neither")
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.learned)
         self.parameters = list(self.learned.values())
         self.device = self.parameters[0].device
-        # a kernel strategy was asked for to be used, and fused to save the memory that a cache takes
-        plain = pareto_state(model).strategy in ("auto", "eager")
-        self.cache = (self.device.type == "cpu" and plain) if cache is None else cache
-        rates = [settings.learning_rate, settings.lambda_learning_rate or settings.learning_rate]
+        rates = (settings.lambda_learning_rate or settings.learning_rate, settings.learning_rate)
         groups = [
-            {"params": [p for name, p in self.learned.items() if name.startswith("lam.") == is_lambda], "lr": rate}
-            for is_lambda, rate in enumerate(rates)
+            (list(group), rate)
+            for group, rate in zip((lambdas if settings.learn_lambda else {}, others), rates, strict=True)
+            if group
         ]
+        self._groups = [names for names, _ in groups]
+        self._flat = [nn.Parameter(self._gathered(self.learned, names)) for names in self._groups]
         self.optimizer = torch.optim.Adam(
-            [group for group in groups if group["params"]],
+            [{"params": [flat], "lr": rate} for flat, (_, rate) in zip(self._flat, groups, strict=True)],
             lr=settings.learning_rate,
             betas=settings.betas,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.distance = (
-            WeightDistance(model, settings.normalize_distance) if settings.objective == "weight-distance" else None
+        by_task = tasks is not None and settings.objective == "entropy"
+        self.gradient = GradientOfStep(
+            model,
+            [task.head for task in tasks.values()] if tasks is not None and by_task else None,
+            self.learned,
+            settings,
+            cache=cache,
+            cuda_graphs=cuda_graphs,
+            on_warning=on_warning,
         )
         dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
         self.dtype = dtypes[0] if dtypes else torch.float32
         self._log: Any = None
 
+    def _gathered(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """The tensors of these names as one long vector."""
+        return torch.cat([tensors[name].detach().reshape(-1).to(self.parameters[0]) for name in names])
+
+    def _places(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By parameter name, views of λ's and the others' long vectors, or of moments laid out alike."""
+        return {
+            name: part.view(self.learned[name].shape)
+            for vector, names in zip(vectors, self._groups, strict=True)
+            for name, part in zip(
+                names, vector.detach().split([self.learned[name].numel() for name in names]), strict=True
+            )
+        }
+
+    def _scatter(self) -> None:
+        """The long vectors' values to the model's parameters."""
+        with torch.no_grad():
+            torch._foreach_copy_(list[Tensor](self.parameters), list(self._places(self._flat).values()))
+
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
         """One list of K batches of images per step, from step ``first`` on."""
-        if self.tasks is None or self.distance is not None:
+        if self.tasks is None or self.gradient.heads is None:
             for _ in range(first, self.total):
                 yield []
             return
@@ -328,51 +301,66 @@ class _Loop:
         ]
 
     def step(self, step: int, batch: Sequence[Tensor]) -> StepResult:
-        """Gradient, checks, Adam, checks; on a NaN or inf nothing of the step remains."""
+        """Gradient, Adam, checks; on a NaN or inf nothing of the step remains. Waits for the device once.
+
+        ``batch``: the images of each task on the device; empty for the data-free objective.
+        """
         gammas = self.gammas(step)
-        losses, terms, gradient = [], [], None
+        seen, gradients = [], []
         for gamma in gammas:
-            gamma = gamma.to(self.device)
-            cached = merged_once(self.model) if self.cache else contextlib.nullcontext()
-            with preference(self.model, gamma), cached:
-                loss, seen, flat = self._gradient(batch, gamma)
-                # S and the gradient in one look, so that a GPU is waited for once
-                objectives = torch.stack([term.objective for term in seen])
-                if not bool(torch.isfinite(torch.cat([objectives, flat.sum()[None].to(objectives)])).all()):
-                    raise self._diagnose(step, batch, seen, flat)
-            losses.append(loss)
-            terms.append(seen)
-            gradient = flat if gradient is None else gradient + flat
-        assert gradient is not None
-        gradient = gradient / len(gammas)
-        offset = 0
-        for parameter in self.parameters:
-            parameter.grad = gradient[offset : offset + parameter.numel()].view_as(parameter).to(parameter)
-            offset += parameter.numel()
+            outcome = self.gradient(batch, gamma)
+            seen.append(torch.cat([outcome.loss.reshape(1).to(outcome.terms), outcome.terms.reshape(-1)]))
+            # the next call overwrites it
+            gradients.append(outcome.gradient.clone() if len(gammas) > 1 else outcome.gradient)
+        gradient = gradients[0] if len(gammas) == 1 else torch.stack(gradients).mean(dim=0)
         before = [tensor.clone() for tensor in self._state()]
+        for flat, part in zip(self._flat, gradient.split([f.numel() for f in self._flat]), strict=True):
+            flat.grad = part
         self.optimizer.step()
         self.optimizer.zero_grad()
-        after = self._state()
-        if not bool(torch.isfinite(torch.stack([tensor.sum().to(self.device) for tensor in after])).all()):
-            bad = next((n for n, p in self.learned.items() if not bool(torch.isfinite(p).all())), "Adam's moments")
-            self._put_back(before)
-            raise self._failure(None, step, bad, "the parameter is not finite after the update")
+        sums = torch.stack([tensor.sum() for tensor in (gradient, *self._state())])
+        numbers = torch.cat([torch.stack(seen).reshape(-1).to(torch.float64), sums.to(torch.float64)]).tolist()
+        tasks, wide = len(self.names), 3 * len(self.names) + 1
+        rows = [numbers[i * wide : (i + 1) * wide] for i in range(len(gammas))]
+        terms = [[row[1 + 3 * k : 4 + 3 * k] for k in range(tasks)] for row in rows]
+        sound = [all(math.isfinite(term[0]) for term in row) for row in terms]
+        if not all(sound) or not all(map(math.isfinite, numbers[len(rows) * wide :])):
+            raise self._failed(step, batch, gammas, terms, sound, gradients, before)
+        self._scatter()
         return StepResult(
-            loss=sum(losses) / len(losses),
-            objectives=_means([[float(t.objective) for t in seen] for seen in terms]),
-            entropies=[] if self.distance else _means([[float(t.entropy) for t in seen] for seen in terms]),
-            mean_prediction_entropies=[]
-            if self.distance
-            else _means([[float(t.mean_prediction_entropy) for t in seen] for seen in terms]),
+            loss=sum(row[0] for row in rows) / len(rows),
+            objectives=_means([[term[0] for term in row] for row in terms]),
+            entropies=_means([[term[1] for term in row] for row in terms]) if self.gradient.heads is not None else [],
+            mean_prediction_entropies=_means([[term[2] for term in row] for row in terms])
+            if self.gradient.heads is not None
+            else [],
             gammas=[[round(value, 6) for value in gamma.tolist()] for gamma in gammas],
         )
 
+    def _failed(
+        self,
+        step: int,
+        batch: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        terms: Sequence[Sequence[Sequence[float]]],
+        sound: Sequence[bool],
+        gradients: Sequence[Tensor],
+        before: Sequence[Tensor],
+    ) -> TrainingError:
+        """What went wrong, after everything is as it was before the step."""
+        updated = self._places([flat.clone() for flat in self._flat])
+        self._put_back(before)
+        for gamma, row, fine, gradient in zip(gammas, terms, sound, gradients, strict=True):
+            if not fine or not bool(torch.isfinite(gradient).all()):
+                with preference(self.model, gamma):
+                    return self._diagnose(step, batch, [term[0] for term in row], gradient)
+        bad = next((name for name, value in updated.items() if not bool(torch.isfinite(value).all())), None)
+        return self._failure(None, step, bad or "Adam's moments", "the parameter is not finite after the update")
+
     def _state(self) -> list[Tensor]:
-        """The learned parameters and, once Adam has stepped, its moments."""
-        moments = [
-            self.optimizer.state[p][key] for p in self.parameters if p in self.optimizer.state for key in _MOMENTS
-        ]
-        return [parameter.detach() for parameter in self.parameters] + moments
+        """The long vectors and, once Adam has stepped, its moments."""
+        moments = [self.optimizer.state[p][key] for p in self._flat if p in self.optimizer.state for key in _MOMENTS]
+        return [flat.detach() for flat in self._flat] + moments
 
     def _put_back(self, before: Sequence[Tensor]) -> None:
         """Undo an update of Adam."""
@@ -386,38 +374,16 @@ class _Loop:
             for state in self.optimizer.state.values():
                 state["step"] -= 1
 
-    def _gradient(self, batch: Sequence[Tensor], gamma: Tensor) -> tuple[float, list[EntropyTerms], Tensor]:
-        if self.distance is None:
-            assert self.tasks is not None
-            objectives = [
-                lambda images=images, task=task: entropy_terms(
-                    task.head(self.model(images)), self.settings.information_maximisation
-                )
-                for images, task in zip(batch, self.tasks.values(), strict=True)
-            ]
-            norm = (lambda: tensor_norm(self.model, gamma)) if self.settings.tensor_norm else None
-            return pareto_gradient(objectives, self.parameters, gamma, self.settings, norm)
-        # closed forms share everything, so one graph serves all tasks
-        values = self.distance(gamma)
-        loss, coefficients = _scalarized(values, gamma.to(values), self.settings)
-        surrogate = (values * coefficients).sum()
-        if self.settings.tensor_norm:
-            size = tensor_norm(self.model, gamma)
-            loss += self.settings.tensor_norm * float(size.detach())
-            surrogate = surrogate + self.settings.tensor_norm * size.to(surrogate)
-        terms = [EntropyTerms(value, value, value) for value in values.detach()]
-        return loss, terms, _flat_gradient(surrogate, self.parameters)
-
     def _diagnose(
-        self, step: int, batch: Sequence[Tensor], terms: Sequence[EntropyTerms], gradient: Tensor
+        self, step: int, batch: Sequence[Tensor], objectives: Sequence[float], gradient: Tensor
     ) -> TrainingError:
-        for index, term in enumerate(terms):
-            if bool(torch.isfinite(term.objective)):
+        for index, objective in enumerate(objectives):
+            if math.isfinite(objective):
                 continue
             task, layer = self.names[index], "the closed-form objective"
             if self.tasks is not None and batch:
                 layer = first_nonfinite(self.model, self.tasks[task].head, batch[index])
-            return self._failure(task, step, layer, f"its objective is {float(term.objective)}")
+            return self._failure(task, step, layer, f"its objective is {objective}")
         offset = 0
         for name, parameter in self.learned.items():
             if not bool(torch.isfinite(gradient[offset : offset + parameter.numel()]).all()):
@@ -479,10 +445,10 @@ class _Loop:
         """Write the learned parameters, Adam's moments, the step and what they belong to, atomically."""
         if self.folder is None:
             return
-        tensors = {f"parameter.{name}": parameter for name, parameter in learned_parameters(self.model).items()}
-        for name, parameter in self.learned.items():
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}.{name}": moments[key] for key in _MOMENTS if key in moments}
+        tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in learned_parameters(self.model).items()}
+        for key in _MOMENTS if self.optimizer.state else ():
+            moments = self._places([self.optimizer.state[flat][key] for flat in self._flat])
+            tensors.update({f"{key}.{name}": moment for name, moment in moments.items()})
         metadata = {"format": "pareto-checkpoint", "step": step, **self._identity()}
         write_tensors(self.folder / CHECKPOINT_NAME, tensors, metadata)
 
@@ -553,11 +519,14 @@ class _Loop:
         with torch.no_grad():
             for name, parameter in everything.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
-        for name, parameter in self.learned.items() if step else ():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device),
-                **{key: tensors[f"{key}.{name}"] for key in _MOMENTS},
-            }
+        with torch.no_grad():
+            for flat, names in zip(self._flat, self._groups, strict=True):
+                flat.copy_(self._gathered(self.learned, names))
+                if step:
+                    self.optimizer.state[flat] = {
+                        "step": torch.tensor(float(step), dtype=torch.float32, device=flat.device),
+                        **{key: self._gathered(tensors, [f"{key}.{name}" for name in names]) for key in _MOMENTS},
+                    }
         return step
 
 

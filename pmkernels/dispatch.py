@@ -7,22 +7,26 @@ Strategies of pareto_linear (all give the same result up to rounding):
 - ``streamed``: W merged in one pass into a scratch tensor, then the library's matrix product.
 
 ``strategy="auto"`` is eager off the GPU; on it :func:`choose` is the one place that knows a rule. Launch configurations
-are read from ``configs/*.json``: a file named after the GPU where one was tuned (``nvidia-h200.json``), else
-``default.json``, whose every entry ``python -m benchmarks.budget`` compiles for sm_86 and sm_90.
+are read from ``configs/*.json``: a file named after the GPU where one was tuned by ``python -m benchmarks.tune``
+(``nvidia-h200.json``: launches, rates and fastest strategies as measured), else one for its architecture
+(``sm_90.json``), else ``default.json``. ``python -m benchmarks.budget`` compiles every entry without a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pmkernels import costs
 
 try:
     import triton
@@ -38,9 +42,6 @@ MAX_TASKS, MAX_RANK = 32, 64
 # larger ranks go row by row, as with a frozen λ
 MAX_RANK_FROM_TILES = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# fused reads all of W0 and τ once for each block of rows, streamed writes W and reads it back: at K = 8 two passes, the
-# second from L2, are about even
-FUSED_ROW_BLOCKS = 2
 
 
 # decided when kernels are defined, so once: Triton interprets kernels on the CPU and does not compile them
@@ -98,15 +99,113 @@ def resolve(
     return "eager"
 
 
-def choose(strategy: str, like: Tensor, *, rows: int, rank: int, tasks: int) -> str:
-    """``fused`` or ``streamed`` for pareto_linear with ``rows`` rows like ``like``: a rule from counted bytes."""
+def choose(
+    operation: str,
+    strategy: str,
+    like: Tensor,
+    *,
+    rows: int,
+    n: int,
+    d: int,
+    rank: int,
+    tasks: int,
+    per_row: bool = False,
+) -> str:
+    """``fused`` or ``streamed`` for one operation (``forward``, ``dx``, ``weight_grad``) of a layer [n, d].
+
+    ``strategy`` other than ``auto`` is what it is. Otherwise what was measured on this GPU at the nearest number of
+    rows, where a tuned configuration file has this layer, else the cheaper by :mod:`pmkernels.costs`.
+    """
+    if operation == "weight_grad" and like.dtype == torch.float16:
+        # a dW of 16 bits would underflow
+        return "fused"
     if strategy != "auto":
         return strategy
-    if rank == 0 and tasks == 0:
+    kind = precision_kind(like.dtype)
+    problem = costs.Problem(rows=rows, n=n, d=d, tasks=tasks, rank=rank, kind=kind, per_row=per_row)
+    return _cheapest(gpu_file(like.device), like.device, operation, problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(name: str, device: torch.device, operation: str, problem: costs.Problem) -> str:
+    if operation != "weight_grad" and not problem.tasks and (problem.per_row or not problem.rank):
         # nothing to merge: streamed is the library's product and nothing else
         return "streamed"
-    block_m = config("linear", like, rows=rows, rank=rank).block_m
-    return "fused" if rows <= FUSED_ROW_BLOCKS * block_m else "streamed"
+    measured = [
+        choice
+        for choice in measured_choices(name)
+        if (choice.op, choice.dtype, choice.n, choice.d, choice.tasks, choice.rank)
+        == (operation, problem.kind, problem.n, problem.d, problem.tasks, problem.rank)
+    ]
+    if measured and not problem.per_row:
+        return min(measured, key=lambda c: abs(math.log2(c.rows) - math.log2(max(problem.rows, 1)))).best
+    gpu = rates(name, device)
+    return min(("streamed", "fused"), key=lambda s: predicted_seconds(name, gpu, operation, s, problem))
+
+
+def predicted_seconds(
+    name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
+) -> float:
+    """What :mod:`pmkernels.costs` makes of an operation with the tiles of a configuration file, on a GPU."""
+    op = "weight_grad" if operation == "weight_grad" else "linear"
+    config = lookup(name, op, problem.kind, _bucket(problem.rows), problem.rank, True)
+    n, d = (problem.d, problem.n) if operation == "dx" else (problem.n, problem.d)
+    if operation == "weight_grad":
+        tiles = -(-n // config.block_n) * -(-d // config.block_d)
+        splits, _ = splits_of_rows(config, gpu.multiprocessors, problem.rows, n, d, tiles, problem.rank)
+    else:
+        tiles = -(-problem.rows // config.block_m) * -(-n // config.block_n)
+        splits, _ = splits_of_d(config, gpu.multiprocessors, problem.rows, n, d, tiles)
+    kernels = costs.passes(
+        operation,
+        strategy,
+        problem,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        block_d=config.block_d,
+        splits=splits,
+        cached=cached,
+        cache_bytes=gpu.cache_bytes,
+    )
+    return costs.seconds(kernels, gpu, problem.kind)
+
+
+@functools.cache
+def rates(name: str, device: torch.device) -> costs.Rates:
+    """The rates of a device: measured ones of its configuration file, known ones by name, or an estimate."""
+    known = costs.GPUS.get(gpu_name(device.index) if device.type == "cuda" else "nvidia-h200")
+    if known is None:
+        properties = torch.cuda.get_device_properties(device)
+        known = costs.estimate(properties.multi_processor_count, (properties.major, properties.minor))
+    text = config_files().get(name)
+    return known if text is None else replace(known, **read_rates(text))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest strategy as measured for one operation of one layer at that many rows."""
+
+    op: str
+    dtype: str
+    n: int
+    d: int
+    tasks: int
+    rank: int
+    rows: int
+    best: str
+
+
+def read_rates(text: str) -> dict[str, Any]:
+    """The measured rates in a configuration file's JSON: fields of :class:`pmkernels.costs.Rates`."""
+    found: dict[str, Any] = json.loads(text).get("rates", {})
+    return {**found, "measured": True} if found else {}
+
+
+@functools.cache
+def measured_choices(name: str) -> tuple[Choice, ...]:
+    """What a configuration file says was measured to be fastest."""
+    text = config_files().get(name)
+    return () if text is None else tuple(Choice(**line) for line in json.loads(text).get("strategies", ()))
 
 
 @dataclass(frozen=True)
@@ -118,6 +217,10 @@ class Config:
     block_d: int = 0
     num_warps: int = 4
     num_stages: int = 2
+    # task vectors loaded at a time: see weight_tile
+    unroll: int = 1
+    # parts that D (linear) or M (weight_grad) is cut into; 0: by the rules below
+    splits: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -165,10 +268,10 @@ def config_files() -> dict[str, str]:
 
 @functools.cache
 def entries(name: str) -> tuple[Entry, ...]:
-    """The lines for a GPU named so: its own file first, where there is one, then the default."""
+    """The lines of a configuration file, then those of the files of its architectures, then the default ones."""
     files = config_files()
-    own = read_entries(files[name]) if name in files and name != "default" else []
-    return (*own, *read_entries(files["default"]))
+    names = [name, *(architectures(files[name]) if name in files else ()), "default"]
+    return tuple(entry for n in dict.fromkeys(names) if n in files for entry in read_entries(files[n]))
 
 
 @functools.cache
@@ -194,14 +297,25 @@ def config(
     if like is not None:
         dtype, device = like.dtype, like.device
     assert device is not None
-    full = "float32" if dot_precision(torch.float32) == "ieee" else "tf32"
-    kind = full if dtype == torch.float32 else "16-bit"
-    return lookup(gpu_file(device), op, kind, _bucket(rows), rank, aligned)
+    assert dtype is not None
+    return lookup(gpu_file(device), op, precision_kind(dtype), _bucket(rows), rank, aligned)
 
 
+def precision_kind(dtype: torch.dtype) -> str:
+    """How tiles of that type are multiplied: ``16-bit``, ``tf32`` or ``float32``."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "float32" if dot_precision(torch.float32) == "ieee" else "tf32"
+
+
+@functools.cache
 def gpu_file(device: torch.device) -> str:
-    """The name of the configuration file for a device, whether there is one or not: ``default`` off the GPU."""
-    return gpu_name(device.index) if device.type == "cuda" else "default"
+    """The configuration file of a device: its GPU's own, that of its architecture, or ``default``."""
+    if device.type != "cuda":
+        return "default"
+    files = config_files()
+    major, minor = torch.cuda.get_device_capability(device)
+    return next((name for name in (gpu_name(device.index), f"sm_{major}{minor}") if name in files), "default")
 
 
 def is_aligned(*tensors: Tensor | None) -> bool:
@@ -242,6 +356,45 @@ def splits(rows: int, block_m: int, programs: int, most: int) -> tuple[int, int]
     parts = max(1, min(16, most, 256 // max(programs, 1), rows // (4 * block_m)))
     per_part = -(-rows // parts)
     return parts, -(-per_part // block_m) * block_m
+
+
+# programs on a multiprocessor at a time that splitting aims for
+PROGRAMS_EACH, MAX_SPLITS = 2, 16
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; an H200's off the GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def splits_of_d(config: Config, multiprocessors: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
+    """How many parts to cut D into for y [rows, n] made of ``tiles`` tiles, and columns per part.
+
+    Enough to fill the GPU, two blocks each or more; each part is a partial y in float32, all of them together at most
+    half of a weight.
+    """
+    blocks = -(-d // config.block_d)
+    wanted = config.splits or PROGRAMS_EACH * multiprocessors // max(tiles, 1)
+    parts = max(1, min(wanted, blocks // 2, MAX_SPLITS, d // (2 * max(rows, 1))))
+    per_part = max(-(-blocks // parts), 1) * config.block_d
+    return max(-(-d // per_part), 1), per_part
+
+
+def splits_of_rows(
+    config: Config, multiprocessors: int, rows: int, n: int, d: int, tiles: int, rank: int
+) -> tuple[int, int]:
+    """How many parts to cut M into for a dW of ``tiles`` tiles, and rows per part.
+
+    Only where the tiles leave multiprocessors idle, eight blocks of rows each or more. Every part reads the task
+    vectors again, if from L2; its partial sums of P and Q stay, all together, below half of a weight.
+    """
+    idle = multiprocessors // max(tiles, 1)
+    each = rank * (n * -(-d // config.block_d) + d * -(-n // config.block_n))
+    most = n * d // (2 * each) if each else MAX_SPLITS
+    parts = max(1, min(config.splits or idle, MAX_SPLITS, most, rows // (8 * config.block_m)))
+    per_part = max(-(-rows // (parts * config.block_m)), 1) * config.block_m
+    return max(-(-rows // per_part), 1), per_part
 
 
 def padded_rank(rank: int) -> int:

@@ -84,10 +84,13 @@ class SharedLinear(torch.autograd.Function):
         B: Tensor | None,
         gamma: Tensor | None,
         bias: Tensor | None,
+        cached: Tensor | None,
     ) -> Tensor:
-        merged = _assemble(weight, task_vectors, lam, _low_rank(A, G, B, gamma), x.dtype)
+        merged = cached
+        if merged is None:
+            merged = _assemble(weight, task_vectors, lam, _low_rank(A, G, B, gamma), x.dtype)
         needs_x = any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma))
-        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma)
+        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma, cached)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
@@ -96,13 +99,16 @@ class SharedLinear(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
+        x, weight, task_vectors, lam, A, G, B, gamma, cached = ctx.saved_tensors
+        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias, _ = ctx.needs_input_grad
         dx = d_lam = dA = dG = dB = d_gamma = d_bias = None
         low_rank = _low_rank(A, G, B, gamma)
         rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         if need_x:
-            dx = (rows @ _assemble(weight, task_vectors, lam, low_rank, ctx.x_dtype)).view(ctx.x_shape)
+            merged = cached
+            if merged is None:
+                merged = _assemble(weight, task_vectors, lam, low_rank, ctx.x_dtype)
+            dx = (rows @ merged).view(ctx.x_shape)
         if need_bias:
             d_bias = rows.sum(dim=0, dtype=accumulate_dtype(rows)).to(ctx.bias_dtype)
         need_low_rank = need_A or need_G or need_B or need_gamma
@@ -117,7 +123,7 @@ class SharedLinear(torch.autograd.Function):
             if dC is not None:
                 dG, d_gamma = core_gradients(dC[None], G, gamma[None], need_G, need_gamma)
                 d_gamma = None if d_gamma is None else d_gamma[0]
-        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias
+        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias, None
 
 
 def _low_rank(
@@ -176,14 +182,15 @@ class RowsLinear(torch.autograd.Function):
         B: Tensor,
         gamma: Tensor,
         bias: Tensor | None,
+        cached: Tensor | None,
     ) -> Tensor:
         x3, groups = group_rows(x, gamma)
         C = preference_core(G, groups)
-        base = _assemble(weight, task_vectors, lam, None, x.dtype)
+        base = _assemble(weight, task_vectors, lam, None, x.dtype) if cached is None else cached
         t = (x3 @ B.to(x.dtype)).to(C.dtype) @ C.transpose(1, 2)
         y = F.linear(x3, base, None if bias is None else bias.to(x.dtype)) + t.to(x.dtype) @ A.to(x.dtype).t()
         needs_x = any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma))
-        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma)
+        ctx.save_for_backward(x if needs_x else None, weight, task_vectors, lam, A, G, B, gamma, cached)
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -192,8 +199,8 @@ class RowsLinear(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, task_vectors, lam, A, G, B, gamma = ctx.saved_tensors
-        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias = ctx.needs_input_grad
+        x, weight, task_vectors, lam, A, G, B, gamma, cached = ctx.saved_tensors
+        need_x, _, _, need_lam, need_A, need_G, need_B, need_gamma, need_bias, _ = ctx.needs_input_grad
         dx = d_lam = dA = dG = dB = d_gamma = d_bias = None
         dy3, groups = group_rows(dy, gamma)
         rows = dy3.flatten(0, 1)
@@ -206,7 +213,7 @@ class RowsLinear(torch.autograd.Function):
         if need_x or need_B:
             ds = (u @ C).to(compute)
         if need_x:
-            base = _assemble(weight, task_vectors, lam, None, compute)
+            base = _assemble(weight, task_vectors, lam, None, compute) if cached is None else cached
             dx = (dy3 @ base + ds @ B.to(compute).t()).view(ctx.x_shape)
         if need_lam or need_A or need_B or need_core:
             x3, _ = group_rows(x, gamma)
@@ -225,7 +232,7 @@ class RowsLinear(torch.autograd.Function):
             dG, d_groups = core_gradients(dC, G, groups, need_G, need_gamma)
             if need_gamma:
                 d_gamma = ungroup(d_groups, ctx.x_shape, gamma)
-        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias
+        return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias, None
 
 
 def varying_dims(gamma: Tensor) -> int:

@@ -22,6 +22,15 @@ def _broadcasts(lead: torch.Size, to: torch.Size) -> bool:
     return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
 
 
+def _check_cached(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    check_tensor("cached", cached, weight.device)
+    if cached.shape != weight.shape or cached.dtype != dtype:
+        expected = f"{list(weight.shape)} in {dtype}"
+        raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
+    if cached.requires_grad:
+        raise ValueError("cached: expected requires_grad=False (its gradient is that of what it is made of), got True")
+
+
 def pareto_linear(
     x: Tensor,
     weight: Tensor,
@@ -33,6 +42,7 @@ def pareto_linear(
     B: Tensor | None = None,
     gamma: Tensor | None = None,
     bias: Tensor | None = None,
+    cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
     """y = x·W(γ)ᵀ + b with W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, arXiv 2408.12105, equation 6).
@@ -48,9 +58,14 @@ def pareto_linear(
             ones are 1 or x's (``[32, 1, K]`` against ``[32, 257, in]``: one preference per image). Its values are not
             looked at here.
         bias: ``[out]`` or None.
+        cached: W(γ) of the same values in the compute dtype, as :func:`merge_weight` returned it: nothing is put
+            together, forward or backward, and the gradients are what they are without it. With a preference per row,
+            W without its low-rank term. Whoever keeps it answers for its being up to date.
         strategy: ``"auto"``; or ``"eager"`` (plain PyTorch, any device), ``"fused"`` (W assembled tile by tile inside
             the product: allocates nothing of W's size), ``"streamed"`` (W merged into a scratch tensor, then the
-            library's product). The last two need a CUDA GPU, float32, bfloat16 or float16, K and R up to 32 and 64.
+            library's product; so is dW, except in float16). The last two need a CUDA GPU, float32, bfloat16 or
+            float16, K and R up to 32 and 64. ``"auto"`` takes what was measured on this GPU or is counted to be
+            fastest, for each of forward, dx and the weight's gradient.
 
     Returns:
         ``[*, out]`` in the compute dtype. Differentiable once in x, lam, A, G, B, gamma and bias; the backward keeps
@@ -83,8 +98,10 @@ def pareto_linear(
             f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
             f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
         )
+    if cached is not None:
+        _check_cached(cached, weight, x.dtype)
     tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
-    tensors.update(gamma=gamma, bias=bias)
+    tensors.update(gamma=gamma, bias=bias, cached=cached)
     chosen = dispatch.resolve(strategy, tensors, x.device)
     arguments = tuple(tensors.values())
     with no_autocast(device_type):
@@ -143,10 +160,7 @@ def merge_weight(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
             raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
     if cached is not None:
-        check_tensor("cached", cached, weight.device)
-        if cached.shape != weight.shape or cached.dtype != weight.dtype:
-            expected = f"{list(weight.shape)} in {weight.dtype}"
-            raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
+        _check_cached(cached, weight, weight.dtype)
     tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B, "gamma": gamma}
     chosen = dispatch.resolve(strategy, tensors, weight.device)
     arguments = tuple(tensors.values())

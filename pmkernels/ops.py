@@ -21,12 +21,13 @@ from pmkernels.kernels import entropy as entropy_kernels
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
 from pmkernels.kernels import merge as merge_kernels
+from pmkernels.kernels import vectors as vector_kernels
 from pmkernels.kernels import weight_grad as weight_grad_kernels
 from pmkernels.reference import preference_core
 
 # torch.library reads these annotations and knows Optional, not |
 OptionalTensor = Optional[Tensor]  # noqa: UP045
-LINEAR_INPUTS = ("x", "weight", "task_vectors", "lam", "A", "G", "B", "gamma", "bias")
+LINEAR_INPUTS = ("x", "weight", "task_vectors", "lam", "A", "G", "B", "gamma", "bias", "cached")
 MERGE_INPUTS = ("weight", "task_vectors", "lam", "A", "G", "B", "gamma")
 
 
@@ -39,9 +40,27 @@ def _factors(
     return (preference_core(G, gamma).t() @ A.t()).t(), B
 
 
-def _choose(strategy: str, x: Tensor, task_vectors: OptionalTensor, A: OptionalTensor) -> str:
-    rank, tasks = 0 if A is None else A.shape[1], 0 if task_vectors is None else task_vectors.shape[0]
-    return dispatch.choose(strategy, x, rows=math.prod(x.shape[:-1]), rank=rank, tasks=tasks)
+def _choose(
+    operation: str,
+    strategy: str,
+    rows: Tensor,
+    weight: Tensor,
+    task_vectors: OptionalTensor,
+    A: OptionalTensor,
+    gamma: OptionalTensor,
+) -> str:
+    n, d = weight.shape
+    return dispatch.choose(
+        operation,
+        strategy,
+        rows,
+        rows=math.prod(rows.shape[:-1]),
+        n=n,
+        d=d,
+        rank=0 if A is None else A.shape[1],
+        tasks=0 if task_vectors is None else task_vectors.shape[0],
+        per_row=gamma is not None and gamma.ndim > 1,
+    )
 
 
 def _contiguous(*learned: OptionalTensor) -> tuple[OptionalTensor, ...]:
@@ -90,24 +109,31 @@ def pareto_linear(
     B: OptionalTensor,
     gamma: OptionalTensor,
     bias: OptionalTensor,
+    cached: OptionalTensor,
     strategy: str,
 ) -> Tensor:
-    """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused``, ``streamed`` or ``auto``."""
+    """y = x·W(γ)ᵀ + b; gamma [K] or [*, K] (one per row); strategy ``fused``, ``streamed`` or ``auto``.
+
+    ``cached``: W(γ), or with one γ per row the base, put together by an earlier call.
+    """
     with torch.cuda.device_of(x):
-        strategy = _choose(strategy, x, task_vectors, A)
         lam, A, G, B = _contiguous(lam, A, G, B)
         low_rank, start = None, None
         if gamma is None or gamma.ndim == 1:
-            low_rank = _factors(A, G, B, gamma)
+            low_rank = _factors(A, G, B, gamma) if cached is None else None
         else:
             assert A is not None and G is not None and B is not None
             groups = _Groups(G, gamma, x.shape[:-1])
             _, t = low_rank_kernels.shrink(x, B, groups.G, groups.gamma)
             assert t is not None
             start = (t, A)
-        if strategy == "fused":
-            return linear_kernels.linear_fwd(x, weight, task_vectors, lam, low_rank=low_rank, start=start, bias=bias)
-        merged = _scratch(weight, task_vectors, lam, low_rank, x.dtype)
+        merged = cached
+        if merged is None:
+            if _choose("forward", strategy, x, weight, task_vectors, A, gamma) == "fused":
+                return linear_kernels.linear_fwd(
+                    x, weight, task_vectors, lam, low_rank=low_rank, start=start, bias=bias
+                )
+            merged = _scratch(weight, task_vectors, lam, low_rank, x.dtype)
         y = F.linear(x, merged, None if bias is None else bias.to(x.dtype))
         return _add_product(y, start)
 
@@ -132,6 +158,7 @@ def _(
     B: OptionalTensor,
     gamma: OptionalTensor,
     bias: OptionalTensor,
+    cached: OptionalTensor,
     strategy: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -149,6 +176,7 @@ def pareto_linear_backward(
     B: OptionalTensor,
     gamma: OptionalTensor,
     bias: OptionalTensor,
+    cached: OptionalTensor,
     needs: list[bool],
     strategy: str,
 ) -> list[Tensor]:
@@ -157,14 +185,8 @@ def pareto_linear_backward(
     need_core = need_G or need_gamma
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(dy):
-        strategy = _choose(strategy, dy, task_vectors, A)
         lam, A, G, B = _contiguous(lam, A, G, B)
         per_row = gamma is not None and gamma.ndim > 1
-        if need_bias:
-            assert bias is not None
-            # a sum over no dimensions at all would be a sum over all of them
-            rows = dy.unsqueeze(0)
-            found["bias"] = rows.sum(dim=tuple(range(rows.ndim - 1)), dtype=torch.float32).to(bias.dtype)
         # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
         need_low_rank = need_A or need_B or need_core
         from_tiles = need_lam and not per_row and (A is None or A.shape[1] <= dispatch.MAX_RANK_FROM_TILES)
@@ -179,30 +201,36 @@ def pareto_linear_backward(
             if need_A or need_core:
                 assert x is not None
                 s, t = low_rank_kernels.shrink(x, B, groups.G, groups.gamma)
-        low_rank = None if per_row else _factors(A, G, B, gamma)
         if need_x:
             start = None
             if per_row:
                 assert ds is not None and B is not None
                 start = (ds, B)
-            if strategy == "fused":
-                dx = linear_kernels.linear_bwd_x(dy, weight, task_vectors, lam, low_rank=low_rank, start=start)
+            low_rank = None if per_row or cached is not None else _factors(A, G, B, gamma)
+            if cached is None and _choose("dx", strategy, dy, weight, task_vectors, A, gamma) == "fused":
+                found["x"] = linear_kernels.linear_bwd_x(dy, weight, task_vectors, lam, low_rank=low_rank, start=start)
             else:
-                dx = _add_product(dy @ _scratch(weight, task_vectors, lam, low_rank, dy.dtype), start)
-            found["x"] = dx
+                merged = _scratch(weight, task_vectors, lam, low_rank, dy.dtype) if cached is None else cached
+                found["x"] = _add_product(dy @ merged, start)
+        d_bias = None
         if need_lam:
             assert x is not None
-            d_lam, P, Q = weight_grad_kernels.weight_grad(
+            fused = _choose("weight_grad", strategy, dy, weight, task_vectors, A, gamma) == "fused"
+            reduced = (weight_grad_kernels.weight_grad if fused else _weight_grad_of_product)(
                 dy,
                 x,
                 task_vectors,
                 A=A if from_tiles and need_B else None,
                 B=B if from_tiles and (need_A or need_core) else None,
+                need_bias=need_bias,
             )
-            assert d_lam is not None
-            found["lam"] = d_lam
+            assert reduced.d_lam is not None
+            found["lam"], d_bias = reduced.d_lam, reduced.d_bias
             if from_tiles:
-                found.update(_from_products(P, Q, A, G, gamma, need_A, need_G, need_gamma))
+                found.update(_from_products(reduced.P, reduced.Q, A, G, gamma, need_A, need_G, need_gamma))
+        if need_bias:
+            assert bias is not None
+            found["bias"] = (_column_sums(dy) if d_bias is None else d_bias).to(bias.dtype)
         if by_rows:
             assert groups is not None and G is not None and gamma is not None
             if need_A:
@@ -226,6 +254,28 @@ def pareto_linear_backward(
                     found.update(_core_gradients(dC, G, gamma, need_G, need_gamma))
     names = ("x", "lam", "A", "G", "B", "gamma", "bias")
     return [found[name] if name in found else dy.new_empty(0) for name in names]
+
+
+def _column_sums(dy: Tensor) -> Tensor:
+    # a sum over no dimensions at all would be a sum over all of them
+    rows = dy.unsqueeze(0)
+    return rows.sum(dim=tuple(range(rows.ndim - 1)), dtype=torch.float32)
+
+
+def _weight_grad_of_product(
+    dy: Tensor,
+    x: Tensor,
+    task_vectors: OptionalTensor,
+    *,
+    A: OptionalTensor,
+    B: OptionalTensor,
+    need_bias: bool,
+) -> weight_grad_kernels.WeightGradients:
+    """What the fused kernel gives, by the library's product: one layer's dW in memory, in the dtype of dy."""
+    rows = math.prod(dy.shape[:-1])
+    d_weight = dy.reshape(rows, dy.shape[-1]).t() @ x.reshape(rows, x.shape[-1])
+    reduced = weight_grad_kernels.weight_grad_of_merge(d_weight, task_vectors, A=A, B=B)
+    return reduced._replace(d_bias=_column_sums(dy) if need_bias else None)
 
 
 def _from_products(
@@ -286,6 +336,7 @@ def _(
     B: OptionalTensor,
     gamma: OptionalTensor,
     bias: OptionalTensor,
+    cached: OptionalTensor,
     needs: list[bool],
     strategy: str,
 ) -> list[Tensor]:
@@ -294,20 +345,20 @@ def _(
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, task_vectors, lam, A, G, B, gamma, bias, strategy = inputs
-    _, _, _, *parameters, _, _ = ctx.needs_input_grad
-    ctx.save_for_backward(x if any(parameters) else None, weight, task_vectors, lam, A, G, B, gamma, bias)
+    x, weight, task_vectors, lam, A, G, B, gamma, bias, cached, strategy = inputs
+    _, _, _, *parameters, _, _, _ = ctx.needs_input_grad
+    ctx.save_for_backward(x if any(parameters) else None, weight, task_vectors, lam, A, G, B, gamma, bias, cached)
     ctx.strategy = strategy
 
 
 @without_autocast
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[OptionalTensor, ...]:
-    x, weight, task_vectors, lam, A, G, B, gamma, bias = ctx.saved_tensors
-    need_x, _, _, *needs_rest, _ = ctx.needs_input_grad
+    x, weight, task_vectors, lam, A, G, B, gamma, bias, cached = ctx.saved_tensors
+    need_x, _, _, *needs_rest, _, _ = ctx.needs_input_grad
     needs = [need_x, *needs_rest]
-    found = pareto_linear_backward(dy, x, weight, task_vectors, lam, A, G, B, gamma, bias, needs, ctx.strategy)
+    found = pareto_linear_backward(dy, x, weight, task_vectors, lam, A, G, B, gamma, bias, cached, needs, ctx.strategy)
     dx, *rest = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
-    return (dx, None, None, *rest, None)
+    return (dx, None, None, *rest, None, None)
 
 
 torch.library.register_autograd("pmkernels::pareto_linear", _linear_backward, setup_context=_linear_context)
@@ -390,12 +441,12 @@ def merge_weight_backward(
     found: dict[str, Tensor] = {}
     with torch.cuda.device_of(d_weight):
         need_P, need_Q = need_A or need_G or need_gamma, need_B
-        d_lam, P, Q = weight_grad_kernels.weight_grad_of_merge(
+        reduced = weight_grad_kernels.weight_grad_of_merge(
             d_weight, task_vectors if need_lam else None, A=A if need_Q else None, B=B if need_P else None
         )
-        if d_lam is not None:
-            found["lam"] = d_lam
-        found.update(_from_products(P, Q, A, G, gamma, need_A, need_G, need_gamma))
+        if reduced.d_lam is not None:
+            found["lam"] = reduced.d_lam
+        found.update(_from_products(reduced.P, reduced.Q, A, G, gamma, need_A, need_G, need_gamma))
     return [found[name] if name in found else d_weight.new_empty(0) for name in ("lam", "A", "G", "B", "gamma")]
 
 
@@ -425,6 +476,48 @@ def _merge_backward(ctx: Any, d_weight: Tensor) -> tuple[OptionalTensor, ...]:
 
 
 torch.library.register_autograd("pmkernels::merge_weight", _merge_backward, setup_context=_merge_context)
+
+
+@torch.library.custom_op("pmkernels::merge_vectors", mutates_args=())
+def merge_vectors(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
+    """w0 + Σ_k λ_lk τ_k piece by piece: [S], [K, S], [L, K], [L + 1] -> [S]."""
+    with torch.cuda.device_of(weight):
+        weight, lam, offsets = weight.contiguous(), lam.contiguous(), offsets.contiguous()
+        return vector_kernels.merge_vectors_fwd(weight, _rows_contiguous(task_vectors), lam, offsets)
+
+
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+@merge_vectors.register_fake
+def _(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+@torch.library.custom_op("pmkernels::merge_vectors_backward", mutates_args=())
+def merge_vectors_backward(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
+    """dλ [L, K] of the merged [S]."""
+    with torch.cuda.device_of(grad):
+        return vector_kernels.merge_vectors_bwd(grad, _rows_contiguous(task_vectors), offsets.contiguous())
+
+
+@merge_vectors_backward.register_fake
+def _(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty((offsets.shape[0] - 1, task_vectors.shape[0]), dtype=torch.float32)
+
+
+def _vectors_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, task_vectors, _, offsets = inputs
+    ctx.save_for_backward(task_vectors, offsets)
+
+
+@without_autocast
+def _vectors_backward(ctx: Any, grad: Tensor) -> tuple[OptionalTensor, ...]:
+    return None, None, merge_vectors_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("pmkernels::merge_vectors", _vectors_backward, setup_context=_vectors_context)
 
 
 @torch.library.custom_op("pmkernels::softmax_entropy", mutates_args=())
@@ -476,6 +569,8 @@ OPERATORS: tuple[Callable[..., Any], ...] = (
     merge_weight,
     merge_weight_out,
     merge_weight_backward,
+    merge_vectors,
+    merge_vectors_backward,
     softmax_entropy,
     softmax_entropy_backward,
 )

@@ -47,6 +47,13 @@ def merge_weight(
     return merged.to(weight.dtype)
 
 
+def merge_vectors(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
+    """w0 + Σ_k λ_lk τ_k for each piece l: weight [S], task_vectors [K, S], lam [L, K], offsets [L + 1] -> [S]."""
+    dtype = accumulate_dtype(weight, lam)
+    spread = torch.repeat_interleave(lam.to(dtype), offsets.diff(), dim=0)
+    return (weight.to(dtype) + (spread.t() * task_vectors.to(dtype)).sum(dim=0)).to(weight.dtype)
+
+
 def pareto_linear(
     x: Tensor,
     weight: Tensor,

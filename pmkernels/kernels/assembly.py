@@ -33,9 +33,14 @@ def weight_tile(
     right_stride_r,
     K: tl.constexpr,
     LOW_RANK: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """W[n, d] in float32, not yet rounded: n [BLOCK_N] and d [BLOCK_D] are int64; 0 outside [0, N) x [0, D)."""
+    """W[n, d] in float32, not yet rounded: n [BLOCK_N] and d [BLOCK_D] are int64; 0 outside [0, N) x [0, D).
+
+    ``UNROLL`` task vectors are loaded before the first of them is used: with more than one, that many loads are in
+    flight from one warp and there is no pipeline through shared memory.
+    """
     inside = (n[:, None] < N) & (d[None, :] < D)
     offsets = n[:, None] * weight_stride_n + d[None, :] * weight_stride_d
     w = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
@@ -43,10 +48,16 @@ def weight_tile(
         # the base moves by one stride a step: k * stride would overflow int32
         tau_ptr = task_vectors_ptr
         offsets = n[:, None] * task_stride_n + d[None, :] * task_stride_d
-        for k in tl.range(0, K, num_stages=STAGES):
-            tau = tl.load(tau_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-            w += tl.load(lam_ptr + k) * tau
-            tau_ptr += task_stride_k
+        if UNROLL == 1:
+            for k in tl.range(0, K, num_stages=STAGES):
+                tau = tl.load(tau_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+                w += tl.load(lam_ptr + k) * tau
+                tau_ptr += task_stride_k
+        else:
+            for k in tl.range(0, K, num_stages=1, loop_unroll_factor=UNROLL):
+                tau = tl.load(tau_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+                w += tl.load(lam_ptr + k) * tau
+                tau_ptr += task_stride_k
     if LOW_RANK:
         for r in tl.range(0, R, loop_unroll_factor=4):
             left = tl.load(left_ptr + n * left_stride_n + r * left_stride_r, mask=n < N, other=0.0)  # [BLOCK_N]

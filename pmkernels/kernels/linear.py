@@ -5,6 +5,9 @@ exchanged. It computes yᵀ = W·xᵀ, so that the assembled tile is the left op
 
 With one preference per row, W is the base W0 + Σ λ_k τ_k and the accumulator starts at the low-rank part t·Aᵀ
 (dx: ds·Bᵀ), t and ds from :mod:`pmkernels.kernels.low_rank`.
+
+Few rows make few tiles, and reading W0 and τ wants every multiprocessor: D is then split over several programs, whose
+partial results are added in a fixed order by a second kernel.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ def linear_fwd_kernel(
     N,
     D,
     R,
+    d_per_split,
     x_inner,
     x_stride_outer,
     x_stride_inner,
@@ -50,6 +54,7 @@ def linear_fwd_kernel(
     K: tl.constexpr,
     LOW_RANK: tl.constexpr,
     PER_ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -57,12 +62,21 @@ def linear_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # neighbouring programs share the rows of W, which are dear, and differ in the rows of x
     blocks_m = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first, end, low_rank_rows = 0, D, M
+    if SPLIT:
+        split = tl.program_id(1)
+        first = split * d_per_split
+        end = tl.minimum(first + d_per_split, D)
+        # the low-rank part belongs to one of the splits
+        low_rank_rows = tl.where(split == 0, M, 0)
+        y_ptr += split.to(tl.int64) * M * N
     x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if PER_ROW:
@@ -74,10 +88,12 @@ def linear_fwd_kernel(
                 other=0.0,
             )  # [BLOCK_N, 16]
             t = tl.load(
-                t_ptr + m[None, :].to(tl.int64) * R + r[:, None], mask=(m[None, :] < M) & (r[:, None] < R), other=0.0
+                t_ptr + m[None, :].to(tl.int64) * R + r[:, None],
+                mask=(m[None, :] < low_rank_rows) & (r[:, None] < R),
+                other=0.0,
             )  # [16, BLOCK_M]
             acc = tl.dot(left, t, acc=acc, input_precision=RANK_PRECISION)
-    for d0 in tl.range(0, D, BLOCK_D, num_stages=1):
+    for d0 in tl.range(first, end, BLOCK_D, num_stages=1):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         x = tl.load(
             x_ptr + x_rows[None, :] + d[:, None] * x_stride_d, mask=(m[None, :] < M) & (d[:, None] < D), other=0.0
@@ -104,6 +120,7 @@ def linear_fwd_kernel(
             right_stride_r,
             K,
             LOW_RANK,
+            UNROLL,
             STAGES,
         )  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(w.to(x.dtype).to(COMPUTE), x.to(COMPUTE), acc=acc, input_precision=PRECISION)
@@ -114,6 +131,29 @@ def linear_fwd_kernel(
         acc.to(y_ptr.dtype.element_ty),
         mask=(m[None, :] < M) & (n[:, None] < N),
     )
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    size = M.to(tl.int64) * N
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    partial_ptr += element
+    for _ in range(splits):
+        total += tl.load(partial_ptr, mask=element < size, other=0.0)  # [BLOCK]
+        partial_ptr += size
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + element % N, mask=element < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=element < size)
 
 
 def linear_fwd(
@@ -144,7 +184,11 @@ def linear_fwd(
     rank = 0 if left is None else left.shape[1]
     aligned = dispatch.is_aligned(x, weight, task_vectors)
     config = dispatch.config("linear", x, rows=rows.M, rank=rank, aligned=aligned)
-    linear_fwd_kernel[(triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n),)](
+    tiles = triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n)
+    splits, d_per_split = dispatch.splits_of_d(config, dispatch.multiprocessors(x.device), rows.M, n, d, tiles)
+    bias = None if bias is None else bias.contiguous()
+    target = y if splits == 1 else torch.empty(splits, rows.M, n, dtype=torch.float32, device=x.device)
+    linear_fwd_kernel[(tiles, splits)](
         rows.tensor,
         weight,
         task_vectors,
@@ -152,12 +196,13 @@ def linear_fwd(
         left,
         right,
         t,
-        None if bias is None else bias.contiguous(),
-        y,
+        bias if splits == 1 else None,
+        target,
         rows.M,
         n,
         d,
         rank,
+        d_per_split,
         *rows.layout,
         *weight.stride(),
         *((0, 0, 0) if task_vectors is None else task_vectors.stride()),
@@ -166,16 +211,31 @@ def linear_fwd(
         K=tasks,
         LOW_RANK=low_rank is not None,
         PER_ROW=start is not None,
-        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        HAS_BIAS=bias is not None and splits == 1,
         COMPUTE=dispatch.compute_type(x.dtype),
         PRECISION=dispatch.dot_precision(x.dtype),
         RANK_PRECISION=dispatch.rank_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
+        UNROLL=config.unroll,
         STAGES=config.num_stages,
         **config.options,
     )
+    if splits > 1:
+        add = dispatch.config("sum", x, rows=rows.M, rank=0)
+        sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](
+            target,
+            bias,
+            y,
+            rows.M,
+            n,
+            splits,
+            HAS_BIAS=bias is not None,
+            BLOCK=add.block_d,
+            **add.options,
+        )
     return y
 
 

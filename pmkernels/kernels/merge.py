@@ -37,6 +37,7 @@ def merge_weight_kernel(
     LOW_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
@@ -65,6 +66,7 @@ def merge_weight_kernel(
         right_stride_r,
         K,
         LOW_RANK,
+        UNROLL,
         STAGES,
     )  # [BLOCK_N, BLOCK_D]
     tl.store(
@@ -118,6 +120,7 @@ def merge_weight(
         LOW_RANK=low_rank is not None,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
+        UNROLL=config.unroll,
         STAGES=config.num_stages,
         **config.options,
     )

@@ -4,19 +4,32 @@ Each program forms one tile of dW over all rows and reduces it against τ_1..τ_
 place in float32 partials, which are then added in a fixed order: no atomics, the same bits every time. The partials of
 P are D / BLOCK_D copies of [N, R], and fewer than N·D elements as long as the block is wider than R.
 
+Where N·D gives too few tiles for the GPU, M is split over several programs: all three results are linear in dW, so each
+program reduces the part it has. The parts of one tile are neighbours in the launch order and read their τ together, one
+of them from memory and the others from L2.
+
+db = Σ_m dy is found by programs of their own at the front of the same launch, which read while the others multiply.
+
 Q is computed as Qᵀ = Aᵀ·dW: Triton 3.4 to 3.7.0 miscompiles, on sm_90, a product whose left operand is the transpose of
-a converted matrix product. The rank is walked in steps of 16, so registers do not grow with R.
+a converted matrix product. The rank is walked in steps of 16, so registers do not grow with R, and A and B have a
+multiple of 16 columns, if need be of zeros.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from pmkernels import dispatch
 from pmkernels.kernels.rows import as_matrix, as_rows, row_offsets
+
+# of the rows, for the sums of their columns: one program would read too slowly, and each part is a partial sum
+BIAS_PARTS = tl.constexpr(4)
 
 
 @triton.jit
@@ -25,6 +38,39 @@ def round_to_tf32(value):
     bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     # the addition would turn a NaN of all ones into a zero
     return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
+def column_sums(
+    dy_ptr,
+    out_ptr,
+    pid,
+    M,
+    N,
+    blocks_n,
+    dy_inner,
+    dy_stride_outer,
+    dy_stride_inner,
+    dy_stride_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Σ_m dy[m, n] of one block of columns over one part of the rows, the parts being BIAS_PARTS."""
+    n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = pid // blocks_n
+    rows_per_part = tl.cdiv(tl.cdiv(M, BIAS_PARTS), BLOCK_M) * BLOCK_M
+    first = (part * rows_per_part).to(tl.int32)
+    end = tl.minimum(first + rows_per_part, M)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for m0 in tl.range(first, end, BLOCK_M, num_stages=1):
+        m = m0 + tl.arange(0, BLOCK_M)
+        rows = row_offsets(m, dy_inner, dy_stride_outer, dy_stride_inner)
+        dy = tl.load(
+            dy_ptr + rows[:, None] + n[None, :] * dy_stride_n, mask=(m[:, None] < end) & (n[None, :] < N), other=0.0
+        )  # [BLOCK_M, BLOCK_N]
+        total += dy.to(tl.float32)
+    tl.store(out_ptr + part * N + n, tl.sum(total, axis=0), mask=n < N)
 
 
 @triton.jit
@@ -38,10 +84,14 @@ def weight_grad_kernel(
     d_lam_ptr,
     p_ptr,
     q_ptr,
+    d_bias_ptr,
     M,
     N,
     D,
     R,
+    splits,
+    rows_per_split,
+    bias_programs,
     dy_inner,
     dy_stride_outer,
     dy_stride_inner,
@@ -59,6 +109,7 @@ def weight_grad_kernel(
     FROM_ROWS: tl.constexpr,
     NEED_P: tl.constexpr,
     NEED_Q: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,24 +118,46 @@ def weight_grad_kernel(
     STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
+    if NEED_BIAS:
+        if pid < bias_programs:
+            column_sums(
+                dy_ptr,
+                d_bias_ptr,
+                pid,
+                M,
+                N,
+                tl.cdiv(N, BLOCK_N),
+                dy_inner,
+                dy_stride_outer,
+                dy_stride_inner,
+                dy_stride_n,
+                BLOCK_M,
+                BLOCK_N,
+                STAGES,
+            )
+            return
+        pid -= bias_programs
     blocks_d = tl.cdiv(D, BLOCK_D)
-    block_n, block_d = pid // blocks_d, pid % blocks_d
+    tile, split = pid // splits, pid % splits
+    block_n, block_d = tile // blocks_d, tile % blocks_d
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (n[:, None] < N) & (d[None, :] < D)
     if FROM_ROWS:
         dw = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        for m0 in tl.range(0, M, BLOCK_M, num_stages=STAGES):
+        first = (split * rows_per_split).to(tl.int32)
+        end = tl.minimum(first + rows_per_split, M)
+        for m0 in tl.range(first, end, BLOCK_M, num_stages=STAGES):
             m = m0 + tl.arange(0, BLOCK_M)
             dy_rows = row_offsets(m, dy_inner, dy_stride_outer, dy_stride_inner)
             x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
             dy = tl.load(
                 dy_ptr + dy_rows[None, :] + n[:, None] * dy_stride_n,
-                mask=(m[None, :] < M) & (n[:, None] < N),
+                mask=(m[None, :] < end) & (n[:, None] < N),
                 other=0.0,
             )  # [BLOCK_N, BLOCK_M]
             x = tl.load(
-                x_ptr + x_rows[:, None] + d[None, :] * x_stride_d, mask=(m[:, None] < M) & (d[None, :] < D), other=0.0
+                x_ptr + x_rows[:, None] + d[None, :] * x_stride_d, mask=(m[:, None] < end) & (d[None, :] < D), other=0.0
             )  # [BLOCK_M, BLOCK_D]
             dw = tl.dot(dy.to(COMPUTE), x.to(COMPUTE), acc=dw, input_precision=PRECISION)
     else:
@@ -102,21 +175,30 @@ def weight_grad_kernel(
     if NEED_P:
         for r0 in range(0, R, 16):
             r = r0 + tl.arange(0, 16)
-            b = tl.load(b_ptr + d[:, None] * R + r[None, :], mask=(d[:, None] < D) & (r[None, :] < R), other=0.0)
+            b = tl.load(b_ptr + d[:, None] * R + r[None, :], mask=d[:, None] < D, other=0.0)  # [BLOCK_D, 16]
             if PRECISION == "tf32":
                 b = round_to_tf32(b)
             p = tl.dot(dw, b, input_precision=PRECISION)  # [BLOCK_N, 16]
-            places = (block_d * N + n)[:, None] * R + r[None, :]
-            tl.store(p_ptr + places, p, mask=(n[:, None] < N) & (r[None, :] < R))
+            places = ((split * blocks_d + block_d) * N + n)[:, None] * R + r[None, :]
+            tl.store(p_ptr + places, p, mask=n[:, None] < N)
     if NEED_Q:
         for r0 in range(0, R, 16):
             r = r0 + tl.arange(0, 16)
-            a = tl.load(a_ptr + n[None, :] * R + r[:, None], mask=(n[None, :] < N) & (r[:, None] < R), other=0.0)
+            a = tl.load(a_ptr + n[None, :] * R + r[:, None], mask=n[None, :] < N, other=0.0)  # [16, BLOCK_N]
             if PRECISION == "tf32":
                 a = round_to_tf32(a)
             q = tl.dot(a, dw, input_precision=PRECISION)  # [16, BLOCK_D]
-            places = (block_n * D + d)[None, :] * R + r[:, None]
-            tl.store(q_ptr + places, q, mask=(d[None, :] < D) & (r[:, None] < R))
+            places = ((split * tl.cdiv(N, BLOCK_N) + block_n) * D + d)[None, :] * R + r[:, None]
+            tl.store(q_ptr + places, q, mask=d[None, :] < D)
+
+
+class WeightGradients(NamedTuple):
+    """What is reduced from a dW: dλ [K], P = dW·B [N, R], Q = dWᵀ·A [D, R], db [N], in float32; None: not asked for."""
+
+    d_lam: Tensor | None = None
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    d_bias: Tensor | None = None
 
 
 def _launch(
@@ -128,42 +210,59 @@ def _launch(
     *,
     rows: tuple[Tensor, Tensor] | None = None,
     d_weight: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_bias: bool = False,
+) -> WeightGradients:
     n, d = shape
     sample = rows[1] if rows is not None else d_weight
     assert sample is not None
     low_rank = A if A is not None else B
-    rank = 0 if low_rank is None else low_rank.shape[1]
+    wanted = 0 if low_rank is None else low_rank.shape[1]
+    rank = -(-wanted // 16) * 16
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
     # a dW of 16 bits that is there is exact, and so should be what is made of it; one formed in registers need not be
     # better than that dW would be
     precision = (dispatch.rank_precision if rows is None else dispatch.dot_precision)(sample.dtype)
     dy_rows, x_rows = (as_rows(rows[0]), as_rows(rows[1])) if rows is not None else (None, None)
     aligned = dispatch.is_aligned(*(rows or ()), d_weight, task_vectors)
-    config = dispatch.config(op, sample, rows=0 if x_rows is None else x_rows.M, rank=rank, aligned=aligned)
+    count = 0 if x_rows is None else x_rows.M
+    config = dispatch.config(op, sample, rows=count, rank=rank, aligned=aligned)
     blocks_n, blocks_d = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)
+    tiles = blocks_n * blocks_d
+    splits, rows_per_split = 1, count
+    if rows is not None:
+        splits, rows_per_split = dispatch.splits_of_rows(
+            config, dispatch.multiprocessors(sample.device), count, n, d, tiles, rank
+        )
+    need_bias = need_bias and n > 0
+    bias_programs = blocks_n * BIAS_PARTS.value if need_bias else 0
 
     def partials(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=sample.device)
 
-    d_lam = None if task_vectors is None else partials(blocks_n * blocks_d, tasks)
-    p = None if B is None else partials(blocks_d, n, rank)
-    q = None if A is None else partials(blocks_n, d, rank)
-    if n * d > 0:
-        weight_grad_kernel[(blocks_n * blocks_d,)](
+    d_lam = None if task_vectors is None else partials(tiles * splits, tasks)
+    p = None if B is None else partials(splits * blocks_d, n, rank)
+    q = None if A is None else partials(splits * blocks_n, d, rank)
+    d_bias = partials(BIAS_PARTS.value, n) if need_bias else None
+    programs = tiles * splits + bias_programs
+    if programs > 0:
+        weight_grad_kernel[(programs,)](
             None if dy_rows is None else dy_rows.tensor,
             None if x_rows is None else x_rows.tensor,
             d_weight,
             task_vectors,
-            None if A is None else A.contiguous(),
-            None if B is None else B.contiguous(),
+            None if A is None else _padded(A, rank),
+            None if B is None else _padded(B, rank),
             d_lam,
             p,
             q,
-            0 if x_rows is None else x_rows.M,
+            d_bias,
+            count,
             n,
             d,
             rank,
+            splits,
+            rows_per_split,
+            bias_programs,
             *((1, 0, 0, 0) if dy_rows is None else dy_rows.layout),
             *((1, 0, 0, 0) if x_rows is None else x_rows.layout),
             *((0, 0) if d_weight is None else d_weight.stride()),
@@ -172,6 +271,7 @@ def _launch(
             FROM_ROWS=rows is not None,
             NEED_P=p is not None,
             NEED_Q=q is not None,
+            NEED_BIAS=need_bias,
             COMPUTE=dispatch.compute_type(sample.dtype),
             PRECISION=precision,
             BLOCK_M=config.block_m,
@@ -180,32 +280,45 @@ def _launch(
             STAGES=config.num_stages,
             **config.options,
         )
-    return (
-        None if d_lam is None else d_lam.sum(dim=0),
-        None if p is None else p.sum(dim=0),
-        None if q is None else q.sum(dim=0),
-    )
+    sums = (None if partial is None else partial.sum(dim=0) for partial in (d_lam, p, q, d_bias))
+    found = WeightGradients(*sums)
+    if wanted == rank:
+        return found
+    P, Q = (None if product is None else product[:, :wanted] for product in (found.P, found.Q))
+    return found._replace(P=P, Q=Q)
+
+
+def _padded(factor: Tensor, rank: int) -> Tensor:
+    """A factor [*, R] contiguous, with ``rank`` columns, those it does not have being 0."""
+    return F.pad(factor, (0, rank - factor.shape[1])) if factor.shape[1] < rank else factor.contiguous()
 
 
 def weight_grad(
-    dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor,
+    x: Tensor,
+    task_vectors: Tensor | None,
+    *,
+    A: Tensor | None,
+    B: Tensor | None,
+    need_bias: bool = False,
+) -> WeightGradients:
     """dλ [K], P [N, R] = dW·B and Q [D, R] = dWᵀ·A in float32 for dW = dyᵀ·x, each where its other factor is given.
 
-    dy [*, N], x [*, D]; task_vectors [K, N, D]; A [N, R] (for Q), B [D, R] (for P).
+    dy [*, N], x [*, D]; task_vectors [K, N, D]; A [N, R] (for Q), B [D, R] (for P). ``need_bias``: also Σ_m dy [N].
     """
-    return _launch("weight_grad", (dy.shape[-1], x.shape[-1]), task_vectors, A, B, rows=(dy, x))
+    shape = (dy.shape[-1], x.shape[-1])
+    return _launch("weight_grad", shape, task_vectors, A, B, rows=(dy, x), need_bias=need_bias)
 
 
 def weight_grad_of_merge(
     d_weight: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> WeightGradients:
     """The same reductions of a dW that is there: of any number of dimensions without A and B, else [N, D]."""
     if A is not None or B is not None:
         shape = (d_weight.shape[0], d_weight.shape[1])
         return _launch("merge_grad", shape, task_vectors, A, B, d_weight=d_weight)
     if task_vectors is None:
-        return None, None, None
+        return WeightGradients()
     matrices = as_matrix(d_weight, task_vectors)
     if matrices is None:
         matrices = as_matrix(d_weight.contiguous(), task_vectors.contiguous())

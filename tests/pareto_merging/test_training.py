@@ -25,11 +25,12 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import TrainingError, UserError
+from pareto_merging.gradient import pareto_gradient
 from pareto_merging.modules import set_strategy
 from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
-from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set, pareto_gradient
+from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
 
 # those of these tests run twice, with the eager strategy and with the kernels
 with_kernels = pytest.mark.usefixtures("strategy")
@@ -215,8 +216,8 @@ def test_several_preferences_average_their_gradients(
     gammas = result.history[0]["gamma"]
     assert len({tuple(gamma) for gamma in gammas}) == 3
     learned_ones = learned_parameters(model)
-    # the optimiser's order: the low-rank parts, then λ
-    parameters = sorted(learned_ones, key=lambda name: name.startswith("lam."))
+    # the optimiser's order: λ, then the low-rank parts
+    parameters = sorted(learned_ones, key=lambda name: not name.startswith("lam."))
     expected = []
     for gamma in map(torch.tensor, gammas):
         objectives = [lambda t=task: entropy_terms(t.head(model(t.images.images))) for task in tasks.values()]

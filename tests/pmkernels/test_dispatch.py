@@ -25,24 +25,87 @@ def precision() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_auto_is_eager_off_the_gpu_and_a_matter_of_rows_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_eager_off_the_gpu_and_where_the_kernels_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, dtype=torch.bfloat16)
     assert dispatch.resolve("auto", {"x": x}, CPU) == "eager"
     monkeypatch.setattr(dispatch, "runs_kernels", lambda device: True)
     assert dispatch.resolve("auto", {"x": x}, CUDA) == "auto"
-    assert dispatch.choose("auto", x, rows=8, rank=16, tasks=8) == "fused"
-    assert dispatch.choose("auto", x, rows=256, rank=16, tasks=8) == "fused"
-    assert dispatch.choose("auto", x, rows=257, rank=16, tasks=8) == "streamed"
-    assert dispatch.choose("auto", x, rows=8224, rank=16, tasks=8) == "streamed"
-    assert dispatch.choose("auto", x.float(), rows=128, rank=16, tasks=8) == "streamed"
-    assert dispatch.choose("fused", x, rows=8224, rank=16, tasks=8) == "fused"
-    assert dispatch.choose("auto", x, rows=8, rank=16, tasks=0) == "fused"
-    assert dispatch.choose("auto", x, rows=8, rank=0, tasks=0) == "streamed"
     # what the kernels cannot do is done all the same
     assert dispatch.resolve("auto", {"x": x.double()}, CUDA) == "eager"
     assert dispatch.resolve("auto", {"x": x, "task_vectors": torch.zeros(33, 2, 2)}, CUDA) == "eager"
     assert dispatch.resolve("auto", {"x": x, "G": torch.zeros(2, 2, 33)}, CUDA) == "eager"
     assert dispatch.resolve("auto", {"x": x, "A": torch.zeros(2, 65)}, CUDA) == "eager"
+
+
+LAYER = {"n": 3072, "d": 1024, "rank": 16, "tasks": 8}
+
+
+def test_auto_is_a_matter_of_rows() -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for operation in ("forward", "dx", "weight_grad"):
+        assert dispatch.choose(operation, "auto", x, rows=8, **LAYER) == "fused"
+        assert dispatch.choose(operation, "auto", x, rows=8224, **LAYER) == "streamed"
+        assert dispatch.choose(operation, "fused", x, rows=8224, **LAYER) == "fused"
+        assert dispatch.choose(operation, "streamed", x, rows=8, **LAYER) == "streamed"
+        choices = [dispatch.choose(operation, "auto", x, rows=2**i, **LAYER) for i in range(15)]
+        assert choices == sorted(choices), "one crossing"
+    # nothing to merge: the library's product and nothing else
+    for rank, per_row in ((0, False), (16, True)):
+        folded = {**LAYER, "tasks": 0, "rank": rank}
+        assert dispatch.choose("forward", "auto", x, rows=8, per_row=per_row, **folded) == "streamed"
+
+
+def test_a_float16_weight_gradient_is_never_in_memory() -> None:
+    """Gradients of a mean over a batch lie below what float16 can hold."""
+    x = torch.zeros(1, dtype=torch.float16)
+    for strategy in ("auto", "streamed", "fused"):
+        assert dispatch.choose("weight_grad", strategy, x, rows=8224, **LAYER) == "fused"
+
+
+def test_measured_choices_and_rates_come_before_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"op": "forward", "dtype": "16-bit", **LAYER}
+    text = json.loads(dispatch.config_files()["default"]) | {
+        "rates": {"memory": 1e12},
+        "strategies": [{**line, "rows": 64, "best": "streamed"}, {**line, "rows": 4096, "best": "fused"}],
+    }
+    files = {"default": dispatch.config_files()["default"], "tuned": json.dumps(text)}
+    monkeypatch.setattr(dispatch, "config_files", lambda: files)
+    monkeypatch.setattr(dispatch, "gpu_file", lambda device: "tuned")
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    caches = (dispatch._cheapest, dispatch.rates, dispatch.measured_choices, dispatch.entries, dispatch.lookup)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        assert dispatch.choose("forward", "auto", x, rows=100, **LAYER) == "streamed"
+        assert dispatch.choose("forward", "auto", x, rows=8224, **LAYER) == "fused"
+        # another layer was not measured
+        assert dispatch.choose("forward", "auto", x, rows=8224, **{**LAYER, "n": 1024}) == "streamed"
+        assert dispatch.rates("tuned", CPU).memory == 1e12
+        assert dispatch.rates("tuned", CPU).measured
+        assert not dispatch.rates("default", CPU).measured
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50, 257, 8224])
+def test_splits_cover_everything_once_and_stay_below_a_weight(rows: int) -> None:
+    for n, d in ((3072, 1024), (1021, 517), (16, 8), (64, 4096)):
+        config = dispatch.config("linear", torch.zeros(1, dtype=torch.bfloat16), rows=rows, rank=16)
+        tiles = -(-rows // config.block_m) * -(-n // config.block_n)
+        parts, each = dispatch.splits_of_d(config, 132, rows, n, d, tiles)
+        assert each % config.block_d == 0
+        assert (parts - 1) * each < d <= parts * each
+        assert parts == 1 or parts * rows * n <= n * d // 2
+        config = dispatch.config("weight_grad", torch.zeros(1, dtype=torch.bfloat16), rows=rows, rank=16)
+        tiles = -(-n // config.block_n) * -(-d // config.block_d)
+        parts, each = dispatch.splits_of_rows(config, 132, rows, n, d, tiles, 16)
+        assert each % config.block_m == 0
+        assert (parts - 1) * each < rows <= parts * each
+        partial = 16 * (n * -(-d // config.block_d) + d * -(-n // config.block_n))
+        assert parts == 1 or parts * partial <= n * d // 2
+    assert dispatch.splits_of_d(dispatch.Config(block_d=64), 132, 1, 768, 768, 12)[0] > 1
+    assert dispatch.splits_of_rows(dispatch.Config(64, 128, 128), 132, 8224, 768, 768, 36, 16)[0] > 1
 
 
 def test_a_wish_that_cannot_be_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,11 +184,11 @@ def test_going_on_after_an_interruption_gives_the_same_bits(tmp_path: Path, monk
     whole = run()
     from pareto_merging import training
 
-    step = training._Loop.step
-    monkeypatch.setattr(training._Loop, "step", stopping_at(5, step))
+    step = training.Learner.step
+    monkeypatch.setattr(training.Learner, "step", stopping_at(5, step))
     with pytest.raises(Interrupted):
         run(folder=tmp_path)
-    monkeypatch.setattr(training._Loop, "step", step)
+    monkeypatch.setattr(training.Learner, "step", step)
     resumed = run(folder=tmp_path, resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # and once more from the end: nothing is left to do

@@ -1,0 +1,133 @@
+"""Merged weights kept between calls, for as long as everything they are made of stands still: strategy ``cached``.
+
+Whether a kept tensor is still right is never left to anybody's memory. Each carries a stamp of what it was made of: the
+identity, the place in memory and autograd's version counter of W0, τ, λ, A, G, B and γ, and the number of optimiser
+steps taken in this process, because fused optimisers change parameters without counting versions. A stamp that differs
+means another merge. What no stamp can see is a write through ``.data`` or by a replayed CUDA graph: after one of those,
+``set_strategy`` starts anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+Stamp = tuple[Any, ...]
+
+
+def stamp(parts: Mapping[str, Tensor | None], *settings: Any) -> Stamp:
+    """What tells whether any of ``parts`` may have changed, for as long as the tensors are kept alive."""
+    return (
+        _optimizer_steps,
+        *settings,
+        *(None if t is None else (id(t), t.data_ptr(), t._version) for t in parts.values()),
+    )
+
+
+def stampable(*tensors: Tensor | None) -> bool:
+    """Whether the tensors' changes can be seen: those made in inference mode count no versions, fakes have no place."""
+    return not torch.compiler.is_compiling() and not any(
+        t is not None and (t.is_inference() or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter))
+        for t in tensors
+    )
+
+
+class _Kept:
+    """One merged tensor: what it is made of (alive, so that no other tensor can get its identity), and its stamp."""
+
+    def __init__(
+        self,
+        parts: dict[str, Tensor | None],
+        settings: tuple[Any, ...],
+        merge: Callable[[Tensor | None], Tensor],
+        out: Tensor | None,
+    ) -> None:
+        self.parts, self.settings, self._merge = parts, settings, merge
+        self.merge_again(out)
+
+    def merge_again(self, out: Tensor | None) -> None:
+        # a tensor made in inference mode could not be used in training afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            self.value = self._merge(out).detach()
+        self.stamp = stamp(self.parts, *self.settings)
+        self.version = self.value._version
+
+    def is_valid(self, settings: tuple[Any, ...]) -> bool:
+        return self.stamp == stamp(self.parts, *settings) and self.value._version == self.version
+
+    def holds(self, parts: Mapping[str, Tensor | None]) -> bool:
+        return all(self.parts[name] is part for name, part in parts.items())
+
+
+class MergedWeights:
+    """Merged tensors by the identity of their W0.
+
+    Args:
+        budget: bytes that they may take in all; what does not fit is not kept. None: no limit.
+        in_place: write a new merge over the old one, as a captured CUDA graph wants. Only for one who knows that no
+            backward still needs the old; PyTorch raises an error otherwise.
+    """
+
+    def __init__(self, budget: int | None = None, in_place: bool = False) -> None:
+        self.budget, self.in_place = budget, in_place
+        self.bytes = 0
+        self._kept: dict[Any, _Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is kept belongs to tensors, of which a copy has its own
+        return {"budget": self.budget, "in_place": self.in_place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def get(
+        self,
+        key: Any,
+        parts: dict[str, Tensor | None],
+        settings: tuple[Any, ...],
+        like: Tensor,
+        dtype: torch.dtype,
+        merge: Callable[[Tensor | None], Tensor],
+    ) -> Tensor | None:
+        """The merged tensor of ``parts``, by ``merge`` (into a tensor, or a new one) if there is none or an old one.
+
+        None where the budget has no room for it, or changes of its parts could not be seen.
+        """
+        if not stampable(*parts.values()):
+            return None
+        kept = self._kept.get(key)
+        if kept is not None and kept.is_valid(settings) and kept.holds(parts):
+            return kept.value
+        size = like.numel() * torch.empty(0, dtype=dtype).element_size()
+        if kept is None and self.budget is not None and self.bytes + size > self.budget:
+            return None
+        if kept is None:
+            self.bytes += size
+        fresh = _Kept(dict(parts), settings, merge, None if kept is None or not self.in_place else kept.value)
+        self._kept[key] = fresh
+        return fresh.value
+
+    def refresh(self, force: bool = False) -> None:
+        """Merge again what is out of date, or everything, so that later calls find it ready."""
+        for kept in self._kept.values():
+            if force or not kept.is_valid(kept.settings):
+                kept.merge_again(kept.value if self.in_place else None)
+
+    def clear(self) -> None:
+        """Forget, and free, what is kept."""
+        self._kept.clear()
+        self.bytes = 0

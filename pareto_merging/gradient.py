@@ -1,0 +1,387 @@
+"""The gradient of one optimiser step: exact, at the activation memory of one task, and where it can be a CUDA graph.
+
+The loss depends on the learned parameters only through S_1 … S_K and the closed-form norm. So for each task: forward,
+backward, keep that task's small gradient, free its activations (a micro-step); then dL/dS_k from the K numbers S, and
+Σ_k (dL/dS_k)·∇S_k.
+
+Around that, what makes it fast: merged weights are kept for the K micro-steps (:mod:`pareto_merging.cache`), all biases
+and norms are merged in one launch and their λ differentiated in one, the images and γ lie at fixed places, and on a GPU
+the whole of it is captured once and replayed, so that Python launches one graph instead of thousands of kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging.cache import MergedWeights
+from pareto_merging.config import MethodSettings
+from pareto_merging.modules import pareto_modules
+from pareto_merging.objectives import (
+    EntropyTerms,
+    WeightDistance,
+    cosine_alignment,
+    entropy_terms,
+    scalarize,
+    tensor_norm,
+)
+from pareto_merging.preferences import pareto_state
+
+CudaGraphs: TypeAlias = Literal["auto", "on", "off"]
+Objective: TypeAlias = Callable[[], EntropyTerms]
+
+
+class StepGradient(NamedTuple):
+    """``loss`` []; of each task S_k, entropy and mean-prediction entropy [K, 3]; the gradient [P]; on the device."""
+
+    loss: Tensor
+    terms: Tensor
+    gradient: Tensor
+
+
+def pareto_gradient(
+    objectives: Sequence[Objective],
+    parameters: Sequence[Tensor],
+    gamma: Tensor,
+    settings: MethodSettings,
+    norm: Callable[[], Tensor] | None = None,
+    differentiate: Callable[[Tensor], Tensor] | None = None,
+) -> StepGradient:
+    """The exact gradient of the loss at the activation memory of one task (design: the loss needs only S_1 … S_K).
+
+    Args:
+        objectives: K functions that each run one task's forward. parameters: what to differentiate, P numbers in all.
+        gamma: [K]. norm: ‖A·C·Bᵀ‖ of the model at γ, if the settings use it.
+        differentiate: the gradient of a value with respect to the parameters as one flat tensor [P], by default
+            :func:`flat_gradient`.
+
+    Returns:
+        Loss, terms and gradient; nothing here waits for the device. The gradient holds NaN where an objective does.
+    """
+    if differentiate is None:
+
+        def differentiate(value: Tensor) -> Tensor:
+            return flat_gradient(value, parameters)
+
+    terms, gradients = [], []
+    for objective in objectives:
+        term = objective()
+        gradients.append(differentiate(term.objective))
+        terms.append(torch.stack([term.objective.detach(), term.entropy, term.mean_prediction_entropy]))
+        del term
+    seen = torch.stack(terms)
+    loss, coefficients = _scalarized(seen[:, 0], gamma, settings)
+    total = coefficients.to(gradients[0].dtype) @ torch.stack(gradients)
+    if norm is not None and settings.tensor_norm:
+        size = norm()
+        loss = loss + settings.tensor_norm * size.detach().to(loss)
+        total = total + settings.tensor_norm * flat_gradient(size, parameters)
+    return StepGradient(loss, seen, total)
+
+
+def _scalarized(values: Tensor, gamma: Tensor, settings: MethodSettings) -> tuple[Tensor, Tensor]:
+    values, gamma = values.detach().requires_grad_(), gamma.detach().to(values)
+    loss = scalarize(values, gamma, settings.scalarization, settings.mu)
+    if settings.cosine:
+        loss = loss - settings.cosine * cosine_alignment(values, gamma)
+    (coefficients,) = torch.autograd.grad(loss, values)
+    return loss.detach(), coefficients
+
+
+def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """d value / d parameters as one tensor [P] in the dtype of the first, zero where there is no dependence."""
+    first = parameters[0]
+    if not value.requires_grad:
+        return torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
+    return _flattened(gradients, parameters, first)
+
+
+def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], like: Tensor) -> Tensor:
+    parts = [
+        torch.zeros(parameter.numel(), dtype=like.dtype, device=like.device)
+        if gradient is None
+        else gradient.reshape(-1).to(like)
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+class MergedVectors:
+    """Every bias, norm and other vector of a model with a λ of its own, merged at once and differentiated at once.
+
+    ``refresh`` merges them into one leaf tensor z; while :meth:`lent`, the model's layers read views of it, so that
+    autograd finds dS/dz; :meth:`d_lambda` makes dλ of that.
+    """
+
+    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
+        self.state = pareto_state(model)
+        places: dict[int, int] = {}
+        count = 0
+        for parameter in learned.values():
+            places[id(parameter)] = count
+            count += parameter.numel()
+        weights: list[Tensor] = []
+        taus: list[Tensor] = []
+        lams: list[Tensor] = []
+        seen: set[int] = set()
+        for _, module in pareto_modules(model):
+            for name in module.pareto_names:
+                weight, parts = module._parameters[name], module.pareto_parts(name)
+                lam, tau = parts["lam"], parts["task_vectors"]
+                if weight is None or weight.ndim != 1 or lam is None or tau is None or parts["A"] is not None:
+                    continue
+                alike = not weights or (weight.dtype, weight.device) == (weights[0].dtype, weights[0].device)
+                if not alike or tau.dtype != weight.dtype or id(weight) in seen or not weight.numel():
+                    continue
+                seen.add(id(weight))
+                weights.append(weight)
+                taus.append(tau)
+                lams.append(lam)
+        self.sizes = [weight.numel() for weight in weights]
+        self.keys = [id(weight) for weight in weights]
+        self.leaf: Tensor | None = None
+        if not weights:
+            return
+        device = weights[0].device
+        # kept together a second time, and alive, so that the keys stay theirs: a thousandth of the model
+        self._originals = weights
+        self.weight = torch.cat([weight.detach() for weight in weights])
+        self.task_vectors = torch.cat([tau.detach() for tau in taus], dim=1)
+        self.offsets = torch.tensor([0, *self.sizes], device=device).cumsum(0)
+        distinct = list({id(lam): lam for lam in lams}.values())
+        index = {id(lam): i for i, lam in enumerate(distinct)}
+        self.distinct = distinct
+        # which λ each vector uses; tasks share a λ in coarser granularities
+        self.owner = torch.tensor([index[id(lam)] for lam in lams], device=device)
+        self.shared = len(distinct) < len(lams)
+        self.learned = [i for i, lam in enumerate(distinct) if id(lam) in places]
+        tasks = self.task_vectors.shape[0]
+        starts = torch.tensor([places[id(distinct[i])] for i in self.learned], dtype=torch.int64, device=device)
+        self.positions = (starts[:, None] + torch.arange(tasks, device=device)).reshape(-1)
+        # λ by vector, summed over the vectors that share it and picked where it is learned
+        self.picked = torch.tensor(self.learned, dtype=torch.int64, device=device)
+        self.members = torch.nn.functional.one_hot(self.owner, len(distinct)).t()[self.picked]
+        self.leaf = torch.empty_like(self.weight).requires_grad_(bool(self.learned))
+        # the gradient of a merge does not depend on λ: one graph serves every step
+        self._table = torch.zeros(len(lams), tasks, dtype=lams[0].dtype, device=device).requires_grad_()
+        self._merge = self._merged(self._table)
+
+    def _merged(self, table: Tensor) -> Tensor:
+        return pmkernels.merge_vectors(
+            self.weight, self.task_vectors, table, self.offsets, strategy=self.state.kernel_strategy
+        )
+
+    def _lambdas(self) -> Tensor:
+        table = torch.stack([lam.detach() for lam in self.distinct])
+        return table if self.state.lambda_range is None else table.clamp(*self.state.lambda_range)
+
+    def refresh(self) -> None:
+        """Merge with λ as it is now."""
+        if self.leaf is not None:
+            with torch.no_grad():
+                self.leaf.copy_(self._merged(self._lambdas()[self.owner] if self.shared else self._lambdas()))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, the model's layers use the merged vectors."""
+        if self.leaf is not None:
+            self.state.vectors = dict(zip(self.keys, self.leaf.split(self.sizes), strict=True))
+        try:
+            yield
+        finally:
+            self.state.vectors = None
+
+    def add_d_lambda(self, d_leaf: Tensor, gradient: Tensor) -> None:
+        """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
+        (d_table,) = torch.autograd.grad(self._merge, self._table, d_leaf, retain_graph=True)
+        d_lambda = self.members.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
+        if self.state.lambda_range is not None:
+            low, high = self.state.lambda_range
+            table = torch.stack([self.distinct[i].detach() for i in self.learned])
+            d_lambda = d_lambda * ((table >= low) & (table <= high))
+        # no place occurs twice
+        gradient[self.positions] = gradient[self.positions] + d_lambda.reshape(-1).to(gradient)
+
+
+class GradientOfStep:
+    """(batch, γ) -> :class:`StepGradient` of a model's learned parameters, in their order.
+
+    Args:
+        model: a Pareto model in eval mode. heads: one for each task; None for the data-free objective.
+        learned: name -> parameter. settings: objective, scalarisation and regularisers.
+        cache: keep merged weights for the K tasks; None: by the model's strategy and memory budget, on the CPU always
+            and on a GPU where half of what is free suffices.
+        cuda_graphs: ``"on"``; ``"off"``; ``"auto"``: on a GPU, unless the model cannot be captured.
+        on_warning: told why a graph could not be captured in ``"auto"``.
+
+    What it returns may be overwritten by the next call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Sequence[nn.Module] | None,
+        learned: Mapping[str, nn.Parameter],
+        settings: MethodSettings,
+        *,
+        cache: bool | None = None,
+        cuda_graphs: CudaGraphs = "auto",
+        on_warning: Callable[[str], None] | None = None,
+    ) -> None:
+        if cuda_graphs not in ("auto", "on", "off"):
+            raise ValueError(f"cuda_graphs: expected auto, on or off, got {cuda_graphs!r}")
+        self.model, self.heads, self.settings = model, heads, settings
+        self.state = pareto_state(model)
+        self.parameters = list(learned.values())
+        self.device = self.parameters[0].device
+        if cuda_graphs == "on" and self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs: expected auto or off without a CUDA GPU, got 'on' for {self.device}")
+        self.graphs: CudaGraphs = cuda_graphs if self.device.type == "cuda" else "off"
+        self.on_warning = on_warning or (lambda text: None)
+        self.cache = self._cache(cache)
+        self.distance = WeightDistance(model, settings.normalize_distance) if heads is None else None
+        self.vectors = None if heads is None else MergedVectors(model, learned)
+        self.gamma = torch.zeros(len(self.state.task_names), dtype=torch.float32, device=self.device)
+        self._batch: list[Tensor] = []
+        self._shapes: list[Any] = []
+        self._graph: Any = None
+        self._outputs: StepGradient | None = None
+        self._warm = False
+
+    def _cache(self, wanted: bool | None) -> MergedWeights | None:
+        strategy, budget = self.state.strategy, self.state.memory_budget
+        # a kernel strategy was asked for to be used, and fused to save the memory that a cache takes
+        plain = strategy in ("auto", "cached") or (strategy == "eager" and self.device.type == "cpu")
+        if wanted is False or (wanted is None and not plain):
+            return None
+        if wanted is None and strategy == "auto" and budget is None and self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            budget = (free + reserved) // 2
+        return MergedWeights(budget, in_place=True)
+
+    def __call__(self, batch: Sequence[Tensor], gamma: Tensor) -> StepGradient:
+        """``batch``: the images of each task, on the device; ``gamma`` [K]."""
+        self._place(batch, gamma)
+        if self.graphs == "off":
+            return self._compute()
+        if self._graph is None and self._warm:
+            self._capture()
+        if self._graph is None:
+            # not yet, or it failed just now
+            return self._compute() if self._warm else self._warm_up()
+        self._graph.replay()
+        assert self._outputs is not None
+        return self._outputs
+
+    def _place(self, batch: Sequence[Tensor], gamma: Tensor) -> None:
+        """Images and γ where a captured graph looks for them; other shapes want another graph."""
+        shapes = [(images.shape, images.dtype) for images in batch]
+        if shapes != self._shapes:
+            self._batch = [torch.empty_like(images) for images in batch] if self.graphs != "off" else []
+            self._shapes, self._graph, self._outputs, self._warm = shapes, None, None, False
+        with torch.no_grad():
+            self.gamma.copy_(gamma)
+            if self.graphs == "off":
+                self._batch = list(batch)
+            else:
+                for place, images in zip(self._batch, batch, strict=True):
+                    place.copy_(images, non_blocking=True)
+
+    def _warm_up(self) -> StepGradient:
+        """Once on a stream of its own: kernels are compiled and libraries set up, which a capture must not do."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            outcome = self._compute()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._warm = True
+        return outcome
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+                outputs = self._compute()
+        except Exception as error:
+            if self.graphs == "on":
+                raise
+            self.graphs = "off"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.on_warning(f"cuda_graphs: going on without, because the model could not be captured: {reason}")
+            return
+        self._graph, self._outputs = graph, outputs
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[None]:
+        """The model at this γ, with this step's merged weights and vectors; afterwards as it was."""
+        state, before = self.state, (self.state.gamma, self.state.cache)
+        state.gamma, state.cache = self.gamma, self.cache
+        try:
+            yield
+        finally:
+            state.gamma, state.cache = before
+
+    def _compute(self) -> StepGradient:
+        with self._lent():
+            if self.heads is None:
+                return self._data_free()
+            assert self.vectors is not None
+            if self.cache is not None:
+                # what is captured must be what every replay does
+                self.cache.refresh(force=self.graphs != "off" and torch.cuda.is_current_stream_capturing())
+            self.vectors.refresh()
+            objectives = [
+                lambda images=images, head=head: entropy_terms(
+                    head(self.model(images)), self.settings.information_maximisation
+                )
+                for images, head in zip(self._batch, self.heads, strict=True)
+            ]
+            norm = (lambda: tensor_norm(self.model, self.gamma)) if self.settings.tensor_norm else None
+            outcome = pareto_gradient(
+                [self._with_vectors(objective) for objective in objectives],
+                self.parameters,
+                self.gamma,
+                self.settings,
+                norm,
+                self._differentiate,
+            )
+            return outcome
+
+    def _with_vectors(self, objective: Objective) -> Objective:
+        def run() -> EntropyTerms:
+            assert self.vectors is not None
+            with self.vectors.lent():
+                return objective()
+
+        return run
+
+    def _differentiate(self, value: Tensor) -> Tensor:
+        assert self.vectors is not None
+        leaf = self.vectors.leaf
+        if leaf is None or not leaf.requires_grad or not value.requires_grad:
+            return flat_gradient(value, self.parameters)
+        *gradients, d_leaf = torch.autograd.grad(value, [*self.parameters, leaf], allow_unused=True)
+        flat = _flattened(gradients, self.parameters, self.parameters[0])
+        if d_leaf is not None:
+            self.vectors.add_d_lambda(d_leaf, flat)
+        return flat
+
+    def _data_free(self) -> StepGradient:
+        """Closed forms share everything, so one graph serves all tasks."""
+        assert self.distance is not None
+        values = self.distance(self.gamma)
+        loss, coefficients = _scalarized(values, self.gamma, self.settings)
+        surrogate = (values * coefficients).sum()
+        if self.settings.tensor_norm:
+            size = tensor_norm(self.model, self.gamma)
+            loss = loss + self.settings.tensor_norm * size.detach().to(loss)
+            surrogate = surrogate + self.settings.tensor_norm * size.to(surrogate)
+        gradient = flat_gradient(surrogate, self.parameters)
+        return StepGradient(loss, values.detach()[:, None].expand(-1, 3), gradient)

@@ -1,0 +1,236 @@
+"""What a layer costs: operations and bytes counted, and the seconds a GPU of known rates would take for them.
+
+Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.dispatch.choose`), the bounds that
+benchmarks report beside a time, and predictions for a GPU that is not at hand. The rates of :data:`GPUS` are what large
+products and copies reach, about 0.8 of the vendor's tensor-core figure and 0.9 of its bandwidth (the A6000's, as in the
+design, all of them), unless a tuned configuration file brings measured ones. A predicted time is a prediction: it is never reported as a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+OPERATIONS = ("forward", "dx", "weight_grad", "merge")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one GPU does in a second: tensor-core operations by type, plain float32 operations, and bytes.
+
+    ``memory`` and ``cache`` are bytes per second from device memory and from the L2 cache, ``launch`` the seconds that
+    a kernel costs besides its work, inside a CUDA graph. ``measured``: from a tuned configuration file.
+    """
+
+    half: float
+    tf32: float
+    float32: float
+    memory: float
+    cache: float
+    cache_bytes: float
+    multiprocessors: int
+    launch: float = 2e-6
+    measured: bool = False
+
+    def products(self, kind: str) -> float:
+        """Operations of a matrix product per second; ``kind`` is ``16-bit``, ``tf32`` or ``float32``."""
+        return {"16-bit": self.half, "tf32": self.tf32, "float32": self.float32}[kind]
+
+
+def _rates(half: float, tf32: float, plain: float, memory: float, cache: float, megabytes: float, sms: int) -> Rates:
+    tera = 1e12
+    return Rates(
+        0.8 * half * tera, 0.8 * tf32 * tera, 0.8 * plain * tera, memory * tera, cache * tera, megabytes * 1e6, sms
+    )
+
+
+# vendor's dense TFLOP/s (16-bit with float32 sums, TF32, float32), TB/s reached, L2 TB/s (estimated), L2 MB, SMs
+GPUS: dict[str, Rates] = {
+    "nvidia-h200": replace(_rates(989, 494, 67, 4.3, 7.0, 50, 132), half=790e12),
+    "nvidia-h100-80gb-hbm3": _rates(989, 494, 67, 3.0, 7.0, 50, 132),
+    "nvidia-h100-pcie": _rates(756, 378, 51, 1.8, 5.5, 50, 114),
+    "nvidia-h800": _rates(989, 494, 67, 3.0, 7.0, 50, 132),
+    "nvidia-a100-sxm4-80gb": _rates(312, 156, 19.5, 1.83, 4.0, 40, 108),
+    "nvidia-a100-sxm4-40gb": _rates(312, 156, 19.5, 1.4, 4.0, 40, 108),
+    "nvidia-a100-80gb-pcie": _rates(312, 156, 19.5, 1.74, 4.0, 40, 108),
+    "nvidia-rtx-a6000": replace(_rates(155, 77, 38.7, 0.768, 2.2, 6, 84), half=155e12),
+    "nvidia-geforce-rtx-3090": _rates(71, 35.6, 35.6, 0.84, 2.0, 6, 82),
+    "nvidia-l40s": _rates(362, 183, 91.6, 0.78, 4.0, 96, 142),
+    "nvidia-rtx-6000-ada-generation": _rates(364, 182, 91.1, 0.86, 4.0, 96, 142),
+    "nvidia-geforce-rtx-4090": _rates(165, 82.6, 82.6, 0.91, 4.0, 72, 128),
+}
+
+
+def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
+    """Rates of a GPU that is not listed, from those listed of the nearest architecture, by multiprocessors."""
+    near = {8: "nvidia-a100-80gb-pcie", 9: "nvidia-h100-pcie"}
+    listed = "nvidia-l40s" if capability == (8, 9) else "nvidia-rtx-a6000" if capability == (8, 6) else None
+    like = GPUS[listed or near.get(capability[0], "nvidia-h100-pcie")]
+    share = multiprocessors / like.multiprocessors
+    return replace(
+        like,
+        half=share * like.half,
+        tf32=share * like.tf32,
+        float32=share * like.float32,
+        memory=share * like.memory,
+        cache=share * like.cache,
+        multiprocessors=multiprocessors,
+    )
+
+
+# of a tensor core's rate, what tiles multiplied in Triton beside other work are taken to reach until measured
+KERNEL_EFFICIENCY = 0.7
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation of one layer: ``rows`` M, ``n`` out, ``d`` in, K task vectors, rank R, bytes per element.
+
+    ``kind`` is ``16-bit``, ``tf32`` or ``float32``; ``per_row``: a preference per row, so the low-rank term is not part
+    of the merged weight. ``dx`` is counted with the roles of n and d exchanged.
+    """
+
+    rows: int
+    n: int
+    d: int
+    tasks: int
+    rank: int
+    kind: str = "16-bit"
+    per_row: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of one element."""
+        return 2 if self.kind == "16-bit" else 4
+
+    @property
+    def product(self) -> float:
+        """Operations of one product of this layer: 2·M·N·D."""
+        return 2.0 * self.rows * self.n * self.d
+
+    @property
+    def weight(self) -> float:
+        """Bytes of one weight."""
+        return float(self.n * self.d * self.size)
+
+    @property
+    def activations(self) -> float:
+        """Bytes of x and y together."""
+        return float(self.rows * (self.n + self.d) * self.size)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel: tensor-core operations, plain float32 operations, bytes of device memory and through L2."""
+
+    name: str
+    products: float = 0.0
+    simple: float = 0.0
+    memory: float = 0.0
+    cache: float = 0.0
+    efficiency: float = 1.0
+
+    def seconds(self, rates: Rates, kind: str) -> float:
+        """The longest of its four times, and its launch."""
+        longest = max(
+            self.products / (self.efficiency * rates.products(kind)),
+            self.simple / rates.float32,
+            self.memory / rates.memory,
+            self.cache / rates.cache,
+        )
+        return longest + rates.launch
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The fewest operations and bytes of an operation, however it is computed."""
+
+    operations: float
+    bytes: float
+
+    def seconds(self, rates: Rates, kind: str) -> float:
+        """The larger of the two times: no kernel is faster on a GPU of these rates."""
+        return max(self.operations / rates.products(kind), self.bytes / rates.memory)
+
+
+def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
+    """What ``operation`` cannot do without: each input read once, each output written once.
+
+    ``cached``: W(γ) is there already and is read instead of W0 and the task vectors.
+    """
+    p = problem
+    if operation == "merge":
+        return Bound(0.0, (p.tasks + 2) * p.weight)
+    if operation == "weight_grad":
+        return Bound(p.product, p.tasks * p.weight + p.activations)
+    if operation in ("forward", "dx"):
+        return Bound(p.product, (1 if cached else p.tasks + 1) * p.weight + p.activations)
+    raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
+
+
+def passes(
+    operation: str,
+    strategy: str,
+    problem: Problem,
+    *,
+    block_m: int = 128,
+    block_n: int = 64,
+    block_d: int = 128,
+    splits: int = 1,
+    cached: bool = False,
+    cache_bytes: float = 0.0,
+) -> list[Pass]:
+    """The kernels that ``strategy`` (``fused`` or ``streamed``) runs for ``operation``, counted.
+
+    Tile sizes and ``splits`` are those of the kernel's configuration; the small products of r columns are left out. A
+    weight that is written to be read by the next kernel is read from L2 if it takes half of ``cache_bytes`` or less.
+    """
+    p = problem
+    low_rank = 0 if p.per_row else p.rank
+    # an element of τ is converted and multiplied, one of the low-rank term multiplied for each r
+    assembly = p.n * p.d * (4.0 * p.tasks + 2.0 * low_rank)
+    again = 0.0 if 2 * p.weight <= cache_bytes else p.weight
+    gemm = Pass("product", products=p.product, memory=p.weight + p.activations)
+    second = replace(gemm, memory=again + p.activations)
+    merge = Pass("merge", simple=assembly, memory=(p.tasks + 2) * p.weight)
+    if operation == "merge":
+        return [merge]
+    if operation in ("forward", "dx"):
+        if cached:
+            return [gemm]
+        if strategy == "streamed":
+            return [merge, second] if p.tasks or low_rank else [gemm]
+        n, d = (p.n, p.d) if operation == "forward" else (p.d, p.n)
+        row_blocks = math.ceil(p.rows / block_m)
+        read = (p.tasks + 1) * p.weight
+        partial = 4.0 * splits * p.rows * n if splits > 1 else 0.0
+        fused = Pass(
+            "fused",
+            products=2.0 * row_blocks * block_m * p.n * p.d,
+            simple=row_blocks * assembly,
+            memory=read + p.activations + partial,
+            cache=row_blocks * read + math.ceil(n / block_n) * p.rows * d * p.size,
+            efficiency=KERNEL_EFFICIENCY,
+        )
+        return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
+    if operation == "weight_grad":
+        reduce = 4.0 * p.n * p.d * p.tasks
+        partial = 4.0 * splits * p.rank * (math.ceil(p.d / block_d) * p.n + math.ceil(p.n / block_n) * p.d)
+        if strategy == "streamed":
+            return [gemm, Pass("reduce", simple=reduce, memory=p.tasks * p.weight + again + partial), Pass("sum")]
+        tiles = math.ceil(p.n / block_n) * p.rows * p.d + math.ceil(p.d / block_d) * p.rows * p.n
+        fused = Pass(
+            "fused",
+            products=p.product,
+            simple=splits * reduce,
+            memory=p.tasks * p.weight + p.activations + partial,
+            cache=tiles * p.size + splits * p.tasks * p.weight,
+            efficiency=KERNEL_EFFICIENCY,
+        )
+        return [fused, Pass("sum", memory=partial)]
+    raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
+
+
+def seconds(kernels: list[Pass], rates: Rates, kind: str) -> float:
+    """One kernel after the other."""
+    return sum(kernel.seconds(rates, kind) for kernel in kernels)

@@ -1,0 +1,88 @@
+"""merge_vectors: the checks, and the plain PyTorch form, of many small parameters merged at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmkernels import dispatch
+from pmkernels.checks import check_tensor, no_autocast, without_autocast
+from pmkernels.reference import accumulate_dtype
+
+if dispatch.HAS_TRITON:
+    from pmkernels import ops
+
+
+class _MergeVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(task_vectors, offsets)
+        ctx.lam_dtype = lam.dtype
+        dtype = accumulate_dtype(weight, lam)
+        lengths = offsets.diff()
+        merged = weight.to(dtype)
+        for k in range(task_vectors.shape[0]):
+            # one task vector at a time: never K of them in float32
+            spread = torch.repeat_interleave(lam[:, k].to(dtype), lengths, output_size=weight.numel())
+            merged = torch.addcmul(merged, spread, task_vectors[k].to(dtype))
+        return merged.to(weight.dtype) if task_vectors.shape[0] else weight.clone()
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        task_vectors, offsets = ctx.saved_tensors
+        dtype = accumulate_dtype(grad, task_vectors)
+        products = task_vectors.to(dtype) * grad.to(dtype)
+        d_lam = torch.segment_reduce(products.t().contiguous(), "sum", lengths=offsets.diff(), initial=0.0)
+        return None, None, d_lam.to(ctx.lam_dtype), None
+
+
+def merge_vectors(
+    weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor, *, strategy: str = "auto"
+) -> Tensor:
+    """w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector: all biases and norms of a network in one launch.
+
+    Args:
+        weight: w0 ``[S]``, the pieces one after the other, frozen. task_vectors: ``[K, S]``, frozen.
+        lam: ``[L, K]``, float32: a λ vector for each piece.
+        offsets: ``[L + 1]``, int64, on the same device: piece l is ``[offsets[l], offsets[l + 1])``; from 0 to S,
+            not decreasing. Its values are not looked at here.
+        strategy: ``"auto"``, ``"eager"`` or ``"fused"`` (as is ``"streamed"``), as in :func:`merge_weight`.
+
+    Returns:
+        ``[S]`` like ``weight``, summed in float32 and rounded once. Differentiable once in lam.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight, weight.device)
+    check_tensor("task_vectors", task_vectors, weight.device)
+    check_tensor("lam", lam, weight.device, learned=True)
+    if weight.ndim != 1:
+        raise ValueError(f"weight: expected shape [S], got {list(weight.shape)}")
+    if task_vectors.ndim != 2 or task_vectors.shape[1] != weight.shape[0]:
+        raise ValueError(f"task_vectors: expected shape [K, {weight.shape[0]}], got {list(task_vectors.shape)}")
+    if lam.ndim != 2 or lam.shape[1] != task_vectors.shape[0]:
+        raise ValueError(f"lam: expected shape [L, {task_vectors.shape[0]}], got {list(lam.shape)}")
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: expected an int64 tensor, got {got}")
+    if offsets.shape != (lam.shape[0] + 1,) or offsets.device != weight.device:
+        expected = f"[{lam.shape[0] + 1}] on {weight.device}"
+        raise ValueError(f"offsets: expected {expected}, got {list(offsets.shape)} on {offsets.device}")
+    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
+    tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam}
+    chosen = dispatch.resolve(strategy, tensors, weight.device)
+    with no_autocast(weight.device.type):
+        if chosen == "eager":
+            merged: Tensor = _MergeVectors.apply(weight, task_vectors, lam, offsets)
+            return merged
+        return ops.merge_vectors(weight, task_vectors, lam, offsets)
