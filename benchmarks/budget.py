@@ -152,13 +152,17 @@ def _backward(result: Tensor, arguments: dict[str, Tensor]) -> None:
 
 
 def _other_calls() -> None:
-    """Merges of convolutions and biases, entropies of few and many classes, x of two strides."""
+    """Merges of convolutions, biases and many vectors at once, entropies of few and many classes, x of two strides."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for shape in ((768,), (768, 3, 32, 32), (517,)):
             weight, lam = torch.empty(shape, dtype=dtype), torch.empty(8, requires_grad=True)
             task_vectors = torch.empty(8, *shape, dtype=dtype)
             merged = pmkernels.merge_weight(weight, task_vectors=task_vectors, lam=lam, strategy="fused")
             torch.autograd.grad(merged, lam, torch.empty_like(merged))
+        vectors, offsets = torch.empty(4096, dtype=dtype), torch.tensor([0, 1024, 4096])
+        lam = torch.empty(2, 8, requires_grad=True)
+        merged = pmkernels.merge_vectors(vectors, torch.empty(8, 4096, dtype=dtype), lam, offsets, strategy="fused")
+        torch.autograd.grad(merged, lam, torch.empty_like(merged))
         for classes in (10, 397, 1000, 50257):
             logits = torch.empty(64, classes, dtype=dtype, requires_grad=True)
             entropy = pmkernels.softmax_entropy(logits, strategy="fused")

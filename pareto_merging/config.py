@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pareto_merging.errors import UserError
 
@@ -178,8 +178,19 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights and the images"
     )
-    strategy: Literal["auto", "fused", "streamed", "eager"] = Field(
-        "auto", description="how layers are computed; fused: on a GPU, no merged weight is ever in memory"
+    strategy: Literal["auto", "cached", "fused", "streamed", "eager"] = Field(
+        "auto",
+        description="how layers are computed; cached: merged weights are kept while they stand still; fused: on a GPU, "
+        "no merged weight is ever in memory",
+    )
+    memory_budget: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="what kept merged weights may take (6 GiB), with strategy auto or cached; by default no limit, and "
+        "with auto on a GPU half of what is free",
+    )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto", description="on a GPU, capture a training step once and replay it; auto: where the model can be"
     )
     workers: int = Field(0, ge=0, le=64, description="processes that load images, for each task")
 

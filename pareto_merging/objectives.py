@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import pmkernels
 from pareto_merging.modules import ParetoModule, pareto_modules
@@ -140,6 +139,8 @@ class WeightDistance:
 
         ‖W(γ) − W_k‖² = (λ − e_k)ᵀ Gram (λ − e_k) + 2 Σ_j (λ_j − δ_jk) ⟨T_j, C⟩ + ‖A·C·Bᵀ‖²
 
+    The first term of all layers is one batched product, and so are the other two of layers of one shape.
+
     Args:
         model: a Pareto model. Every parameter with task vectors or a low-rank term counts, tied ones once.
         normalize: divide S_k by ‖τ_k‖² summed over the layers, so that S_k = 1 for the pretrained model and the
@@ -147,9 +148,12 @@ class WeightDistance:
     """
 
     def __init__(self, model: nn.Module, normalize: bool = False) -> None:
+        # layers with task vectors first, in the order of their Gram matrices
         self._layers: list[tuple[ParetoModule, str]] = []
-        self._grams: list[Tensor | None] = []
-        self.tasks = len(pareto_state(model).task_names)
+        self._folded: list[tuple[ParetoModule, str]] = []
+        grams: list[Tensor] = []
+        state = pareto_state(model)
+        self.tasks, self.strategy = len(state.task_names), state.kernel_strategy
         seen = set()
         for _, module in pareto_modules(model):
             for name in module.pareto_names:
@@ -158,63 +162,60 @@ class WeightDistance:
                     continue
                 seen.add(id(weight))
                 task_vectors = module.pareto_parts(name)["task_vectors"]
-                self._layers.append((module, name))
-                self._grams.append(None if task_vectors is None else gram(task_vectors))
-        grams = [g for g in self._grams if g is not None]
+                if task_vectors is None:
+                    self._folded.append((module, name))
+                else:
+                    self._layers.append((module, name))
+                    grams.append(gram(task_vectors))
         if not grams:
             raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
-        self.scale = torch.stack([g.diagonal() for g in grams]).sum(dim=0) if normalize else torch.ones(self.tasks)
-        self.scale = torch.where(self.scale > 0, self.scale, 1.0).to(grams[0])
+        dtype = torch.float64 if any(g.dtype == torch.float64 for g in grams) else torch.float32
+        # [L, K, K]
+        self._grams = torch.stack([g.to(grams[0].device, dtype) for g in grams])
+        scale = self._grams.diagonal(dim1=1, dim2=2).sum(dim=0) if normalize else torch.ones_like(self._grams[0, 0])
+        self.scale = torch.where(scale > 0, scale, 1.0)
+        self._identity = torch.eye(self.tasks, dtype=dtype, device=self._grams.device)
 
     def __call__(self, gamma: Tensor) -> Tensor:
         """S_1 … S_K at gamma [K], differentiable in λ, A, G and B: [K]."""
-        total = torch.zeros(self.tasks, dtype=self.scale.dtype, device=self.scale.device)
-        for (module, name), matrix in zip(self._layers, self._grams, strict=True):
-            parts = module.pareto_parts_at(name, gamma)
-            total = total + self._layer(parts, matrix, gamma.to(self.scale.device)).to(total)
+        parts = [module.pareto_parts_at(name, gamma) for module, name in self._layers]
+        table = torch.stack([_given(p, "lam").to(self._grams) for p in parts])
+        # row k of a layer is λ − e_k
+        difference = table[:, None, :] - self._identity
+        total = ((difference @ self._grams) * difference).sum(dim=(0, 2))
+        shapes: dict[Any, list[int]] = {}
+        folded = [module.pareto_parts_at(name, gamma) for module, name in self._folded]
+        for index, p in enumerate(parts + folded):
+            if p["A"] is not None:
+                key = (_given(p, "A").shape, _given(p, "B").shape, _given(p, "A").device, index < len(parts))
+                shapes.setdefault(key, []).append(index)
+        for (*_, has_task_vectors), group in shapes.items():
+            members = [(parts + folded)[index] for index in group]
+            A, G, B = (torch.stack([_given(p, name) for p in members]) for name in ("A", "G", "B"))
+            core = G @ gamma.to(G)
+            total = total + low_rank_square(A, core, B).sum().to(total)
+            if not has_task_vectors:
+                continue
+            projected = torch.stack(
+                [
+                    pmkernels.project_task_vectors(
+                        _given(p, "task_vectors"), _given(p, "A"), _given(p, "B"), strategy=self.strategy
+                    )
+                    for p in members
+                ]
+            )
+            # ⟨T_j, C⟩ of each layer and task [L, K]
+            inner = (projected * core[:, None]).sum(dim=(2, 3)).to(total)
+            # indexing by a list would copy it to the device, which a CUDA graph cannot
+            mine = torch.stack([difference[index] for index in group])
+            total = total + 2 * (mine * inner[:, None, :]).sum(dim=(0, 2))
         return total / self.scale
 
-    def _layer(self, parts: dict[str, Tensor | None], matrix: Tensor | None, gamma: Tensor) -> Tensor:
-        A, G, B, lam, task_vectors = (parts[part] for part in ("A", "G", "B", "lam", "task_vectors"))
-        distance = torch.zeros(self.tasks, dtype=gamma.dtype, device=gamma.device)
-        difference = None
-        if matrix is not None and lam is not None:
-            # row k is λ − e_k
-            difference = lam.to(matrix.dtype) - torch.eye(self.tasks, dtype=matrix.dtype, device=matrix.device)
-            distance = ((difference @ matrix) * difference).sum(dim=1)
-        if A is not None and G is not None and B is not None:
-            core = pmkernels.reference.preference_core(G, gamma)
-            distance = distance + low_rank_square(A, core, B)
-            if difference is not None and task_vectors is not None:
-                projected = (_project_task_vectors(task_vectors, A, B) * core).sum(dim=(1, 2))
-                distance = distance + 2 * difference @ projected.to(difference.dtype)
-        return distance
 
-
-class _ProjectTaskVectors(torch.autograd.Function):
-    """T_j = Aᵀτ_jB with dA = Σ_j τ_jB·dT_jᵀ and dB = Σ_j τ_jᵀA·dT_j: one task vector at a time, none copied or kept."""
-
-    @staticmethod
-    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        ctx.save_for_backward(task_vectors, A, B)
-        return torch.stack([A.t() @ (tau.to(A.dtype) @ B) for tau in task_vectors])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        task_vectors, A, B = ctx.saved_tensors
-        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-        for tau, dT in zip(task_vectors, grad, strict=True):
-            tau = tau.to(A.dtype)
-            dA.addmm_(tau @ B, dT.t())
-            dB.addmm_(tau.t() @ A, dT)
-        return None, dA, dB
-
-
-def _project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Aᵀτ_jB for every task: [K, N, D], [N, r], [D, r] -> [K, r, r], differentiable in A and B."""
-    projected: Tensor = _ProjectTaskVectors.apply(task_vectors, A, B)
-    return projected
+def _given(parts: dict[str, Tensor | None], name: str) -> Tensor:
+    value = parts[name]
+    assert value is not None
+    return value
 
 
 def gram(task_vectors: Tensor) -> Tensor:

@@ -54,8 +54,13 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     ]
     largest = max(p.numel() for _, p in named)
     rows.append(("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"))
-    if workspace.device.type == "cpu":
-        rows.append(("merged weights of a step", frozen, narrow, "on the CPU, kept for the K tasks of a step"))
+    strategy, budget = workspace.config.strategy, workspace.config.memory_budget
+    if strategy in ("auto", "cached") or (strategy == "eager" and workspace.device.type == "cpu"):
+        held = frozen if budget is None else min(frozen, int(budget) // narrow)
+        limit = "" if budget is None else ", up to memory_budget"
+        if budget is None and strategy == "auto" and workspace.device.type == "cuda":
+            limit = ", up to half of what is free"
+        rows.append(("merged weights of a step", held, narrow, f"kept for its K tasks{limit}"))
     rows.append(("Pareto set file", kept, wide, "on disk"))
     rows.append(("checkpoint", kept + 2 * learned, wide, "on disk, during training"))
     rows.append(("folded file", frozen + buffers, narrow, "on disk, and what a server holds, plus A, B and G"))

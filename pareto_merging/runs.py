@@ -29,7 +29,6 @@ from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_p
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
-from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import check_preference, pareto_state
 from pareto_merging.reports import write_comparison
 from pareto_merging.threads import one_thread
@@ -83,7 +82,8 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """Without the settings that change nothing about the result, and with the order of the tasks."""
-    kept = {key: value for key, value in config.items() if key not in ("workers", "device", "strategy")}
+    nothing = ("workers", "device", "strategy", "memory_budget", "cuda_graphs")
+    kept = {key: value for key, value in config.items() if key not in nothing}
     kept["method"] = {key: value for key, value in config["method"].items() if key != "checkpoint_every"}
     kept["order of tasks"] = list(config["tasks"] or ())
     return kept
@@ -138,6 +138,7 @@ def train_run(
                     resume=resume,
                     progress=progress,
                     workers=config.workers,
+                    cuda_graphs=config.cuda_graphs,
                     on_warning=on_warning,
                 )
         except UserError:
@@ -198,7 +199,7 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
     workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
     with user_errors():
         model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
-    set_strategy(model, workspace.config.strategy)
+    workspace.apply_strategy(model)
     learned = list(pareto_state(model).task_names)
     if learned != workspace.task_names:
         raise UserError(

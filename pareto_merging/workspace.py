@@ -181,8 +181,14 @@ class Workspace:
         method = self.config.method
         with user_errors():
             model = parametrize(self.pretrained(), self.finetuned(), **method.model_arguments())
-        set_strategy(model, self.config.strategy)
+        self.apply_strategy(model)
         return model
+
+    def apply_strategy(self, model: nn.Module) -> None:
+        """How the configuration wants the layers of a Pareto model computed."""
+        budget = self.config.memory_budget
+        with user_errors():
+            set_strategy(model, self.config.strategy, memory_budget=None if budget is None else int(budget))
 
     def head(self, task: str) -> ZeroShotHead:
         """The frozen head of one task."""

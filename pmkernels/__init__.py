@@ -1,12 +1,21 @@
 """Kernels for W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ, the weight of one layer of a Pareto model.
 
-Four operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`.
+Five operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`.
 """
 
 from pmkernels import reference
 from pmkernels.dispatch import STRATEGIES
 from pmkernels.entropy import softmax_entropy
 from pmkernels.linear import merge_weight, pareto_linear
+from pmkernels.projection import project_task_vectors
 from pmkernels.vectors import merge_vectors
 
-__all__ = ["STRATEGIES", "merge_vectors", "merge_weight", "pareto_linear", "reference", "softmax_entropy"]
+__all__ = [
+    "STRATEGIES",
+    "merge_vectors",
+    "merge_weight",
+    "pareto_linear",
+    "project_task_vectors",
+    "reference",
+    "softmax_entropy",
+]

@@ -2,8 +2,9 @@
 
 Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.dispatch.choose`), the bounds that
 benchmarks report beside a time, and predictions for a GPU that is not at hand. The rates of :data:`GPUS` are what large
-products and copies reach, about 0.8 of the vendor's tensor-core figure and 0.9 of its bandwidth (the A6000's, as in the
-design, all of them), unless a tuned configuration file brings measured ones. A predicted time is a prediction: it is never reported as a measurement.
+products and copies reach, about 0.8 of the vendor's tensor-core figure and 0.9 of its bandwidth (of the A6000, as in
+the design, all of them), unless a tuned configuration file brings measured ones. A predicted time is a prediction: it
+is never reported as a measurement.
 """
 
 from __future__ import annotations

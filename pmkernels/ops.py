@@ -520,6 +520,19 @@ def _vectors_backward(ctx: Any, grad: Tensor) -> tuple[OptionalTensor, ...]:
 torch.library.register_autograd("pmkernels::merge_vectors", _vectors_backward, setup_context=_vectors_context)
 
 
+@torch.library.custom_op("pmkernels::shrink", mutates_args=())
+def shrink(x: Tensor, factor: Tensor) -> Tensor:
+    """x·factor: [*, D], [D, R] -> [*, R] in float32, x read once."""
+    with torch.cuda.device_of(x):
+        s, _ = low_rank_kernels.shrink(x, factor, None, None)
+        return s.view(*x.shape[:-1], factor.shape[1])
+
+
+@shrink.register_fake
+def _(x: Tensor, factor: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], factor.shape[1]), dtype=torch.float32)
+
+
 @torch.library.custom_op("pmkernels::softmax_entropy", mutates_args=())
 def softmax_entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """H of each row, and what the backward needs with it: max z and log Σ exp(z − max z)."""
@@ -571,6 +584,7 @@ OPERATORS: tuple[Callable[..., Any], ...] = (
     merge_weight_backward,
     merge_vectors,
     merge_vectors_backward,
+    shrink,
     softmax_entropy,
     softmax_entropy_backward,
 )

@@ -54,6 +54,11 @@ def merge_vectors(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Te
     return (weight.to(dtype) + (spread.t() * task_vectors.to(dtype)).sum(dim=0)).to(weight.dtype)
 
 
+def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """T_k = Aᵀ·τ_k·B: [K, N, D], [N, R], [D, R] -> [K, R, R]."""
+    return A.t() @ task_vectors.to(A.dtype) @ B
+
+
 def pareto_linear(
     x: Tensor,
     weight: Tensor,

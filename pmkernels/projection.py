@@ -1,0 +1,95 @@
+"""project_task_vectors: T_k = Aᵀτ_kB, all that a data-free objective needs of the task vectors of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmkernels import dispatch
+from pmkernels.checks import check_tensor, no_autocast, without_autocast
+
+if dispatch.HAS_TRITON:
+    from pmkernels import ops
+
+
+class _Project(torch.autograd.Function):
+    """dA = Σ_k τ_kB·dT_kᵀ and dB = Σ_k τ_kᵀA·dT_k: one task vector at a time, none copied or kept."""
+
+    @staticmethod
+    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(task_vectors, A, B)
+        T = A.new_empty(task_vectors.shape[0], A.shape[1], B.shape[1])
+        for k, tau in enumerate(task_vectors):
+            T[k] = A.t() @ (tau.to(A.dtype) @ B)
+        return T
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        task_vectors, A, B = ctx.saved_tensors
+        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+        for tau, dT in zip(task_vectors, grad, strict=True):
+            tau = tau.to(A.dtype)
+            dA.addmm_(tau @ B, dT.t())
+            dB.addmm_(tau.t() @ A, dT)
+        return None, dA, dB
+
+
+class _ProjectFused(torch.autograd.Function):
+    """The same with τ_kB and τ_kᵀA of all tasks by one launch each, which reads every task vector once."""
+
+    @staticmethod
+    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        right = ops.shrink(task_vectors, B)
+        ctx.save_for_backward(task_vectors, A, right)
+        return A.t() @ right
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        task_vectors, A, right = ctx.saved_tensors
+        left = ops.shrink(task_vectors.transpose(1, 2), A)
+        dA = torch.einsum("knj,kij->ni", right, grad)
+        dB = torch.einsum("kdi,kij->dj", left, grad)
+        return None, dA, dB
+
+
+def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy: str = "auto") -> Tensor:
+    """T_k = Aᵀ·τ_k·B of every task, so that ⟨A·C·Bᵀ, τ_k⟩ = ⟨C, T_k⟩ for any C.
+
+    Args:
+        task_vectors: τ ``[K, out, in]``, frozen. A, B: ``[out, r]``, ``[in, r]``, float32 (or float64).
+        strategy: ``"auto"``, ``"eager"`` or ``"fused"`` (as is ``"streamed"``), as in :func:`merge_weight`.
+
+    Returns:
+        ``[K, r, r]`` in the dtype of A. Differentiable once in A and B; no copy of a task vector is kept, and on a GPU
+        each is read once forward and once backward.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
+    """
+    if not isinstance(task_vectors, Tensor):
+        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
+    device = task_vectors.device
+    check_tensor("task_vectors", task_vectors, device)
+    for name, value in (("A", A), ("B", B)):
+        check_tensor(name, value, device, learned=True)
+    if task_vectors.ndim != 3:
+        raise ValueError(f"task_vectors: expected shape [K, out, in], got {list(task_vectors.shape)}")
+    if task_vectors.requires_grad:
+        raise ValueError("task_vectors: expected requires_grad=False (it is frozen), got requires_grad=True")
+    _, n, d = task_vectors.shape
+    if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
+        raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+    if B.shape != (d, A.shape[1]) or B.dtype != A.dtype:
+        raise ValueError(f"B: expected shape [{d}, {A.shape[1]}] in {A.dtype}, got {list(B.shape)} in {B.dtype}")
+    chosen = dispatch.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device)
+    function = _Project if chosen == "eager" else _ProjectFused
+    with no_autocast(device.type):
+        projected: Tensor = function.apply(task_vectors, A, B)
+        return projected
