@@ -238,7 +238,8 @@ def _recording(configuration_file: str, launches: dict[str, Launch], used: set[t
         return lookup(name, op, dtype, rows, rank, aligned)
 
     triton.runtime.jit.JITFunction.run = record
-    dispatch.runs_kernels, dispatch.gpu_file = lambda device: True, lambda device: configuration_file
+    dispatch.runs_kernels = lambda device: True
+    dispatch.gpu_file = lambda device: configuration_file  # type: ignore[assignment]
     dispatch.lookup = noting  # type: ignore[assignment]
     try:
         yield now

@@ -280,6 +280,8 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: di
         bound=(0.0, weights + weight.numel() * size),
         **common,
     )
+    if device.type == "cuda":
+        yield from _beside(layer, values, parts, exact, merged, out, (operations, weights + activations), common)
     yield from measure(
         "forward and backward",
         layer.name,
@@ -301,6 +303,49 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: di
         _gradients(exact, ("x", *PARAMETERS), dy.double(), reference.pareto_linear),
         bound=(3 * operations, 3 * weights + 3 * activations),
         exempt=("limit: full dW, merged beforehand",),
+        **common,
+    )
+
+
+def _beside(
+    layer: Layer,
+    values: dict[str, Tensor],
+    parts: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    merged: Tensor,
+    out: Tensor,
+    bound: tuple[float, float],
+    common: dict[str, Any],
+) -> Iterator[Row]:
+    """Whether merging the next layer hides behind this layer's product: what running ahead could gain at most."""
+    x, bias, side = values["x"], values["bias"], torch.cuda.Stream()
+    merge = functools.partial(pmkernels.merge_weight, **parts, out=out, strategy="fused")
+
+    def beside() -> list[Tensor]:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            merge()
+        y = F.linear(x, merged, bias)
+        torch.cuda.current_stream().wait_stream(side)
+        return [y, out]
+
+    yield from measure(
+        "product, and the merge of the next layer",
+        layer.name,
+        x.dtype,
+        layer.items * layer.tokens,
+        {
+            "limit: the product alone": lambda: [F.linear(x, merged, bias)],
+            "one after the other": lambda: [merge(), F.linear(x, merged, bias)][::-1],
+            "beside each other, on two streams": beside,
+            "PyTorch": lambda: [F.linear(x, merged, bias), reference.merge_weight(**parts)],
+        },
+        [
+            reference.pareto_linear(**exact),
+            reference.merge_weight(**{name: v for name, v in exact.items() if name in parts}),
+        ],
+        bound=bound,
+        exempt=("limit: the product alone",),
         **common,
     )
 

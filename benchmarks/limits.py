@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import results
 from benchmarks.kernels import RANK, Layer
 from pmkernels import costs, dispatch

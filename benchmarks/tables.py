@@ -12,7 +12,7 @@ from benchmarks.run import GPU_SUITES, suite_module
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "study.md")
+DOCUMENTS = (README, ROOT / "docs" / "study.md", ROOT / "docs" / "training.md")
 
 
 def newest(suite: str) -> Path | None:
@@ -34,9 +34,11 @@ def block(name: str, to_root: str = "") -> str:
     path = newest(suite)
     if path is None:
         if suite in GPU_SUITES:
-            return (
+            said = (
                 "Times on a GPU: **not measured** yet. `make gpu` measures them and writes the file they come from.\n"
             )
+            # what is aimed at can be shown before it is measured
+            return f"{suite_module(suite).goals_markdown({'rows': []})}\n{said}" if part == "goals" else said
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]
@@ -67,4 +69,9 @@ if __name__ == "__main__":
     study = newest("digits")
     if study is not None:
         for picture in suite_module("digits").draw(json.loads(study.read_text()), ROOT / "docs" / "study"):
+            print(picture)
+    training = newest("training")
+    if training is not None:
+        figures = json.loads(training.read_text())["suites"]["training"]
+        for picture in suite_module("training").draw(figures, ROOT / "docs" / "training"):
             print(picture)

@@ -1020,8 +1020,16 @@ def run(quick: bool) -> dict[str, Any]:
     missed = {goal["model"] for goal in goals(report) if goal["status"] == "not met"}
     report["profiles"] = {model: found for model, found in profiles.items() if model in missed}
     clock.say("the grid of layers")
-    report["layers"] = _layers(quick)
-    report["rows"] += report["layers"]["rows"]
+    try:
+        report["layers"] = _layers(quick)
+        report["rows"] += [row for row in report["layers"]["rows"] if not row["matched"]]
+    except Exception as error:
+        # the steps above are not to be lost
+        reason = f"{type(error).__name__}: {error}"[:300]
+        clock.say(f"the grid of layers: {reason}")
+        report["rows"].append(
+            asdict(Row("grid of layers", "all", "all", "all", FAILED, 0.0, False, "", 0)) | {"reason": reason}
+        )
     clock.say("done")
     report["progress"] = clock.lines
     return report
