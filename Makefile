@@ -18,7 +18,7 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP := $(STAMP)
 endif
 
-.PHONY: help setup demo test lint budget gpu clean
+.PHONY: help setup demo test lint budget gpu tune clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
+	@echo "make tune    on a CUDA GPU: measure launches and strategies for it, write pmkernels/configs (ten minutes)"
 	@echo "make clean   remove the environments and caches"
 
 setup: $(STAMP)
@@ -68,6 +69,9 @@ gpu: $(GPU_SETUP)
 	parallel=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 6"); \
 		$(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
+
+tune: $(GPU_SETUP)
+	$(GPU_PYTHON) -m benchmarks.tune $(TUNE_ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -103,13 +103,12 @@ def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], like: Tensor) -> Tensor:
-    parts = [
-        torch.zeros(parameter.numel(), dtype=like.dtype, device=like.device)
-        if gradient is None
-        else gradient.reshape(-1).to(like)
-        for gradient, parameter in zip(gradients, parameters, strict=True)
-    ]
-    return torch.cat(parts)
+    pairs = list(zip(gradients, parameters, strict=True))
+    absent = max((parameter.numel() for gradient, parameter in pairs if gradient is None), default=0)
+    zeros = torch.zeros(absent, dtype=like.dtype, device=like.device)
+    return torch.cat(
+        [zeros[: p.numel()] if gradient is None else gradient.reshape(-1).to(like) for gradient, p in pairs]
+    )
 
 
 class MergedVectors:

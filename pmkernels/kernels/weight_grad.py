@@ -192,6 +192,67 @@ def weight_grad_kernel(
             tl.store(q_ptr + places, q, mask=d[None, :] < D)
 
 
+@triton.jit
+def sum_partials_kernel(
+    lam_ptr,
+    p_ptr,
+    q_ptr,
+    bias_ptr,
+    d_lam_ptr,
+    p_out_ptr,
+    q_out_ptr,
+    d_bias_ptr,
+    tiles,
+    p_parts,
+    p_size,
+    q_parts,
+    q_size,
+    bias_size,
+    p_blocks,
+    q_blocks,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    NEED_P: tl.constexpr,
+    NEED_Q: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid == 0:
+        if K > 0:
+            k = tl.arange(0, PADDED_K)
+            total = tl.zeros((BLOCK // PADDED_K, PADDED_K), dtype=tl.float32)
+            for first in range(0, tiles, BLOCK // PADDED_K):
+                tile = first + tl.arange(0, BLOCK // PADDED_K)
+                total += tl.load(
+                    lam_ptr + tile[:, None].to(tl.int64) * K + k[None, :],
+                    mask=(tile[:, None] < tiles) & (k[None, :] < K),
+                    other=0.0,
+                )  # [tiles, PADDED_K]
+            tl.store(d_lam_ptr + k, tl.sum(total, axis=0), mask=k < K)
+    elif pid < 1 + p_blocks:
+        if NEED_P:
+            sum_parts(p_ptr, p_out_ptr, pid - 1, p_parts, p_size, BLOCK)
+    elif pid < 1 + p_blocks + q_blocks:
+        if NEED_Q:
+            sum_parts(q_ptr, q_out_ptr, pid - 1 - p_blocks, q_parts, q_size, BLOCK)
+    else:
+        if NEED_BIAS:
+            sum_parts(bias_ptr, d_bias_ptr, pid - 1 - p_blocks - q_blocks, BIAS_PARTS, bias_size, BLOCK)
+
+
+@triton.jit
+def sum_parts(part_ptr, out_ptr, block, parts, size, BLOCK: tl.constexpr):
+    """out[j] = Σ_i part[i, j] of one block of j, in the order of i."""
+    j = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    part_ptr += j
+    for _ in range(parts):
+        total += tl.load(part_ptr, mask=j < size, other=0.0)  # [BLOCK]
+        part_ptr += size
+    tl.store(out_ptr + j, total, mask=j < size)
+
+
 class WeightGradients(NamedTuple):
     """What is reduced from a dW: dλ [K], P = dW·B [N, R], Q = dWᵀ·A [D, R], db [N], in float32; None: not asked for."""
 
@@ -280,12 +341,44 @@ def _launch(
             STAGES=config.num_stages,
             **config.options,
         )
-    sums = (None if partial is None else partial.sum(dim=0) for partial in (d_lam, p, q, d_bias))
-    found = WeightGradients(*sums)
+    found = _summed(d_lam, p, q, d_bias)
     if wanted == rank:
         return found
     P, Q = (None if product is None else product[:, :wanted] for product in (found.P, found.Q))
     return found._replace(P=P, Q=Q)
+
+
+def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Tensor | None) -> WeightGradients:
+    """The partial sums [parts, *] added up, all in one launch."""
+    partials = (d_lam, p, q, d_bias)
+    first = next((partial for partial in partials if partial is not None), None)
+    if first is None:
+        return WeightGradients()
+    outs = [None if t is None else torch.empty(t.shape[1:], dtype=t.dtype, device=t.device) for t in partials]
+    config = dispatch.config("sum", first, rows=0, rank=0)
+    sizes = [0 if out is None else out.numel() for out in outs]
+    p_blocks, q_blocks, bias_blocks = (triton.cdiv(size, config.block_d) for size in sizes[1:])
+    if any(sizes):
+        sum_partials_kernel[(1 + p_blocks + q_blocks + bias_blocks,)](
+            *partials,
+            *outs,
+            0 if d_lam is None else d_lam.shape[0],
+            0 if p is None else p.shape[0],
+            sizes[1],
+            0 if q is None else q.shape[0],
+            sizes[2],
+            sizes[3],
+            p_blocks,
+            q_blocks,
+            K=sizes[0],
+            PADDED_K=triton.next_power_of_2(max(sizes[0], 1)),
+            NEED_P=p is not None,
+            NEED_Q=q is not None,
+            NEED_BIAS=d_bias is not None,
+            BLOCK=config.block_d,
+            **config.options,
+        )
+    return WeightGradients(*outs)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

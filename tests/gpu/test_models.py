@@ -13,6 +13,7 @@ import pmkernels
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.modules import merged_bytes, set_strategy
 from pareto_merging.parametrize import fold, learned_parameters, merge, parametrize
 from pareto_merging.preferences import set_preference
 from pareto_merging.training import MergingTask, learn_pareto_set
@@ -95,3 +96,82 @@ def test_training_runs_and_repeats(tiny_vit: nn.Module, copies: Copies, dtype: t
     for name, value in runs[0].items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, runs[1][name])
+
+
+def _tasks(count: int, generator: torch.Generator) -> dict[str, MergingTask]:
+    return {
+        f"t{k}": MergingTask(
+            TensorImages(torch.randn(20, 3, 8, 8, generator=generator)),
+            ZeroShotHead(torch.randn(5 + k, 8, generator=generator), 10.0).cuda(),
+        )
+        for k in range(count)
+    }
+
+
+@pytest.mark.parametrize("objective", ["entropy", "weight-distance"])
+def test_a_captured_step_has_the_bits_of_one_that_is_not(tiny_vit: nn.Module, copies: Copies, objective: str) -> None:
+    settings = MethodSettings.model_validate({"steps": 6, "batch_size": 6, "rank": 2, "objective": objective})
+    finetuned = {name: module.cuda() for name, module in copies(tiny_vit, 2).items()}
+    runs = {}
+    for graphs in ("off", "on"):
+        tasks = _tasks(2, torch.Generator().manual_seed(0)) if objective == "entropy" else None
+        model = parametrize(tiny_vit.cuda(), finetuned, rank=2)
+        learn_pareto_set(model, tasks, settings, progress=False, cuda_graphs=graphs)
+        runs[graphs] = {name: p.detach().clone() for name, p in learned_parameters(model).items()}
+    for name, value in runs["off"].items():
+        assert torch.equal(value, runs["on"][name]), name
+
+
+@pytest.mark.parametrize("strategy", ["auto", "cached", "streamed", "fused", "eager"])
+def test_every_strategy_learns_the_same(tiny_vit: nn.Module, copies: Copies, strategy: str) -> None:
+    settings = MethodSettings.model_validate({"steps": 5, "batch_size": 6, "rank": 2})
+    generator = torch.Generator().manual_seed(0)
+    on_cpu = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    tasks = _tasks(2, generator)
+    finetuned = {name: module.cuda() for name, module in copies(tiny_vit, 2).items()}
+    model = parametrize(tiny_vit.cuda(), finetuned, rank=2)
+    set_strategy(model, strategy)
+    learn_pareto_set(model, tasks, settings, progress=False)
+    for task in tasks.values():
+        task.head.cpu()
+    learn_pareto_set(on_cpu, tasks, settings, progress=False)
+    expected = learned_parameters(on_cpu)
+    for name, value in learned_parameters(model).items():
+        # Adam's first steps have the size of the rate whatever the gradient: half of them is a sign gone wrong
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-2, atol=5e-4, msg=name)
+
+
+def test_a_model_that_cannot_be_captured_is_learned_without(tiny_vit: nn.Module, copies: Copies) -> None:
+    class Waits(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x)
+            return y if float(y.sum()) > -1e30 else -y
+
+    settings = MethodSettings.model_validate({"steps": 4, "batch_size": 6, "rank": 2})
+    finetuned = {name: Waits(module).cuda() for name, module in copies(tiny_vit, 2).items()}
+    model = parametrize(Waits(tiny_vit).cuda(), finetuned, rank=2)
+    tasks = _tasks(2, torch.Generator().manual_seed(0))
+    said: list[str] = []
+    result = learn_pareto_set(model, tasks, settings, progress=False, on_warning=said.append)
+    assert result.steps == 4
+    assert any(text.startswith("cuda_graphs: going on without") for text in said)
+
+
+def test_the_budget_decides_what_is_kept(tiny_vit: nn.Module, copies: Copies) -> None:
+    finetuned = {name: module.cuda() for name, module in copies(tiny_vit, 2).items()}
+    model = randomize(parametrize(tiny_vit.cuda(), finetuned, rank=2))
+    images = torch.randn(5, 3, 8, 8, device="cuda")
+    expected = model(images)
+    needed = merged_bytes(model)
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least \d+ bytes"):
+        set_strategy(model, "cached", memory_budget=needed - 1)
+    with pytest.raises(ValueError, match=r"memory_budget: expected at most the .* of cuda:0"):
+        set_strategy(model, "cached", memory_budget=2**50)
+    set_strategy(model, "cached", memory_budget=needed)
+    for _ in range(2):
+        torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
+    assert model.pareto.cache.bytes <= needed

@@ -95,13 +95,12 @@ def test_few_rows_split_d_by_the_shipped_rules(
     assert max(forward, dx) > 1
 
 
-@pytest.mark.parametrize("force", [2, 3, 16])
-@pytest.mark.parametrize("rank", [1, 17, 64])
+@pytest.mark.parametrize(("force", "rank"), [(2, 1), (3, 64), (16, 17)])
 def test_every_part_of_d_counts_once(rank: int, force: int, parts: Parts) -> None:
-    """A remainder of one column, a last part that is short, more parts than there are blocks; bias and low-rank once."""
+    """One column left over, a short last part, more parts than blocks; the bias and the low-rank term once."""
     parts.force = force
     for (m, d), gamma_lead, without in itertools.product(
-        ((1, 65), (5, 47), (33, 129)), ((), (1,)), ((), ("bias",), ("task_vectors", "lam"))
+        ((1, 65), (5, 47), (33, 81)), ((), (1,)), ((), ("bias", "task_vectors", "lam"))
     ):
         check_linear(linear_arguments((m,), 18, d, rank=rank, gamma_lead=gamma_lead, without=without), strategy="fused")
     assert max(parts.of_d) > 1
@@ -152,15 +151,16 @@ def test_parts_are_rounded_once(parts: Parts) -> None:
         parts.force = force
         found.append(pmkernels.pareto_linear(**values, strategy="fused"))
     assert parts.of_d == [1, 4]
-    truth = reference.pareto_linear(**exactly(values))
-    assert_close("y", split[0], whole[0], truth, torch.float16, times=1, ulps=0.05)
+    # rounded partial results would differ in a third of the elements
+    assert float((whole[0] != split[0]).float().mean()) < 0.03
+    torch.testing.assert_close(split[0], whole[0], rtol=2**-10, atol=1e-6)
 
 
 # --- over M -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [512, 1021])
+@pytest.mark.parametrize("m", [541])
 def test_many_rows_split_m_by_the_shipped_rules(m: int, dtype: torch.dtype, parts: Parts) -> None:
     """λ alone: the shipped tiles leave no room for partial sums of P and Q."""
     check_linear(linear_arguments((m,), 70, 33, tasks=2, dtype=dtype, without=LOW_RANK), strategy="fused")
@@ -168,10 +168,10 @@ def test_many_rows_split_m_by_the_shipped_rules(m: int, dtype: torch.dtype, part
     assert min(parts.of_rows) > 1
 
 
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("rank", [4])
 def test_wide_tiles_split_m_with_a_low_rank_term(rank: int, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     with_config(monkeypatch, "weight_grad", block_m=16, block_n=128, block_d=128)
-    check_linear(linear_arguments((300,), 128, 128, rank=rank), strategy="fused")
+    check_linear(linear_arguments((257,), 128, 128, rank=rank), strategy="fused")
     assert parts.of_rows == [2]
 
 
@@ -179,9 +179,9 @@ def test_wide_tiles_split_m_with_a_low_rank_term(rank: int, parts: Parts, monkey
 @pytest.mark.parametrize("rank", [1, 4, 16, 17, 32, 64])
 def test_every_gradient_in_parts_of_m(rank: int, dtype: torch.dtype, parts: Parts) -> None:
     """Ranks that are padded, that are whole, and from 33 on only λ's and the bias's gradient are from tiles."""
-    for force, m in ((2, 65), (3, 97), (16, 70)):
+    for force, m in ((2, 65), (16, 97)):
         parts.force = force
-        values = linear_arguments((m,), 70, 67, rank=rank, dtype=dtype)
+        values = linear_arguments((m,), 35, 67, rank=rank, dtype=dtype)
         check_linear(values, strategy="fused")
         values["G"].requires_grad_(False)
         values["A"].requires_grad_(rank % 2 == 0)
@@ -194,8 +194,8 @@ def test_every_gradient_in_parts_of_m(rank: int, dtype: torch.dtype, parts: Part
 @pytest.mark.parametrize("wanted", [("bias",), ("lam", "bias"), ("gamma",), ("lam", "gamma"), ("lam", "B"), ("x",)])
 def test_gradients_by_themselves(wanted: Sequence[str], strategy: str, parts: Parts) -> None:
     parts.force = 3
-    for gamma_lead, dtype in itertools.product(((), (70,), (1,)), DTYPES):
-        values = linear_arguments((70,), 40, 35, gamma_lead=gamma_lead, dtype=dtype)
+    for gamma_lead, dtype in (((), DTYPES[0]), ((70,), DTYPES[1]), ((1,), DTYPES[0])):
+        values = linear_arguments((70,), 20, 35, gamma_lead=gamma_lead, dtype=dtype)
         for name, value in values.items():
             value.requires_grad_(name in wanted)
         check_linear(values, strategy=strategy)
@@ -211,13 +211,13 @@ def test_the_bias_gradient_comes_with_dw(parts: Parts, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(weight_grad_kernels, "weight_grad", noted)
-    sizes = ((0, 5, 4), (1, 1, 1), (3, 64, 1), (4, 65, 3), (127, 63, 9), (128, 64, 16), (129, 130, 2), (300, 1, 33))
-    for (m, n, d), force, dtype in itertools.product(sizes, (None, 5), DTYPES):
+    sizes = ((0, 5, 4), (1, 1, 1), (3, 64, 1), (33, 65, 3), (127, 63, 9), (129, 130, 2))
+    for (m, n, d), (force, dtype) in itertools.product(sizes, ((None, torch.float32), (5, torch.float16))):
         parts.force = force
         values = linear_arguments((m,), n, d, dtype=dtype, without=LOW_RANK)
         check_linear(values, strategy="fused")
         check_linear(values, torch.ones((), dtype=dtype).expand(m, n), strategy="fused")
-    assert len(given) == 2 * 2 * 2 * len(sizes)
+    assert len(given) == 2 * 2 * len(sizes)
     assert all(d_bias is not None and d_bias.dtype == torch.float32 for d_bias in given)
     given.clear()
     y = pmkernels.pareto_linear(**linear_arguments((3,), 0, 4), strategy="fused")
@@ -226,11 +226,11 @@ def test_the_bias_gradient_comes_with_dw(parts: Parts, monkeypatch: pytest.Monke
     assert given == [None]
 
 
-def test_65504_rows_of_ones_do_not_overflow_the_bias_gradient() -> None:
-    values = linear_arguments((70_000,), 1, 1, tasks=1, dtype=torch.float16, without=LOW_RANK)
+def test_a_bias_gradient_beyond_float16_is_summed_in_float32() -> None:
+    values = linear_arguments((600,), 1, 1, tasks=1, dtype=torch.float16, without=LOW_RANK)
     values["bias"] = torch.zeros(1, requires_grad=True)
     y = pmkernels.pareto_linear(**values, strategy="fused")
-    assert float(gradients(y, torch.ones_like(y), values)["bias"]) == 70_000
+    assert float(gradients(y, torch.full_like(y, 200), values)["bias"]) == 120_000
 
 
 # --- memory and bits --------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unwritten_memory_in_parts(dtype: torch.dtype, parts: Parts, poisoned: list[Tensor]) -> None:
-    for force, gamma_lead, rank in itertools.product((2, 5), ((), (1,), (70,)), (1, 17)):
+    for force, gamma_lead, rank in ((2, (), 17), (3, (), 1), (2, (1,), 1), (3, (70,), 17)):
         parts.force = force
         values = linear_arguments((70,), 33, 90, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
         y = pmkernels.pareto_linear(**values, strategy="fused")
@@ -290,8 +290,8 @@ def test_same_bits_twice_in_parts(gamma_lead: tuple[int, ...], strategy: str, pa
     parts.force = 4
     runs = []
     for fill in (0.0, 1e30):
-        values = linear_arguments((129,), 40, 140, gamma_lead=gamma_lead)
-        freed = [torch.full((4, 129, 40), fill) for _ in range(4)]
+        values = linear_arguments((97,), 40, 140, gamma_lead=gamma_lead)
+        freed = [torch.full((4, 97, 40), fill) for _ in range(4)]
         del freed
         y = pmkernels.pareto_linear(**values, strategy=strategy)
         runs.append({"y": y, **gradients(y, torch.ones_like(y), values)})
@@ -308,10 +308,10 @@ def _largest_allocation(run: Callable[[], None]) -> int:
 @pytest.mark.parametrize(
     ("lead", "n", "d", "rank", "without"),
     [
-        ((4,), 96, 640, 4, ()),
-        ((1,), 640, 96, 32, ()),
+        ((4,), 64, 640, 4, ()),
+        ((1,), 640, 64, 8, ()),
         ((15,), 64, 640, 1, ()),
-        ((520,), 1100, 600, 0, LOW_RANK),
+        ((520,), 128, 64, 0, LOW_RANK),
     ],
 )
 def test_nothing_of_the_size_of_a_weight_is_allocated_in_parts(
@@ -340,10 +340,10 @@ def test_nothing_of_the_size_of_a_weight_is_allocated_in_parts(
 # --- several task vectors at a time -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unroll", [2, 3, 8])
+@pytest.mark.parametrize("unroll", [3, 8])
 def test_loading_several_task_vectors_at_a_time_changes_no_bit(unroll: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tasks, gamma_lead in itertools.product((1, 2, 8, 11), ((), (4,))):
-        values = linear_arguments((4,), 40, 35, tasks=tasks, gamma_lead=gamma_lead)
+    for tasks, gamma_lead in itertools.product((1, 8, 11), ((), (4,))):
+        values = linear_arguments((4,), 20, 35, tasks=tasks, gamma_lead=gamma_lead)
         parts_of = {name: v.detach() for name, v in values.items() if name not in ("x", "bias")}
         results = []
         for factor in (1, unroll):
@@ -374,22 +374,22 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [1, 4, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rank", [1, 16, 17, 33])
 def test_streamed_reduces_a_dw_that_is_there(rank: int, dtype: torch.dtype, products: list[torch.dtype]) -> None:
-    for tasks, gamma_lead in itertools.product((1, 3), ((), (7, 1))):
+    for tasks, gamma_lead in ((1, ()), (3, (7, 1)), (3, ())):
         values = linear_arguments((7, 9), 35, 40, tasks=tasks, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
         check_linear(values, strategy="streamed")
         check_linear(values, torch.ones((), dtype=dtype).expand(7, 9, 35), strategy="streamed")
-    assert products == [dtype] * 8
+    assert products == [dtype] * 6
 
 
 def test_streamed_without_rows_or_inputs_or_outputs(products: list[torch.dtype]) -> None:
     shapes = (((0,), 5, 4), ((0, 3), 5, 4), ((3, 0), 5, 4), ((2,), 0, 4), ((2,), 5, 0), ((2,), 0, 0), ((), 5, 4))
-    for (lead, n, d), tasks, dtype in itertools.product(shapes, (0, 1, 3), (torch.float32, torch.bfloat16)):
+    for (lead, n, d), (tasks, dtype) in itertools.product(shapes, ((0, torch.bfloat16), (3, torch.float32))):
         for gamma_lead in ((), lead):
             values = linear_arguments(lead, n, d, tasks=tasks, gamma_lead=gamma_lead, dtype=dtype)
             check_linear(values, strategy="streamed")
-    assert len(products) == len(shapes) * 12
+    assert len(products) == len(shapes) * 4
 
 
 def test_float16_keeps_dw_in_registers_even_if_streamed(products: list[torch.dtype]) -> None:
@@ -424,9 +424,9 @@ def test_a_choice_for_each_operation(monkeypatch: pytest.MonkeyPatch, products: 
 
 def test_auto_on_the_kernels_is_right_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "resolve", lambda strategy, tensors, device: "auto")
-    for lead, gamma_lead in (((1,), ()), ((3, 5), ()), ((3, 5), (3, 1)), ((600,), ()), ((0,), ())):
+    for lead, gamma_lead in (((1,), ()), ((3, 5), ()), ((3, 5), (3, 1)), ((270,), ()), ((0,), ())):
         for dtype in DTYPES:
-            check_linear(linear_arguments(lead, 40, 130, gamma_lead=gamma_lead, dtype=dtype))
+            check_linear(linear_arguments(lead, 40, 66, gamma_lead=gamma_lead, dtype=dtype))
 
 
 def test_strided_arguments_match_their_fakes() -> None:
@@ -441,7 +441,7 @@ def test_strided_arguments_match_their_fakes() -> None:
 # --- what only a compiler sees ----------------------------------------------------------------------------------------
 
 FRONT_END = """
-import itertools, torch, triton
+import torch, triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -473,10 +473,9 @@ def translate(kernel, key, signature, device, constexprs, options, attrs, warmup
 triton.runtime.driver.set_active(Driver())
 JITFunction._do_compile = translate
 dispatch.runs_kernels = lambda device: True
-for name, (lead, n, d), tasks, per_row in itertools.product(
-    ("default", "sm_90"), (((), 64, 768), ((1,), 768, 64), ((1, 1), 1, 1), ((3,), 1, 700), ((3,), 700, 1), ((600,), 3, 5)),
-    (1, 3), (False, True),
-):
+SHAPES = (((), 64, 768), ((1,), 768, 64), ((1, 1), 1, 1), ((3,), 1, 700), ((600,), 3, 5))
+calls = [(name, *shape, 3, per_row) for name in ("default", "sm_90") for shape in SHAPES for per_row in (False, True)]
+for name, lead, n, d, tasks, per_row in [*calls, ("default", (1, 2), 7, 700, 1, False)]:
     dispatch.gpu_file = lambda device: name
     now = f"rows {lead}, N = {n}, D = {d}, K = {tasks} ({name})"
     make = lambda *shape, grad=True: torch.empty(*shape, dtype=torch.float32).requires_grad_(grad)
