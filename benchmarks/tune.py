@@ -9,6 +9,7 @@ with NaN, match float64; before it is taken it is checked again on the ranks, K,
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -1296,6 +1297,9 @@ def _tune(chosen: argparse.Namespace, compiler: Compiler, command: Sequence[str]
         print(f"[{now - start:4.0f} s, {max(end - now, 0):4.0f} s left] {line}", flush=True)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        # captures may collect garbage, thousands of times: what was imported need not be looked through
+        gc.freeze()
     title, name, target = _target(device)
     compiler.target = target
     out = chosen.out or (_temporary() if chosen.quick else CONFIGS / f"{name}.json")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pmkernels
 from pareto_merging.cache import MergedWeights
 from pareto_merging.config import MethodSettings
-from pareto_merging.modules import pareto_modules
+from pareto_merging.modules import ParetoModule, pareto_modules
 from pareto_merging.objectives import (
     EntropyTerms,
     WeightDistance,
@@ -51,14 +51,15 @@ def pareto_gradient(
     settings: MethodSettings,
     norm: Callable[[], Tensor] | None = None,
     differentiate: Callable[[Tensor], Tensor] | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> StepGradient:
     """The exact gradient of the loss at the activation memory of one task (design: the loss needs only S_1 … S_K).
 
     Args:
         objectives: K functions that each run one task's forward. parameters: what to differentiate, P numbers in all.
         gamma: [K]. norm: ‖A·C·Bᵀ‖ of the model at γ, if the settings use it.
-        differentiate: the gradient of a value with respect to the parameters as one flat tensor [P], by default
-            :func:`flat_gradient`.
+        differentiate: the gradient of a value as one flat tensor, by default :func:`flat_gradient` with respect to the
+            parameters; ``finish`` makes the parameters' gradient [P] of a combination of those, if they are of others.
 
     Returns:
         Loss, terms and gradient; nothing here waits for the device. The gradient holds NaN where an objective does.
@@ -77,6 +78,8 @@ def pareto_gradient(
     seen = torch.stack(terms)
     loss, coefficients = _scalarized(seen[:, 0], gamma, settings)
     total = coefficients.to(gradients[0].dtype) @ torch.stack(gradients)
+    if finish is not None:
+        total = finish(total)
     if norm is not None and settings.tensor_norm:
         size = norm()
         loss = loss + settings.tensor_norm * size.detach().to(loss)
@@ -118,11 +121,11 @@ class MergedVectors:
     autograd finds dS/dz; :meth:`d_lambda` makes dλ of that.
     """
 
-    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
         self.state = pareto_state(model)
         places: dict[int, int] = {}
         count = 0
-        for parameter in learned.values():
+        for parameter in learned:
             places[id(parameter)] = count
             count += parameter.numel()
         weights: list[Tensor] = []
@@ -208,6 +211,86 @@ class MergedVectors:
         gradient[self.positions] = gradient[self.positions] + d_lambda.reshape(-1).to(gradient)
 
 
+class MergedFactors:
+    """L = A·C(γ) of every layer with a low-rank term, put together at once and differentiated once a step.
+
+    A layer needs L and B alone, and dS/dL = dW·B comes from the pass that forms dW. From Σ_k c_k dS_k/dL then follow
+    dA = dL·Cᵀ and dG[:,:,k] = γ_k AᵀdL of all layers of one shape in a few batched products, once for all tasks.
+    """
+
+    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
+        self.state = pareto_state(model)
+        wanted = {id(parameter) for parameter in learned.values()}
+        groups: dict[Any, list[tuple[ParetoModule, str]]] = {}
+        seen: set[int] = set()
+        for _, module in pareto_modules(model):
+            for name in module.pareto_names:
+                A = module.pareto_parts(name)["A"]
+                if A is not None and id(A) in wanted and id(A) not in seen:
+                    seen.add(id(A))
+                    groups.setdefault((A.shape, A.dtype, A.device), []).append((module, name))
+        self.groups = list(groups.values())
+        # by the identity of A: the leaf that stands for it
+        self.leaves: dict[int, Tensor] = {}
+        self._stacked: list[Tensor] = []
+        self._keys: dict[int, Tensor] = {}
+        for group in self.groups:
+            stacked = torch.stack([_part(module, name, "A").detach() for module, name in group])
+            self._stacked.append(stacked)
+            for (module, name), leaf in zip(group, stacked, strict=True):
+                self.leaves[id(_part(module, name, "A"))] = leaf.detach().requires_grad_()
+                self._keys[id(module._parameters[name])] = self.leaves[id(_part(module, name, "A"))]
+
+    def _cores(self, group: Sequence[tuple[ParetoModule, str]]) -> tuple[Tensor, Tensor]:
+        """A [L, N, r] and C(γ) [L, r, r] of the layers of one shape, at the model's preference."""
+        parts = [module.pareto_parts_at(name) for module, name in group]
+        G = torch.stack([_given(p, "G") for p in parts])
+        A = torch.stack([_given(p, "A") for p in parts])
+        return A, G @ self.state.gamma.to(G)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """L with A, G and γ as they are now."""
+        for group, stacked in zip(self.groups, self._stacked, strict=True):
+            A, core = self._cores(group)
+            torch.bmm(A, core, out=stacked)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, the model's layers use L and B."""
+        self.state.factors = self._keys
+        try:
+            yield
+        finally:
+            self.state.factors = None
+
+    @torch.no_grad()
+    def gradients(self, d_leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """dA and dG by the identity of A and G, from dL by the identity of A."""
+        found: dict[int, Tensor] = {}
+        for group in self.groups:
+            A, core = self._cores(group)
+            dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group])
+            dA, dC = dL @ core.mT, A.mT @ dL
+            dG = dC[..., None] * self.state.gamma.to(dC)
+            for (module, name), of_A, of_G in zip(group, dA, dG, strict=True):
+                found[id(_part(module, name, "A"))] = of_A
+                G = module.pareto_parts(name)["G"]
+                if G is not None:
+                    found[id(G)] = of_G
+        return found
+
+
+def _part(module: ParetoModule, name: str, part: str) -> Tensor:
+    return _given(module.pareto_parts(name), part)
+
+
+def _given(parts: Mapping[str, Tensor | None], part: str) -> Tensor:
+    value = parts[part]
+    assert value is not None
+    return value
+
+
 class GradientOfStep:
     """(batch, γ) -> :class:`StepGradient` of a model's learned parameters, in their order.
 
@@ -245,7 +328,19 @@ class GradientOfStep:
         self.on_warning = on_warning or (lambda text: None)
         self.cache = self._cache(cache)
         self.distance = WeightDistance(model, settings.normalize_distance) if heads is None else None
-        self.vectors = None if heads is None else MergedVectors(model, learned)
+        self.factors = None if heads is None else MergedFactors(model, learned)
+        # what a task's gradient is taken of: L = A·C in the place of A, nothing in that of G
+        self._wanted: list[Tensor] = [*self.parameters]
+        if self.factors is not None:
+            cores = {
+                id(_part(m, n, "G")) for g in self.factors.groups for m, n in g if m.pareto_parts(n)["G"] is not None
+            }
+            self._wanted = [
+                self.factors.leaves.get(id(parameter), parameter)
+                for parameter in self.parameters
+                if id(parameter) not in cores
+            ]
+        self.vectors = None if heads is None else MergedVectors(model, self._wanted)
         self.gamma = torch.zeros(len(self.state.task_names), dtype=torch.float32, device=self.device)
         self._batch: list[Tensor] = []
         self._shapes: list[Any] = []
@@ -331,7 +426,8 @@ class GradientOfStep:
         with self._lent():
             if self.heads is None:
                 return self._data_free()
-            assert self.vectors is not None
+            assert self.vectors is not None and self.factors is not None
+            self.factors.refresh()
             if self.cache is not None:
                 # what is captured must be what every replay does
                 self.cache.refresh(force=self.graphs != "off" and torch.cuda.is_current_stream_capturing())
@@ -350,13 +446,14 @@ class GradientOfStep:
                 self.settings,
                 norm,
                 self._differentiate,
+                self._finish,
             )
             return outcome
 
     def _with_vectors(self, objective: Objective) -> Objective:
         def run() -> EntropyTerms:
-            assert self.vectors is not None
-            with self.vectors.lent():
+            assert self.vectors is not None and self.factors is not None
+            with self.vectors.lent(), self.factors.lent():
                 return objective()
 
         return run
@@ -365,12 +462,23 @@ class GradientOfStep:
         assert self.vectors is not None
         leaf = self.vectors.leaf
         if leaf is None or not leaf.requires_grad or not value.requires_grad:
-            return flat_gradient(value, self.parameters)
-        *gradients, d_leaf = torch.autograd.grad(value, [*self.parameters, leaf], allow_unused=True)
-        flat = _flattened(gradients, self.parameters, self.parameters[0])
+            return flat_gradient(value, self._wanted)
+        *gradients, d_leaf = torch.autograd.grad(value, [*self._wanted, leaf], allow_unused=True)
+        flat = _flattened(gradients, self._wanted, self.parameters[0])
         if d_leaf is not None:
             self.vectors.add_d_lambda(d_leaf, flat)
         return flat
+
+    def _finish(self, flat: Tensor) -> Tensor:
+        """The parameters' gradient of that of :attr:`_wanted`."""
+        assert self.factors is not None
+        if not self.factors.leaves:
+            return flat
+        parts = flat.split([wanted.numel() for wanted in self._wanted])
+        by_leaf = {id(wanted): part.view(wanted.shape) for wanted, part in zip(self._wanted, parts, strict=True)}
+        found = self.factors.gradients({key: by_leaf[id(leaf)] for key, leaf in self.factors.leaves.items()})
+        found = by_leaf | found
+        return torch.cat([found[id(parameter)].reshape(-1).to(flat) for parameter in self.parameters])
 
     def _data_free(self) -> StepGradient:
         """Closed forms share everything, so one graph serves all tasks."""

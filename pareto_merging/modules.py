@@ -148,6 +148,9 @@ class ParetoModule(ModuleBase):
                     "and nn.MultiheadAttention layers)"
                 )
         kept = self._pareto_kept(name, gamma, weight.dtype) if current else None
+        if current and gamma is not None and state.factors is not None and id(weight) in state.factors:
+            parts |= {"A": state.factors[id(weight)], "G": None}
+            gamma = None
         strategy = state.kernel_strategy
         return pmkernels.merge_weight(weight, gamma=gamma, cached=kept, strategy=strategy, **parts)
 
@@ -185,6 +188,7 @@ class ParetoModule(ModuleBase):
         if parts["lam"] is None and parts["A"] is None:
             return F.linear(x, weight[rows], None if bias is None else bias[rows])
         gamma = None if parts["A"] is None else self.pareto_gamma_for(x, batch_dim)
+        state = self.pareto
         autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
@@ -198,13 +202,17 @@ class ParetoModule(ModuleBase):
                     parts[part] = value[:, rows] if axis else value[rows]
             bias = None if bias is None else bias[rows]
             kept = None if kept is None else kept[rows]
+        if state.factors is not None and id(self._parameters[name]) in state.factors:
+            # the low-rank term is A·C(γ) times Bᵀ
+            parts |= {"A": state.factors[id(self._parameters[name])][rows], "G": None}
+            gamma = None
         return pmkernels.pareto_linear(
             x,
             weight,
             bias=bias,
             gamma=gamma,
             cached=kept,
-            strategy=self.pareto.kernel_strategy,
+            strategy=state.kernel_strategy,
             **parts,
         )
 

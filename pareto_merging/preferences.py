@@ -48,8 +48,9 @@ class ParetoState:
     lambda_range: tuple[float, float] | None = None
     # merged weights kept between calls, where the strategy or a training run wants that
     cache: MergedWeights | None = None
-    # merged vectors by the identity of their W0, while a training step has merged them all at once
+    # what a training step has put together for all layers at once, by the identity of W0: merged vectors, and A·C(γ)
     vectors: dict[int, Tensor] | None = None
+    factors: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -59,7 +60,7 @@ class ParetoState:
 
     def __getstate__(self) -> dict[str, Any]:
         # a preference may carry a graph, which can be neither copied nor pickled
-        return {**self.__dict__, "gamma": self.gamma.detach(), "vectors": None}
+        return {**self.__dict__, "gamma": self.gamma.detach(), "vectors": None, "factors": None}
 
 
 def check_preference(gamma: Preference, task_names: Sequence[str], per_item: bool = True) -> Tensor:

@@ -81,13 +81,14 @@ def check_parameters(
     absent = [name for name, value in low_rank.items() if value is None]
     if len(absent) == 4:
         pass
-    elif absent:
+    elif absent and absent != ["G", "gamma"]:
         given = ", ".join(name for name in low_rank if name not in absent)
         raise ValueError(f"{absent[0]}: expected together with {given}, got None")
     else:
-        assert A is not None and G is not None and B is not None and gamma is not None
+        assert A is not None and B is not None
         for name, value in low_rank.items():
-            check_tensor(name, value, device, learned=True)
+            if value is not None:
+                check_tensor(name, value, device, learned=True)
         if weight.ndim != 2:
             raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
         n, d = weight.shape
@@ -96,6 +97,9 @@ def check_parameters(
         rank = A.shape[1]
         if B.shape != (d, rank):
             raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
+        if G is None or gamma is None:
+            _check_frozen(weight, task_vectors)
+            return
         if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
             raise ValueError(
                 f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}"
@@ -103,6 +107,10 @@ def check_parameters(
         tasks = G.shape[2]
         if gamma.ndim == 0 or gamma.shape[-1] != tasks:
             raise ValueError(f"gamma: expected shape [{tasks}] or [*, {tasks}], got {list(gamma.shape)}")
+    _check_frozen(weight, task_vectors)
+
+
+def _check_frozen(weight: Tensor, task_vectors: Tensor | None) -> None:
     for name, value in (("weight", weight), ("task_vectors", task_vectors)):
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")

@@ -11,7 +11,7 @@ parameters themselves: W(γ) is put together again when the backward needs it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ from torch.nn import functional as F
 from pmkernels.checks import without_autocast
 from pmkernels.reference import accumulate_dtype, preference_core
 
+# A, C(γ) and B; C is None where the low-rank term is A·Bᵀ itself
+LowRank: TypeAlias = tuple[Tensor, Tensor | None, Tensor]
+
 
 def _assemble(
     weight: Tensor,
     task_vectors: Tensor | None,
     lam: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, Tensor] | None,
+    low_rank: LowRank | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """W0 + Σ λ_k τ_k (+ A·C·Bᵀ for low_rank = (A, C, B)), summed in float32 (float64) and rounded once to ``dtype``."""
@@ -44,7 +47,8 @@ def _assemble(
             merged = torch.addcmul(merged, task_vectors[k].to(accumulate), lam[k].to(accumulate))
     if low_rank is not None:
         A, C, B = low_rank
-        merged = torch.addmm(merged, A.to(accumulate) @ C.to(accumulate), B.to(accumulate).t())
+        left = A.to(accumulate) if C is None else A.to(accumulate) @ C.to(accumulate)
+        merged = torch.addmm(merged, left, B.to(accumulate).t())
     return merged.to(dtype)
 
 
@@ -126,17 +130,17 @@ class SharedLinear(torch.autograd.Function):
         return dx, None, None, d_lam, dA, dG, dB, d_gamma, d_bias, None
 
 
-def _low_rank(
-    A: Tensor | None, G: Tensor | None, B: Tensor | None, gamma: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    return None if A is None or G is None or B is None or gamma is None else (A, preference_core(G, gamma), B)
+def _low_rank(A: Tensor | None, G: Tensor | None, B: Tensor | None, gamma: Tensor | None) -> LowRank | None:
+    if A is None or B is None:
+        return None
+    return A, None if G is None or gamma is None else preference_core(G, gamma), B
 
 
 def _low_rank_gradients(
     dy: Tensor | None,
     x: Tensor | None,
     d_weight: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, Tensor],
+    low_rank: LowRank,
     need_A: bool,
     need_C: bool,
     need_B: bool,
@@ -149,22 +153,29 @@ def _low_rank_gradients(
         d_weight = d_weight.to(accumulate)
         if need_A or need_C:
             P = d_weight @ B.to(accumulate)
-            dA = (P @ C.to(accumulate).t()).to(A.dtype) if need_A else None
+            dA = _times(P, C, transposed=True).to(A.dtype) if need_A else None
             dC = A.to(accumulate).t() @ P if need_C else None
         if need_B:
-            dB = (d_weight.t() @ A.to(accumulate) @ C.to(accumulate)).to(B.dtype)
+            dB = _times(d_weight.t() @ A.to(accumulate), C).to(B.dtype)
         return dA, dC, dB
     assert x is not None and dy is not None
     compute = x.dtype
     if need_A or need_C:
         s = x @ B.to(compute)
-        dA = (dy.t() @ (s.to(accumulate) @ C.to(accumulate).t()).to(compute)).to(A.dtype) if need_A else None
+        dA = (dy.t() @ _times(s.to(accumulate), C, transposed=True).to(compute)).to(A.dtype) if need_A else None
     if need_B or need_C:
         u = dy @ A.to(compute)
-        dB = (x.t() @ (u.to(accumulate) @ C.to(accumulate)).to(compute)).to(B.dtype) if need_B else None
+        dB = (x.t() @ _times(u.to(accumulate), C).to(compute)).to(B.dtype) if need_B else None
     if need_C:
         dC = u.to(accumulate).t() @ s.to(accumulate)
     return dA, dC, dB
+
+
+def _times(matrix: Tensor, C: Tensor | None, transposed: bool = False) -> Tensor:
+    """matrix·C, or matrix·Cᵀ; C None is the identity."""
+    if C is None:
+        return matrix
+    return matrix @ (C.t() if transposed else C).to(matrix.dtype)
 
 
 class RowsLinear(torch.autograd.Function):
@@ -291,7 +302,8 @@ class MergeWeight(torch.autograd.Function):
         if need_lam:
             d_lam = _project_on_task_vectors(d_weight, task_vectors, lam)
         if need_A or need_G or need_B or need_gamma:
-            low_rank = (A, preference_core(G, gamma), B)
+            low_rank = _low_rank(A, G, B, gamma)
+            assert low_rank is not None
             dA, dC, dB = _low_rank_gradients(None, None, d_weight, low_rank, need_A, need_G or need_gamma, need_B)
             if dC is not None:
                 dG, d_gamma = core_gradients(dC[None], G, gamma[None], need_G, need_gamma)

@@ -53,7 +53,8 @@ def pareto_linear(
             which casts x only.
         task_vectors: τ ``[K, out, in]``, frozen, or None: already folded into ``weight``.
         lam: λ ``[K]``, float32, together with ``task_vectors``.
-        A, G, B: ``[out, r]``, ``[r, r, K]``, ``[in, r]``, float32, or None together with ``gamma``: λ only.
+        A, G, B: ``[out, r]``, ``[r, r, K]``, ``[in, r]``, float32, or None together with ``gamma``: λ only. With A and
+            B alone the low-rank term is A·Bᵀ.
         gamma: the preference, float32: ``[K]`` for all rows, or exactly ``x.ndim`` dimensions ``[*, K]`` whose leading
             ones are 1 or x's (``[32, 1, K]`` against ``[32, 257, in]``: one preference per image). Its values are not
             looked at here.

