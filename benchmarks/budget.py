@@ -81,7 +81,8 @@ class Case:
         return " ".join([*parts, *([] if self.aligned else ["unaligned"])])
 
 
-ROWS = (8, 100, 257, 8224)
+# 1 is a size that Triton knows at compile time
+ROWS = (1, 8, 100, 200, 257, 8224)
 
 
 def cases() -> Iterator[Case]:

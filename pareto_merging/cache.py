@@ -86,6 +86,8 @@ class MergedWeights:
         self.budget, self.in_place = budget, in_place
         self.bytes = 0
         self._kept: dict[Any, _Kept] = {}
+        # which tensor's merge a layer used last: a weight that was replaced leaves nothing behind
+        self._used: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # what is kept belongs to tensors, of which a copy has its own
@@ -96,6 +98,7 @@ class MergedWeights:
 
     def get(
         self,
+        user: Any,
         key: Any,
         parts: dict[str, Tensor | None],
         settings: tuple[Any, ...],
@@ -105,10 +108,15 @@ class MergedWeights:
     ) -> Tensor | None:
         """The merged tensor of ``parts``, by ``merge`` (into a tensor, or a new one) if there is none or an old one.
 
+        ``key`` is the identity of the weight and ``user`` that of the layer: tied layers share what one weight makes.
         None where the budget has no room for it, or changes of its parts could not be seen.
         """
         if not stampable(*parts.values()):
             return None
+        before = self._used.get(user, key)
+        self._used[user] = key
+        if before != key and before not in self._used.values():
+            self._drop(before)
         kept = self._kept.get(key)
         if kept is not None and kept.is_valid(settings) and kept.holds(parts):
             return kept.value
@@ -127,7 +135,13 @@ class MergedWeights:
             if force or not kept.is_valid(kept.settings):
                 kept.merge_again(kept.value if self.in_place else None)
 
+    def _drop(self, key: Any) -> None:
+        kept = self._kept.pop(key, None)
+        if kept is not None:
+            self.bytes -= kept.value.numel() * kept.value.element_size()
+
     def clear(self) -> None:
         """Forget, and free, what is kept."""
         self._kept.clear()
+        self._used.clear()
         self.bytes = 0

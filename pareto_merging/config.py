@@ -194,6 +194,19 @@ class RunConfig(_Strict):
     )
     workers: int = Field(0, ge=0, le=64, description="processes that load images, for each task")
 
+    @field_validator("cuda_graphs", mode="before")
+    @classmethod
+    def _read_on_and_off(cls, value: Any) -> Any:
+        # YAML reads a bare on and off as true and false
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _refuse_true_and_false(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected a number of bytes (6 GiB)")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.suite is not None:

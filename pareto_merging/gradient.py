@@ -12,6 +12,7 @@ the whole of it is captured once and replayed, so that Python launches one graph
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -96,21 +97,26 @@ def _scalarized(values: Tensor, gamma: Tensor, settings: MethodSettings) -> tupl
     return loss.detach(), coefficients
 
 
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all of them."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
 def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """d value / d parameters as one tensor [P] in the dtype of the first, zero where there is no dependence."""
-    first = parameters[0]
+    """d value / d parameters as one tensor [P] in the widest of their dtypes, zero where there is no dependence."""
     if not value.requires_grad:
-        return torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        size = sum(parameter.numel() for parameter in parameters)
+        return torch.zeros(size, dtype=widest(parameters), device=parameters[0].device)
     gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
-    return _flattened(gradients, parameters, first)
+    return _flattened(gradients, parameters)
 
 
-def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], like: Tensor) -> Tensor:
+def _flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     pairs = list(zip(gradients, parameters, strict=True))
     absent = max((parameter.numel() for gradient, parameter in pairs if gradient is None), default=0)
-    zeros = torch.zeros(absent, dtype=like.dtype, device=like.device)
+    zeros = torch.zeros(absent, dtype=widest(parameters), device=parameters[0].device)
     return torch.cat(
-        [zeros[: p.numel()] if gradient is None else gradient.reshape(-1).to(like) for gradient, p in pairs]
+        [zeros[: p.numel()] if gradient is None else gradient.reshape(-1).to(zeros) for gradient, p in pairs]
     )
 
 
@@ -118,7 +124,7 @@ class MergedVectors:
     """Every bias, norm and other vector of a model with a λ of its own, merged at once and differentiated at once.
 
     ``refresh`` merges them into one leaf tensor z; while :meth:`lent`, the model's layers read views of it, so that
-    autograd finds dS/dz; :meth:`d_lambda` makes dλ of that.
+    autograd finds dS/dz; :meth:`add_d_lambda` makes dλ of that.
     """
 
     def __init__(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
@@ -170,14 +176,6 @@ class MergedVectors:
         self.picked = torch.tensor(self.learned, dtype=torch.int64, device=device)
         self.members = torch.nn.functional.one_hot(self.owner, len(distinct)).t()[self.picked]
         self.leaf = torch.empty_like(self.weight).requires_grad_(bool(self.learned))
-        # the gradient of a merge does not depend on λ: one graph serves every step
-        self._table = torch.zeros(len(lams), tasks, dtype=lams[0].dtype, device=device).requires_grad_()
-        self._merge = self._merged(self._table)
-
-    def _merged(self, table: Tensor) -> Tensor:
-        return pmkernels.merge_vectors(
-            self.weight, self.task_vectors, table, self.offsets, strategy=self.state.kernel_strategy
-        )
 
     def _lambdas(self) -> Tensor:
         table = torch.stack([lam.detach() for lam in self.distinct])
@@ -187,7 +185,10 @@ class MergedVectors:
         """Merge with λ as it is now."""
         if self.leaf is not None:
             with torch.no_grad():
-                self.leaf.copy_(self._merged(self._lambdas()[self.owner] if self.shared else self._lambdas()))
+                table = self._lambdas()[self.owner] if self.shared else self._lambdas()
+                strategy = self.state.kernel_strategy
+                merged = pmkernels.merge_vectors(self.weight, self.task_vectors, table, self.offsets, strategy=strategy)
+                self.leaf.copy_(merged)
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
@@ -201,7 +202,8 @@ class MergedVectors:
 
     def add_d_lambda(self, d_leaf: Tensor, gradient: Tensor) -> None:
         """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
-        (d_table,) = torch.autograd.grad(self._merge, self._table, d_leaf, retain_graph=True)
+        strategy = self.state.kernel_strategy
+        d_table = pmkernels.merge_vectors_gradient(d_leaf, self.task_vectors, self.offsets, strategy=strategy)
         d_lambda = self.members.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
         if self.state.lambda_range is not None:
             low, high = self.state.lambda_range
@@ -270,7 +272,7 @@ class MergedFactors:
         found: dict[int, Tensor] = {}
         for group in self.groups:
             A, core = self._cores(group)
-            dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group])
+            dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group]).to(core)
             dA, dC = dL @ core.mT, A.mT @ dL
             dG = dC[..., None] * self.state.gamma.to(dC)
             for (module, name), of_A, of_G in zip(group, dA, dG, strict=True):
@@ -327,6 +329,9 @@ class GradientOfStep:
         self.graphs: CudaGraphs = cuda_graphs if self.device.type == "cuda" else "off"
         self.on_warning = on_warning or (lambda text: None)
         self.cache = self._cache(cache)
+        if self.cache is not None and self.state.cache is not None:
+            # one more model in memory, not two
+            self.state.cache.clear()
         self.distance = WeightDistance(model, settings.normalize_distance) if heads is None else None
         self.factors = None if heads is None else MergedFactors(model, learned)
         # what a task's gradient is taken of: L = A·C in the place of A, nothing in that of G
@@ -403,8 +408,11 @@ class GradientOfStep:
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 outputs = self._compute()
-        except Exception as error:
-            if self.graphs == "on":
+        except BaseException as error:
+            # what was merged in vain is marked as up to date
+            if self.cache is not None:
+                self.cache.clear()
+            if self.graphs == "on" or not isinstance(error, Exception):
                 raise
             self.graphs = "off"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -423,7 +431,12 @@ class GradientOfStep:
             state.gamma, state.cache = before
 
     def _compute(self) -> StepGradient:
-        with self._lent():
+        kind = self.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
+        plain = torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext()
+        dtype = torch.get_autocast_dtype(kind) if enabled else None
+        with self._lent(), plain:
             if self.heads is None:
                 return self._data_free()
             assert self.vectors is not None and self.factors is not None
@@ -432,29 +445,32 @@ class GradientOfStep:
                 # what is captured must be what every replay does
                 self.cache.refresh(force=self.graphs != "off" and torch.cuda.is_current_stream_capturing())
             self.vectors.refresh()
-            objectives = [
-                lambda images=images, head=head: entropy_terms(
-                    head(self.model(images)), self.settings.information_maximisation
-                )
-                for images, head in zip(self._batch, self.heads, strict=True)
-            ]
             norm = (lambda: tensor_norm(self.model, self.gamma)) if self.settings.tensor_norm else None
-            outcome = pareto_gradient(
-                [self._with_vectors(objective) for objective in objectives],
-                self.parameters,
-                self.gamma,
-                self.settings,
-                norm,
-                self._differentiate,
-                self._finish,
-            )
-            return outcome
-
-    def _with_vectors(self, objective: Objective) -> Objective:
-        def run() -> EntropyTerms:
-            assert self.vectors is not None and self.factors is not None
+            # also in the backward, where checkpointed layers run their forward again
             with self.vectors.lent(), self.factors.lent():
-                return objective()
+                return pareto_gradient(
+                    [self._objective(k, dtype) for k in range(len(self.heads))],
+                    self.parameters,
+                    self.gamma,
+                    self.settings,
+                    norm,
+                    self._differentiate,
+                    self._finish,
+                )
+
+    def _objective(self, k: int, autocast: torch.dtype | None) -> Objective:
+        """S_k of the batch in hand; ``autocast``: the caller's type, if they have it on."""
+        assert self.heads is not None
+        images, head = self._batch[k], self.heads[k]
+
+        def run() -> EntropyTerms:
+            if autocast is None:
+                logits = head(self.model(images))
+            else:
+                # nothing cast in an earlier step may be used in a captured one
+                with torch.autocast(self.device.type, dtype=autocast, cache_enabled=False):
+                    logits = head(self.model(images))
+            return entropy_terms(logits, self.settings.information_maximisation)
 
         return run
 
@@ -464,7 +480,7 @@ class GradientOfStep:
         if leaf is None or not leaf.requires_grad or not value.requires_grad:
             return flat_gradient(value, self._wanted)
         *gradients, d_leaf = torch.autograd.grad(value, [*self._wanted, leaf], allow_unused=True)
-        flat = _flattened(gradients, self._wanted, self.parameters[0])
+        flat = _flattened(gradients, self._wanted)
         if d_leaf is not None:
             self.vectors.add_d_lambda(d_leaf, flat)
         return flat

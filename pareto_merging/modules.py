@@ -157,21 +157,24 @@ class ParetoModule(ModuleBase):
     def _pareto_kept(self, name: str, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Parameter ``name`` merged at ``gamma`` (None: λ alone) as the model's cache keeps it, in ``dtype``."""
         state, weight = self.pareto, self._parameters[name]
-        if state.cache is None or weight is None:
+        if state.cache is None or weight is None or getattr(self, "_is_replica", False):
             return None
         stored = self.pareto_parts(name)
         if gamma is None:
             stored |= {"A": None, "G": None, "B": None}
 
         def merge(out: Tensor | None) -> Tensor:
-            parts = self.pareto_parts_at(name, gamma)
-            if gamma is None:
+            # asked for again later, when the preference may be another
+            now = None if gamma is None else self.pareto_gamma_on(weight.device)
+            parts = self.pareto_parts_at(name, now)
+            if now is None:
                 parts |= {"A": None, "G": None, "B": None}
             narrow = out if weight.dtype == dtype else None
-            merged = pmkernels.merge_weight(weight, gamma=gamma, out=narrow, strategy=state.kernel_strategy, **parts)
+            merged = pmkernels.merge_weight(weight, gamma=now, out=narrow, strategy=state.kernel_strategy, **parts)
             return merged if merged.dtype == dtype else merged.to(dtype) if out is None else out.copy_(merged)
 
         return state.cache.get(
+            (id(self), name, dtype, gamma is None),
             (id(weight), dtype, gamma is None),
             {"weight": weight, **stored, "gamma": None if gamma is None else state.gamma},
             (state.lambda_range, state.core),
@@ -204,7 +207,8 @@ class ParetoModule(ModuleBase):
             kept = None if kept is None else kept[rows]
         if state.factors is not None and id(self._parameters[name]) in state.factors:
             # the low-rank term is A·C(γ) times Bᵀ
-            parts |= {"A": state.factors[id(self._parameters[name])][rows], "G": None}
+            factor = state.factors[id(self._parameters[name])]
+            parts |= {"A": factor if rows == slice(None) else factor[rows], "G": None}
             gamma = None
         return pmkernels.pareto_linear(
             x,
@@ -521,8 +525,9 @@ def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None =
         strategy: one of :func:`pmkernels.pareto_linear`'s, or ``"cached"``. ``"auto"`` chooses by shape and device, and
             :func:`learn_pareto_set` keeps the merged weights of a step for all its tasks where ``memory_budget`` has
             room. ``"cached"`` keeps merged weights between all calls, for as long as λ, γ and what else they are made
-            of stand still: the price of one more model, for the speed of a plain one. ``"fused"`` allocates nothing of
-            a weight's size in any linear layer, forward or backward: for a GPU without memory to spare.
+            of stand still: the price of one more model (another in each other dtype that autocast asks for, and where
+            shared preferences and those per item alternate), for the speed of a plain one. ``"fused"`` allocates
+            nothing of a weight's size in any linear layer, forward or backward: for a GPU without memory to spare.
         memory_budget: bytes that kept weights may take, for ``"auto"`` and ``"cached"``. None is no limit for
             ``"cached"``; for ``"auto"``, on a GPU, half of what is free when learning begins.
 
@@ -539,9 +544,10 @@ def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None =
         raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")
     if memory_budget is not None:
         _check_budget(model, strategy, memory_budget)
+    # one budget for all of them
+    cache = MergedWeights(memory_budget) if strategy == "cached" else None
     for state in states:
-        state.strategy, state.memory_budget = strategy, memory_budget
-        state.cache = MergedWeights(memory_budget) if strategy == "cached" else None
+        state.strategy, state.memory_budget, state.cache = strategy, memory_budget, cache
 
 
 def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:

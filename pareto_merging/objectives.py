@@ -87,11 +87,11 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
         shapes.setdefault((A.shape, G.shape, B.shape, A.dtype, A.device), []).append((A, G, B))
     if not shapes:
         return torch.zeros((), device=gamma.device)
-    total = torch.zeros((), device=gamma.device)
+    wide = pmkernels.reference.accumulate_dtype(gamma, *(A for group in shapes.values() for A, _, _ in group))
+    total = torch.zeros((), dtype=wide, device=gamma.device)
     for group in shapes.values():
-        A, G, B = (torch.stack(parts) for parts in zip(*group, strict=True))
-        core = G.to(pmkernels.reference.accumulate_dtype(G, gamma)) @ gamma.to(G)
-        total = total.to(core.dtype) + low_rank_square(A, core, B).sum().to(gamma.device)
+        A, G, B = (torch.stack(parts).to(wide) for parts in zip(*group, strict=True))
+        total = total + low_rank_square(A, G @ gamma.to(G), B).sum().to(gamma.device)
     norm: Tensor = _ZeroSafeSqrt.apply(total)
     return norm
 

@@ -24,7 +24,7 @@ from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
-from pareto_merging.gradient import CudaGraphs, GradientOfStep
+from pareto_merging.gradient import CudaGraphs, GradientOfStep, widest
 from pareto_merging.modes import eval_mode
 from pareto_merging.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import (
@@ -210,8 +210,13 @@ class Learner:
         cuda_graphs: CudaGraphs = "auto",
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
-        self.model, self.tasks, self.settings, self.folder = model, tasks, settings, folder
         self.names = pareto_state(model).task_names
+        if settings.objective == "entropy":
+            if tasks is None or set(tasks) != set(self.names):
+                got = "none" if tasks is None else ", ".join(tasks)
+                raise ValueError(f"tasks: expected images and a head for each of {', '.join(self.names)}; got {got}")
+            tasks = {name: tasks[name] for name in self.names}
+        self.model, self.tasks, self.settings, self.folder = model, tasks, settings, folder
         self.total = settings.steps_for(len(self.names)) if total is None else total
         everything = learned_parameters(model)
         lambdas, others = (
@@ -223,7 +228,7 @@ class Learner:
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.learned)
         self.parameters = list(self.learned.values())
-        self.device = self.parameters[0].device
+        self.device, self.wide = self.parameters[0].device, widest(self.parameters)
         rates = (settings.lambda_learning_rate or settings.learning_rate, settings.learning_rate)
         groups = [
             (list(group), rate)
@@ -238,10 +243,9 @@ class Learner:
             betas=settings.betas,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        by_task = tasks is not None and settings.objective == "entropy"
         self.gradient = GradientOfStep(
             model,
-            [task.head for task in tasks.values()] if tasks is not None and by_task else None,
+            None if tasks is None or settings.objective != "entropy" else [task.head for task in tasks.values()],
             self.learned,
             settings,
             cache=cache,
@@ -254,7 +258,7 @@ class Learner:
 
     def _gathered(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """The tensors of these names as one long vector."""
-        return torch.cat([tensors[name].detach().reshape(-1).to(self.parameters[0]) for name in names])
+        return torch.cat([tensors[name].detach().reshape(-1).to(self.device, self.wide) for name in names])
 
     def _places(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         """By parameter name, views of λ's and the others' long vectors, or of moments laid out alike."""

@@ -8,11 +8,12 @@ from pmkernels.dispatch import STRATEGIES
 from pmkernels.entropy import softmax_entropy
 from pmkernels.linear import merge_weight, pareto_linear
 from pmkernels.projection import project_task_vectors
-from pmkernels.vectors import merge_vectors
+from pmkernels.vectors import merge_vectors, merge_vectors_gradient
 
 __all__ = [
     "STRATEGIES",
     "merge_vectors",
+    "merge_vectors_gradient",
     "merge_weight",
     "pareto_linear",
     "project_task_vectors",

@@ -39,7 +39,9 @@ def _assemble(
     elif weight.dtype == accumulate and task_vectors.dtype == accumulate:
         # one pass over W0 and the task vectors
         flat = task_vectors.reshape(task_vectors.shape[0], weight.numel())
-        merged = torch.addmv(weight.reshape(-1), flat.t(), lam.to(accumulate)).view(weight.shape)
+        merged = torch.empty(weight.shape, dtype=accumulate, device=weight.device)
+        # into a tensor that is nobody's view: a merged parameter may be written into (nn.Embedding's max_norm)
+        torch.addmv(weight.reshape(-1), flat.t(), lam.to(accumulate), out=merged.view(-1))
     else:
         # one task vector at a time: never K of them in float32
         merged = weight.to(accumulate)

@@ -1,4 +1,4 @@
-"""merge_vectors: the checks, and the plain PyTorch form, of many small parameters merged at once."""
+"""merge_vectors and its gradient: the checks, and the plain PyTorch form, of many small parameters merged at once."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ class _MergeVectors(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         task_vectors, offsets = ctx.saved_tensors
-        dtype = accumulate_dtype(grad, task_vectors)
-        products = task_vectors.to(dtype) * grad.to(dtype)
-        d_lam = torch.segment_reduce(products.t().contiguous(), "sum", lengths=offsets.diff(), initial=0.0)
-        return None, None, d_lam.to(ctx.lam_dtype), None
+        return None, None, _project(grad, task_vectors, offsets).to(ctx.lam_dtype), None
+
+
+def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
+    dtype = accumulate_dtype(grad, task_vectors)
+    products = task_vectors.to(dtype) * grad.to(dtype)
+    return torch.segment_reduce(products.t().contiguous(), "sum", lengths=offsets.diff(), initial=0.0)
 
 
 def merge_vectors(
@@ -70,12 +73,7 @@ def merge_vectors(
         raise ValueError(f"task_vectors: expected shape [K, {weight.shape[0]}], got {list(task_vectors.shape)}")
     if lam.ndim != 2 or lam.shape[1] != task_vectors.shape[0]:
         raise ValueError(f"lam: expected shape [L, {task_vectors.shape[0]}], got {list(lam.shape)}")
-    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
-        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise TypeError(f"offsets: expected an int64 tensor, got {got}")
-    if offsets.shape != (lam.shape[0] + 1,) or offsets.device != weight.device:
-        expected = f"[{lam.shape[0] + 1}] on {weight.device}"
-        raise ValueError(f"offsets: expected {expected}, got {list(offsets.shape)} on {offsets.device}")
+    _check_offsets(offsets, weight.device, lam.shape[0])
     for name, value in (("weight", weight), ("task_vectors", task_vectors)):
         if value.requires_grad:
             raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
@@ -86,3 +84,40 @@ def merge_vectors(
             merged: Tensor = _MergeVectors.apply(weight, task_vectors, lam, offsets)
             return merged
         return ops.merge_vectors(weight, task_vectors, lam, offsets)
+
+
+def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, *, strategy: str = "auto") -> Tensor:
+    """dλ_lk = Σ_s g_s τ_ks over each piece: what autograd makes of :func:`merge_vectors`, without its graph.
+
+    Args:
+        grad: g ``[S]``, the gradient of the merged vector. task_vectors, offsets, strategy: as there.
+
+    Returns:
+        ``[L, K]`` in float32 (float64 if anything is).
+
+    Raises:
+        TypeError, ValueError: as :func:`merge_vectors`.
+    """
+    if not isinstance(task_vectors, Tensor):
+        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
+    device = task_vectors.device
+    check_tensor("task_vectors", task_vectors, device)
+    check_tensor("grad", grad, device)
+    if task_vectors.ndim != 2 or grad.shape != task_vectors.shape[1:]:
+        raise ValueError(f"task_vectors: expected shape [K, {grad.numel()}], got {list(task_vectors.shape)}")
+    _check_offsets(offsets, device)
+    with no_autocast(device.type):
+        if dispatch.resolve(strategy, {"grad": grad, "task_vectors": task_vectors}, device) == "eager":
+            return _project(grad, task_vectors, offsets)
+        found: Tensor = ops.merge_vectors_backward(grad, task_vectors, offsets)
+        return found
+
+
+def _check_offsets(offsets: Tensor, device: torch.device, pieces: int | None = None) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
+        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: expected an int64 tensor, got {got}")
+    wrong = offsets.ndim != 1 or not offsets.numel() if pieces is None else offsets.shape != (pieces + 1,)
+    if wrong or offsets.device != device:
+        expected = f"[{'L + 1' if pieces is None else pieces + 1}] on {device}"
+        raise ValueError(f"offsets: expected {expected}, got {list(offsets.shape)} on {offsets.device}")

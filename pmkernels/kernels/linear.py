@@ -138,13 +138,12 @@ def sum_splits_kernel(
     partial_ptr,
     bias_ptr,
     y_ptr,
-    M,
+    size,
     N,
     splits,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    size = M.to(tl.int64) * N
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     partial_ptr += element
@@ -229,7 +228,7 @@ def linear_fwd(
             target,
             bias,
             y,
-            rows.M,
+            y.numel(),
             n,
             splits,
             HAS_BIAS=bias is not None,

@@ -83,7 +83,7 @@ def with_config(monkeypatch: pytest.MonkeyPatch, op: str, **changed: Any) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma_lead", [(), (3,)], ids=["shared", "per row"])
-@pytest.mark.parametrize(("n", "d"), [(67, 300), (300, 67), (64, 256), (1, 257), (13, 319)])
+@pytest.mark.parametrize(("n", "d"), [(35, 300), (300, 35), (1, 257)])
 def test_few_rows_split_d_by_the_shipped_rules(
     n: int, d: int, gamma_lead: tuple[int, ...], dtype: torch.dtype, parts: Parts
 ) -> None:
@@ -95,22 +95,22 @@ def test_few_rows_split_d_by_the_shipped_rules(
     assert max(forward, dx) > 1
 
 
-@pytest.mark.parametrize(("force", "rank"), [(2, 1), (3, 17), (16, 64)])
+@pytest.mark.parametrize(("force", "rank"), [(2, 1), (3, 17), (16, 33)])
 def test_every_part_of_d_counts_once(rank: int, force: int, parts: Parts) -> None:
     """One column left over, a short last part, more parts than blocks; the bias and the low-rank term once."""
     parts.force = force
     for (m, d), gamma_lead, without in itertools.product(
-        ((1, 65), (5, 47), (33, 33)), ((), (1,)), ((), ("bias", "task_vectors", "lam"))
+        ((1, 65), (5, 47)), ((), (1,)), ((), ("bias", "task_vectors", "lam"))
     ):
         check_linear(linear_arguments((m,), 18, d, rank=rank, gamma_lead=gamma_lead, without=without), strategy="fused")
     assert max(parts.of_d) > 1
 
 
-@pytest.mark.parametrize("tasks", [1, 3, 8])
+@pytest.mark.parametrize("tasks", [1, 8])
 def test_numbers_of_tasks_in_parts(tasks: int, parts: Parts) -> None:
-    for gamma_lead, dtype in itertools.product(((), (4,), (1,)), DTYPES):
+    for gamma_lead, dtype in (((), DTYPES[0]), ((4,), DTYPES[1]), ((1,), DTYPES[0])):
         parts.force = 3
-        check_linear(linear_arguments((4,), 40, 150, tasks=tasks, gamma_lead=gamma_lead, dtype=dtype), strategy="fused")
+        check_linear(linear_arguments((4,), 40, 130, tasks=tasks, gamma_lead=gamma_lead, dtype=dtype), strategy="fused")
     assert min(parts.of_d) > 1
 
 
@@ -132,7 +132,7 @@ def test_layouts_in_parts(layout: str, parts: Parts) -> None:
         wide[..., 1::2] = value
         return wide[..., 1::2]
 
-    for force, shared in itertools.product((None, 4), (True, False)):
+    for force, shared in ((None, True), (4, False)):
         parts.force = force
         scattered = {name: arranged(value).requires_grad_(values[name].requires_grad) for name, value in plain.items()}
         if shared:
@@ -177,13 +177,13 @@ def test_wide_tiles_split_m_with_a_low_rank_term(rank: int, parts: Parts, monkey
 
 @pytest.mark.parametrize(
     ("rank", "dtype"),
-    [(1, DTYPES[1]), (4, DTYPES[0]), (16, DTYPES[1]), (17, DTYPES[0]), (32, DTYPES[1]), (64, DTYPES[1])],
+    [(1, DTYPES[1]), (16, DTYPES[1]), (17, DTYPES[0]), (32, DTYPES[1]), (64, DTYPES[1])],
 )
 def test_every_gradient_in_parts_of_m(rank: int, dtype: torch.dtype, parts: Parts) -> None:
     """Ranks that are padded, that are whole, and from 33 on only λ's and the bias's gradient are from tiles."""
     for force, wanted in ((3, True), (2, False)):
         parts.force = force
-        values = linear_arguments((65,), 35, 67, rank=rank, dtype=dtype)
+        values = linear_arguments((65,), 20, 67, rank=rank, dtype=dtype)
         if wanted:
             check_linear(values, strategy="fused")
             continue
@@ -266,7 +266,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unwritten_memory_in_parts(dtype: torch.dtype, parts: Parts, poisoned: list[Tensor]) -> None:
-    for force, gamma_lead, rank in ((2, (), 17), (3, (), 1), (2, (1,), 1), (3, (70,), 17)):
+    for force, gamma_lead, rank in ((2, (), 17), (3, (1,), 1), (3, (70,), 4)):
         parts.force = force
         values = linear_arguments((70,), 33, 90, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
         y = pmkernels.pareto_linear(**values, strategy="fused")
@@ -294,7 +294,7 @@ def test_same_bits_twice_in_parts(gamma_lead: tuple[int, ...], strategy: str, pa
     parts.force = 4
     runs = []
     for fill in (0.0, 1e30):
-        values = linear_arguments((97,), 40, 140, gamma_lead=gamma_lead)
+        values = linear_arguments((97,), 40, 70, gamma_lead=gamma_lead)
         freed = [torch.full((4, 97, 40), fill) for _ in range(4)]
         del freed
         y = pmkernels.pareto_linear(**values, strategy=strategy)
@@ -314,7 +314,6 @@ def _largest_allocation(run: Callable[[], None]) -> int:
     [
         ((4,), 64, 640, 4, ()),
         ((1,), 640, 64, 8, ()),
-        ((15,), 64, 640, 1, ()),
         ((520,), 128, 64, 0, LOW_RANK),
     ],
 )
@@ -346,7 +345,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated_in_parts(
 
 @pytest.mark.parametrize("unroll", [3, 8])
 def test_loading_several_task_vectors_at_a_time_changes_no_bit(unroll: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for tasks, gamma_lead in itertools.product((1, 8, 11), ((), (4,))):
+    for tasks, gamma_lead in ((1, ()), (8, ()), (11, ()), (11, (4,))):
         values = linear_arguments((4,), 20, 35, tasks=tasks, gamma_lead=gamma_lead)
         parts_of = {name: v.detach() for name, v in values.items() if name not in ("x", "bias")}
         results = []
@@ -377,8 +376,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rank", [1, 16, 17, 33])
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(1, DTYPES[0]), (16, torch.bfloat16), (17, DTYPES[0]), (33, torch.bfloat16)]
+)
 def test_streamed_reduces_a_dw_that_is_there(rank: int, dtype: torch.dtype, products: list[torch.dtype]) -> None:
     for tasks, gamma_lead in ((1, ()), (3, (7, 1)), (3, ())):
         values = linear_arguments((7, 9), 35, 40, tasks=tasks, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
@@ -428,7 +428,7 @@ def test_a_choice_for_each_operation(monkeypatch: pytest.MonkeyPatch, products: 
 
 def test_auto_on_the_kernels_is_right_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "resolve", lambda strategy, tensors, device: "auto")
-    for lead, gamma_lead in (((1,), ()), ((3, 5), ()), ((3, 5), (3, 1)), ((270,), ()), ((0,), ())):
+    for lead, gamma_lead in (((1,), ()), ((3, 5), (3, 1)), ((270,), ()), ((0,), ())):
         for dtype in DTYPES:
             check_linear(linear_arguments(lead, 40, 66, gamma_lead=gamma_lead, dtype=dtype))
 
@@ -477,7 +477,7 @@ def translate(kernel, key, signature, device, constexprs, options, attrs, warmup
 triton.runtime.driver.set_active(Driver())
 JITFunction._do_compile = translate
 dispatch.runs_kernels = lambda device: True
-SHAPES = (((), 64, 768), ((1,), 768, 64), ((1, 1), 1, 1), ((3,), 1, 700), ((600,), 3, 5))
+SHAPES = (((), 64, 768), ((1,), 768, 64), ((1, 1), 1, 1), ((3,), 1, 700), ((600,), 3, 5), ((1,), 1, 700))
 calls = [(name, *shape, 3, per_row) for name in ("default", "sm_90") for shape in SHAPES for per_row in (False, True)]
 for name, lead, n, d, tasks, per_row in [*calls, ("default", (1, 2), 7, 700, 1, False)]:
     dispatch.gpu_file = lambda device: name
