@@ -397,6 +397,11 @@ def splits_of_rows(
     return max(-(-rows // per_part), 1), per_part
 
 
+def from_tiles(rank: int, n: int, d: int) -> bool:
+    """Whether P and Q come with dλ from tiles of dW: their partial sums must stay smaller than that weight [n, d]."""
+    return rank <= MAX_RANK_FROM_TILES and -(-rank // 16) * 16 < min(n, d)
+
+
 def padded_rank(rank: int) -> int:
     """The rank as a tile size: a power of two from 16, the shortest contraction of a tensor core."""
     return max(16, 1 << max(rank - 1, 0).bit_length())

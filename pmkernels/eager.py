@@ -59,6 +59,8 @@ def _project_on_task_vectors(d_weight: Tensor, task_vectors: Tensor, like: Tenso
     accumulate = accumulate_dtype(d_weight, like)
     flat = d_weight.to(accumulate).reshape(-1)
     tasks = task_vectors.shape[0]
+    if not tasks:
+        return like.new_zeros(0)
     if task_vectors.dtype == accumulate:
         return torch.mv(task_vectors.reshape(tasks, flat.numel()), flat).to(like.dtype)
     return torch.stack([torch.dot(task_vectors[k].reshape(-1).to(accumulate), flat) for k in range(tasks)]).to(

@@ -191,7 +191,7 @@ def pareto_linear_backward(
         per_row = gamma is not None and gamma.ndim > 1
         # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
         need_low_rank = need_A or need_B or need_core
-        from_tiles = need_lam and not per_row and (A is None or A.shape[1] <= dispatch.MAX_RANK_FROM_TILES)
+        from_tiles = need_lam and not per_row and (A is None or dispatch.from_tiles(A.shape[1], *weight.shape))
         by_rows = per_row or (need_low_rank and not from_tiles)
         limit = weight.numel()
         groups = u = s = t = ds = None

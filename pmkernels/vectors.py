@@ -35,13 +35,18 @@ class _MergeVectors(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         task_vectors, offsets = ctx.saved_tensors
-        return None, None, _project(grad, task_vectors, offsets).to(ctx.lam_dtype), None
+        like = grad if ctx.lam_dtype != torch.float64 else grad.double()
+        return None, None, _project(like, task_vectors, offsets).to(ctx.lam_dtype), None
 
 
 def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
-    dtype = accumulate_dtype(grad, task_vectors)
-    products = task_vectors.to(dtype) * grad.to(dtype)
-    return torch.segment_reduce(products.t().contiguous(), "sum", lengths=offsets.diff(), initial=0.0)
+    pieces, tasks = offsets.numel() - 1, task_vectors.shape[0]
+    if not pieces or not tasks:
+        return grad.new_zeros(pieces, tasks, dtype=accumulate_dtype(grad, task_vectors))
+    # one task vector at a time, and in double: segment_reduce adds up a long piece one number after the other
+    lengths, wide = offsets.diff(), grad.double()
+    sums = [torch.segment_reduce(tau.double() * wide, "sum", lengths=lengths, initial=0.0) for tau in task_vectors]
+    return torch.stack(sums, dim=1).to(accumulate_dtype(grad, task_vectors))
 
 
 def merge_vectors(
@@ -114,9 +119,9 @@ def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, 
 
 
 def _check_offsets(offsets: Tensor, device: torch.device, pieces: int | None = None) -> None:
-    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64:
-        got = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise TypeError(f"offsets: expected an int64 tensor, got {got}")
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.layout != torch.strided:
+        got = f"{offsets.dtype}, {offsets.layout}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: expected a dense int64 tensor, got {got}")
     wrong = offsets.ndim != 1 or not offsets.numel() if pieces is None else offsets.shape != (pieces + 1,)
     if wrong or offsets.device != device:
         expected = f"[{'L + 1' if pieces is None else pieces + 1}] on {device}"

@@ -156,9 +156,11 @@ def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypat
     rows, rank = min(entry.max_rows or 300, 300), min(entry.max_rank or dispatch.MAX_RANK, dispatch.MAX_RANK)
     for dtype in types.get(entry.dtype, (torch.float32,)):
         for n, d in shapes:
-            for gamma_lead in ((), (rows,)):
+            # one row is a size that Triton compiles for
+            for count, per_row in ((rows, False), (rows, True), (1, False)):
+                gamma_lead = (count,) if per_row else ()
                 values = linear_arguments(
-                    (rows,), n, d, tasks=8, rank=rank, gamma_lead=gamma_lead, dtype=dtype, device="cuda"
+                    (count,), n, d, tasks=8, rank=rank, gamma_lead=gamma_lead, dtype=dtype, device="cuda"
                 )
                 _check_layer(values, entry.dtype == "tf32")
             _check_layer({**values, "lam": values["lam"].detach()}, entry.dtype == "tf32")
@@ -182,6 +184,15 @@ def _check_merges(n: int, d: int, rank: int, dtype: torch.dtype, tf32: bool) -> 
             # P and Q of 16-bit and TF32 models are TF32 products
             bound = 5e-3 if dtype != torch.float32 or tf32 else 1e-5
             assert float((found[name].double() - theirs[name]).norm()) <= bound * float(theirs[name].norm()), name
+    offsets = torch.tensor([0, 1, 3000, 3000, 70_000], device="cuda")
+    lam = torch.randn(4, 8, device="cuda", requires_grad=True)
+    pieces = (vector["weight"].reshape(-1), vector["task_vectors"].reshape(8, -1), lam, offsets)
+    merged = pmkernels.merge_vectors(*pieces, strategy="fused")
+    truth = reference.merge_vectors(pieces[0].double(), pieces[1].double(), lam.double(), offsets)
+    assert float((merged.double() - truth).abs().max()) <= ulps * torch.finfo(dtype).eps * float(truth.abs().max())
+    dw = torch.randn(merged.shape, generator=torch.Generator().manual_seed(4)).to("cuda", dtype)
+    (ours,), (exact_one,) = torch.autograd.grad(merged, lam, dw), torch.autograd.grad(truth, lam, dw.double())
+    assert float((ours - exact_one).norm()) <= 1e-4 * float(exact_one.norm())
 
 
 def _check_layer(values: dict[str, Tensor], tf32: bool) -> None:
