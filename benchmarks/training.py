@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels import ceilings, relative_error
 from pareto_merging import MergingTask, MethodSettings, learn_pareto_set, learned_parameters, parametrize, set_strategy
-from pareto_merging.gradient import CudaGraphs
+from pareto_merging.gradient import CudaGraphs, TasksAtOnce
 from pareto_merging.modules import PARTS, pareto_modules
 from pareto_merging.objectives import scalarize
 from pareto_merging.training import Learner
@@ -57,17 +57,20 @@ ONCE = "merged once per step, autograd"
 ADAMERGING = "layer-wise AdaMerging's computation"
 LIMIT = "limit: merged beforehand, dW of the linear weights"
 LIMIT_GRAPH = f"{LIMIT}, CUDA graph"
-# variant -> strategy, CUDA graphs
-OURS: dict[str, tuple[str, CudaGraphs]] = {
-    AUTO: ("auto", "auto"),
-    WITHOUT_GRAPHS: ("cached", "off"),
-    "streamed": ("streamed", "auto"),
-    "fused": ("fused", "auto"),
-    "eager": ("eager", "auto"),
+ALL = "auto, all tasks at once"
+# strategy, CUDA graphs, tasks at once
+How: TypeAlias = tuple[str, CudaGraphs, TasksAtOnce]
+OURS: dict[str, How] = {
+    AUTO: ("auto", "auto", "one"),
+    ALL: ("auto", "auto", "all"),
+    WITHOUT_GRAPHS: ("cached", "off", "one"),
+    "streamed": ("streamed", "auto", "one"),
+    "fused": ("fused", "auto", "one"),
+    "eager": ("eager", "auto", "one"),
 }
 VARIANTS = {
     8: (*OURS, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
-    2: (AUTO, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    2: (AUTO, ALL, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
     4: (AUTO, ONCE, LIMIT_GRAPH),
 }
 
@@ -294,7 +297,14 @@ class Runner(Protocol):
 class Ours:
     """The library's own step."""
 
-    def __init__(self, case: Case, strategy: str, graphs: CudaGraphs, settings: MethodSettings | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        strategy: str,
+        graphs: CudaGraphs,
+        at_once: TasksAtOnce = "one",
+        settings: MethodSettings | None = None,
+    ) -> None:
         assert case.pareto is not None
         self.case, self.number, self.batch = case, 0, case.images
         # on a GPU the second captures a CUDA graph
@@ -308,7 +318,14 @@ class Ours:
             tasks, self.batch = None, []
         self.notes: list[str] = []
         set_strategy(case.pareto, strategy)
-        self.learner = Learner(case.pareto, tasks, self.settings, cuda_graphs=graphs, on_warning=self.notes.append)
+        self.learner = Learner(
+            case.pareto,
+            tasks,
+            self.settings,
+            cuda_graphs=graphs,
+            tasks_at_once=at_once,
+            on_warning=self.notes.append,
+        )
 
     def step(self) -> None:
         self.number += 1
@@ -813,7 +830,7 @@ def data_free_row(case: Case, clock: Clock, seconds: float, longest: float, step
         return row
     # closed forms of float32 numbers that nearly cancel: what counts is that Adam's sign and size are right
     plain = {group: max(error, 1e-3) for group, error in plain.items()}
-    row = measure(row, lambda: Ours(case, "auto", "auto", settings), truth, plain, case.device, seconds)
+    row = measure(row, lambda: Ours(case, "auto", "auto", settings=settings), truth, plain, case.device, seconds)
     if row.ms is None:
         return row
     published = MethodSettings.model_validate({"objective": "weight-distance", "steps": steps})
@@ -909,15 +926,15 @@ def case_rows(
         return row
 
     truth, errors = exact_gradient(case)
-    for variant, (strategy, graphs) in OURS.items():
+    for variant, how in OURS.items():
         if variant not in variants:
             continue
         made: list[Profiled] = []
 
-        def ours(strategy: str = strategy, graphs: CudaGraphs = graphs, made: list[Profiled] = made) -> Runner:
-            if strategy != "auto" or profiles is None:
-                return Ours(case, strategy, graphs)
-            made.append(Profiled(case, strategy, graphs))
+        def ours(how: How = how, made: list[Profiled] = made) -> Runner:
+            if how != OURS[AUTO] or profiles is None:
+                return Ours(case, *how)
+            made.append(Profiled(case, *how))
             return made[0]
 
         yield done(measure(_blank(case, STEP, variant, dtype), ours, truth, errors, device, seconds))

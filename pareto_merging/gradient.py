@@ -34,6 +34,7 @@ from pareto_merging.objectives import (
 from pareto_merging.preferences import pareto_state
 
 CudaGraphs: TypeAlias = Literal["auto", "on", "off"]
+TasksAtOnce: TypeAlias = Literal["one", "all"]
 Objective: TypeAlias = Callable[[], EntropyTerms]
 
 
@@ -293,6 +294,9 @@ def _given(parts: Mapping[str, Tensor | None], part: str) -> Tensor:
     return value
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 class GradientOfStep:
     """(batch, γ) -> :class:`StepGradient` of a model's learned parameters, in their order.
 
@@ -302,6 +306,7 @@ class GradientOfStep:
         cache: keep merged weights for the K tasks; None: by the model's strategy and memory budget, on the CPU always
             and on a GPU where half of what is free suffices.
         cuda_graphs: ``"on"``; ``"off"``; ``"auto"``: on a GPU, unless the model cannot be captured.
+        tasks_at_once: ``"one"``, at the activation memory of one task; ``"all"``: see :func:`learn_pareto_set`.
         on_warning: told why a graph could not be captured in ``"auto"``.
 
     What it returns may be overwritten by the next call.
@@ -316,8 +321,12 @@ class GradientOfStep:
         *,
         cache: bool | None = None,
         cuda_graphs: CudaGraphs = "auto",
+        tasks_at_once: TasksAtOnce = "one",
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
+        if tasks_at_once not in ("one", "all"):
+            raise ValueError(f"tasks_at_once: expected one or all, got {tasks_at_once!r}")
+        self.tasks_at_once = tasks_at_once
         if cuda_graphs not in ("auto", "on", "off"):
             raise ValueError(f"cuda_graphs: expected auto, on or off, got {cuda_graphs!r}")
         self.model, self.heads, self.settings = model, heads, settings
@@ -382,6 +391,9 @@ class GradientOfStep:
     def _place(self, batch: Sequence[Tensor], gamma: Tensor) -> None:
         """Images and γ where a captured graph looks for them; other shapes want another graph."""
         shapes = [(images.shape, images.dtype) for images in batch]
+        if self.tasks_at_once == "all" and len({(shape[1:], dtype) for shape, dtype in shapes}) > 1:
+            got = ", ".join(str(list(shape[1:])) for shape, _ in shapes)
+            raise ValueError(f"tasks_at_once: expected images of one shape and type for 'all', got {got}")
         if shapes != self._shapes:
             self._batch = [torch.empty_like(images) for images in batch] if self.graphs != "off" else []
             self._shapes, self._graph, self._outputs, self._warm = shapes, None, None, False
@@ -434,7 +446,7 @@ class GradientOfStep:
         kind = self.device.type
         enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
-        plain = torch.autocast(kind, enabled=False) if enabled else contextlib.nullcontext()
+        plain = torch.autocast(kind, enabled=False) if enabled else _NOTHING
         dtype = torch.get_autocast_dtype(kind) if enabled else None
         with self._lent(), plain:
             if self.heads is None:
@@ -445,6 +457,9 @@ class GradientOfStep:
                 # what is captured must be what every replay does
                 self.cache.refresh(force=self.graphs != "off" and torch.cuda.is_current_stream_capturing())
             self.vectors.refresh()
+            if self.tasks_at_once == "all":
+                with self.vectors.lent(), self.factors.lent():
+                    return self._all_at_once(dtype)
             norm = (lambda: tensor_norm(self.model, self.gamma)) if self.settings.tensor_norm else None
             # also in the backward, where checkpointed layers run their forward again
             with self.vectors.lent(), self.factors.lent():
@@ -464,15 +479,37 @@ class GradientOfStep:
         images, head = self._batch[k], self.heads[k]
 
         def run() -> EntropyTerms:
-            if autocast is None:
+            with self._casting(autocast):
                 logits = head(self.model(images))
-            else:
-                # nothing cast in an earlier step may be used in a captured one
-                with torch.autocast(self.device.type, dtype=autocast, cache_enabled=False):
-                    logits = head(self.model(images))
             return entropy_terms(logits, self.settings.information_maximisation)
 
         return run
+
+    def _casting(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        # nothing cast in an earlier step may be used in a captured one, so nothing is kept
+        return _NOTHING if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
+
+    def _all_at_once(self, autocast: torch.dtype | None) -> StepGradient:
+        """One forward and one backward of all tasks' images: every dW is formed once, for the loss itself."""
+        assert self.heads is not None
+        sizes = [len(images) for images in self._batch]
+        with self._casting(autocast):
+            features = self.model(torch.cat(self._batch))
+            if not isinstance(features, Tensor) or len(features) != sum(sizes):
+                got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+                raise ValueError(f"tasks_at_once: expected a model of [{sum(sizes)}, *] features for 'all', got {got}")
+            logits = [head(part) for head, part in zip(self.heads, features.split(sizes), strict=True)]
+        terms = [entropy_terms(one, self.settings.information_maximisation) for one in logits]
+        values = torch.stack([term.objective for term in terms])
+        loss, coefficients = _scalarized(values, self.gamma, self.settings)
+        total = self._finish(self._differentiate((values * coefficients).sum()))
+        if self.settings.tensor_norm:
+            size = tensor_norm(self.model, self.gamma)
+            loss = loss + self.settings.tensor_norm * size.detach().to(loss)
+            total = total + self.settings.tensor_norm * flat_gradient(size, self.parameters)
+        watched = [[term.entropy, term.mean_prediction_entropy] for term in terms]
+        seen = torch.cat([values.detach()[:, None], torch.stack([torch.stack(pair) for pair in watched])], dim=1)
+        return StepGradient(loss, seen, total)
 
     def _differentiate(self, value: Tensor) -> Tensor:
         assert self.vectors is not None

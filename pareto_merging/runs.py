@@ -82,7 +82,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """Without the settings that change nothing about the result, and with the order of the tasks."""
-    nothing = ("workers", "device", "strategy", "memory_budget", "cuda_graphs")
+    nothing = ("workers", "device", "strategy", "memory_budget", "cuda_graphs", "tasks_at_once")
     kept = {key: value for key, value in config.items() if key not in nothing}
     kept["method"] = {key: value for key, value in config["method"].items() if key != "checkpoint_every"}
     kept["order of tasks"] = list(config["tasks"] or ())
@@ -139,6 +139,7 @@ def train_run(
                     progress=progress,
                     workers=config.workers,
                     cuda_graphs=config.cuda_graphs,
+                    tasks_at_once=config.tasks_at_once,
                     on_warning=on_warning,
                 )
         except UserError:

@@ -15,13 +15,14 @@ from pareto_merging import learned_parameters
 from pareto_merging.modules import pareto_modules
 
 CPU = torch.device("cpu")
+LAYERS = [{"op": "a layer", "matched": True}, {"op": "a wrong layer", "matched": False, "ms": None}]
 
 
 @pytest.fixture(scope="module")
 def quick() -> dict[str, Any]:
     """A rehearsal without the grid of layers, which has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_layers", lambda quick: {"rows": [{"op": "a layer", "matched": True}]})
+        patch.setattr(training, "_layers", lambda quick: {"rows": LAYERS})
         report = training.run(True)
     return {**report, "layers": None}
 
@@ -35,8 +36,9 @@ def case() -> training.Case:
 def test_every_variant_of_a_rehearsal_has_the_right_gradient(quick: dict[str, Any]) -> None:
     """Float32 against float64, each group of parameters by itself: nobody's mistake hides behind rounding."""
     assert quick["quick"]
+    # of the grid's rows, which are kept apart, only what was wrong is repeated
     *rows, layer = quick["rows"]
-    assert layer["op"] == "a layer"
+    assert layer["op"] == "a wrong layer"
     found = {(row["op"], row["variant"]) for row in rows}
     assert found == {(training.STEP, v) for v in training.VARIANTS[8] if v != training.LIMIT_GRAPH} | {
         (training.DATA_FREE, training.AUTO)

@@ -153,12 +153,16 @@ def test_a_model_that_cannot_be_captured_is_learned_without(tiny_vit: nn.Module,
 
     settings = MethodSettings.model_validate({"steps": 4, "batch_size": 6, "rank": 2})
     finetuned = {name: Waits(module).cuda() for name, module in copies(tiny_vit, 2).items()}
-    model = parametrize(Waits(tiny_vit).cuda(), finetuned, rank=2)
-    tasks = _tasks(2, torch.Generator().manual_seed(0))
     said: list[str] = []
-    result = learn_pareto_set(model, tasks, settings, progress=False, on_warning=said.append)
-    assert result.steps == 4
-    assert any(text.startswith("cuda_graphs: going on without") for text in said)
+    runs = {}
+    for graphs in ("auto", "off"):
+        model = parametrize(Waits(tiny_vit).cuda(), finetuned, rank=2)
+        tasks = _tasks(2, torch.Generator().manual_seed(0))
+        learn_pareto_set(model, tasks, settings, progress=False, cuda_graphs=graphs, on_warning=said.append)
+        runs[graphs] = {name: p.detach().clone() for name, p in learned_parameters(model).items()}
+    assert [text for text in said if text.startswith("cuda_graphs: going on without")] == said[:1] != []
+    for name, value in runs["off"].items():
+        assert torch.equal(value, runs["auto"][name]), name
 
 
 def test_the_budget_decides_what_is_kept(tiny_vit: nn.Module, copies: Copies) -> None:
