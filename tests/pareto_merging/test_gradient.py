@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import pareto_merging as pm
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
-from pareto_merging.gradient import GradientOfStep, pareto_gradient
+from pareto_merging.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
 from pareto_merging.modules import pareto_modules, set_strategy
 from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.parametrize import learned_parameters
@@ -234,8 +234,8 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strategy", ["auto", "cached"])
-def test_every_gradient_is_that_of_plain_autograd(case: str, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "at_once"), [("auto", "one"), ("auto", "all"), ("cached", "one")])
+def test_every_gradient_is_that_of_plain_autograd(case: str, strategy: str, at_once: TasksAtOnce) -> None:
     kind, model_settings, changes = CASES[case]
     settings = method(**changes)
     model, net = pareto(kind, **model_settings), plain(kind, torch.float64)
@@ -249,7 +249,7 @@ def test_every_gradient_is_that_of_plain_autograd(case: str, strategy: str) -> N
         p.requires_grad_(name in learned)
     state = pareto_state(model)
     state.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
-    step = GradientOfStep(model, heads(), learned, settings)
+    step = GradientOfStep(model, heads(), learned, settings, tasks_at_once=at_once)
     for number, gamma in enumerate((GAMMA, torch.tensor([1.0, 0.0, 0.0]), GAMMA)):
         batch = images(seed=number)
         before = state.gamma, state.cache
@@ -266,6 +266,40 @@ def test_every_gradient_is_that_of_plain_autograd(case: str, strategy: str) -> N
         with torch.no_grad():
             for p in learned.values():
                 p.sub_(0.01 * torch.sign(p))
+
+
+def test_all_tasks_at_once_want_one_shape_and_features_of_each_image() -> None:
+    model, settings = pareto(), method()
+    learned = learned_parameters(model)
+    for p in learned.values():
+        p.requires_grad_()
+    step = GradientOfStep(model, heads(), learned, settings, tasks_at_once="all")
+    batch = images()
+    # as many images of each task as it has
+    uneven = [batch[0][:1], batch[1], batch[2][:3]]
+    torch.testing.assert_close(
+        step(uneven, GAMMA).gradient, GradientOfStep(model, heads(), learned, settings)(uneven, GAMMA).gradient
+    )
+    with pytest.raises(ValueError, match=r"tasks_at_once: expected images of one shape and type for 'all', got \[3, 8"):
+        step([batch[0], batch[1][..., :4], batch[2]], GAMMA)
+    with pytest.raises(ValueError, match="tasks_at_once: expected one or all, got 'two'"):
+        GradientOfStep(model, heads(), learned, settings, tasks_at_once="two")  # type: ignore[arg-type]
+
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(192, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.flatten(1)).mean(dim=0, keepdim=True)
+
+    model = pareto(Mean)
+    learned = learned_parameters(model)
+    step = GradientOfStep(model, heads(), learned, settings, tasks_at_once="all")
+    with pytest.raises(
+        ValueError, match=r"tasks_at_once: expected a model of \[15, \*\] features for 'all', got \[1, 6\]"
+    ):
+        step(batch, GAMMA)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
