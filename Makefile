@@ -18,7 +18,7 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP := $(STAMP)
 endif
 
-.PHONY: help setup demo test lint budget gpu tune clean
+.PHONY: help setup demo test lint budget gpu tune pages clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
 	@echo "make tune    on a CUDA GPU: measure launches and strategies for it, write pmkernels/configs (ten minutes)"
+	@echo "make pages   write committed results into the README, docs/ and benchmarks/limits.md"
 	@echo "make clean   remove the environments and caches"
 
 setup: $(STAMP)
@@ -67,11 +68,15 @@ gpu: $(GPU_SETUP)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "expected a CUDA GPU that torch sees, got none" >&2; exit 2; }
 	parallel=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 6"); \
-		$(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
+		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
 
 tune: $(GPU_SETUP)
 	$(GPU_PYTHON) -m benchmarks.tune $(TUNE_ARGS)
+
+pages: $(STAMP)
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.limits
 
 clean:
 	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

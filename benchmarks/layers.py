@@ -22,6 +22,7 @@ from benchmarks import limits
 from benchmarks.kernels import LIMIT, RANK, TOLERANCE, Layer, relative_error, timed
 from pmkernels import costs, dispatch, ops, reference
 from pmkernels.costs import Problem
+from pmkernels.graphs import capture, warm_up
 
 TASKS = (2, 8)
 POWERS = tuple(2**power for power in range(15))
@@ -76,19 +77,13 @@ def rounded(value: float) -> float:
 
 def captured(function: Variant) -> torch.cuda.CUDAGraph | None:
     """``function`` as a CUDA graph; None where something in it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        with torch.cuda.graph(graph):
-            function()
+        warm_up(function, device)
+        return capture(function, device)[0]
     except RuntimeError:
         torch.cuda.synchronize()
         return None
-    return graph
 
 
 def measure(row: Row, variant: Variant, device: torch.device) -> None:
@@ -331,8 +326,18 @@ def run(quick: bool) -> dict[str, Any]:
         "rates": gpu if gpu in costs.GPUS else None,
         "rows": listed,
         "skipped": skipped,
+        "launch_ms": _launch(device),
         "crossovers": crossovers(listed, gpu, dispatch.gpu_file(device)),
     }
+
+
+def _launch(device: torch.device) -> float | None:
+    """Milliseconds of a graph with nothing but an empty kernel: what every time below holds besides its work."""
+    if device.type != "cuda":
+        return None
+    row, one = Row("launch", "", 0, 0, 0, 0, 0, "", "", 0.0, 0.0, True), torch.zeros(1, device=device)
+    measure(row, lambda: [one.zero_()], device)
+    return row.ms
 
 
 def ratios(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -373,6 +378,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         + (f", {len(report['skipped'])} do not fit in memory" if report["skipped"] else "")
         + (f", {wrong} outputs were wrong and have no time" if wrong else "")
         + (f"; {direct} times include launches from Python" if direct else "")
+        + (
+            f"; launching a graph, {1e3 * report['launch_ms']:.1f} µs, is in every time"
+            if report.get("launch_ms")
+            else ""
+        )
         + ".",
         "",
         f"**`auto` over the better strategy** (goal: at most {GOAL} everywhere)",

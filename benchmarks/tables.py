@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,9 @@ def updated(text: str, to_root: str = "") -> str:
     )
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__).parse_args(arguments)
     for document in DOCUMENTS:
         document.write_text(updated(document.read_text(), "../" * (len(document.relative_to(ROOT).parts) - 1)))
         print(document)
@@ -75,3 +80,8 @@ if __name__ == "__main__":
         figures = json.loads(training.read_text())["suites"]["training"]
         for picture in suite_module("training").draw(figures, ROOT / "docs" / "training"):
             print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

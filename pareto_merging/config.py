@@ -222,6 +222,8 @@ class RunConfig(_Strict):
                 raise ValueError("expected suite: digits, or encoder and tasks; got neither")
             if not isinstance(self.tasks, dict):
                 raise ValueError("tasks: expected a mapping from task name to checkpoint, head and images")
+        if self.memory_budget is not None and self.strategy not in ("auto", "cached"):
+            raise ValueError(f"memory_budget: expected None for strategy {self.strategy!r}, which keeps nothing")
         if self.unseen is not None and isinstance(self.unseen, dict) != (self.suite is None):
             raise ValueError("unseen: expected a list of the suite's tasks, or a mapping where there is no suite")
         both = sorted(set(self.unseen or ()) & set(self.tasks or ()))

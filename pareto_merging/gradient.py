@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -32,6 +33,7 @@ from pareto_merging.objectives import (
     tensor_norm,
 )
 from pareto_merging.preferences import pareto_state
+from pmkernels.graphs import capture, warm_up
 
 CudaGraphs: TypeAlias = Literal["auto", "on", "off"]
 TasksAtOnce: TypeAlias = Literal["one", "all"]
@@ -100,7 +102,7 @@ def _scalarized(values: Tensor, gamma: Tensor, settings: MethodSettings) -> tupl
 
 def widest(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype that holds all of them."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -327,6 +329,8 @@ class GradientOfStep:
         if tasks_at_once not in ("one", "all"):
             raise ValueError(f"tasks_at_once: expected one or all, got {tasks_at_once!r}")
         self.tasks_at_once = tasks_at_once
+        if cache is not None and not isinstance(cache, bool):
+            raise TypeError(f"cache: expected True, False or None, got {cache!r}")
         if cuda_graphs not in ("auto", "on", "off"):
             raise ValueError(f"cuda_graphs: expected auto, on or off, got {cuda_graphs!r}")
         self.model, self.heads, self.settings = model, heads, settings
@@ -335,6 +339,13 @@ class GradientOfStep:
         self.device = self.parameters[0].device
         if cuda_graphs == "on" and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: expected auto or off without a CUDA GPU, got 'on' for {self.device}")
+        for k, head in enumerate(heads or ()):
+            for name, tensor in itertools.chain(head.named_parameters(), head.named_buffers()):
+                if tensor.device != self.device:
+                    raise ValueError(
+                        f"tasks: expected the head of {self.state.task_names[k]} on {self.device}, where the model "
+                        f"is, got {name} on {tensor.device}"
+                    )
         self.graphs: CudaGraphs = cuda_graphs if self.device.type == "cuda" else "off"
         self.on_warning = on_warning or (lambda text: None)
         self.cache = self._cache(cache)
@@ -382,8 +393,11 @@ class GradientOfStep:
         if self._graph is None and self._warm:
             self._capture()
         if self._graph is None:
-            # not yet, or it failed just now
-            return self._compute() if self._warm else self._warm_up()
+            if self._warm:
+                # it failed just now
+                return self._compute()
+            self._warm = True
+            return warm_up(self._compute, self.device)
         self._graph.replay()
         assert self._outputs is not None
         return self._outputs
@@ -405,21 +419,9 @@ class GradientOfStep:
                 for place, images in zip(self._batch, batch, strict=True):
                     place.copy_(images, non_blocking=True)
 
-    def _warm_up(self) -> StepGradient:
-        """Once on a stream of its own: kernels are compiled and libraries set up, which a capture must not do."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            outcome = self._compute()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._warm = True
-        return outcome
-
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
-                outputs = self._compute()
+            self._graph, self._outputs = capture(self._compute, self.device)
         except BaseException as error:
             # what was merged in vain is marked as up to date
             if self.cache is not None:
@@ -429,8 +431,6 @@ class GradientOfStep:
             self.graphs = "off"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.on_warning(f"cuda_graphs: going on without, because the model could not be captured: {reason}")
-            return
-        self._graph, self._outputs = graph, outputs
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[None]:

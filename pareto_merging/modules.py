@@ -192,7 +192,10 @@ class ParetoModule(ModuleBase):
             return F.linear(x, weight[rows], None if bias is None else bias[rows])
         gamma = None if parts["A"] is None else self.pareto_gamma_for(x, batch_dim)
         state = self.pareto
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        kind = x.device.type
+        autocast = (
+            x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        )
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
         # a folded weight with a preference per item is used as it is
@@ -560,7 +563,7 @@ def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
     needed, device = merged_bytes(model), next(model.parameters()).device
     if strategy == "cached" and budget < needed:
         raise ValueError(
-            f"memory_budget: expected at least {needed} bytes ({in_gib(needed)}, one more model) for strategy "
+            f"memory_budget: expected at least {needed} bytes (one more model) for strategy "
             f"'cached', got {budget}; 'auto' keeps as much as fits"
         )
     there = memory_of(device)
@@ -590,5 +593,5 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def in_gib(size: int) -> str:
-    """Bytes for a message: ``1.5 GiB``."""
-    return f"{size / 2**30:.3g} GiB"
+    """Bytes for a message: ``1.5 GiB``, and what is less than a thousandth of one in bytes."""
+    return f"{size / 2**30:,.3f} GiB" if size >= 2**20 else f"{size} bytes"

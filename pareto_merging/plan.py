@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pareto_merging.errors import UserError
 from pareto_merging.parametrize import lambda_group, wants_low_rank
 from pareto_merging.workspace import Workspace
 
@@ -56,6 +57,11 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     rows.append(("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"))
     strategy, budget = workspace.config.strategy, workspace.config.memory_budget
     if strategy in ("auto", "cached") or (strategy == "eager" and workspace.device.type == "cpu"):
+        if strategy == "cached" and budget is not None and budget < frozen * narrow:
+            raise UserError(
+                f"memory_budget: expected at least {frozen * narrow} bytes (one more model) for strategy cached, got "
+                f"{int(budget)}; auto keeps as much as fits"
+            )
         held = frozen if budget is None else min(frozen, int(budget) // narrow)
         limit = "" if budget is None else ", up to memory_budget"
         if budget is None and strategy == "auto" and workspace.device.type == "cuda":

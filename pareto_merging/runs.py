@@ -29,6 +29,7 @@ from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_p
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
+from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import check_preference, pareto_state
 from pareto_merging.reports import write_comparison
 from pareto_merging.threads import one_thread
@@ -81,7 +82,7 @@ def _check_same(config: RunConfig, folder: Path) -> None:
 
 
 def _what_counts(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings that change nothing about the result, and with the order of the tasks."""
+    """Without the settings that change nothing about the result but its rounding, and with the order of the tasks."""
     nothing = ("workers", "device", "strategy", "memory_budget", "cuda_graphs", "tasks_at_once")
     kept = {key: value for key, value in config.items() if key not in nothing}
     kept["method"] = {key: value for key, value in config["method"].items() if key != "checkpoint_every"}
@@ -127,8 +128,8 @@ def train_run(
     is_new = not (folder / CONFIG_NAME).exists()
     with _locked(folder):
         try:
-            if is_new:
-                write_text(folder / CONFIG_NAME, dump_config(config))
+            # on a resume too: how it is computed may differ from the first part
+            write_text(folder / CONFIG_NAME, dump_config(config))
             with user_errors():
                 result = learn_pareto_set(
                     model,
@@ -200,7 +201,9 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
     workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
     with user_errors():
         model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
-    workspace.apply_strategy(model)
+    # how it was learned; where that was on a GPU and this is none, the model is still the same
+    if workspace.device.type == "cuda" or workspace.config.strategy in ("auto", "cached", "eager"):
+        set_strategy(model, workspace.config.strategy)
     learned = list(pareto_state(model).task_names)
     if learned != workspace.task_names:
         raise UserError(

@@ -113,6 +113,8 @@ class Workspace:
         with user_errors("device"):
             try:
                 device = torch.device(self.config.device)
+                if device.type == "meta":
+                    raise RuntimeError("meta tensors have no values")
                 torch.empty(0, device=device)
             except (RuntimeError, AssertionError) as error:
                 raise UserError(f"device: expected one that is here, got {self.config.device}") from error

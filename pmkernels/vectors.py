@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
         return grad.new_zeros(pieces, tasks, dtype=accumulate_dtype(grad, task_vectors))
     # one task vector at a time, and in double: segment_reduce adds up a long piece one number after the other
     lengths, wide = offsets.diff(), grad.double()
-    sums = [torch.segment_reduce(tau.double() * wide, "sum", lengths=lengths, initial=0.0) for tau in task_vectors]
+    # its own check of the lengths would wait for a GPU, which a CUDA graph cannot
+    add = functools.partial(torch.segment_reduce, reduce="sum", lengths=lengths, initial=0.0, unsafe=grad.is_cuda)
+    sums = [add(tau.double() * wide) for tau in task_vectors]
     return torch.stack(sums, dim=1).to(accumulate_dtype(grad, task_vectors))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pmkernels
 from pmkernels import dispatch, reference
+from pmkernels.graphs import capture, warm_up
 
 pytestmark = pytest.mark.gpu
 
@@ -201,16 +202,9 @@ def test_float16_does_not_underflow_in_any_strategy_that_runs_kernels() -> None:
 
 
 def captured(step: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    return graph, found
+    device = torch.device("cuda", torch.cuda.current_device())
+    warm_up(step, device)
+    return capture(step, device)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
@@ -298,12 +292,13 @@ def test_merge_vectors(dtype: torch.dtype, strategy: str) -> None:
     check_vectors(wide, torch.randn(703, 2, device="cuda").to(dtype)[:, 1], strategy=strategy)
 
 
-def test_merge_vectors_captured() -> None:
+@pytest.mark.parametrize("strategy", ["auto", "eager"])
+def test_merge_vectors_captured(strategy: str) -> None:
     first, second = (vectors([1024, 0, 3072, 5], 8, torch.bfloat16, seed) for seed in (0, 1))
     grad = torch.randn(4101, device="cuda").bfloat16()
 
     def step(values: dict[str, Tensor] = first) -> dict[str, Tensor]:
-        merged = pmkernels.merge_vectors(**values)
+        merged = pmkernels.merge_vectors(**values, strategy=strategy)
         return {"merged": merged, "lam": torch.autograd.grad(merged, values["lam"], grad)[0]}
 
     expected = {name: found.detach().clone() for name, found in step(second).items()}

@@ -29,6 +29,7 @@ from pareto_merging.evaluation import evaluate_model
 from pareto_merging.preferences import set_preference
 from pareto_merging.runs import open_run
 from pareto_merging.workspace import Workspace
+from pmkernels import dispatch
 
 
 def run(*arguments: object) -> int:
@@ -741,3 +742,48 @@ def test_a_killed_comparison_resumes_to_the_same_figures(tmp_path: Path) -> None
     reports = [json.loads((tmp_path / name / "compare.json").read_text()) for name in ("out", "whole")]
     assert reports[0]["choices"] == reports[1]["choices"] and reports[0]["answer"] == reports[1]["answer"]
     assert not list((tmp_path / "out").glob(".*-seed-0"))
+
+
+def test_how_it_was_computed_stands_in_nobodys_way(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run learned on a GPU is evaluated and exported where there is none, with the strategy it cannot have there."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = folder / "config.yaml"
+    text = config.read_text()
+    assert "strategy: auto" in text
+    config.write_text(text.replace("strategy: auto", "strategy: fused"))
+    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    assert run("evaluate", folder, "--preferences", "equal", "--quiet") == 0
+    assert run("export", folder, "--preference", "equal", "--out", tmp_path / "merged.safetensors") == 0
+    config.write_text(text.replace("strategy: auto", "strategy: auto\nmemory_budget: 1000 PiB"))
+    assert run("evaluate", folder, "--preferences", "equal", "--quiet") == 0
+
+
+def test_a_resumed_run_says_how_it_is_computed_now(finished: Path, tmp_path: Path) -> None:
+    folder, again = tmp_path / "run", tmp_path / "again.yaml"
+    shutil.copytree(finished, folder)
+    text = (folder / "config.yaml").read_text()
+    again.write_text(text.replace("strategy: auto", "strategy: eager").replace("at_once: one", "at_once: all"))
+    assert run("train", again, "--out", folder, "--resume", "--quiet") == 0
+    config = read_config(folder / "config.yaml")
+    assert (config.strategy, config.tasks_at_once) == ("eager", "all")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"strategy": "cached", "memory_budget": 10}, "memory_budget: expected at least "),
+        ({"strategy": "streamed", "memory_budget": 10}, "memory_budget: expected None for strategy 'streamed'"),
+        ({"device": "meta"}, "device: expected one that is here, got meta"),
+    ],
+)
+def test_plan_refuses_what_training_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], said: str
+) -> None:
+    config = write_config(tmp_path / "run.yaml", **settings)
+    assert run("plan", config) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

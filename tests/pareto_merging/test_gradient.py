@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
+from pareto_merging import gradient
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
@@ -563,6 +563,11 @@ def test_compiled_models() -> None:
 
 def test_arguments_are_checked() -> None:
     model = pareto()
+    with pytest.raises(TypeError, match="cache: expected True, False or None, got 'off'"):
+        GradientOfStep(model, heads(), learned_parameters(model), method(), cache="off")  # type: ignore[arg-type]
+    elsewhere = [heads()[0], heads()[1].to("meta"), heads()[2]]
+    with pytest.raises(ValueError, match="tasks: expected the head of t1 on cpu, .* got weight on meta"):
+        GradientOfStep(model, elsewhere, learned_parameters(model), method())
     for value, message in (("maybe", "expected auto, on or off, got 'maybe'"), ("on", "expected auto or off without")):
         with pytest.raises(ValueError, match=f"cuda_graphs: {message}"):
             GradientOfStep(model, heads(), learned_parameters(model), method(), cuda_graphs=value)
@@ -600,50 +605,32 @@ class Rehearsal:
                     with torch.no_grad():
                         (old[:, :1] if 0 in old.stride() else old).copy_(new[:, :1] if 0 in old.stride() else new)
 
-        @contextlib.contextmanager
-        def graph(_: Any) -> Iterator[None]:
+        def capture(function: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+            # once more for real, as on a GPU
+            function()
             kept = [] if step.cache is None else [e.value for e in step.cache._kept.values()]
             kept += [] if step.factors is None else step.factors._stacked
             lasting = [*kept, *([] if step.vectors is None or step.vectors.leaf is None else [step.vectors.leaf])]
             before = [t.detach().clone() for t in lasting]
             rehearsal.captures += 1
             rehearsal.capturing = True
-            compute = step._compute
-
-            def poisoned() -> Any:
-                outcome = compute()
+            try:
+                outcome = function()
                 for value in outcome:
                     value.data.fill_(torch.nan)
-                return outcome
-
-            step._compute = poisoned  # type: ignore[method-assign]
-            try:
-                yield
                 rehearsal.fail()
             finally:
                 rehearsal.capturing = False
-                del step._compute
                 for tensor, value in zip(lasting, before, strict=True):
                     tensor.data.copy_(value)
+            return Graph(), outcome
 
-        class Stream:
-            def __init__(self, *_: Any) -> None:
-                pass
-
-            def wait_stream(self, _: Any) -> None:
-                pass
-
-        @contextlib.contextmanager
-        def stream(_: Any) -> Iterator[None]:
+        def warm_up(function: Callable[[], Any], device: torch.device) -> Any:
             rehearsal.warm_ups += 1
-            yield
+            return function()
 
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "stream", stream)
-        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+        monkeypatch.setattr(gradient, "capture", capture)
+        monkeypatch.setattr(gradient, "warm_up", warm_up)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: rehearsal.capturing)
         step.graphs = "auto"
 
