@@ -566,7 +566,7 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(TypeError, match="cache: expected True, False or None, got 'off'"):
         GradientOfStep(model, heads(), learned_parameters(model), method(), cache="off")  # type: ignore[arg-type]
     elsewhere = [heads()[0], heads()[1].to("meta"), heads()[2]]
-    with pytest.raises(ValueError, match="tasks: expected the head of t1 on cpu, .* got weight on meta"):
+    with pytest.raises(ValueError, match=r"tasks: expected the head of t1 on cpu, .* got weight on meta"):
         GradientOfStep(model, elsewhere, learned_parameters(model), method())
     for value, message in (("maybe", "expected auto, on or off, got 'maybe'"), ("on", "expected auto or off without")):
         with pytest.raises(ValueError, match=f"cuda_graphs: {message}"):
