@@ -219,6 +219,8 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
     attended = tasks * sum(Bound(k.products, k.memory).seconds(rates, KIND) for k in scores)
     limit = bound = attended
     ideal = cached = streamed = fused = tasks * costs.seconds(scores, rates, KIND)
+    together = [replace(k, products=tasks * k.products, memory=tasks * k.memory) for k in scores]
+    at_once = costs.seconds(together, rates, KIND)
     for product in products(tower, tasks):
         p, times = product.problem, product.times
         # forward, dx and dW on a merged weight read or write the same: one weight, x and y
@@ -234,6 +236,10 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
         gradient = min(predicted("weight_grad", name, p, gpu) for name in ("fused", "streamed"))
         merge = predicted("merge", "streamed", p, gpu)
         cached += times * (merge + tasks * (with_weight * gemm + gradient))
+        whole = replace(p, rows=tasks * p.rows)
+        products_of_all = costs.seconds(costs.passes("forward", "streamed", whole, cached=True), rates, KIND)
+        gradient_of_all = min(predicted("weight_grad", name, whole, gpu) for name in ("fused", "streamed"))
+        at_once += times * (merge + with_weight * products_of_all + gradient_of_all)
         for_x = ("forward", "dx") if product.dx else ("forward",)
         streamed += tasks * times * (sum(predicted(op, "streamed", p, gpu) for op in for_x) + gradient)
         fused += (
@@ -241,7 +247,8 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
             * times
             * (sum(predicted(op, "fused", p, gpu) for op in for_x) + predicted("weight_grad", "fused", p, gpu))
         )
-    return Step(operations, limit, bound, ideal, {"cached": cached, "streamed": streamed, "fused": fused})
+    found = {"cached": cached, "all at once": at_once, "streamed": streamed, "fused": fused}
+    return Step(operations, limit, bound, ideal, found)
 
 
 def memory(tower: Tower, tasks: int) -> dict[str, float]:
@@ -459,12 +466,12 @@ def _device_models(gpu: str, title: str) -> list[str]:
                     f"{found.bound / found.limit:.3f}×",
                     f"*{figure(found.predicted_limit * 1e3)}*",
                     *(f"*{figure(seconds * 1e3)}*" for seconds in found.predicted.values()),
-                    f"*{found.predicted['cached'] / found.predicted_limit:.2f}×*",
+                    *(f"*{found.predicted[name] / found.predicted_limit:.2f}×*" for name in ("cached", "all at once")),
                     run,
                 ]
             )
-        columns = ["K", "TFLOP", "limit", "bound", "bound ÷ limit", "*limit*", "*cached*", "*streamed*", "*fused*"]
-        columns += ["*cached ÷ limit*", "*run, cached*"]
+        columns = ["K", "TFLOP", "limit", "bound", "bound ÷ limit", "*limit*", "*cached*", "*all at once*"]
+        columns += ["*streamed*", "*fused*", "*cached ÷ limit*", "*all at once ÷ limit*", "*run, cached*"]
         lines += [f"### {title}: a training step of {tower.name}, ms", *table(columns, rows, 0)]
     return lines
 
@@ -495,6 +502,8 @@ A training step is the forward and backward of K tasks, {BATCH} images each, one
   vectors where the limit writes one dW.
 - ***cached***, ***streamed***, ***fused***: predicted. *cached* assembles once per step, *streamed* for every forward
   and dx, *fused* inside every product. The first two take the faster weight gradient, *fused* its own.
+- ***all at once***: as *cached*, with `tasks_at_once: all`: products of K times the rows and one weight gradient for
+  all tasks, which reads the task vectors once, at the activations of K tasks. The limit stays that of task by task.
 - ***run, cached***: a learning run of as many steps as were published for so many tasks: counted products alone.
 
 Memory of weights during a step, in GB (10⁹ bytes). Activations, the learned parameters and the optimiser's state come

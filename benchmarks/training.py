@@ -1076,8 +1076,10 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, str]]:
         wide, same = _row(report, model, ADAMERGING, "float32"), _row(report, model, ADAMERGING)
         text, met = None, False
         if ours["ms"] and limit["ms"]:
-            ratio = ours["ms"] / limit["ms"]
+            ratio, together = ours["ms"] / limit["ms"], _row(report, model, ALL)["ms"]
             text, met = f"{ratio:.2f}×", ratio <= 1.10
+            if together:
+                text += f" ({together / limit['ms']:.2f}× with all tasks at once)"
         add(model, "a step within 1.10× the limit under a CUDA graph", text, met, ours["reason"] or limit["reason"])
         text, met = None, False
         if ours["ms"] and same["ms"] and ours["peak_bytes"] and same["peak_bytes"]:
