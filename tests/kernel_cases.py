@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import pmkernels
-from pmkernels import reference
+from pmkernels import dispatch, reference
 
 FROZEN = ("weight", "task_vectors")
 LEARNED = ("lam", "A", "G", "B", "gamma")
@@ -117,3 +118,37 @@ def check_linear(values: Mapping[str, Tensor], dy: Tensor | None = None, **optio
     for name, gradient in gradients(ours, dy, values).items():
         assert gradient.dtype == values[name].dtype, name
         assert_close(f"gradient of {name}", gradient, reached[name], theirs[name], dtype, terms=_largest(sums[name]))
+
+
+class Parts:
+    """How many parts every product was cut into; ``force`` asks for a number instead of the rules."""
+
+    def __init__(self) -> None:
+        self.of_d: list[int] = []
+        self.of_rows: list[int] = []
+        self.force: int | None = None
+
+
+def note_parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
+    """From here on the parts of every product are noted, and forced where a test asks for that."""
+    seen = Parts()
+    of_d, of_rows = dispatch.splits_of_d, dispatch.splits_of_rows
+
+    def forced(length: int, block: int) -> tuple[int, int]:
+        assert seen.force is not None
+        each = max(-(-length // (seen.force * block)), 1) * block
+        return max(-(-length // each), 1), each
+
+    def noted_d(config: dispatch.Config, gpu: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
+        found = of_d(config, gpu, rows, n, d, tiles) if seen.force is None else forced(d, config.block_d)
+        seen.of_d.append(found[0])
+        return found
+
+    def noted_rows(config: dispatch.Config, gpu: int, rows: int, *rest: int) -> tuple[int, int]:
+        found = of_rows(config, gpu, rows, *rest) if seen.force is None else forced(rows, config.block_m)
+        seen.of_rows.append(found[0])
+        return found
+
+    monkeypatch.setattr(dispatch, "splits_of_d", noted_d)
+    monkeypatch.setattr(dispatch, "splits_of_rows", noted_rows)
+    return seen

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, assert_close, check_linear, exactly, gradients, linear_arguments
+from kernel_cases import LOW_RANK, Parts, assert_close, check_linear, exactly, gradients, linear_arguments, note_parts
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import reference
 from pmkernels.graphs import capture, warm_up
 
 pytestmark = pytest.mark.gpu
@@ -40,38 +40,9 @@ def exact_float32() -> Iterator[None]:
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-class Parts:
-    """How many parts every product was cut into; ``force`` asks for a number instead of the rules."""
-
-    def __init__(self) -> None:
-        self.of_d: list[int] = []
-        self.of_rows: list[int] = []
-        self.force: int | None = None
-
-
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
-    seen = Parts()
-    of_d, of_rows = dispatch.splits_of_d, dispatch.splits_of_rows
-
-    def forced(length: int, block: int) -> tuple[int, int]:
-        assert seen.force is not None
-        each = max(-(-length // (seen.force * block)), 1) * block
-        return max(-(-length // each), 1), each
-
-    def noted_d(config: dispatch.Config, gpu: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
-        found = of_d(config, gpu, rows, n, d, tiles) if seen.force is None else forced(d, config.block_d)
-        seen.of_d.append(found[0])
-        return found
-
-    def noted_rows(config: dispatch.Config, gpu: int, rows: int, *rest: int) -> tuple[int, int]:
-        found = of_rows(config, gpu, rows, *rest) if seen.force is None else forced(rows, config.block_m)
-        seen.of_rows.append(found[0])
-        return found
-
-    monkeypatch.setattr(dispatch, "splits_of_d", noted_d)
-    monkeypatch.setattr(dispatch, "splits_of_rows", noted_rows)
-    return seen
+    return note_parts(monkeypatch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
