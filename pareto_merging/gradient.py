@@ -33,6 +33,7 @@ from pareto_merging.objectives import (
     tensor_norm,
 )
 from pareto_merging.preferences import pareto_state
+from pmkernels.checks import autocast_enabled
 from pmkernels.graphs import capture, warm_up
 
 CudaGraphs: TypeAlias = Literal["auto", "on", "off"]
@@ -444,7 +445,7 @@ class GradientOfStep:
 
     def _compute(self) -> StepGradient:
         kind = self.device.type
-        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        enabled = autocast_enabled(kind)
         # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
         plain = torch.autocast(kind, enabled=False) if enabled else _NOTHING
         dtype = torch.get_autocast_dtype(kind) if enabled else None

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import pmkernels
 from pareto_merging.cache import MergedWeights
 from pareto_merging.preferences import ParetoState, pareto_states
+from pmkernels.checks import autocast_enabled
 
 if TYPE_CHECKING:
     ModuleBase = nn.Module
@@ -192,10 +193,7 @@ class ParetoModule(ModuleBase):
             return F.linear(x, weight[rows], None if bias is None else bias[rows])
         gamma = None if parts["A"] is None else self.pareto_gamma_for(x, batch_dim)
         state = self.pareto
-        kind = x.device.type
-        autocast = (
-            x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        )
+        autocast = x.dtype != torch.float64 and autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
         # a folded weight with a preference per item is used as it is

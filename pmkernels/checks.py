@@ -10,10 +10,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+# asked for once: torch.compile of the oldest PyTorch we support cannot look into the question
+_HAVE_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
+
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for that kind of device; some kinds have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

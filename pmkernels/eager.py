@@ -51,7 +51,8 @@ def _assemble(
         A, C, B = low_rank
         left = A.to(accumulate) if C is None else A.to(accumulate) @ C.to(accumulate)
         merged = torch.addmm(merged, left, B.to(accumulate).t())
-    return merged.to(dtype)
+    # PyTorch 2.11 compiles a result that is a conversion to its own dtype into one without a gradient
+    return merged if merged.dtype == dtype else merged.to(dtype)
 
 
 def _project_on_task_vectors(d_weight: Tensor, task_vectors: Tensor, like: Tensor) -> Tensor:

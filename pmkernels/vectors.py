@@ -29,7 +29,10 @@ class _MergeVectors(torch.autograd.Function):
             # one task vector at a time: never K of them in float32
             spread = torch.repeat_interleave(lam[:, k].to(dtype), lengths, output_size=weight.numel())
             merged = torch.addcmul(merged, spread, task_vectors[k].to(dtype))
-        return merged.to(weight.dtype) if task_vectors.shape[0] else weight.clone()
+        if not task_vectors.shape[0]:
+            return weight.clone()
+        # PyTorch 2.11 compiles a result that is a conversion to its own dtype into one without a gradient
+        return merged if dtype == weight.dtype else merged.to(weight.dtype)
 
     @staticmethod
     @once_differentiable
