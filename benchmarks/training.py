@@ -71,8 +71,8 @@ OURS: dict[str, How] = {
 }
 VARIANTS = {
     8: (*OURS, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
-    2: (AUTO, ALL, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
-    4: (AUTO, ONCE, LIMIT_GRAPH),
+    2: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    4: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
 }
 
 
@@ -1013,7 +1013,7 @@ def run(quick: bool) -> dict[str, Any]:
     add(TINY, tasks, torch.float32, every, batch=2, seconds=0.05, data_free=True, steps=3)
     if not quick:
         for architecture in MODELS:
-            # more says nothing new with fewer tasks
+            # plain PyTorch and a step without graphs say nothing new with fewer tasks
             for tasks in VARIANTS:
                 options: dict[str, Any] = {"data_free": architecture is MODELS[0] and tasks == 8}
                 options["profiles"] = profiles if tasks == 8 else None
