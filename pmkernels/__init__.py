@@ -1,12 +1,14 @@
 """Kernels for W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ, the weight of one layer of a Pareto model.
 
-Five operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`.
+Six operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`
+(preference_linear's is pareto_linear).
 """
 
 from pmkernels import reference
 from pmkernels.dispatch import STRATEGIES
 from pmkernels.entropy import softmax_entropy
 from pmkernels.linear import merge_weight, pareto_linear
+from pmkernels.preference import preference_linear, widen_weight
 from pmkernels.projection import project_task_vectors
 from pmkernels.vectors import merge_vectors, merge_vectors_gradient
 
@@ -16,7 +18,9 @@ __all__ = [
     "merge_vectors_gradient",
     "merge_weight",
     "pareto_linear",
+    "preference_linear",
     "project_task_vectors",
     "reference",
     "softmax_entropy",
+    "widen_weight",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-OPERATIONS = ("forward", "dx", "weight_grad", "merge")
+OPERATIONS = ("forward", "dx", "weight_grad", "merge", "preference")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
 
 # of a tensor core's rate, what tiles multiplied in Triton beside other work are taken to reach until measured
 KERNEL_EFFICIENCY = 0.7
+# rows of a program that writes [x | t]
+WIDEN_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ class Problem:
         return 2.0 * self.rows * self.n * self.d
 
     @property
+    def low_rank_product(self) -> float:
+        """Operations of x·B and t·Aᵀ for every row."""
+        return 2.0 * self.rows * self.rank * (self.n + self.d)
+
+    @property
+    def factors(self) -> float:
+        """Bytes of A and B in the model's type."""
+        return float(self.rank * (self.n + self.d) * self.size)
+
+    @property
     def weight(self) -> float:
         """Bytes of one weight."""
         return float(self.n * self.d * self.size)
@@ -122,7 +134,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Pass:
-    """One kernel: tensor-core operations, plain float32 operations, bytes of device memory and through L2."""
+    """One kernel: tensor-core operations, plain float32 operations, bytes of device memory and through L2.
+
+    ``programs``: where they are fewer than the multiprocessors they have a share of the rates; 0: enough.
+    """
 
     name: str
     products: float = 0.0
@@ -130,6 +145,7 @@ class Pass:
     memory: float = 0.0
     cache: float = 0.0
     efficiency: float = 1.0
+    programs: int = 0
 
     def seconds(self, rates: Rates, kind: str) -> float:
         """The longest of its four times, and its launch."""
@@ -139,7 +155,8 @@ class Pass:
             self.memory / rates.memory,
             self.cache / rates.cache,
         )
-        return longest + rates.launch
+        idle = max(1.0, rates.multiprocessors / self.programs) if self.programs else 1.0
+        return idle * longest + rates.launch
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,8 @@ def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
         return Bound(p.product, p.tasks * p.weight + p.activations)
     if operation in ("forward", "dx"):
         return Bound(p.product, (1 if cached else p.tasks + 1) * p.weight + p.activations)
+    if operation == "preference":
+        return Bound(p.product + p.low_rank_product, p.weight + p.factors + p.activations)
     raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
 
 
@@ -212,6 +231,31 @@ def passes(
             memory=read + p.activations + partial,
             cache=row_blocks * read + math.ceil(n / block_n) * p.rows * d * p.size,
             efficiency=KERNEL_EFFICIENCY,
+        )
+        return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
+    if operation == "preference":
+        x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)
+        if strategy == "streamed":
+            kept = 0.0 if 2 * wide <= cache_bytes else wide
+            longer = p.product * (p.d + p.rank) / p.d
+            output = float(p.rows * p.n * p.size)
+            return [
+                Pass(
+                    "widen",
+                    products=2.0 * p.rows * p.rank * p.d,
+                    memory=x + wide,
+                    programs=math.ceil(p.rows / WIDEN_ROWS),
+                ),
+                Pass("product", products=longer, memory=p.weight + p.factors + kept + output),
+            ]
+        row_blocks, partial = math.ceil(p.rows / block_m), 4.0 * splits * p.rows * p.n if splits > 1 else 0.0
+        fused = Pass(
+            "fused",
+            products=2.0 * row_blocks * block_m * p.d * (p.n + math.ceil(p.n / block_n) * p.rank),
+            memory=p.weight + p.factors + p.activations + partial,
+            cache=row_blocks * p.weight + math.ceil(p.n / block_n) * x,
+            efficiency=KERNEL_EFFICIENCY,
+            programs=row_blocks * math.ceil(p.n / block_n) * splits,
         )
         return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
     if operation == "weight_grad":

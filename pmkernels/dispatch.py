@@ -111,7 +111,7 @@ def choose(
     tasks: int,
     per_row: bool = False,
 ) -> str:
-    """``fused`` or ``streamed`` for one operation (``forward``, ``dx``, ``weight_grad``) of a layer [n, d].
+    """``fused`` or ``streamed`` for one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer [n, d].
 
     ``strategy`` other than ``auto`` is what it is. Otherwise what was measured on this GPU at the nearest number of
     rows, where a tuned configuration file has this layer, else the cheaper by :mod:`pmkernels.costs`.
@@ -128,7 +128,7 @@ def choose(
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(name: str, device: torch.device, operation: str, problem: costs.Problem) -> str:
-    if operation != "weight_grad" and not problem.tasks and (problem.per_row or not problem.rank):
+    if operation in ("forward", "dx") and not problem.tasks and (problem.per_row or not problem.rank):
         # nothing to merge: streamed is the library's product and nothing else
         return "streamed"
     measured = [
@@ -147,7 +147,7 @@ def predicted_seconds(
     name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
 ) -> float:
     """What :mod:`pmkernels.costs` makes of an operation with the tiles of a configuration file, on a GPU."""
-    op = "weight_grad" if operation == "weight_grad" else "linear"
+    op = operation if operation in ("weight_grad", "preference") else "linear"
     config = lookup(name, op, problem.kind, _bucket(problem.rows), problem.rank, True)
     n, d = (problem.d, problem.n) if operation == "dx" else (problem.n, problem.d)
     if operation == "weight_grad":

@@ -11,6 +11,7 @@ parameters themselves: W(γ) is put together again when the backward needs it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -259,14 +260,18 @@ def varying_dims(gamma: Tensor) -> int:
     return dims
 
 
+def groups_of(gamma: Tensor, lead: Sequence[int]) -> Tensor:
+    """γ [K] or [*, K] against rows of leading dimensions ``lead`` -> [groups, K], not expanded to rows."""
+    dims = varying_dims(gamma)
+    expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead[:dims], -1)
+    return expanded.reshape(math.prod(lead[:dims]), gamma.shape[-1])
+
+
 def group_rows(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """x [*, D], gamma [*, K] -> x as [groups, rows, D] and gamma as [groups, K]; gamma is not expanded to rows."""
-    dims = varying_dims(gamma)
-    lead = x.shape[:dims]
-    groups = math.prod(lead)
-    rows = math.prod(x.shape[dims:-1])
-    expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead, -1)
-    return x.reshape(groups, rows, x.shape[-1]), expanded.reshape(groups, gamma.shape[-1])
+    groups = groups_of(gamma, x.shape[:-1])
+    rows = math.prod(x.shape[varying_dims(gamma) : -1])
+    return x.reshape(len(groups), rows, x.shape[-1]), groups
 
 
 def ungroup(d_groups: Tensor, x_shape: torch.Size, gamma: Tensor) -> Tensor:

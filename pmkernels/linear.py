@@ -18,7 +18,8 @@ if dispatch.HAS_TRITON:
     from pmkernels import ops
 
 
-def _broadcasts(lead: torch.Size, to: torch.Size) -> bool:
+def broadcasts(lead: torch.Size, to: torch.Size) -> bool:
+    """Whether the leading dimensions of γ are those of x, or 1."""
     return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
 
 
@@ -94,7 +95,7 @@ def pareto_linear(
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
     lead = x.shape[:-1]
     per_row = gamma is not None and gamma.ndim > 1
-    if gamma is not None and per_row and not _broadcasts(gamma.shape[:-1], lead):
+    if gamma is not None and per_row and not broadcasts(gamma.shape[:-1], lead):
         raise ValueError(
             f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
             f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"

@@ -87,10 +87,7 @@ class _Groups:
     """γ per row as the kernels take it: C or (G, γ) by group, rows of a group together."""
 
     def __init__(self, G: Tensor, gamma: Tensor, lead: Sequence[int]) -> None:
-        dims = eager.varying_dims(gamma)
-        groups = math.prod(lead[:dims])
-        expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead[:dims], -1)
-        self.G, self.gamma = G, expanded.reshape(groups, gamma.shape[-1]).contiguous()
+        self.G, self.gamma = G, eager.groups_of(gamma, lead).contiguous()
         self.tasks = gamma.shape[-1]
 
     @classmethod

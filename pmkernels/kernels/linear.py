@@ -155,6 +155,23 @@ def sum_splits_kernel(
     tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=element < size)
 
 
+def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y [*, N] = Σ partial [splits, M, N] + bias, added up in float32 and in that order."""
+    add = dispatch.config("sum", y, rows=partial.shape[1], rank=0)
+    sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](
+        partial,
+        bias,
+        y,
+        y.numel(),
+        y.shape[-1],
+        partial.shape[0],
+        HAS_BIAS=bias is not None,
+        BLOCK=add.block_d,
+        **add.options,
+    )
+    return y
+
+
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -222,20 +239,7 @@ def linear_fwd(
         STAGES=config.num_stages,
         **config.options,
     )
-    if splits > 1:
-        add = dispatch.config("sum", x, rows=rows.M, rank=0)
-        sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](
-            target,
-            bias,
-            y,
-            y.numel(),
-            n,
-            splits,
-            HAS_BIAS=bias is not None,
-            BLOCK=add.block_d,
-            **add.options,
-        )
-    return y
+    return y if splits == 1 else sum_splits(target, bias, y)
 
 
 def linear_bwd_x(

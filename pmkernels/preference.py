@@ -1,0 +1,205 @@
+"""preference_linear: a folded layer at a preference per row, for inference, at about the price of the plain layer.
+
+A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·Bᵀx. With W and A side by side in one matrix
+(:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, with the low-rank part in the sum
+before anything is rounded, so that nearby preferences stay apart. :mod:`pmkernels.kernels.preference` has the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pmkernels import dispatch, eager
+from pmkernels.checks import check_tensor, no_autocast
+from pmkernels.linear import broadcasts
+from pmkernels.reference import preference_core
+
+if dispatch.HAS_TRITON:
+    from pmkernels.kernels import preference as kernels
+
+# torch.library reads these annotations and knows Optional, not |
+OptionalTensor = Optional[Tensor]  # noqa: UP045
+
+
+def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
+    """W and A side by side, as :func:`preference_linear` takes them: a new tensor in the dtype of ``weight``.
+
+    Args:
+        weight: W ``[out, in]``, task vectors folded in. A: ``[out, r]``.
+
+    Returns:
+        ``[out, in + R]``: W, A and zeros up to R, which is r rounded up to a power of two of at least 16.
+        ``wide[:, :in]`` is W.
+
+    Raises:
+        TypeError, ValueError: not two matrices of that many rows on one device.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    for name, value in (("weight", weight), ("A", A)):
+        check_tensor(name, value, weight.device)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
+    (n, d), rank = weight.shape, A.shape[-1] if A.ndim else 0
+    if A.shape != (n, rank) or not rank:
+        raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+    wide = torch.zeros(n, d + dispatch.padded_rank(rank), dtype=weight.dtype, device=weight.device)
+    wide[:, :d] = weight.detach()
+    wide[:, d : d + rank] = A.detach()
+    return wide
+
+
+def preference_linear(
+    x: Tensor,
+    wide: Tensor,
+    G: Tensor,
+    B: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None = None,
+    *,
+    strategy: str = "auto",
+) -> Tensor:
+    """y = x·Wᵀ + (C(γ)·Bᵀx)·Aᵀ + b with C(γ) = G ×₃ γ (Chen & Kwok, arXiv 2408.12105, equation 6), for inference.
+
+    Args:
+        x: ``[*, in]``, any strides, no rows allowed.
+        wide: W and A as :func:`widen_weight` lays them out, ``[out, in + R]``, in the dtype of x.
+        G: ``[r, r, K]``, float32. B: ``[in, r]`` in the dtype of x; read along ``in``, so best laid out as
+            ``B.t().contiguous().t()``.
+        gamma: float32: ``[K]`` for all rows, or exactly ``x.ndim`` dimensions ``[*, K]`` whose leading ones are 1 or
+            x's (``[32, 1, K]`` against ``[32, 257, in]``: one preference per image). Its values are not looked at.
+        bias: ``[out]`` in the dtype of x, or None.
+        strategy: ``"auto"``; ``"eager"`` (plain PyTorch, any device), ``"fused"`` (one kernel, for few rows: D is split
+            over several programs) or ``"streamed"`` (a kernel writes [x | t], then the library's product). The last two
+            need a CUDA GPU, float32, bfloat16 or float16, K and r up to 32 and 64. ``"auto"`` takes what was measured
+            on this GPU or is counted to be faster.
+
+    Returns:
+        ``[*, out]`` in the dtype of x. Autocast is not looked at. Works under ``torch.vmap`` over γ: what of the layer
+        does not depend on γ is then computed once.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or strategy, or a gradient is wanted.
+    """
+    if not isinstance(wide, Tensor):
+        raise TypeError(f"wide: expected a tensor, got {type(wide).__name__}")
+    given = {"x": x, "wide": wide, "G": G, "B": B, "gamma": gamma}
+    for name, value in (given if bias is None else {**given, "bias": bias}).items():
+        check_tensor(name, value, wide.device, learned=name in ("G", "gamma"))
+        if name not in ("G", "gamma") and value.dtype != wide.dtype:
+            raise TypeError(f"{name}: expected {wide.dtype}, the dtype of wide, got {value.dtype}")
+        if torch.is_grad_enabled() and value.requires_grad:
+            raise ValueError(f"{name}: expected no gradient to be wanted (pareto_linear has one), got requires_grad")
+    _check_shapes(x, wide, G, B, gamma, bias)
+    chosen = dispatch.resolve(strategy, {**given, "A": B, "task_vectors": None}, x.device)
+    with no_autocast(x.device.type):
+        y: Tensor = _preference_linear(x, wide, G, B, gamma, bias, chosen)
+        return y
+
+
+def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
+    if B.ndim != 2 or not B.shape[1]:
+        raise ValueError(f"B: expected shape [in, R], got {list(B.shape)}")
+    d, rank = B.shape
+    width = d + dispatch.padded_rank(rank)
+    if wide.ndim != 2 or wide.shape[1] != width:
+        raise ValueError(f"wide: expected shape [out, {width}], as widen_weight returns, got {list(wide.shape)}")
+    if wide.stride(1) != 1:
+        raise ValueError(f"wide: expected neighbouring columns in memory, got strides {wide.stride()}")
+    if x.ndim == 0 or x.shape[-1] != d:
+        raise ValueError(f"x: expected shape [*, {d}], got {list(x.shape)}")
+    if G.ndim != 3 or G.shape[:2] != (rank, rank):
+        raise ValueError(f"G: expected shape [{rank}, {rank}, K], got {list(G.shape)}")
+    tasks, lead = G.shape[2], x.shape[:-1]
+    fits = gamma.ndim == 1 or (gamma.ndim > 1 and broadcasts(gamma.shape[:-1], lead))
+    if not fits or gamma.shape[-1] != tasks:
+        raise ValueError(
+            f"gamma: expected shape [{tasks}] or [*, {tasks}] with {x.ndim} dimensions broadcastable to "
+            f"{tuple(lead)}, got {list(gamma.shape)}"
+        )
+    if bias is not None and bias.shape != (wide.shape[0],):
+        raise ValueError(f"bias: expected shape [{wide.shape[0]}], got {list(bias.shape)}")
+
+
+@torch.library.custom_op("pmkernels::preference_linear", mutates_args=())
+def _preference_linear(
+    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: OptionalTensor, strategy: str
+) -> Tensor:
+    if strategy == "eager":
+        return _eager(x, wide, G, B, gamma, bias)
+    (d, rank), rows = B.shape, math.prod(x.shape[:-1])
+    chosen = dispatch.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
+    groups = eager.groups_of(gamma, x.shape[:-1]).contiguous()
+    with torch.cuda.device_of(x):
+        if chosen == "fused":
+            return kernels.preference_linear(x, wide, G, B, groups, bias)
+        return F.linear(kernels.widen(x, G, B, groups), wide, bias)
+
+
+@_preference_linear.register_fake
+def _(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: OptionalTensor, strategy: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], wide.shape[0]))
+
+
+def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+    """The same in plain PyTorch. Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place,
+    which spares the copy of x and rounds no worse."""
+    (d, rank), n = B.shape, wide.shape[0]
+    x3, groups = eager.group_rows(x, gamma)
+    t = (x3 @ B).to(G.dtype) @ preference_core(G, groups).transpose(1, 2)
+    if x.element_size() < 4:
+        longer = x.new_zeros(*x3.shape[:2], wide.shape[1])
+        longer[..., :d] = x3
+        longer[..., d : d + rank] = t
+        return F.linear(longer, wide, bias).view(*x.shape[:-1], n)
+    y = F.linear(x3, wide[:, :d], bias).view(-1, n)
+    y.addmm_(t.reshape(-1, rank).to(x.dtype), wide[:, d : d + rank].t())
+    return y.view(*x.shape[:-1], n)
+
+
+def _over_preferences(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    wide: Tensor,
+    G: Tensor,
+    B: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None,
+    strategy: str,
+) -> tuple[Tensor, int]:
+    """vmap over x, γ or both."""
+    x_dim, *others, gamma_dim, bias_dim, _ = in_dims
+    if any(dim is not None for dim in (*others, bias_dim)):
+        raise ValueError("preference_linear: expected vmap over x and gamma alone, got another argument")
+    many = info.batch_size
+    if gamma_dim is None:
+        x = x.movedim(x_dim or 0, 0)
+        spread = gamma if gamma.ndim == 1 else gamma.unsqueeze(0)
+        return _preference_linear(x, wide, G, B, spread, bias, strategy), 0
+    gamma = gamma.movedim(gamma_dim, 0)
+    if x_dim is None and gamma.ndim == 2:
+        return _shared_product(x, wide, G, B, gamma, bias), 0
+    x = x.expand(many, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if gamma.ndim == 2:
+        gamma = gamma.view(many, *(1 for _ in x.shape[1:-1]), gamma.shape[-1])
+    return _preference_linear(x, wide, G, B, gamma, bias, strategy), 0
+
+
+def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+    """The same rows x [*, D] at each preference of gamma [R, K] -> [R, *, N]: x·Wᵀ and Bᵀx once, R times t·Aᵀ."""
+    (d, rank), n = B.shape, wide.shape[0]
+    rows = x.reshape(-1, d)
+    base = F.linear(rows, wide[:, :d], bias)
+    t = (rows @ B).to(G.dtype) @ preference_core(G, gamma).transpose(1, 2)
+    left = wide[:, d : d + rank].t().expand(len(gamma), rank, n)
+    y = torch.baddbmm(base.expand(len(gamma), *base.shape), t.to(x.dtype), left)
+    return y.view(len(gamma), *x.shape[:-1], n)
+
+
+_preference_linear.register_vmap(_over_preferences)
