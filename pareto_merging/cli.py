@@ -301,6 +301,7 @@ def export(
             target,
             heads={name: (head.weight, head.logit_scale) for name, head in heads.items()},
             encoder=workspace.encoder_description,
+            preprocessing=workspace.preprocessing,
         )
     else:
         with user_errors():
@@ -335,6 +336,100 @@ def plan(
     title = f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}"
     counted = [[row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note] for row in rows]
     print_table(title, ["kind", "numbers", "MiB", "note"], counted, left=(0, 3))
+
+
+def _limit(name: str) -> Any:
+    """The option of one limit of `serve`, described as the limit is."""
+    from pareto_merging.serving.limits import Limits
+
+    text = str(Limits.model_fields[name].description)
+    return typer.Option(help=f"{text[0].upper()}{text[1:]}.", rich_help_panel="Limits")
+
+
+@app.command()
+def serve(
+    folded: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDED", help="A folded file: `pareto-merging export RUN --folded` writes one."),
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to bind. There is no authentication: leave it, or put a proxy in front.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to bind; 0 takes a free one.")] = 8000,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64. Default: what the file holds.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of the model. Default: PyTorch's.")
+    ] = None,
+    max_batch: Annotated[int, _limit("max_batch")] = 128,
+    wait: Annotated[float, _limit("wait")] = 2.0,
+    queue: Annotated[int, _limit("queue")] = 256,
+    request_bytes: Annotated[int, _limit("request_bytes")] = 12 * 2**20,
+    image_bytes: Annotated[int, _limit("image_bytes")] = 8 * 2**20,
+    pixels: Annotated[int, _limit("pixels")] = 25_000_000,
+    side: Annotated[int, _limit("side")] = 10_000,
+    aspect: Annotated[float, _limit("aspect")] = 100.0,
+    formats: Annotated[str, _limit("formats")] = "PNG,JPEG,WEBP,BMP,PPM",
+    decoders: Annotated[int, _limit("decoders")] = 4,
+    upload: Annotated[float, _limit("upload")] = 20.0,
+    idle: Annotated[float, _limit("idle")] = 75.0,
+    shutdown: Annotated[int, _limit("shutdown")] = 30,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a folded model over HTTP: every request chooses its own merged model by a preference.
+
+    POST /classify and /embed take an image and a preference, as JSON or as a
+    form; /docs tries them out in a browser, /model names tasks and limits,
+    /health and /metrics (Prometheus) are for machines. Requests of different
+    preferences are computed in one batch. SIGTERM or Ctrl-C answers what was
+    accepted and exits.
+    """
+    from pareto_merging.errors import UserError
+    from pareto_merging.serving.limits import make_limits
+
+    limits = make_limits(
+        {
+            "max_batch": max_batch,
+            "wait": wait,
+            "queue": queue,
+            "request_bytes": request_bytes,
+            "image_bytes": image_bytes,
+            "pixels": pixels,
+            "side": side,
+            "aspect": aspect,
+            "formats": tuple(formats.split(",")),
+            "decoders": decoders,
+            "upload": upload,
+            "idle": idle,
+            "shutdown": shutdown,
+        }
+    )
+    try:
+        from pareto_merging.serving.http import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pareto_merging":
+            raise
+        raise UserError(
+            f"serve: expected the serve extra (pip install 'pareto-merging[serve]'), got no module named {error.name}"
+        ) from error
+    lost = run(
+        folded,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        limits=limits,
+        threads=threads,
+        progress=not quiet,
+        on_warning=_warn,
+    )
+    if lost:
+        print(
+            f"pareto-merging: {lost} accepted requests were not answered within --shutdown {shutdown}", file=sys.stderr
+        )
+        raise typer.Exit(1)
 
 
 def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequence[Scores]) -> None:

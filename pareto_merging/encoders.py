@@ -64,6 +64,20 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
+def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
+    """How images of any size become the encoder's input, as CLIP does it: ``size``, and ``mean`` and ``std`` by channel.
+
+    Resized to ``size`` pixels along the shorter side (bicubic), cropped to the middle, 0..1, normalised.
+    """
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    return {
+        "size": image_size(description),
+        "mean": list(OPENAI_DATASET_MEAN),
+        "std": list(OPENAI_DATASET_STD),
+    }
+
+
 def image_size(description: Mapping[str, Any]) -> int:
     """The side of the square images the encoder of :func:`describe` takes, in pixels."""
     if "architecture" in description:

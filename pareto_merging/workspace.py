@@ -18,6 +18,7 @@ from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenCo
 from pareto_merging.data import digits
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
+from pareto_merging.devices import find_device
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.modules import set_strategy
@@ -108,17 +109,16 @@ class Workspace:
     @cached_property
     def device(self) -> torch.device:
         """Where the work is done: a CUDA GPU where there is one, unless the configuration says otherwise."""
-        if self.config.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with user_errors("device"):
-            try:
-                device = torch.device(self.config.device)
-                if device.type == "meta":
-                    raise RuntimeError("meta tensors have no values")
-                torch.empty(0, device=device)
-            except (RuntimeError, AssertionError) as error:
-                raise UserError(f"device: expected one that is here, got {self.config.device}") from error
-        return device
+        return find_device(self.config.device)
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """How image files become the encoder's input: see :func:`pareto_merging.encoders.default_preprocessing`."""
+        found = encoders.default_preprocessing(self.encoder_description)
+        if self.config.suite is not None:
+            mean, std = digits.normalisation()
+            found |= {"mean": [mean] * 3, "std": [std] * 3}
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

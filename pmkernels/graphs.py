@@ -44,10 +44,14 @@ def warm_up(function: Callable[[], Result], device: torch.device) -> Result:
         return function()
 
 
-def capture(function: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+def capture(
+    function: Callable[[], Result], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
     """``function``, warmed up before, as a CUDA graph, and its result: tensors that every replay writes anew.
 
-    It is run once more and then captured; nothing is computed by the capture itself, so replay it.
+    It is run once more and then captured; nothing is computed by the capture itself, so replay it. Graphs captured
+    with the same ``pool`` (of ``torch.cuda.graph_pool_handle()``) share memory: they must not run at the same time,
+    and what else one has computed is lost when another runs.
 
     Raises:
         RuntimeError: it cannot be captured: the message says what it does. Anything that ``function`` raises.
@@ -59,7 +63,8 @@ def capture(function: Callable[[], Result], device: torch.device) -> tuple[torch
             function()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = side_stream(device)
     try:
         # the outer context restores the caller's stream where PyTorch's own does not

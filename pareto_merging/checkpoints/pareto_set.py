@@ -248,6 +248,7 @@ def save_folded(
     *,
     heads: Mapping[str, tuple[Tensor, float]] | None = None,
     encoder: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Pareto or folded model as one self-sufficient file, atomically.
@@ -255,6 +256,8 @@ def save_folded(
     Args:
         heads: task -> (class embeddings ``[classes, dim]``, logit scale): what turns features into predictions.
         encoder: how to build the plain module again (the arguments of :func:`pareto_merging.encoders.build`).
+        preprocessing: how images become its input, where not as CLIP does it: as
+            :func:`pareto_merging.encoders.default_preprocessing` describes it.
     """
     folded = fold(model)
     state = pareto_state(folded)
@@ -270,10 +273,16 @@ def save_folded(
         "digests": state.digests,
         "logit_scales": {name: scale for name, (_, scale) in (heads or {}).items()},
         "encoder": dict(encoder or {}),
+        **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
         "package_version": package_version(),
         "training": dict(training or {}),
     }
     write_tensors(Path(path), tensors, metadata)
+
+
+def read_folded_header(path: Path) -> dict[str, Any]:
+    """What a folded file says of itself. Raises UserError as :func:`load_folded`."""
+    return read_header(Path(path), FOLDED_FORMAT, _FOLDED_KEYS)
 
 
 def load_heads(path: Path) -> dict[str, ZeroShotHead]:

@@ -127,6 +127,12 @@ def images(task: str, split: str) -> tuple[Tensor, Tensor]:
     return seen.unsqueeze(1).repeat(1, 3, 1, 1), labels[rows]
 
 
+def normalisation() -> tuple[float, float]:
+    """Mean and standard deviation of the grey values 0..1: what :func:`images` subtracts and divides by."""
+    grey, _, _ = _digits()
+    return float(grey.mean()), float(grey.std())
+
+
 def _worded(seed: int, offset: float) -> dict[str, Tensor]:
     """Task -> unit class vectors [10, output_dim]: the shared ones moved by ``offset`` along the task's own."""
     generator = torch.Generator().manual_seed(1000 + seed)

@@ -1,4 +1,4 @@
-"""preference_linear against float64: every strategy, any rows, ranks, strides and groups, vmap over γ, and its errors."""
+"""preference_linear against float64: every strategy, rows, ranks, strides, groups, vmap over γ, and its errors."""
 
 from __future__ import annotations
 
@@ -209,9 +209,7 @@ def test_vmap_over_preferences(strategy: str) -> None:
     of_x = torch.stack([at(one, x) for x in own])
     torch.testing.assert_close(torch.vmap(lambda x: at(one, x))(own), of_x)
     per_item = gammas[:3, None, :]
-    torch.testing.assert_close(
-        torch.vmap(lambda x: at(per_item, x))(own), torch.stack([at(per_item, x) for x in own])
-    )
+    torch.testing.assert_close(torch.vmap(lambda x: at(per_item, x))(own), torch.stack([at(per_item, x) for x in own]))
     each = torch.stack([per_item, per_item.flip(0)])
     torch.testing.assert_close(torch.vmap(at)(each), torch.stack([at(gamma) for gamma in each]))
 

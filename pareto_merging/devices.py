@@ -1,0 +1,25 @@
+"""Where the work is done: a device by name."""
+
+from __future__ import annotations
+
+import torch
+
+from pareto_merging.errors import UserError
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name; ``auto``: a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors have no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"device: expected one that is here, got {name}") from error
+    return device

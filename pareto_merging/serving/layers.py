@@ -1,0 +1,131 @@
+"""The layers of a folded model as a server holds them: W and A side by side, in the model's type.
+
+Beside the plain model's weights that is r·(out + in) numbers a layer in the model's type and r·r·K in float32: under a
+hundredth of a ViT at r = 16. W(γ) of a preference that many requests share is kept besides, where that is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pmkernels
+from pareto_merging.modules import LEARNED, ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
+
+
+@dataclass
+class SharedPreference:
+    """Whether the layers of one model are to use the merged weights they keep: W(γ) of one preference for all items."""
+
+    in_use: bool = False
+
+
+@dataclass
+class ServedWeight:
+    """One parameter [N, D] with a low-rank term: ``wide`` [N, D + R], G [r, r, K], B [D, r], perhaps W(γ) [N, D]."""
+
+    wide: Tensor
+    G: Tensor
+    B: Tensor
+    shared: SharedPreference
+    merged: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """W [N, D], in the memory of ``wide``."""
+        return self.wide[:, : self.B.shape[0]]
+
+    def at(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+        """W(γ) for gamma [K], a new tensor or ``out``."""
+        d, rank = self.B.shape
+        A = self.wide[:, d : d + rank]
+        wider = torch.promote_types(self.wide.dtype, torch.float32)
+        return pmkernels.merge_weight(self.weight, A=A.to(wider), G=self.G, B=self.B.to(wider), gamma=gamma, out=out)
+
+    def keep(self, gamma: Tensor) -> None:
+        """Write W(γ) of gamma [K] into the memory kept for it; the first time makes that memory."""
+        if self.merged is None:
+            self.merged = torch.empty(self.weight.shape, dtype=self.wide.dtype, device=self.wide.device)
+        self.at(gamma, self.merged)
+
+
+class Served(ParetoModule):
+    """A layer whose low-rank parameters are :class:`ServedWeight`."""
+
+    served: dict[str, ServedWeight]
+
+    def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
+        part = self.served.get(name)
+        if part is None:
+            return super().pareto_project(x, name, bias, rows, batch_dim)
+        bias = None if bias is None else bias[rows]
+        if part.shared.in_use:
+            assert part.merged is not None
+            return F.linear(x, part.merged[rows], bias)
+        gamma = self.pareto_gamma_for(x, batch_dim)
+        return pmkernels.preference_linear(x, part.wide[rows], part.G, part.B, gamma, bias)
+
+    def pareto_merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
+        part = self.served.get(name)
+        if part is None:
+            return super().pareto_merged(name, gamma)
+        if gamma is None:
+            if part.shared.in_use:
+                assert part.merged is not None
+                return part.merged
+            gamma = self.pareto_gamma_on(part.wide.device)
+            if gamma.ndim != 1:
+                raise ValueError(
+                    f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one "
+                    f"preference for the whole batch, got {len(gamma)}"
+                )
+        return part.at(gamma.to(part.wide.device))
+
+
+class ServedLinear(Served, ParetoLinear):
+    """ParetoLinear as a server holds it."""
+
+
+class ServedAttention(Served, ParetoAttention):
+    """ParetoAttention as a server holds it: q, k and v of self-attention share one product with B."""
+
+
+def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
+    """Turn the layers of a folded model into :class:`Served` ones, in place; the model must not be moved afterwards.
+
+    Returns:
+        What they hold, and whether that is every low-rank term of the model: only then can each item of a batch have
+        its own preference. Layers of other classes, and the cores without a G, stay as they are.
+    """
+    found: list[ServedWeight] = []
+    shared, complete = SharedPreference(), True
+    for _, module in pareto_modules(model):
+        names = [name for name in module.pareto_names if module.pareto_parts(name)["A"] is not None]
+        kind = {ParetoLinear: ServedLinear, ParetoAttention: ServedAttention}.get(type(module))
+        if kind is None or any(module.pareto_parts(name)["G"] is None for name in names):
+            complete = complete and not names
+            continue
+        parts = {name: _served(module, name, shared) for name in names}
+        module.__class__ = kind
+        module.served = parts
+        found += parts.values()
+    return found, complete
+
+
+def _served(module: ParetoModule, name: str, shared: SharedPreference) -> ServedWeight:
+    parts, weight = module.pareto_parts(name), module._parameters[name]
+    A, G, B = parts["A"], parts["G"], parts["B"]
+    assert weight is not None and A is not None and G is not None and B is not None
+    # the kernels read B along D
+    B = B.detach().to(weight.dtype).t().contiguous().t()
+    part = ServedWeight(pmkernels.widen_weight(weight, A), G.detach().contiguous(), B, shared)
+    for attribute in LEARNED:
+        module._parameters.pop(part_name(name, attribute), None)
+    # the plain weight goes, and what reads it finds it in the wide one
+    module._parameters[name] = nn.Parameter(part.weight, requires_grad=False)
+    for attribute, value in (("wide", part.wide), ("G", part.G), ("B", part.B)):
+        module.register_buffer(part_name(name, f"served_{attribute}"), value, persistent=False)
+    return part
