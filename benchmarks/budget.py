@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 import pmkernels
 from benchmarks import results
 from pmkernels import dispatch
+from pmkernels.kernels import preference
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ ARCHITECTURES = {
     "sm_90": Architecture("sm_90", 90, 227 * 1024, 228 * 1024, 64, 32, "HGMMA"),
 }
 # the products of tiles these kernels are made for; in the others every product has at most 64 columns
-WIDE_PRODUCTS = ("linear_fwd_kernel", "weight_grad_kernel")
-NARROW_PRODUCTS = ("shrink_kernel", "factor_grad_kernel", "core_grad_kernel", "preference_grad_kernel")
+WIDE_PRODUCTS = ("linear_fwd_kernel", "weight_grad_kernel", "preference_linear_kernel")
+NARROW_PRODUCTS = ("shrink_kernel", "widen_kernel", "factor_grad_kernel", "core_grad_kernel", "preference_grad_kernel")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Case:
 
 # 1 is a size that Triton knows at compile time
 ROWS = (1, 8, 100, 200, 257, 8224)
+PREFERENCE_ROWS = (1, 50, 257, 8224)
 
 
 def cases() -> Iterator[Case]:
@@ -177,6 +179,26 @@ def _other_calls() -> None:
             torch.autograd.grad(y, (x, lam), dy.expand(y.shape), retain_graph=True)
 
 
+def _preference_calls() -> Iterator[tuple[str, str]]:
+    """A served layer at a preference per row, few rows and many: yields what is recorded next, and its type."""
+    everything = itertools.product(("bfloat16", "float16", "float32", "tf32"), PREFERENCE_ROWS, (True, False))
+    wanted = [(*one, 8, 16) for one in everything]
+    for tasks, rank in ((1, 4), (32, 32), (32, 64)):
+        wanted += [(name, rows, True, tasks, rank) for name in ("bfloat16", "float32") for rows in PREFERENCE_ROWS]
+    for name, rows, aligned, tasks, rank in wanted:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        n, d, pad = (3072, 1024, 0) if aligned else (1021, 517, 1)
+        wide = torch.empty(n, d + dispatch.padded_rank(rank), dtype=dtype)
+        x = torch.empty(rows, d + pad, dtype=dtype)[:, pad:]
+        G, B = torch.empty(rank, rank, tasks), torch.empty(rank, d, dtype=dtype).t()
+        for groups in {1, rows}:
+            yield f"{name} M={rows} K={tasks} R={rank} preference{'' if aligned else ' unaligned'}", name
+            gamma = torch.empty(groups, tasks)
+            preference.preference_linear(x, wide, G, B, gamma, torch.empty(n, dtype=dtype))
+            preference.widen(x, G, B, gamma)
+
+
 @dataclass
 class Launch:
     """One distinct launch: what it is for, and the arguments that decide its code."""
@@ -259,6 +281,8 @@ def record(configuration_file: str) -> tuple[list[Launch], list[str]]:
             for case in cases():
                 now[:] = [str(case), case.dtype]
                 _call(case)
+            for what in _preference_calls():
+                now[:] = what
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             now[:] = ["other shapes", "any"]
             _other_calls()

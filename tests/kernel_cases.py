@@ -120,6 +120,39 @@ def check_linear(values: Mapping[str, Tensor], dy: Tensor | None = None, **optio
         assert_close(f"gradient of {name}", gradient, reached[name], theirs[name], dtype, terms=_largest(sums[name]))
 
 
+def folded(lead: tuple[int, ...], n: int, d: int, **options: Any) -> dict[str, Tensor]:
+    """Arguments of pareto_linear of a folded layer that wants no gradient."""
+    values = linear_arguments(lead, n, d, without=("task_vectors", "lam"), **options)
+    return {name: value.detach() for name, value in values.items()}
+
+
+def served(values: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """The same through preference_linear, with A and B in the model's type as a server holds them."""
+    x, dtype = values["x"], values["x"].dtype
+    return pmkernels.preference_linear(
+        x,
+        pmkernels.widen_weight(values["weight"], values["A"]),
+        values["G"],
+        values["B"].to(dtype).t().contiguous().t(),
+        values["gamma"],
+        values.get("bias"),
+        **options,
+    )
+
+
+def check_served(values: Mapping[str, Tensor], **options: Any) -> None:
+    """In units of the error of plain PyTorch's row by row computation in that precision; A and B in the same type."""
+    dtype = values["x"].dtype
+    rounded = {k: v.to(dtype).to(v.dtype) if k in ("A", "B") else v for k, v in values.items()}
+    truth = reference.pareto_linear(**exactly(rounded))
+    plain = reference.pareto_linear(**rounded)
+    absolute = {name: value.abs() for name, value in exactly(rounded).items()}
+    terms = float(reference.pareto_linear(**absolute).max()) if truth.numel() else 0.0
+    found = served(values, **options)
+    assert found.dtype == dtype
+    assert_close("y", found, plain, truth, dtype, terms=terms)
+
+
 class Parts:
     """How many parts every product was cut into; ``force`` asks for a number instead of the rules."""
 

@@ -7,5 +7,5 @@ import importlib.util
 collect_ignore = (
     []
     if importlib.util.find_spec("pydantic") and importlib.util.find_spec("pymoo")
-    else ["test_models.py", "test_methods.py"]
+    else ["test_models.py", "test_methods.py", "test_engine.py"]
 )

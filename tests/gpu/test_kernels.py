@@ -5,6 +5,7 @@ Needs torch, triton and pytest only. A miscompile shows here and nowhere else: T
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, check_linear, exactly, gradients, linear_arguments
+from kernel_cases import LOW_RANK, check_linear, check_served, exactly, folded, gradients, linear_arguments
 from torch import Tensor
 
 import pmkernels
@@ -164,6 +165,10 @@ def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypat
                 )
                 _check_layer(values, entry.dtype == "tf32")
             _check_layer({**values, "lam": values["lam"].detach()}, entry.dtype == "tf32")
+            for count, strategy in itertools.product((rows, 1), ("fused", "streamed")):
+                of_rows = folded((count,), n, d, tasks=8, rank=rank, gamma_lead=(count,), dtype=dtype, device="cuda")
+                if entry.dtype != "tf32":
+                    check_served(of_rows, strategy=strategy)
             _check_merges(n, d, rank, dtype, entry.dtype == "tf32")
     assert entry.op in used
 

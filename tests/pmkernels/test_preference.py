@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_close, exactly, linear_arguments, note_parts
+from kernel_cases import check_served as check
+from kernel_cases import exactly, folded, note_parts, served
 from torch import Tensor
 
 import pmkernels
@@ -18,39 +18,6 @@ KERNELS = dispatch.runs_kernels(torch.device("cpu"))
 STRATEGIES = ("eager", "fused", "streamed") if KERNELS else ("eager",)
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="kernels run on the GPU here, see tests/gpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def folded(lead: tuple[int, ...], n: int, d: int, **options: Any) -> dict[str, Tensor]:
-    """Arguments of pareto_linear of a folded layer that wants no gradient."""
-    values = linear_arguments(lead, n, d, without=("task_vectors", "lam"), **options)
-    return {name: value.detach() for name, value in values.items()}
-
-
-def served(values: Mapping[str, Tensor], **options: Any) -> Tensor:
-    """The same through preference_linear, with A and B in the model's type as a server holds them."""
-    x, dtype = values["x"], values["x"].dtype
-    return pmkernels.preference_linear(
-        x,
-        pmkernels.widen_weight(values["weight"], values["A"]),
-        values["G"],
-        values["B"].to(dtype).t().contiguous().t(),
-        values["gamma"],
-        values.get("bias"),
-        **options,
-    )
-
-
-def check(values: Mapping[str, Tensor], **options: Any) -> None:
-    """In units of the error of plain PyTorch's row by row computation in that precision; A and B in the same type."""
-    dtype = values["x"].dtype
-    rounded = {k: v.to(dtype).to(v.dtype) if k in ("A", "B") else v for k, v in values.items()}
-    truth = reference.pareto_linear(**exactly(rounded))
-    plain = reference.pareto_linear(**rounded)
-    absolute = {name: value.abs() for name, value in exactly(rounded).items()}
-    terms = float(reference.pareto_linear(**absolute).max()) if truth.numel() else 0.0
-    found = served(values, **options)
-    assert found.dtype == dtype
-    assert_close("y", found, plain, truth, dtype, terms=terms)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
