@@ -8,6 +8,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# the web server of `pareto-merging serve`, and the engine that makes batches of its requests
+SERVE = [
+    "fastapi>=0.165",
+    "uvicorn>=0.54",
+    "prometheus-client>=0.26",
+    "python-multipart>=0.0.34",
+    "batched>=0.1.5",
+    "pillow>=13.0",
+]
 
 setup(
     name="pareto-merging",
@@ -40,7 +49,17 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5.23"],
-        "test": ["pytest>=9.2", "pytest-benchmark>=5.3", "pytest-xdist>=3.8", "transformers>=5.23"],
+        "serve": SERVE,
+        # a method that the serving benchmark compares with
+        "bench": ["peft>=0.21"],
+        "test": [
+            *SERVE,
+            "httpx>=0.28",
+            "pytest>=9.2",
+            "pytest-benchmark>=5.3",
+            "pytest-xdist>=3.8",
+            "transformers>=5.23",
+        ],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0"],
     },
     entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli:main"]},

@@ -19,6 +19,8 @@ from benchmarks import results
 # on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
 GPU_SUITES = ("kernels", "training")
 CPU_SUITES = ("digits",)
+# on the GPU as those for it if there is one, else on the CPU as those for that
+SUITES_OF_BOTH = ("serving",)
 
 
 def suite_module(name: str) -> Any:
@@ -27,13 +29,13 @@ def suite_module(name: str) -> Any:
 
 
 def _default_path(report: dict[str, Any]) -> Path:
+    if report["quick"] and report.get("suite") not in CPU_SUITES:
+        # a rehearsal is nobody's result
+        return Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-{report['date']}.json"
     if "suite" in report:
         return results.RESULTS / f"{report['suite']}-{report['date']}.json"
     from pmkernels import dispatch
 
-    if report["quick"]:
-        # a rehearsal is nobody's result
-        return Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-{report['date']}.json"
     return results.RESULTS / f"{dispatch.gpu_name(0)}-{report['date']}.json"
 
 
@@ -42,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument(
         "--suite",
-        choices=(*CPU_SUITES, *GPU_SUITES, "all"),
+        choices=(*CPU_SUITES, *GPU_SUITES, *SUITES_OF_BOTH, "all"),
         default="digits",
         help="digits: every method on the embedded suite, on the CPU; on a CUDA GPU kernels: every kernel beside its "
         "baselines, training: an optimiser step of ViT-B/32 and ViT-L/14 beside its limit and baselines, and a grid of "
-        "layers; all: every suite for a GPU (default: digits)",
+        "layers; serving: a preference per image beside the plain model and other ways to serve many, on a GPU or, a "
+        "smaller grid, on the CPU; all: every suite for a GPU (default: digits)",
     )
     parser.add_argument(
         "--seeds",
@@ -69,13 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **suite_module(chosen.suite).run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs),
         }
         tables = suite_module(chosen.suite).markdown(report)
+    elif chosen.suite in SUITES_OF_BOTH and not torch.cuda.is_available():
+        report |= {
+            "suite": chosen.suite,
+            "environment": results.machine(),
+            **suite_module(chosen.suite).run(chosen.quick),
+        }
+        tables = suite_module(chosen.suite).markdown(report)
     else:
         if chosen.quick and not torch.cuda.is_available():
             # before a kernel is imported: without a GPU a rehearsal interprets them
             os.environ["TRITON_INTERPRET"] = "1"
         report["environment"] = results.machine()
         report["clocks_before"] = results.clocks()
-        names = GPU_SUITES if chosen.suite == "all" else (chosen.suite,)
+        names = (*GPU_SUITES, *SUITES_OF_BOTH) if chosen.suite == "all" else (chosen.suite,)
         report["suites"], lacking = {}, []
         for name in names:
             try:
@@ -97,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.write(out, report)
     print(tables)
     print(out)
-    wrong = [row for suite in report.get("suites", {}).values() for row in suite["rows"] if not row["matched"]]
+    measured = [report, *report.get("suites", {}).values()]
+    wrong = [row for suite in measured for row in suite.get("rows", ()) if not row["matched"]]
     for row in wrong:
         print(f"WRONG {row['op']}, {row['layer']}, {row['dtype']}, {row['variant']}: error {row['error']:.2e}")
     return 1 if wrong else 0

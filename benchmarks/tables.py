@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS
-from benchmarks.run import GPU_SUITES, suite_module
+from benchmarks.run import GPU_SUITES, SUITES_OF_BOTH, suite_module
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = (README, ROOT / "docs" / "study.md", ROOT / "docs" / "training.md")
 
 
-def newest(suite: str) -> Path | None:
-    """The newest committed result that has a suite, or None: it was never measured."""
+def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
+    """The newest committed result that has a suite, or None: it was never measured; ``on_gpu``: on a GPU, or not."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
-        if not report.get("quick") and (report.get("suite") == suite or suite in report.get("suites", {})):
+        there = "suites" if suite in report.get("suites", {}) else "suite" if report.get("suite") == suite else None
+        if not report.get("quick") and there and on_gpu in (None, there == "suites"):
             found.append((report["date"], path))
     return max(found)[1] if found else None
 
@@ -34,19 +35,26 @@ def block(name: str, to_root: str = "") -> str:
     ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from its folder, as ../.
     """
     suite, _, part = name.partition("_")
-    path = newest(suite)
+    if suite in SUITES_OF_BOTH:
+        return "\n".join(_block(suite, part, on_gpu, to_root) for on_gpu in (True, False))
+    return _block(suite, part, suite in GPU_SUITES, to_root)
+
+
+def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
+    path = newest(suite, on_gpu)
     if path is None:
-        if suite in GPU_SUITES:
+        if on_gpu:
             said = (
                 "Times on a GPU: **not measured** yet. `make gpu` measures them and writes the file they come from.\n"
             )
             # what is aimed at can be shown before it is measured
-            return f"{suite_module(suite).goals_markdown({'rows': []})}\n{said}" if part == "goals" else said
+            nothing = {"rows": [], "device": "cuda"}
+            return f"{suite_module(suite).goals_markdown(nothing)}\n{said}" if part == "goals" else said
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]
-    hardware = where["gpu"] if suite in GPU_SUITES else where["cpu"]
-    figures = report["suites"][suite] if suite in GPU_SUITES else report
+    hardware = where["gpu"] if on_gpu else where["cpu"]
+    figures = report["suites"][suite] if on_gpu else report
     source = (
         f"From [`{path.name}`]({to_root}benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
         f"torch {where['torch']}).\n"
@@ -80,6 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = json.loads(training.read_text())["suites"]["training"]
         for picture in suite_module("training").draw(figures, ROOT / "docs" / "training"):
             print(picture)
+    for on_gpu in (True, False):
+        serving = newest("serving", on_gpu)
+        if serving is not None:
+            report = json.loads(serving.read_text())
+            for picture in suite_module("serving").draw(
+                report["suites"]["serving"] if on_gpu else report, ROOT / "docs" / "serving"
+            ):
+                print(picture)
     return 0
 
 

@@ -65,7 +65,7 @@ def build(description: Mapping[str, Any]) -> nn.Module:
 
 
 def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
-    """How images of any size become the encoder's input, as CLIP does it: ``size``, and ``mean`` and ``std`` by channel.
+    """How images become the encoder's input, as CLIP does it: ``size``, and ``mean`` and ``std`` of three channels.
 
     Resized to ``size`` pixels along the shorter side (bicubic), cropped to the middle, 0..1, normalised.
     """

@@ -20,24 +20,32 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_batch: int = Field(128, ge=1, le=4096, description="images computed together")
-    wait: float = Field(2.0, ge=0.1, le=1000, description="milliseconds that a batch waits for more images")
-    queue: int = Field(256, ge=1, le=100_000, description="requests accepted and not yet answered; beyond it 503")
-    request_bytes: int = Field(12 * 2**20, ge=1024, description="bytes of a request's body; beyond it 413")
-    image_bytes: int = Field(8 * 2**20, ge=64, description="bytes of an image file; beyond it 413")
-    pixels: int = Field(25_000_000, ge=1, description="pixels of an image, read from its header; beyond it 422")
-    side: int = Field(10_000, ge=1, description="pixels of an image's longer side; beyond it 422")
+    max_batch: int = Field(default=128, ge=1, le=4096, description="images computed together")
+    wait: float = Field(default=2.0, ge=0.1, le=1000, description="milliseconds that a batch waits for more images")
+    queue: int = Field(
+        default=256, ge=1, le=100_000, description="requests accepted and not yet answered; beyond it 503"
+    )
+    request_bytes: int = Field(default=12 * 2**20, ge=1024, description="bytes of a request's body; beyond it 413")
+    image_bytes: int = Field(default=8 * 2**20, ge=64, description="bytes of an image file; beyond it 413")
+    pixels: int = Field(default=25_000_000, ge=1, description="pixels of an image, read from its header; beyond it 422")
+    side: int = Field(default=10_000, ge=1, description="pixels of an image's longer side; beyond it 422")
     aspect: float = Field(
-        100.0,
+        default=100.0,
         ge=1,
         description="longer side over shorter side: the shorter is resized to the model's, so this bounds the memory; "
         "beyond it 422",
     )
-    formats: tuple[str, ...] = Field(FORMATS, min_length=1, description=f"image formats, of {', '.join(FORMATS)}")
-    decoders: int = Field(4, ge=1, le=256, description="threads that decode images")
-    upload: float = Field(20.0, gt=0, le=3600, description="seconds to send a request's body; beyond it 408")
-    idle: float = Field(75.0, gt=0, le=86400, description="seconds that a connection may be silent between requests")
-    shutdown: int = Field(30, ge=1, le=3600, description="seconds to answer what was accepted, when told to stop")
+    formats: tuple[str, ...] = Field(
+        default=FORMATS, min_length=1, description=f"image formats, of {', '.join(FORMATS)}"
+    )
+    decoders: int = Field(default=4, ge=1, le=256, description="threads that decode images")
+    upload: float = Field(default=20.0, gt=0, le=3600, description="seconds to send a request's body; beyond it 408")
+    idle: float = Field(
+        default=75.0, gt=0, le=86400, description="seconds that a connection may be silent between requests"
+    )
+    shutdown: int = Field(
+        default=30, ge=1, le=3600, description="seconds to answer what was accepted, when told to stop"
+    )
 
     @field_validator("formats")
     @classmethod
