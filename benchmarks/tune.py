@@ -37,6 +37,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+import pmkernels
 from benchmarks import budget, kernels, layers, limits, results
 from benchmarks.kernels import Layer, relative_error
 from pmkernels import dispatch
@@ -44,11 +45,12 @@ from pmkernels.dispatch import Config
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
 from pmkernels.kernels import merge as merge_kernels
+from pmkernels.kernels import preference as preference_kernels
 from pmkernels.kernels import weight_grad as weight_grad_kernels
 from pmkernels.reference import preference_core
 
 CONFIGS = Path(dispatch.__file__).parent / "configs"
-TUNED = ("linear", "weight_grad", "merge", "merge_grad", "shrink", "factor_grad")
+TUNED = ("linear", "weight_grad", "merge", "merge_grad", "preference", "widen", "shrink", "factor_grad")
 OPS = (*TUNED, "strategies")
 # candidates of a group, how many of them are timed on every layer, how many of those are checked beforehand
 MOST, FINALISTS, CHECKED = 24, 5, 2
@@ -70,6 +72,8 @@ CONFIG_FIELDS = fields(Config)
 LANGUAGE_MODEL_ROWS = 4096
 # linear's buckets of rows -> the rows they are timed at; the last: each layer's own number
 ROWS: dict[int | None, tuple[int, ...]] = {32: (1, 32), 128: (50, 128), 256: (256,), 512: (257,), None: ()}
+# and preference's
+PREFERENCE_ROWS: dict[int | None, tuple[int, ...]] = {32: (1, 32), 512: (50, 257), None: ()}
 TINY_LAYERS = (Layer("tiny in-projection", 48, 32, 2, 3), Layer("tiny MLP fc", 32, 48, 2, 3))
 TASKS = (8, 2, 4)
 
@@ -132,13 +136,13 @@ def inputs(case: Case, device: torch.device) -> Values:
 
     n, d, width = case.n, case.d, case.d**-0.5
     found: Values = {"task_vectors": None, "lam": None, "A": None, "B": None}
-    if case.call in ("forward", "weight_grad", "shrink"):
+    if case.call in ("forward", "weight_grad", "shrink", "preference", "widen"):
         found["x"] = stored(case.rows, d)
     if case.call in ("dx", "factor_grad"):
         found["dy"] = stored(case.rows, n)
-    if case.call in ("forward", "dx", "merge"):
+    if case.call in ("forward", "dx", "merge", "preference"):
         found["weight"] = stored(n, d, scale=width)
-    if case.tasks and case.call not in ("shrink", "factor_grad"):
+    if case.tasks and case.call not in ("shrink", "factor_grad", "preference", "widen"):
         found["task_vectors"] = stored(case.tasks, n, d, scale=0.1 * width)
         found["lam"] = normal(case.tasks, scale=0.3)
     if case.call == "weight_grad":
@@ -155,6 +159,10 @@ def inputs(case: Case, device: torch.device) -> Values:
         # laid out as the operators lay it out
         found["left"] = (core.t() @ found["A"].t()).t()
         found["t"] = normal(case.rows, case.rank)
+        # as a served layer holds them
+        found["right"] = found["B"].to(model).t().contiguous().t()
+        if case.call == "preference":
+            found["wide"] = pmkernels.widen_weight(found["weight"], found["A"])
     found["bias"] = stored(n) if case.bias else None
     found["out"] = torch.empty(n, d, dtype=model, device=device)
     return found
@@ -175,6 +183,11 @@ def run(case: Case, v: Values) -> list[Tensor]:
         return [merge_kernels.merge_weight(v["weight"], v["task_vectors"], v["lam"], low_rank, v["out"])]
     if case.call == "shrink":
         return [part for part in low_rank_kernels.shrink(v["x"], v["B"], v["G"], v["gamma"]) if part is not None]
+    if case.call == "preference":
+        served = (v["wide"], v["G"], v["right"], v["gamma"], v["bias"])
+        return [preference_kernels.preference_linear(v["x"], *served)]
+    if case.call == "widen":
+        return [preference_kernels.widen(v["x"], v["G"], v["right"], v["gamma"])]
     if case.call == "factor_grad":
         return [low_rank_kernels.factor_grad(v["dy"], v["t"], case.n * case.d)]
     factors = {"A": v["A"], "B": v["B"]}
@@ -211,11 +224,20 @@ def computed(case: Case, v: Values, wide: torch.dtype) -> list[Tensor]:
             y = y + of("t") @ of("A" if case.call == "forward" else "B").t()
         y = y if v["bias"] is None else y + of("bias")
         return [y if exact else y.to(rows.dtype)]
-    if case.call == "shrink":
-        s = of("x") @ of("B")
+    if case.call in ("shrink", "preference", "widen"):
+        s = of("x") @ of("B" if case.call == "shrink" else "right")
         gamma = of("gamma").repeat_interleave(case.rows // case.groups, dim=0)
-        mixed = [gamma[:, k : k + 1] * (s @ of("G")[:, :, k].t()) for k in range(gamma.shape[1])]
-        return [s, torch.stack(mixed).sum(dim=0)]
+        mixed = torch.stack([gamma[:, k : k + 1] * (s @ of("G")[:, :, k].t()) for k in range(gamma.shape[1])])
+        if case.call == "shrink":
+            return [s, mixed.sum(dim=0)]
+        x, t = v["x"], mixed.sum(dim=0)
+        if case.call == "widen":
+            t = F.pad(t, (0, dispatch.padded_rank(case.rank) - case.rank))
+            return [torch.cat([of("x"), t if exact else t.to(x.dtype).to(wide)], dim=1)]
+        A = v["wide"][:, case.d : case.d + case.rank].to(wide)
+        y = (x.to(wide) if exact else x) @ (of("weight") if exact else v["weight"]).t()
+        y = y.to(wide) + t @ A.t() + (0.0 if v["bias"] is None else of("bias"))
+        return [y if exact else y.to(x.dtype)]
     if case.call == "factor_grad":
         return [of("dy").t() @ of("t")]
     d_weight = of("d_weight") if case.call == "merge_grad" else _d_weight(v, wide)
@@ -291,7 +313,7 @@ class Prepared:
         """An error that is no fault where plain PyTorch has none: of three TF32 products, or of one that is cut off."""
         if self.case.kind == "tf32":
             return 1e-3
-        return 1e-4 if self.case.call in ("merge_grad", "shrink", "factor_grad") else 1e-6
+        return 1e-4 if self.case.call in ("merge_grad", "shrink", "factor_grad", "widen") else 1e-6
 
 
 @contextmanager
@@ -650,6 +672,17 @@ def candidates(op: str, kind: str, max_rows: int | None) -> Iterator[Config]:
         # blocks of 64 and more: the partial sums of P and Q stay below a weight
         for n, d, warps in itertools.product((64, 128), (64, 128), (4, 8)):
             yield Config(16, n, d, warps, 2)
+    elif op == "preference":
+        # few rows: weights are read, by many programs with many loads in flight; many: large tiles
+        tiles = ((64, 128, 4), (64, 64, 4), (32, 128, 4), (128, 64, 4), (64, 128, 8))
+        if max_rows is None:
+            tiles = ((128, 64, 8), (256, 64, 8), (128, 64, 4), (64, 64, 4))
+        around: tuple[int, ...] = {32: (32, 16), 512: (64, 32, 128)}.get(max_rows or 0, (128, 256))
+        for block_m, (n, d, warps), stages in itertools.product(around, tiles, (3, 4)):
+            yield Config(block_m, n, d, warps, stages)
+    elif op == "widen":
+        for block_m, d, warps, stages in itertools.product((32, 64, 16), (64, 128), (4, 8), (3, 2)):
+            yield Config(block_m=block_m, block_d=d, num_warps=warps, num_stages=stages)
     elif op == "shrink":
         for block_m, d, warps, stages in itertools.product((64, 32, 128), (64, 128), (4, 8), (3, 2)):
             yield Config(block_m=block_m, block_d=d, num_warps=warps, num_stages=stages)
@@ -681,13 +714,18 @@ def timing_cases(op: str, max_rows: int | None, among: Sequence[Layer]) -> list[
                     Case("forward", **shape, rows=rows, rank=rank, bias=True),
                     Case("dx", **shape, rows=rows, rank=rank),
                 ]
+        elif op == "preference":
+            for rows in PREFERENCE_ROWS[max_rows] or (_own_rows(layer, few=False),):
+                # a preference for each image, or as many as there can be
+                groups = layer.items if rows % layer.items == 0 else 1
+                found += [Case(op, **shape, rows=rows, groups=groups, bias=True)] if rank else []
         elif op == "weight_grad":
             found.append(Case(op, **shape, rows=_own_rows(layer, few=max_rows is not None), rank=rank))
         elif op in ("merge", "merge_grad"):
             found += [Case(op, **shape, tasks=tasks, rank=rank) for tasks in ((8, 2) if op == "merge" else (8,))]
         elif rank:
             rows = _own_rows(layer, few=False)
-            groups = layer.items if op == "shrink" and rows % layer.items == 0 else 1
+            groups = layer.items if op in ("shrink", "widen") and rows % layer.items == 0 else 1
             found.append(Case(op, **shape, rows=rows, groups=groups))
     return found
 
@@ -719,8 +757,10 @@ def check_cases(op: str, kind: str, max_rows: int | None, max_rank: int | None, 
         ranks = [rank for rank in (4, 16, 32, 64) if max_rank is None or rank <= max_rank]
         found = [replace(base, tasks=tasks, rank=rank) for rank, tasks in itertools.product(ranks, (1, 32))]
         found.append(replace(base, n=n + 1, d=d + 1, aligned=False))
-        if op == "shrink":
+        if op in ("shrink", "widen"):
             found.append(replace(base, rows=4 * rows, groups=4))
+        if op == "preference":
+            found += [replace(base, groups=rows), replace(base, bias=True), replace(base, rows=1)]
     if kind != "16-bit":
         return [replace(case, kind=kind, dtype="float32") for case in found]
     half = [replace(case, dtype="float16") for case in found if (case.tasks, case.rank) in ((2, 16), (1, 16), (4, 32))]
@@ -738,6 +778,7 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
         [("linear", "16-bit", rows, None) for rows in ROWS],
         [("weight_grad", "16-bit", None, None), ("weight_grad", "16-bit", 512, None)],
         [("merge", "16-bit", None, None), ("merge_grad", "16-bit", None, None)],
+        [*(("preference", "16-bit", rows, 32) for rows in PREFERENCE_ROWS), ("widen", "16-bit", None, 32)],
         [("shrink", "16-bit", None, 32), ("factor_grad", "16-bit", None, 32)],
     ]
     for kind in ("tf32", "float32"):
@@ -746,7 +787,8 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
         )
     if quick:
         # one line of each op
-        wanted = [[("linear", "16-bit", 32, None)], [batch[0] for batch in wanted[1:4]] + [wanted[2][1], wanted[3][1]]]
+        others = [batch[0] for batch in wanted[1:5]] + [batch[-1] for batch in wanted[2:5]]
+        wanted = [[("linear", "16-bit", 32, None)], others]
     found = []
     for batch in wanted:
         found.append([group(target, *line, among, previous, quick) for line in batch if line[0] in ops])
@@ -764,7 +806,7 @@ def group(
     quick: bool,
 ) -> Group:
     """One group with its candidates and cases."""
-    top = (max_rows or 2**14) if op in ("linear", "weight_grad", "shrink", "factor_grad") else 1
+    top = 1 if op in ("merge", "merge_grad") else (max_rows or 2**14)
     rank = min(kernels.RANK, max_rank or kernels.RANK)
     present = [dispatch.lookup(name, op, kind, top, rank, True) for name in (target.name, "default")]
     if previous is not None:
@@ -922,7 +964,7 @@ def lines(found: Sequence[Group]) -> list[dict[str, Any]]:
             of_family.append((group, config))
         for group, config in of_family:
             line: dict[str, Any] = {"op": group.op, "dtype": group.kind}
-            if group.op not in ("shrink", "factor_grad"):
+            if group.op not in ("widen", "shrink", "factor_grad"):
                 line["aligned"] = True
             line |= {key: value for key in ("max_rows", "max_rank") if (value := getattr(group, key)) is not None}
             written.append({**line, "config": sparse(config)})
@@ -1050,22 +1092,64 @@ class Strategies:
                     times[m] = self._both(bench, case, name, m)
             self.times[Point(op, layer.n, layer.d, tasks, _rank(layer))] = times
 
+    def measure_preference(self, bench: Bench, layer: Layer, powers: Sequence[int], until: float) -> None:
+        """A served layer with a preference for each image; it counts only with all its rows."""
+        title, times = f"preference of {layer.name}", dict[int, tuple[float, float]]()
+        for case in preference_cases(layer, powers):
+            # the interpreter cuts bfloat16 off where a GPU rounds
+            case = case if bench.device.type == "cuda" else replace(case, dtype="float16")
+            prepared = None if time.monotonic() > until else bench.prepare(case)
+            if prepared is None:
+                self.missing.append(title)
+                return
+            v = prepared.values
+            served = (v["x"], v["wide"], v["G"], v["right"], v["gamma"].view(case.groups, 1, -1), v["bias"])
+            if case.groups == 1:
+                served = (*served[:4], v["gamma"][0], v["bias"])
+            else:
+                served = (v["x"].view(case.groups, -1, case.d), *served[1:])
+
+            def variant(strategy: str, served: tuple[Any, ...] = served, rows: int = case.rows) -> layers.Variant:
+                return lambda: [pmkernels.preference_linear(*served, strategy=strategy).view(rows, -1)]
+
+            def fault(found: Sequence[Tensor], prepared: Prepared = prepared) -> str | None:
+                return prepared.fault(found)
+
+            with torch.no_grad():
+                times[case.rows] = self._compared(bench, variant, fault, f"{title}, M = {case.rows}")
+        self.times[Point("preference", layer.n, layer.d, 0, _rank(layer))] = times
+
     def _both(self, bench: Bench, case: layers.Case, name: str, rows: int) -> tuple[float, float]:
-        """A strategy that is wrong counts as slower than anything."""
         truth, plain = layers._truth(case, name, rows)
-        variants, found = layers._variants(case, name, rows), []
+        variants = layers._variants(case, name, rows)
+
+        def fault(found: Sequence[Tensor]) -> str | None:
+            error = relative_error(found, truth)
+            allowed = error <= TOLERANCE * plain + 1e-6
+            return None if allowed else f"error {error:.2e}, plain PyTorch {plain:.2e}"
+
+        what = f"{name} of {case.layer.name}, K = {case.tasks}, M = {rows}"
+        return self._compared(bench, variants.__getitem__, fault, what)
+
+    def _compared(
+        self,
+        bench: Bench,
+        variant: Callable[[str], layers.Variant],
+        fault_of: Callable[[Sequence[Tensor]], str | None],
+        what: str,
+    ) -> tuple[float, float]:
+        """Microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
+        found = []
         for strategy in ("fused", "streamed"):
-            us, fault = FAILED, None
+            us = FAILED
             try:
-                error = relative_error(variants[strategy](), truth)
-                if error <= TOLERANCE * plain + 1e-6:
-                    us = microseconds(variants[strategy], bench.device)
-                else:
-                    fault = f"error {error:.2e}, plain PyTorch {plain:.2e}"
-            except Exception as error_:
-                fault = bench.survived(error_)
+                fault = fault_of(variant(strategy)())
+                if fault is None:
+                    us = microseconds(variant(strategy), bench.device)
+            except Exception as error:
+                fault = bench.survived(error)
             if fault is not None:
-                self.wrong.append(f"{name} of {case.layer.name}, K = {case.tasks}, M = {rows}, {strategy}: {fault}")
+                self.wrong.append(f"{what}, {strategy}: {fault}")
             found.append(us)
         return found[0], found[1]
 
@@ -1080,6 +1164,13 @@ def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[
             Case("dx", **shape, rows=rows),
             Case("weight_grad", **shape, rows=rows),
         )
+
+
+def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
+    """What measuring the strategies of a served layer launches: a preference for each image where rows are images."""
+    for rows in sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())}):
+        groups = layer.items if rows == layer.items * layer.tokens else 1
+        yield Case("preference", layer.n, layer.d, rows, rank=_rank(layer), groups=groups, bias=True)
 
 
 def choices(
@@ -1163,10 +1254,11 @@ def table(
         rows.append(f"| {group.name} | {' | '.join(cells)} | {describe(config) if group.chosen else group.state} |")
     if labels:
         rows += ["", "Rows from which on streamed is faster than fused, as measured:", ""]
-        rows += ["| layer | K | forward | dx | weight_grad |", "|---|---:|---:|---:|---:|"]
+        operations = ("forward", "dx", "weight_grad", "preference")
+        rows += [f"| layer | K | {' | '.join(operations)} |", f"|---|{'---:|' * (1 + len(operations))}"]
         shapes = dict.fromkeys((p.n, p.d, p.rank, p.tasks) for p in labels)
         for n, d, rank, tasks in shapes:
-            ends = [_crossover(labels.get(Point(op, n, d, tasks, rank))) for op in ("forward", "dx", "weight_grad")]
+            ends = [_crossover(labels.get(Point(op, n, d, tasks, rank))) for op in operations]
             rows.append(f"| {n}×{d}, r = {rank} | {tasks} | {' | '.join(ends)} |")
         rows += ["", f"{written} strategy lines written: where the cost model would choose otherwise."]
     rows += ["", "Rates: " + ", ".join(f"{name} {value:.4g}" for name, value in rates.items())]
@@ -1336,7 +1428,8 @@ def _tune(chosen: argparse.Namespace, compiler: Compiler, command: Sequence[str]
                 tune(batch, bench, now + (until - now) * len(batch) / left, say)
 
     wanted = batches if set(chosen.ops) & set(TUNED) else []
-    first = [batch for batch in wanted if batch[0].kind == "16-bit" and batch[0].op not in ("shrink", "factor_grad")]
+    later = ("preference", "widen", "shrink", "factor_grad")
+    first = [batch for batch in wanted if batch[0].kind == "16-bit" and batch[0].op not in later]
     try:
         tune_batches(first, at(FIRST_SHARE))
         if "strategies" in chosen.ops:
@@ -1395,6 +1488,19 @@ def _measure_strategies(
             bench.compiler.fault(None, case, until)
         strategies.measure(bench, layer, count, powers, until)
         say(f"strategies of {layer.name}, K = {count}")
+    served = [layer for layer in (TINY_LAYERS if quick else layers.LAYERS) if _rank(layer)]
+    for layer in served:
+        bench.compiler.submit(None, _both_kernels(layer, powers))
+    for layer in served:
+        for case in _both_kernels(layer, powers):
+            bench.compiler.fault(None, case, until)
+        strategies.measure_preference(bench, layer, powers, until)
+        say(f"strategies of {layer.name} with a preference per image")
+
+
+def _both_kernels(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
+    for case in preference_cases(layer, powers):
+        yield from (case, replace(case, call="widen", bias=False))
 
 
 def _wrong(reason: str) -> bool:

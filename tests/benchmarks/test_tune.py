@@ -75,7 +75,8 @@ def test_the_record_has_every_candidate_and_its_times(rehearsal: tuple[Path, Pat
             assert candidate["rejected"] is None and candidate["final"]
             assert candidate["times"] and min(candidate["times"].values()) > 0
     assert {(s["op"], s["n"], s["rank"]) for s in report["strategies"]} == {
-        (op, n, rank) for op in ("forward", "dx", "weight_grad") for n, rank in ((48, 16), (32, 0))
+        *((op, n, rank) for op in ("forward", "dx", "weight_grad") for n, rank in ((48, 16), (32, 0))),
+        ("preference", 48, 16),
     }
     assert all(set(s["times"]) == {"1", "3", "6"} for s in report["strategies"])
     # a rehearsal is nobody's result
@@ -268,7 +269,8 @@ def test_when_time_is_up_everything_stays_as_it_was(tmp_path: Path, capsys: pyte
     out = tmp_path / "gpu.json"
     assert tune.main(["--quick", "--minutes", "0", "--out", str(out)]) == 0
     written = json.loads(out.read_text())
-    assert len(written["tuned"]["untuned"]) == len(tune.TUNED) + len(tune.TINY_LAYERS)
+    # every group, the strategies of every layer, and those of the one with a low-rank term at a preference per image
+    assert len(written["tuned"]["untuned"]) == len(tune.TUNED) + len(tune.TINY_LAYERS) + 1
     assert written["strategies"] == []
     for entry in dispatch.read_entries(out.read_text()):
         assert entry.config == dispatch.lookup("default", entry.op, "16-bit", entry.max_rows or 1, 16, True)
