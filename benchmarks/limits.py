@@ -418,6 +418,37 @@ def _device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
     return lines
 
 
+def served_line(layer: Layer, gpu: str) -> list[str]:
+    """A folded layer at a preference per image, in µs: its bound and predictions beside those of the plain layer."""
+    rates = rates_of(gpu)
+    p = replace(problem(layer, 0), per_row=True)
+    again = p.rows * p.d * p.size / rates.memory
+    bound = costs.bound("preference", p).seconds(rates, KIND) + again
+    plain = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
+    ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
+    cells = [figure(1e6 * seconds) for seconds in (bound, plain, *ways.values())]
+    return [_layer_name(layer), *cells, f"{min(ways.values()) / plain:.2f}×"]
+
+
+def _device_served(gpu: str, title: str) -> list[str]:
+    """Of the layers with a low-rank term, one image and a batch of them."""
+    served = [
+        layer
+        for tower in TOWERS
+        for items in (1, BATCH)
+        for layer in tower.block_layers(items)
+        if has_low_rank(layer.name)
+    ]
+    columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
+    return [
+        f"### {title}: a preference per image, folded layers",
+        "",
+        "The bound counts x twice: Bᵀx comes before t·Aᵀ. Predicted: *plain*, a library's product with merged weights; "
+        "*fused*, one kernel; *streamed*, a kernel that writes [x \\| t] and the library's product. µs",
+        *table(columns, [served_line(layer, gpu) for layer in served]),
+    ]
+
+
 def _device_compiled(arch: str) -> list[str]:
     found = compiled(arch)
     lines = [f"### Compiled for {arch}", ""]
@@ -534,6 +565,7 @@ def page() -> str:
             "",
             *_device_models(gpu, title),
             *_device_layers(gpu, title, figures),
+            *_device_served(gpu, title),
             *_device_compiled(arch),
         ]
     return "\n".join(lines).rstrip() + "\n"

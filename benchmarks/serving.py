@@ -39,6 +39,7 @@ from benchmarks.serving_baselines import (
     LIMIT,
     LIMIT_LINEAR,
     LOOP,
+    PEFT,
     RANK,
     REMERGE,
     SETS,
@@ -494,6 +495,31 @@ def markdown(report: Mapping[str, Any]) -> str:
     of_layers = _layers(report)
     if of_layers:
         lines += ["", "**One projection, a preference per image**", "", layers.markdown(of_layers).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def summary_markdown(report: Mapping[str, Any]) -> str:
+    """A line for each tower, batch and number of preferences: the time of the plain merged model, and over it those of
+    the engine and of the others; of what was also captured as a CUDA graph, the faster. And the memory of copies."""
+    shown = {
+        "engine": (ENGINE,),
+        "merging again": (REMERGE, f"{REMERGE}{GRAPH}"),
+        "merged copies": (COPIES, f"{COPIES}{GRAPH}"),
+        "a loop": (LOOP, f"{LOOP}{GRAPH}"),
+        "PEFT": (PEFT,),
+    }
+    limits = [name + graph for name in (LIMIT, LIMIT_LINEAR) for graph in ("", GRAPH)]
+    lines = [
+        f"| | preferences | plain model, ms | {' | '.join(shown)} | memory: engine | merged copies |",
+        f"|---|{'---:|' * (4 + len(shown))}",
+    ]
+    for model, batch, count in dict.fromkeys((r["model"], r["batch"], r["preferences"]) for r in _batches(report)):
+        plain = _row(report, model, batch, count, *limits)["ms"]
+        found = [_row(report, model, batch, count, *variants) for variants in shown.values()]
+        cells = ["–" if plain is None else f"{plain:.1f}"]
+        cells += ["–" if row["to_limit"] is None else f"{row['to_limit']:.2f}×" for row in found]
+        cells += ["–" if row["models"] is None else f"{row['models']:.2f} models" for row in (found[0], found[2])]
+        lines.append(f"| {model}, batch {batch} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from benchmarks.run import GPU_SUITES, SUITES_OF_BOTH, suite_module
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "docs" / "study.md", ROOT / "docs" / "training.md")
+DOCUMENTS = (README, *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md")))
 
 
 def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
