@@ -254,25 +254,28 @@ class Engine:
             ]
         return torch.cat(pieces, dim=1)
 
-    def warm_up(self, *, item_shape: Sequence[int] | None = None, progress: bool = False) -> None:
+    @torch.no_grad()
+    def warm_up(self, *, item_shape: Sequence[int] | None = None, shared: bool = True, progress: bool = False) -> None:
         """Compute a batch of every size once: kernels are compiled and graphs captured before the first request.
 
         Args:
             item_shape: of one input, by default ``(3, size, size)``.
+            shared: on a GPU also the way of a preference that a batch shares, with its memory (``keep_merged``).
         """
         shape = (3, self.image_size, self.image_size) if item_shape is None else tuple(item_shape)
-        sizes = [1, *([] if self.device.type == "cpu" else self.buckets[:0:-1])]
-        tasks = len(self.task_names)
-        # two that differ, so that they take the way of preferences per item
-        ends = torch.stack([equal_preference(tasks), torch.eye(tasks)[0]])
-        with progress_bar("warming up", len(sizes), enabled=progress) as advance:
-            for number, size in enumerate(sizes, start=1):
+        everything = self.cuda_graphs or self.device.type != "cpu"
+        sizes = [1, *(self.buckets[:0:-1] if everything else ())]
+        modes = ["rows" if self.per_item else "shared"]
+        modes += ["merged"] if everything and shared and self.keep_merged and self._served else []
+        gamma = equal_preference(len(self.task_names))
+        todo = [(size, mode) for mode in modes for size in sizes]
+        with progress_bar("warming up", len(todo), enabled=progress) as advance:
+            for number, (size, mode) in enumerate(todo, start=1):
                 images = torch.zeros(size, *shape, dtype=self.dtype, device=self.device)
-                if self.per_item:
-                    with self._in_order(), torch.no_grad():
-                        self._compute("rows", images, ends[torch.arange(size) % 2])
-                else:
-                    self(images, ends[0])
+                with self._in_order():
+                    if mode == "merged":
+                        self._keep(gamma)
+                    self._compute(mode, images, gamma.expand(size, -1) if mode == "rows" else gamma)
                 advance(number, f"batch of {size}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

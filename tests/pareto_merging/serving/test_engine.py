@@ -325,14 +325,24 @@ def test_a_model_that_cannot_be_captured_runs_all_the_same(
     torch.testing.assert_close(shared, expected(model, images(3), GAMMAS[1].expand(3, -1)), rtol=1e-4, atol=1e-4)
 
 
-def test_warming_up_captures_every_size(file: Path, graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_up_captures_every_size(file: Path, model: nn.Module, graphs: list[FakeGraph]) -> None:
     engine = Engine(file, "cpu", max_batch=5)
-    engine.device = torch.device("cpu")
     engine.warm_up()
-    assert len(graphs) == 1
+    # four sizes with a preference for each item, four with merged weights, and the graph that merges them
+    assert engine.buckets == [1, 2, 4, 5] and len(graphs) == 9
     for size in engine.buckets:
-        engine(images(size), GAMMAS[torch.arange(size) % 5])
-    assert len(graphs) == 4
+        gammas = GAMMAS[torch.arange(size) % 5]
+        torch.testing.assert_close(
+            engine(images(size), gammas), expected(model, images(size), gammas), rtol=1e-4, atol=1e-4
+        )
+        for _ in range(2):
+            engine(images(size), GAMMAS[3])
+    assert len(graphs) == 9
+    before = len(graphs)
+    alone = Engine(file, "cpu", max_batch=5)
+    held = alone.bytes
+    alone.warm_up(shared=False)
+    assert len(graphs) - before == 4 and alone.bytes == held
 
 
 def test_sweep(engine: Engine, model: nn.Module) -> None:
