@@ -185,6 +185,7 @@ def _preference_calls() -> Iterator[tuple[str, str]]:
     wanted = [(*one, 8, 16) for one in everything]
     for tasks, rank in ((1, 4), (32, 32), (32, 64)):
         wanted += [(name, rows, True, tasks, rank) for name in ("bfloat16", "float32") for rows in PREFERENCE_ROWS]
+        wanted += [("bfloat16", 8224, False, tasks, rank), ("float16", 257, True, tasks, rank)]
     for name, rows, aligned, tasks, rank in wanted:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         dtype = torch.float32 if name == "tf32" else getattr(torch, name)
@@ -192,6 +193,12 @@ def _preference_calls() -> Iterator[tuple[str, str]]:
         wide = torch.empty(n, d + dispatch.padded_rank(rank), dtype=dtype)
         x = torch.empty(rows, d + pad, dtype=dtype)[:, pad:]
         G, B = torch.empty(rank, rank, tasks), torch.empty(rank, d, dtype=dtype).t()
+        if aligned and rows > 1 and (tasks, rank) == (8, 16):
+            # two strides between the rows, as a sequence-first model has them
+            yield f"{name} M={2 * rows} K={tasks} R={rank} preference, sequence first", name
+            outer = torch.empty(rows, 2, d, dtype=dtype).transpose(0, 1)
+            preference.preference_linear(outer, wide, G, B, torch.empty(2, tasks), torch.empty(n, dtype=dtype))
+            preference.widen(outer, G, B, torch.empty(2, tasks))
         for groups in {1, rows}:
             yield f"{name} M={rows} K={tasks} R={rank} preference{'' if aligned else ' unaligned'}", name
             gamma = torch.empty(groups, tasks)

@@ -8,13 +8,13 @@ from pareto_merging.errors import UserError
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of that name; ``auto``: a CUDA GPU where there is one, else the CPU.
+    """The device of that name; ``auto``: a CUDA GPU where there is one, else the CPU. A GPU has its number.
 
     Raises:
         UserError: no such device, or not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "meta":
@@ -22,4 +22,5 @@ def find_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device: expected one that is here, got {name}") from error
-    return device
+    # "cuda" alone is another GPU in another thread
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

@@ -45,24 +45,28 @@ def warm_up(function: Callable[[], Result], device: torch.device) -> Result:
 
 
 def capture(
-    function: Callable[[], Result], device: torch.device, pool: Any = None
+    function: Callable[[], Result], device: torch.device, pool: Any = None, *, probe: bool = True
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
     """``function``, warmed up before, as a CUDA graph, and its result: tensors that every replay writes anew.
 
-    It is run once more and then captured; nothing is computed by the capture itself, so replay it. Graphs captured
-    with the same ``pool`` (of ``torch.cuda.graph_pool_handle()``) share memory: they must not run at the same time,
-    and what else one has computed is lost when another runs.
+    Nothing is computed by the capture itself, so replay it. Graphs captured with the same ``pool`` (of
+    ``torch.cuda.graph_pool_handle()``) share memory: they must not run at the same time, and what else one has computed
+    is lost when another runs.
+
+    ``probe``: run it once more before, with PyTorch's check for synchronisation, which is one for all threads of the
+    process: what cannot be captured is found out before it does harm.
 
     Raises:
         RuntimeError: it cannot be captured: the message says what it does. Anything that ``function`` raises.
     """
-    before = torch.cuda.get_sync_debug_mode()
-    with _aside(device):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+    if probe:
+        before = torch.cuda.get_sync_debug_mode()
+        with _aside(device):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                function()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = side_stream(device)
@@ -71,7 +75,8 @@ def capture(
         with (
             torch.cuda.device(device),
             torch.cuda.stream(stream),
-            torch.cuda.graph(graph, pool=pool, stream=stream),
+            # what other threads do on the GPU is not captured, and does no harm
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             result = function()
     except BaseException as error:

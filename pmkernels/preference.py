@@ -1,8 +1,8 @@
 """preference_linear: a folded layer at a preference per row, for inference, at about the price of the plain layer.
 
 A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·Bᵀx. With W and A side by side in one matrix
-(:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, with the low-rank part in the sum
-before anything is rounded, so that nearby preferences stay apart. :mod:`pmkernels.kernels.preference` has the kernels.
+(:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, whose sum has the low-rank part in
+it before y is rounded, so that nearby preferences stay apart. :mod:`pmkernels.kernels.preference` has the kernels.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: T
     which spares the copy of x and rounds no worse."""
     (d, rank), n = B.shape, wide.shape[0]
     x3, groups = eager.group_rows(x, gamma)
-    t = (x3 @ B).to(G.dtype) @ preference_core(G, groups).transpose(1, 2)
+    C = preference_core(G, groups)
+    t = (x3 @ B).to(C.dtype) @ C.transpose(1, 2)
     if x.element_size() < 4:
         longer = x.new_zeros(*x3.shape[:2], wide.shape[1])
         longer[..., :d] = x3
@@ -196,7 +197,8 @@ def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor
     (d, rank), n = B.shape, wide.shape[0]
     rows = x.reshape(-1, d)
     base = F.linear(rows, wide[:, :d], bias)
-    t = (rows @ B).to(G.dtype) @ preference_core(G, gamma).transpose(1, 2)
+    C = preference_core(G, gamma)
+    t = (rows @ B).to(C.dtype) @ C.transpose(1, 2)
     left = wide[:, d : d + rank].t().expand(len(gamma), rank, n)
     y = torch.baddbmm(base.expand(len(gamma), *base.shape), t.to(x.dtype), left)
     return y.view(len(gamma), *x.shape[:-1], n)

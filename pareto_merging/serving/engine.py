@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import threading
 import warnings
@@ -16,19 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging import encoders
+from pareto_merging.checkpoints.files import read_shapes
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_folded_header
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.devices import find_device
 from pareto_merging.errors import UserError
+from pareto_merging.modules import LEARNED, part_name
 from pareto_merging.preferences import Preference, check_preference, equal_preference, pareto_state
 from pareto_merging.progress import progress_bar
 from pareto_merging.serving.layers import serve_layers
+from pmkernels.checks import no_autocast
 from pmkernels.graphs import capture, warm_up
 
 Preferences: TypeAlias = Preference | Sequence[Mapping[str, float]]
 Result = TypeVar("Result")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+# item shapes that graphs are kept for
+MAX_SHAPES = 4
 # from this many items on, a preference they share is worth merging at once
 MERGE_FROM = 8
 
@@ -47,7 +54,9 @@ class Engine:
     :meth:`warm_up`); a batch is padded to the next one, and what the padding computes is never returned. Preferences
     are copied into memory the graphs read: a new one costs no capture, no allocation and no wait for the GPU.
 
-    Threads may share an engine; their calls run one after the other.
+    Threads may share an engine; their calls run one after the other. While a GPU's graph is captured, at the first use
+    of a batch size, other threads should leave that GPU alone: call :meth:`warm_up` first. Two engines on one GPU must
+    not compute at the same time on different streams (their graphs share the libraries' workspace).
 
     Attributes:
         task_names: the tasks, in the order of a preference's entries.
@@ -76,7 +85,7 @@ class Engine:
             device: where to compute; ``auto``: a CUDA GPU where there is one.
             dtype: of weights and activations: float32, bfloat16, float16 or float64, or their names; by default the
                 file's.
-            plain: a module of the original class, where the file does not say how to build one.
+            plain: a module of the original class, where the file does not say how to build one; it is copied.
             max_batch: items computed at a time; a larger batch is cut. On a GPU, the largest graph.
             cuda_graphs: capture CUDA graphs on a CUDA GPU.
             keep_merged: keep W(γ) of the last preference that all items of a batch shared, once it has come twice or
@@ -92,32 +101,38 @@ class Engine:
         wanted = _dtype(dtype)
         self.device = find_device(device)
         self.max_batch, self.keep_merged = max_batch, keep_merged
-        header = read_folded_header(path)
-        model = load_folded(path, plain)
-        # what was learned is float32, whatever the model is
-        stored = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-        self.dtype = wanted or next(stored, torch.float32)
-        self._model = model.to(self.device, self.dtype).requires_grad_(False).eval()
-        self._state = pareto_state(model)
-        self._served, self.per_item = serve_layers(model)
-        self._shared = self._served[0].shared if self._served else None
-        self.task_names = self._state.task_names
-        self.heads: dict[str, ZeroShotHead] = {name: h.to(self.device) for name, h in load_heads(path).items()}
-        self._header = header
+        self._header = read_folded_header(path)
+        stored = _stored_dtype(path, self._header)
+        with torch.inference_mode(False), torch.no_grad():
+            plain = encoders.build(self._header["encoder"]) if plain is None else copy.deepcopy(plain)
+            # in the file's own type: loading into another one would round
+            model = load_folded(path, plain.to(stored))
+            self.dtype = wanted or stored
+            self._model = model.to(self.device, self.dtype).requires_grad_(False).eval()
+            self._state = pareto_state(model)
+            self._served, self.per_item = serve_layers(model)
+            self._shared = self._served[0].shared if self._served else None
+            self.task_names = self._state.task_names
+            self.heads: dict[str, ZeroShotHead] = {name: h.to(self.device) for name, h in load_heads(path).items()}
+            equal = equal_preference(len(self.task_names)).to(self.device)
+            # what the graphs read: a preference for each item, and the one that all of them share
+            self._static_gamma = equal.repeat(max_batch, 1)
+            self._static_shared = equal.clone()
+            self._state.gamma = equal
         self.cuda_graphs = cuda_graphs and _can_capture(self.device)
+        self._vectorised = self.per_item
         self._lock = threading.RLock()
-        self._done: torch.cuda.Event | None = None
         self._kept: Tensor | None = None
         self._last_shared: Tensor | None = None
         self._graphs: dict[Any, _Captured] = {}
         self._static_images: dict[Any, Tensor] = {}
-        equal = equal_preference(len(self.task_names)).to(self.device)
-        # what the graphs read: a preference for each item, and the one that all of them share
-        self._static_gamma = equal.repeat(max_batch, 1)
-        self._static_shared = equal.clone()
-        self._state.gamma = equal
         self._merging: torch.cuda.CUDAGraph | None = None
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+        if self.device.type == "cuda":
+            # the plain weights are gone, and no other tensor has their size
+            torch.cuda.empty_cache()
+            self._done = torch.cuda.current_stream(self.device).record_event()
 
     def __repr__(self) -> str:
         tasks = ", ".join(self.task_names)
@@ -161,7 +176,7 @@ class Engine:
         assert how is not None
         return image_transform(size, is_train=False, mean=tuple(how["mean"]), std=tuple(how["std"]))
 
-    @cached_property
+    @property
     def card(self) -> dict[str, Any]:
         """What the file says of itself, and how it is served, as plain JSON."""
         left_out = ("task_names", "layers", "logit_scales", "tasks")
@@ -181,7 +196,6 @@ class Engine:
             "preference_per_item": self.per_item,
         }
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, preferences: Preferences) -> Tensor:
         """The features of each image by the model of its own preference.
 
@@ -204,10 +218,10 @@ class Engine:
         if gamma.ndim == 2 and not self.per_item:
             raise ValueError(
                 "preferences: expected one for the whole batch (a low-rank term is neither in an nn.Linear nor in an "
-                f"nn.MultiheadAttention layer, or has no learned core), got {count} that differ"
+                f"nn.MultiheadAttention layer, or has no learned core), got one for each of {count} images"
             )
         with self._in_order():
-            mode, gamma = self._mode(gamma, count)
+            mode = self._mode(gamma, count)
             if count <= self.max_batch:
                 return self._compute(mode, images, gamma)
             return torch.cat(
@@ -221,7 +235,6 @@ class Engine:
                 ]
             )
 
-    @torch.no_grad()
     def classify(self, images: Tensor, preferences: Preferences, task: str) -> Tensor:
         """Logits ``[n, classes]`` of ``task``'s zero-shot head, float32; otherwise as calling the engine.
 
@@ -229,10 +242,11 @@ class Engine:
         """
         if task not in self.heads:
             raise ValueError(f"task: expected one with a head, {', '.join(self.heads) or '(none)'}; got {task}")
-        logits: Tensor = self.heads[task](self(images, preferences))
-        return logits
+        features = self(images, preferences)
+        with self._in_order():
+            logits: Tensor = self.heads[task](features)
+            return logits
 
-    @torch.no_grad()
     def sweep(self, images: Tensor, preferences: Preferences) -> Tensor:
         """The same images at each of R preferences: ``[R, n, dim]``.
 
@@ -248,13 +262,14 @@ class Engine:
         self._check_images(images)
         gammas = self._as_tensor(preferences)
         gammas = gammas[None] if gammas.ndim == 1 else gammas
+        if not len(gammas):
+            raise ValueError("preferences: expected at least one, got none")
         with self._in_order():
             pieces = [
                 self._swept(images[i : i + self.max_batch], gammas) for i in range(0, len(images), self.max_batch)
             ]
         return torch.cat(pieces, dim=1)
 
-    @torch.no_grad()
     def warm_up(self, *, item_shape: Sequence[int] | None = None, shared: bool = True, progress: bool = False) -> None:
         """Compute a batch of every size once: kernels are compiled and graphs captured before the first request.
 
@@ -265,14 +280,15 @@ class Engine:
         shape = (3, self.image_size, self.image_size) if item_shape is None else tuple(item_shape)
         everything = self.cuda_graphs or self.device.type != "cpu"
         sizes = [1, *(self.buckets[:0:-1] if everything else ())]
-        modes = ["rows" if self.per_item else "shared"]
-        modes += ["merged"] if everything and shared and self.keep_merged and self._served else []
+        merges = self.keep_merged and bool(self._served)
+        todo = [("rows", size) for size in sizes if self.per_item]
+        todo += [("shared", size) for size in sizes if not merges or size <= MERGE_FROM]
+        todo += [("merged", size) for size in sizes if merges and shared and everything]
         gamma = equal_preference(len(self.task_names))
-        todo = [(size, mode) for mode in modes for size in sizes]
         with progress_bar("warming up", len(todo), enabled=progress) as advance:
-            for number, (size, mode) in enumerate(todo, start=1):
-                images = torch.zeros(size, *shape, dtype=self.dtype, device=self.device)
+            for number, (mode, size) in enumerate(todo, start=1):
                 with self._in_order():
+                    images = torch.zeros(size, *shape, dtype=self.dtype, device=self.device)
                     if mode == "merged":
                         self._keep(gamma)
                     self._compute(mode, images, gamma.expand(size, -1) if mode == "rows" else gamma)
@@ -298,7 +314,9 @@ class Engine:
                 expected = f"floating-point [{tasks}] or [n, {tasks}]"
                 raise ValueError(f"preferences: expected {expected}, got {list(preferences.shape)} {preferences.dtype}")
             return preferences.detach().float()
-        if isinstance(preferences, Sequence) and any(isinstance(one, Mapping | Tensor) for one in preferences):
+        if isinstance(preferences, Sequence) and any(
+            isinstance(one, Mapping) or (isinstance(one, Tensor) and one.ndim) for one in preferences
+        ):
             if not all(isinstance(one, Mapping | Tensor | Sequence) for one in preferences):
                 raise ValueError("preferences: expected numbers, or one preference an item, got a mixture")
             return torch.stack(
@@ -315,18 +333,18 @@ class Engine:
             return gamma[0]
         return gamma
 
-    def _mode(self, gamma: Tensor, count: int) -> tuple[str, Tensor]:
-        """How to compute: ``rows`` (a preference an item), ``merged`` (W(γ) is kept) or ``shared`` (a model that takes
-        one preference at a time)."""
+    def _mode(self, gamma: Tensor, count: int) -> str:
+        """How to compute: ``rows`` (a preference an item), ``shared`` (one for all), ``merged`` (one whose W(γ) is
+        kept)."""
         if gamma.ndim == 2:
-            return "rows", gamma
+            return "rows"
         if self.keep_merged and self._served and not gamma.is_cuda:
             again = self._last_shared is not None and torch.equal(gamma, self._last_shared)
             self._last_shared = gamma.clone()
             if again or count >= MERGE_FROM:
                 self._keep(gamma)
-                return "merged", gamma
-        return ("rows", gamma.expand(count, -1)) if self.per_item else ("shared", gamma)
+                return "merged"
+        return "shared"
 
     def _keep(self, gamma: Tensor) -> None:
         if self._kept is not None and torch.equal(self._kept, gamma):
@@ -361,49 +379,62 @@ class Engine:
         if self._shared is not None:
             self._shared.in_use = mode == "merged"
         self._state.gamma = gamma
-        features: Tensor = self._model(images)
+        features = self._model(images)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"model: expected it to return a tensor of features, got {type(features).__name__}")
         return features
 
     def _replayed(self, mode: str, images: Tensor, gamma: Tensor) -> Tensor | None:
         """The same by a CUDA graph of the next larger batch; None where the model cannot be captured."""
         count, shape = len(images), tuple(images.shape[1:])
         key = (mode, next(size for size in self.buckets if size >= count), shape)
-        if shape not in self._static_images:
-            self._static_images[shape] = torch.zeros(self.max_batch, *shape, dtype=self.dtype, device=self.device)
-        if mode == "rows":
-            self._static_gamma[:count].copy_(gamma, non_blocking=True)
-        else:
-            self._static_shared.copy_(gamma, non_blocking=True)
-        static = self._static_images[shape][: key[1]]
-        static[:count].copy_(images, non_blocking=True)
+        if shape not in self._static_images and len(self._static_images) == MAX_SHAPES:
+            return None
+        static = self._static_images.get(shape)
+        if static is None:
+            static = torch.zeros(self.max_batch, *shape, dtype=self.dtype, device=self.device)
+        read = self._static_gamma[: key[1]] if mode == "rows" else self._static_shared
+        _copy(gamma, read[:count] if mode == "rows" else read)
+        _copy(images, static[:count])
         captured = self._graphs.get(key)
         if captured is None:
-            read = self._static_gamma[: key[1]] if mode == "rows" else self._static_shared
-            found = self._capture(lambda: self._forward(mode, static, read))
+            batch = static[: key[1]]
+            found = self._capture(lambda: self._forward(mode, batch, read))
             if found is None:
                 return None
+            self._static_images[shape] = static
             captured = self._graphs[key] = _Captured(*found)
         captured.graph.replay()
         return captured.features[:count].clone()
 
     def _capture(self, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result] | None:
         """Graph and result; None, and no graphs from here on, where something in it cannot be captured."""
+        warm_up(function, self.device)
+        first = self._pool is None
+        if first:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            warm_up(function, self.device)
-            return capture(function, self.device, self._pool)
+            # what one batch size does without waiting for the GPU, the others do too
+            return capture(function, self.device, self._pool, probe=first)
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise
             self.cuda_graphs = False
+            self._graphs.clear()
+            self._static_images.clear()
             warnings.warn(f"engine: computed without CUDA graphs, because {error}", stacklevel=5)
             return None
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """One call at a time; and calls on several streams share the engine's memory, so each waits for the last."""
-        with self._lock:
+        """One call at a time, in no mode of the caller's; calls on several streams share the engine's memory, so each
+        waits for the last."""
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            no_autocast(self.device.type),
+        ):
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             if stream is not None and self._done is not None:
                 stream.wait_event(self._done)
@@ -420,21 +451,41 @@ class Engine:
 
     def _at(self, images: Tensor, gammas: Tensor) -> Tensor:
         """[R, n, dim] for a few preferences [R, K]."""
-        if self.per_item:
+        if self._vectorised:
             try:
                 with warnings.catch_warnings():
                     # attention on the CPU is computed one preference at a time
                     warnings.filterwarnings("ignore", message="There is a performance drop")
                     gammas = gammas.to(self.device)
                     return torch.vmap(lambda gamma: self._forward("rows", images, gamma))(gammas)
-            except RuntimeError as error:
-                if "vmap" not in str(error):
+            except (RuntimeError, ValueError, TypeError) as error:
+                if "out of memory" in str(error):
                     raise
-                # something in the model cannot be vectorised
-                return torch.stack([self._compute("rows", images, gamma.expand(len(images), -1)) for gamma in gammas])
+                # something in the model cannot be vectorised; what is wrong besides shows below
+                self._vectorised = False
             finally:
                 self._state.gamma = self._static_shared
         return torch.stack([self._compute("shared", images, gamma) for gamma in gammas])
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Without waiting for the GPU, unless the caller could write into ``source`` before it has been read."""
+    target.copy_(source, non_blocking=not source.is_pinned())
+
+
+def _stored_dtype(path: Path, header: Mapping[str, Any]) -> torch.dtype:
+    """Of most of a folded file's weights; what was learned is float32, whatever the model is."""
+    learned = {
+        f"model.{module}.{part_name(name, part)}" if module else f"model.{part_name(name, part)}"
+        for module, entry in header["layers"].items()
+        for name in entry["low_rank"]
+        for part in LEARNED
+    }
+    found: dict[torch.dtype, int] = {}
+    for name, (shape, kind) in read_shapes(path).items():
+        if name.startswith("model.") and name not in learned and kind in _STORED:
+            found[_STORED[kind]] = found.get(_STORED[kind], 0) + math.prod(shape)
+    return max(found, key=lambda dtype: found[dtype], default=torch.float32)
 
 
 def _can_capture(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """The layers of a folded model as a server holds them: W and A side by side, in the model's type.
 
-Beside the plain model's weights that is r·(out + in) numbers a layer in the model's type and r·r·K in float32: under a
-hundredth of a ViT at r = 16. W(γ) of a preference that many requests share is kept besides, where that is asked for.
+Beside the plain model's weights that is r·(out + in) numbers a layer in the model's type (for A, r rounded up to 16, 32
+or 64) and r·r·K in float32: about a hundredth of a ViT at r = 16. W(γ) of a preference that many requests share is kept
+besides, where that is asked for.
 """
 
 from __future__ import annotations
@@ -112,7 +113,11 @@ def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
         module.__class__ = kind
         module.served = parts
         found += parts.values()
-    return found, complete
+        # PyTorch's own forward on one merged tensor
+        complete = complete and not (kind is ServedAttention and (module.bias_k is not None or module.add_zero_attn))
+    # it reads its out-projection's weight and does not call it
+    parents = (module for module in model.modules() if type(module) is nn.MultiheadAttention)
+    return found, complete and not any(isinstance(parent.out_proj, ParetoModule) for parent in parents)
 
 
 def _served(module: ParetoModule, name: str, shared: SharedPreference) -> ServedWeight:

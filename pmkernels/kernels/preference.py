@@ -1,14 +1,14 @@
 """y = x·Wᵀ + t·Aᵀ + b with t_m = C(γ_m)·Bᵀx_m: a folded layer with a preference per row, for inference.
 
-W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK], so there are two ways to compute y, and
-in both the low-rank part is in the float32 sum before anything is rounded:
+W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK]. There are two ways to compute y, and in
+both the low-rank part is in the float32 sum before y is rounded:
 
 - few rows: one kernel. t is linear in x, so a tile of y needs only the tiles of x it reads anyway: beside W·xᵀ it
   adds up s = Bᵀxᵀ, and the product A·t last. That holds for any part of D too, which is split over several programs
   where there are few tiles; each adds the low-rank part of its own columns.
 - many rows: one kernel writes [x | t] and the library multiplies it by ``wide``: a product RANK columns longer.
 
-γ is [groups, K] and row m belongs to group m // rows_per_group; it is never expanded to rows.
+γ is [groups, K] and row m belongs to group m // rows_per_group.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class FakeGraph:
     """Runs the captured function again, into the memory it returned: what a CUDA graph does."""
 
     def __init__(self, function: Callable[[], Tensor | None], result: Tensor | None) -> None:
-        self.function, self.result, self.replays = function, result, 0
+        self.function, self.result, self.replays, self.probe = function, result, 0, False
 
     def replay(self) -> None:
         self.replays += 1
@@ -99,9 +99,10 @@ class FakeGraph:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
     made: list[FakeGraph] = []
 
-    def capture(function: Callable[[], Any], device: torch.device, pool: Any) -> tuple[FakeGraph, Any]:
+    def capture(function: Callable[[], Any], device: torch.device, pool: Any, probe: bool) -> tuple[FakeGraph, Any]:
         result = function()
         made.append(FakeGraph(function, result))
+        made[-1].probe = probe
         return made[-1], result
 
     monkeypatch.setattr(engine_module, "_can_capture", lambda device: True)
@@ -195,20 +196,20 @@ def test_equal_preferences_are_merged(engine: Engine, model: nn.Module, monkeypa
         torch.testing.assert_close(found, expected(model, images(count), of_each), rtol=1e-4, atol=1e-4)
 
     right(GAMMAS[1])
-    assert seen == ["rows"] and engine.bytes == before
+    assert seen == ["shared"] and engine.bytes == before
     # the second time in a row, however it is written
     right(GAMMAS[1].expand(3, -1))
     right(GAMMAS[1])
     # others come between, and the kept weights stand
     right(GAMMAS[:3])
     right(GAMMAS[1])
-    assert seen == ["rows", "merged", "merged", "rows", "merged"]
+    assert seen == ["shared", "merged", "merged", "rows", "merged"]
     assert before < engine.bytes < 1.5 * before
     # another one, at once because there are many
     right(GAMMAS[3], count=8)
     right(GAMMAS[3], count=1)
     right(GAMMAS[1], count=2)
-    assert seen[5:] == ["merged", "merged", "rows"]
+    assert seen[5:] == ["merged", "merged", "shared"]
     del batch
 
 
@@ -262,8 +263,8 @@ def test_graphs_of_a_few_sizes(file: Path, model: nn.Module, graphs: list[FakeGr
         batch = images(count, seed=start)
         found = engine(batch, chosen)
         torch.testing.assert_close(found, expected(model, batch, chosen), rtol=1e-4, atol=1e-4)
-    # one for each size, whatever the preferences: one image, and equal preferences, take the same graphs
-    assert len(graphs) == 4
+    # one for each size, whatever the preferences; and one image, whose preference is shared
+    assert len(graphs) == 5
     assert sum(graph.replays for graph in graphs) == 10
 
 
@@ -310,7 +311,7 @@ def test_a_new_preference_captures_and_merges_in_place(
 def test_a_model_that_cannot_be_captured_runs_all_the_same(
     file: Path, model: nn.Module, graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("it waits for the GPU")
 
     monkeypatch.setattr(engine_module, "capture", refuse)
@@ -328,8 +329,9 @@ def test_a_model_that_cannot_be_captured_runs_all_the_same(
 def test_warming_up_captures_every_size(file: Path, model: nn.Module, graphs: list[FakeGraph]) -> None:
     engine = Engine(file, "cpu", max_batch=5)
     engine.warm_up()
-    # four sizes with a preference for each item, four with merged weights, and the graph that merges them
-    assert engine.buckets == [1, 2, 4, 5] and len(graphs) == 9
+    # four sizes with a preference for each item, with a shared one, with merged weights, and the graph that merges them
+    assert engine.buckets == [1, 2, 4, 5] and len(graphs) == 13
+    assert [graph.probe for graph in graphs] == [True] + 12 * [False]
     for size in engine.buckets:
         gammas = GAMMAS[torch.arange(size) % 5]
         torch.testing.assert_close(
@@ -337,12 +339,12 @@ def test_warming_up_captures_every_size(file: Path, model: nn.Module, graphs: li
         )
         for _ in range(2):
             engine(images(size), GAMMAS[3])
-    assert len(graphs) == 9
+    assert len(graphs) == 13
     before = len(graphs)
     alone = Engine(file, "cpu", max_batch=5)
     held = alone.bytes
     alone.warm_up(shared=False)
-    assert len(graphs) - before == 4 and alone.bytes == held
+    assert len(graphs) - before == 8 and alone.bytes == held
 
 
 def test_sweep(engine: Engine, model: nn.Module) -> None:
@@ -411,7 +413,9 @@ def test_other_modules(tmp_path: Path) -> None:
         if per_item:
             torch.testing.assert_close(engine(x, GAMMAS), truth)
         else:
-            with pytest.raises(ValueError, match=r"preferences: expected one for the whole batch .* got 5 that differ"):
+            with pytest.raises(
+                ValueError, match=r"preferences: expected one for the whole batch .* got one for each of 5 images"
+            ):
                 engine(x, GAMMAS)
         swept = engine.sweep(x, GAMMAS)
         for index, gamma in enumerate(GAMMAS):
@@ -423,6 +427,143 @@ def test_other_modules(tmp_path: Path) -> None:
             _ = engine.image_size
 
 
+class Attending(nn.Module):
+    """Self-attention, of any kind."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x, need_weights=False)[0].mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "low_rank"),
+    [
+        ({"add_zero_attn": True}, "attention"),
+        ({"add_bias_kv": True}, "attention"),
+        ({}, lambda name, module: name.endswith("out_proj.weight")),
+    ],
+    ids=["zero attention", "bias_k", "out-projection alone"],
+)
+def test_attention_that_takes_one_preference(tmp_path: Path, options: dict[str, Any], low_rank: Any) -> None:
+    torch.manual_seed(2)
+    plain = Attending(**options)
+    learned = pareto(plain, low_rank=low_rank)
+    save_folded(learned, tmp_path / "folded.safetensors")
+    engine = Engine(tmp_path / "folded.safetensors", "cpu", plain=plain)
+    x = torch.randn(4, 5, 8)
+    engine.warm_up(item_shape=(5, 8))
+    truth = expected(learned, x, GAMMAS[1].expand(4, -1))
+    for _ in range(3):
+        torch.testing.assert_close(engine(x, GAMMAS[1]), truth)
+    torch.testing.assert_close(engine.sweep(x, GAMMAS)[1], truth)
+    with pytest.raises(ValueError, match=r"expected one for the whole batch"):
+        engine(x, GAMMAS[:4])
+
+
+def test_the_callers_modes_change_nothing(file: Path, model: nn.Module, graphs: list[FakeGraph]) -> None:
+    with torch.inference_mode():
+        engine = Engine(file, "cpu", max_batch=8)
+    batch = images(5)
+    truth = {"rows": expected(model, batch, GAMMAS), "shared": expected(model, batch, GAMMAS[1].expand(5, -1))}
+
+    def right() -> None:
+        torch.testing.assert_close(engine(batch, GAMMAS), truth["rows"], rtol=1e-4, atol=1e-4)
+        for _ in range(2):
+            found = engine(batch, GAMMAS[1])
+            assert found.dtype == torch.float32 and not found.is_inference()
+            torch.testing.assert_close(found, truth["shared"], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(engine.sweep(batch, GAMMAS[:2])[1], truth["shared"], rtol=1e-4, atol=1e-4)
+
+    with torch.inference_mode():
+        right()
+    right()
+    with torch.autocast("cpu", torch.bfloat16):
+        right()
+    with torch.device("meta"):
+        right()
+        engine.warm_up()
+    with torch.enable_grad():
+        assert not engine(batch.clone().requires_grad_(), GAMMAS).requires_grad
+
+
+def test_the_type_is_the_files(tmp_path: Path, model: nn.Module) -> None:
+    path = tmp_path / "folded.safetensors"
+    save_folded(copy.deepcopy(model).bfloat16(), path, encoder=ENCODER)
+    assert Engine(path, "cpu").dtype == torch.bfloat16
+    # a float32 file through a module in bfloat16 loses nothing, and the module stays as it was
+    save_folded(model, path, encoder=ENCODER)
+    plain = VisionTransformer(**ENCODER["arguments"]).bfloat16()
+    before = copy.deepcopy(plain.state_dict())
+    for _ in range(2):
+        engine = Engine(path, "cpu", plain=plain)
+        assert engine.dtype == torch.float32
+        torch.testing.assert_close(engine(images(5), GAMMAS), expected(model, images(5), GAMMAS), rtol=1e-4, atol=1e-4)
+    assert type(plain) is VisionTransformer
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+class Tokens(nn.Module):
+    """Any number of tokens of 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).mean(dim=1)
+
+
+def test_a_wrong_input_does_not_end_the_graphs(tmp_path: Path, graphs: list[FakeGraph]) -> None:
+    plain = Tokens()
+    learned = pareto(plain, low_rank="all")
+    save_folded(learned, tmp_path / "folded.safetensors")
+    engine = Engine(tmp_path / "folded.safetensors", "cpu", plain=plain, max_batch=4)
+    with pytest.raises(ValueError, match=r"x: expected shape \[\*, 6\], got \[4, 7, 5\]"):
+        engine(torch.randn(3, 7, 5), GAMMAS[:3])
+    assert engine.cuda_graphs and not engine._static_images
+    # graphs of a few shapes only, the others without
+    for tokens in range(1, engine_module.MAX_SHAPES + 4):
+        x = torch.randn(3, tokens, 6)
+        torch.testing.assert_close(engine(x, GAMMAS[:3]), expected(learned, x, GAMMAS[:3]))
+    assert len(engine._static_images) == len(graphs) == engine_module.MAX_SHAPES
+
+
+class OutOfReach(Tokens):
+    """Looks at its data as torch.vmap cannot, in words without vmap."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(torch.from_numpy(hidden.numpy()).relu()).mean(dim=1)
+
+
+def test_a_sweep_without_vmap(tmp_path: Path) -> None:
+    plain = OutOfReach()
+    with torch.no_grad():
+        learned = pareto(plain, low_rank="all")
+    save_folded(learned, tmp_path / "folded.safetensors")
+    engine = Engine(tmp_path / "folded.safetensors", "cpu", plain=plain)
+    x = torch.randn(3, 7, 6)
+    for _ in range(2):
+        found = engine.sweep(x, GAMMAS)
+        for features, gamma in zip(found, GAMMAS, strict=True):
+            torch.testing.assert_close(features, expected(learned, x, gamma.expand(3, -1)))
+
+
+class Pair(Tokens):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_a_model_that_returns_something_else(tmp_path: Path) -> None:
+    save_folded(pareto(Pair(), low_rank="all"), tmp_path / "folded.safetensors")
+    engine = Engine(tmp_path / "folded.safetensors", "cpu", plain=Pair())
+    with pytest.raises(TypeError, match=r"model: expected it to return a tensor of features, got tuple"):
+        engine(torch.randn(3, 7, 6), GAMMAS[:3])
+
+
 def test_low_rank_everywhere(tmp_path: Path) -> None:
     torch.manual_seed(1)
     plain = VisionTransformer(**ENCODER["arguments"]).eval()
@@ -430,8 +571,8 @@ def test_low_rank_everywhere(tmp_path: Path) -> None:
     save_folded(learned, tmp_path / "folded.safetensors", encoder=ENCODER)
     engine = Engine(tmp_path / "folded.safetensors", "cpu")
     batch = images(5)
-    if engine.per_item:
-        torch.testing.assert_close(engine(batch, GAMMAS), expected(learned, batch, GAMMAS), rtol=1e-4, atol=1e-4)
+    assert engine.per_item
+    torch.testing.assert_close(engine(batch, GAMMAS), expected(learned, batch, GAMMAS), rtol=1e-4, atol=1e-4)
     for _ in range(2):
         found = engine(batch, GAMMAS[1])
     torch.testing.assert_close(found, expected(learned, batch, GAMMAS[1].expand(5, -1)), rtol=1e-4, atol=1e-4)
