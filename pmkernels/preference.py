@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pmkernels import dispatch, eager
 from pmkernels.checks import check_tensor, no_autocast
 from pmkernels.linear import broadcasts
-from pmkernels.reference import preference_core
+from pmkernels.reference import accumulate_dtype, preference_core
 
 if dispatch.HAS_TRITON:
     from pmkernels.kernels import preference as kernels
@@ -149,18 +149,25 @@ def _(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Option
 def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
     """The same in plain PyTorch. Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place,
     which spares the copy of x and rounds no worse."""
-    (d, rank), n = B.shape, wide.shape[0]
-    x3, groups = eager.group_rows(x, gamma)
-    C = preference_core(G, groups)
-    t = (x3 @ B).to(C.dtype) @ C.transpose(1, 2)
+    (d, rank), n, lead = B.shape, wide.shape[0], x.shape[:-1]
+    count = math.prod(lead)
+    rows = x.reshape(count, d)
+    t = _mixed(rows @ B, G, eager.groups_of(gamma, lead)).to(x.dtype)
     if x.element_size() < 4:
-        longer = x.new_zeros(*x3.shape[:2], wide.shape[1])
-        longer[..., :d] = x3
-        longer[..., d : d + rank] = t
-        return F.linear(longer, wide, bias).view(*x.shape[:-1], n)
-    y = F.linear(x3, wide[:, :d], bias).view(-1, n)
-    y.addmm_(t.reshape(-1, rank).to(x.dtype), wide[:, d : d + rank].t())
-    return y.view(*x.shape[:-1], n)
+        zeros = x.new_zeros(count, wide.shape[1] - d - rank)
+        y = F.linear(torch.cat([rows, t, zeros], dim=1), wide, bias)
+    else:
+        y = F.linear(rows, wide[:, :d], bias).addmm_(t, wide[:, d : d + rank].t())
+    return y.view(*lead, n)
+
+
+def _mixed(s: Tensor, G: Tensor, gamma: Tensor) -> Tensor:
+    """t_m = C(γ)·s_m for s [M, R] and gamma [groups, K], groups of M / groups rows: [M, R] in the type of the sums."""
+    (rank, _, tasks), groups = G.shape, gamma.shape[0]
+    dtype = accumulate_dtype(G, gamma)
+    C = (gamma.to(dtype) @ G.to(dtype).reshape(rank * rank, tasks).t()).view(groups, rank, rank)
+    each = s.shape[0] // max(groups, 1)
+    return torch.bmm(s.to(dtype).view(groups, each, rank), C.transpose(1, 2)).view(s.shape)
 
 
 def _over_preferences(
