@@ -544,7 +544,7 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
     with a cold and a warm cache."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in _batches(report) if row["ms"]]
@@ -570,6 +570,9 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
                 panel.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="distinct preferences")
                 panel.set_xticks(counts, [str(count) for count in counts])
                 panel.xaxis.set_minor_locator(NullLocator())
+                # milliseconds as numbers, not as powers of ten
+                for of in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                    of(FuncFormatter(lambda value, _: f"{value:g}"))
                 panel.grid(alpha=0.3, linewidth=0.6)
             panels[0].set_ylabel("ms")
             figure.suptitle(f"{model}, {report['dtype']}, on the {'GPU' if report['device'] == 'cuda' else 'CPU'}")
