@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads
+from pareto_merging.errors import UserError
 from pareto_merging.parametrize import merge
 from pareto_merging.preferences import dirichlet, one_hot_preferences
 from pareto_merging.serving import Engine
 from pareto_merging.tables import print_table
 
 SECONDS_TO_ANSWER = 60.0
+# open at a time from one process: more would wait in the system's buffers, and some be reset there
+CONNECTIONS = 512
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ class Case:
 
 @dataclass
 class Phase:
-    """What came of the requests of one phase; latencies in seconds, of the answers with status 200."""
+    """What came of the requests of one phase; latencies in seconds, of the answers with status 200.
+
+    ``held_back``: requests that were due and not sent, because every connection waited for an answer.
+    """
 
     name: str
     wanted_rate: float = 0.0
     seconds: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
     mixed_up: int = 0
+    held_back: int = 0
     worst_error: float = 0.0
     latencies: list[float] = field(default_factory=list)
 
@@ -90,12 +97,15 @@ class Phase:
         self.seconds = max(self.seconds, other.seconds)
         self.statuses += other.statuses
         self.mixed_up += other.mixed_up
+        self.held_back += other.held_back
         self.worst_error = max(self.worst_error, other.worst_error)
         self.latencies += other.latencies
 
     def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
+        # asdict of a Counter fails before Python 3.12
+        values = asdict(replace(self, statuses=Counter(), latencies=[]))
         del values["latencies"]
+        values["statuses"] = dict(self.statuses)
         derived = {name: getattr(self, name) for name in ("sent", "lost", "rate", "answered_rate")}
         return {**values, **derived, **{f"p{p}_ms": round(self.percentile(p), 2) for p in (50, 95, 99)}}
 
@@ -166,10 +176,14 @@ class Client:
     """Open connections to one server, used again when free: a few dozen lines that can send thousands a second.
 
     General clients spend milliseconds a request once hundreds are under way.
+
+    Raises UserError for anything but http://HOST:PORT.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+            raise UserError(f"url: expected http://HOST:PORT, got {url}")
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -234,14 +248,20 @@ async def _open_loop(
 ) -> None:
     client, rng = Client(url), np.random.default_rng(seed)
     start = time.perf_counter()
-    tasks: list[asyncio.Task[None]] = []
+    open_requests: set[asyncio.Task[None]] = set()
+    number = 0
     # a client that cannot keep up sends fewer, which the table shows
     while (now := time.perf_counter() - start) < seconds:
-        due = len(tasks) / phase.wanted_rate
-        await asyncio.sleep(max(0.0, due - now))
-        tasks.append(asyncio.create_task(send(client, cases[int(rng.integers(len(cases)))], phase, tolerance)))
+        await asyncio.sleep(max(0.0, number / phase.wanted_rate - now))
+        number += 1
+        if len(open_requests) >= CONNECTIONS:
+            phase.held_back += 1
+            continue
+        task = asyncio.create_task(send(client, cases[int(rng.integers(len(cases)))], phase, tolerance))
+        open_requests.add(task)
+        task.add_done_callback(open_requests.discard)
     phase.seconds = time.perf_counter() - start
-    await asyncio.gather(*tasks)
+    await asyncio.gather(*open_requests)
     client.close()
 
 
@@ -283,8 +303,14 @@ def run_load(
     clients: int = 1,
     tolerance: float = 1e-3,
 ) -> list[Phase]:
-    """The three phases: sustainable, overload at ``factor`` times its rate, recovery."""
+    """The three phases: sustainable, overload at ``factor`` times its rate, recovery.
+
+    Raises UserError where nothing was answered.
+    """
     calm = closed_loop(url, cases, "sustainable", users, seconds, tolerance)
+    if not calm.statuses["200"]:
+        got = ", ".join(f"{count} × {kind}" for kind, count in calm.statuses.items()) or "nothing"
+        raise UserError(f"{url}: expected a server of that file to answer, got {got}")
     storm = overload(url, cases, factor * calm.answered_rate, seconds, tolerance, clients)
     after = closed_loop(url, cases, "recovery", users, seconds, tolerance)
     return [calm, storm, after]
@@ -305,20 +331,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
-    cases = prepare(options.folded, preferences=options.preferences, tolerance=options.tolerance)
-    phases = run_load(
-        options.url,
-        cases,
-        users=options.users,
-        seconds=options.seconds,
-        factor=options.factor,
-        clients=options.clients,
-        tolerance=options.tolerance,
-    )
+    try:
+        cases = prepare(options.folded, preferences=options.preferences, tolerance=options.tolerance)
+        phases = run_load(
+            options.url,
+            cases,
+            users=options.users,
+            seconds=options.seconds,
+            factor=options.factor,
+            clients=options.clients,
+            tolerance=options.tolerance,
+        )
+    except (UserError, ValueError) as error:
+        print(f"load: {error}", file=sys.stderr)
+        return 2
     if options.json:
         print(json.dumps([phase.to_json() for phase in phases]))
     else:
         head = ["phase", "sent", "per second", "200", "503", "lost", "mixed up", "p50 ms", "p95 ms", "p99 ms", "error"]
+        head.append("held back")
         rows = [
             [
                 phase.name,
@@ -326,10 +357,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 *(str(phase.lost), str(phase.mixed_up)),
                 *(f"{phase.percentile(p):.1f}" for p in (50, 95, 99)),
                 f"{phase.worst_error:.1e}",
+                str(phase.held_back),
             ]
             for phase in phases
         ]
         print_table(f"{options.url}: {len(cases)} different requests", head, rows)
+        for phase in phases:
+            kinds = {kind: count for kind, count in phase.statuses.items() if kind not in ("200", "503")}
+            if kinds:
+                print(f"{phase.name}: lost: {', '.join(f'{count} × {kind}' for kind, count in kinds.items())}")
     return int(any(phase.lost or phase.mixed_up for phase in phases))
 
 

@@ -553,6 +553,9 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         batches = list(dict.fromkeys(row["batch"] for row in own))
+        if len({(row["batch"], row["preferences"]) for row in own}) < 2:
+            # one point makes no curve
+            continue
         with matplotlib.rc_context({"font.size": 7.5, "axes.spines.top": False, "axes.spines.right": False}):
             figure = Figure(figsize=(max(4.5, 2.4 * len(batches)), 3.6), dpi=200, layout="constrained")
             panels = figure.subplots(1, len(batches), squeeze=False).flatten()

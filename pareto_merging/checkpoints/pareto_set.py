@@ -346,4 +346,4 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
     prepare_transformers(plain)
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in learned)
-    return plain
+    return plain.eval()

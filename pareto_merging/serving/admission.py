@@ -85,7 +85,9 @@ class Admission:
             await self.app(scope, receive, send)
             return
         gate, start = self.gate, time.monotonic()
-        guarded = scope["path"] in gate.paths and scope["method"] == "POST"
+        # below a prefix, where the app is mounted or told of one
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        guarded = path in gate.paths and scope["method"] == "POST"
         exchange = _Exchange(scope, receive, send, gate)
         refused = gate.refusal() if guarded else None
         counted = guarded and refused is None
@@ -100,8 +102,12 @@ class Admission:
         except ClientDisconnect:
             exchange.status = 499
         except asyncio.CancelledError:
+            # the time to stop has run out
             gate.cut_off += counted
-            raise
+            if exchange.started:
+                raise
+            response = JSONResponse({"detail": "server: expected to answer in time, but it is stopping"}, 503)
+            await response(scope, receive, exchange.send)
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if exchange.started:
@@ -110,8 +116,8 @@ class Admission:
             await response(scope, receive, exchange.send)
         finally:
             gate.pending -= counted
-            gate.answered += counted and exchange.finished
-            gate.record(scope["path"], exchange.status, time.monotonic() - start if counted else None)
+            gate.answered += counted and exchange.finished and exchange.status != 503
+            gate.record(path, exchange.status, time.monotonic() - start if counted else None)
         await exchange.linger()
 
 

@@ -23,13 +23,20 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.devices import find_device
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, part_name
-from pareto_merging.preferences import Preference, check_preference, equal_preference, pareto_state
+from pareto_merging.preferences import (
+    Preference,
+    check_preference,
+    equal_preference,
+    pareto_state,
+    parse_preference,
+    parse_preferences,
+)
 from pareto_merging.progress import progress_bar
 from pareto_merging.serving.layers import serve_layers
 from pmkernels.checks import no_autocast
 from pmkernels.graphs import capture, warm_up
 
-Preferences: TypeAlias = Preference | Sequence[Mapping[str, float]]
+Preferences: TypeAlias = Preference | str | Sequence[Preference | str]
 Result = TypeVar("Result")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -201,8 +208,8 @@ class Engine:
 
         Args:
             images: ``[n, 3, H, W]``, floating-point, as :attr:`preprocess` makes them; on any device.
-            preferences: one for each image, ``[n, K]`` or a list of n, each a list of K numbers or by task name
-                (``{"MNIST": 0.7}``: the rest is shared out); or one for all, ``[K]`` or by name. Of a tensor on a GPU
+            preferences: one for each image, ``[n, K]`` or a list of n, each K numbers, by name (``{"MNIST": 0.7}``, the
+                rest is shared out) or as text (``"MNIST=0.7"``, ``"equal"``); or one for all. Of a tensor on a GPU
                 the values are not looked at, which would wait for it; any other must be a preference
                 (:func:`pareto_merging.preferences.check_preference`), and equal ones take the way of a shared one.
 
@@ -250,25 +257,30 @@ class Engine:
     def sweep(self, images: Tensor, preferences: Preferences) -> Tensor:
         """The same images at each of R preferences: ``[R, n, dim]``.
 
-        What does not depend on γ is computed once for all of them: everything before the first low-rank term, and that
-        layer's product with W. ``max_batch`` bounds images times preferences computed at a time.
+        What does not depend on γ is computed once for all of them (for every ``max_batch`` of them): everything before
+        the first low-rank term, and that layer's product with W. ``max_batch`` bounds images times preferences computed
+        at a time.
 
         Args:
-            images: as calling the engine. preferences: ``[R, K]``, or a list of R.
+            images: as calling the engine. preferences: ``[R, K]``, a list of R, or the command line's text:
+                ``"grid:11"``, ``"one-hot;equal"`` (:func:`pareto_merging.preferences.parse_preferences`).
 
         Raises:
             TypeError, ValueError: as calling the engine.
         """
         self._check_images(images)
-        gammas = self._as_tensor(preferences)
+        if isinstance(preferences, str):
+            gammas = torch.stack(parse_preferences(preferences, self.task_names))
+        else:
+            gammas = self._as_tensor(preferences)
         gammas = gammas[None] if gammas.ndim == 1 else gammas
         if not len(gammas):
             raise ValueError("preferences: expected at least one, got none")
         with self._in_order():
-            pieces = [
-                self._swept(images[i : i + self.max_batch], gammas) for i in range(0, len(images), self.max_batch)
-            ]
-        return torch.cat(pieces, dim=1)
+            # few images at a time and all preferences: the shared part is then computed once for an image
+            each = max(1, self.max_batch // len(gammas))
+            pieces = [self._swept(images[i : i + each], gammas) for i in range(0, len(images), each)]
+            return torch.cat(pieces, dim=1)
 
     def warm_up(self, *, item_shape: Sequence[int] | None = None, shared: bool = True, progress: bool = False) -> None:
         """Compute a batch of every size once: kernels are compiled and graphs captured before the first request.
@@ -314,15 +326,19 @@ class Engine:
                 expected = f"floating-point [{tasks}] or [n, {tasks}]"
                 raise ValueError(f"preferences: expected {expected}, got {list(preferences.shape)} {preferences.dtype}")
             return preferences.detach().float()
-        if isinstance(preferences, Sequence) and any(
-            isinstance(one, Mapping) or (isinstance(one, Tensor) and one.ndim) for one in preferences
-        ):
-            if not all(isinstance(one, Mapping | Tensor | Sequence) for one in preferences):
-                raise ValueError("preferences: expected numbers, or one preference an item, got a mixture")
-            return torch.stack(
-                [check_preference(one, self.task_names, per_item=False).detach().cpu() for one in preferences]  # type: ignore[arg-type]
-            )
+        if isinstance(preferences, str):
+            return parse_preference(preferences, self.task_names)
+        if isinstance(preferences, list | tuple) and any(_is_preference(one) for one in preferences):
+            return torch.stack([self._one(one) for one in preferences])
         return check_preference(preferences, self.task_names).detach()  # type: ignore[arg-type]
+
+    def _one(self, preference: Any) -> Tensor:
+        if isinstance(preference, str):
+            return parse_preference(preference, self.task_names)
+        if isinstance(preference, int | float):
+            raise ValueError("preferences: expected numbers, or one preference for each item, got a mixture")
+        given = torch.as_tensor(preference) if hasattr(preference, "__array__") else preference
+        return check_preference(given, self.task_names, per_item=False).detach().cpu()
 
     def _preferences(self, preferences: Preferences, count: int) -> Tensor:
         """[K] where all items are known to share one, else [n, K]."""
@@ -468,6 +484,11 @@ class Engine:
         return torch.stack([self._compute("shared", images, gamma) for gamma in gammas])
 
 
+def _is_preference(value: Any) -> bool:
+    """One of several, in a form that a tensor cannot be made of as it is."""
+    return isinstance(value, Mapping | str) or (hasattr(value, "__array__") and bool(getattr(value, "ndim", 0)))
+
+
 def _copy(source: Tensor, target: Tensor) -> None:
     """Without waiting for the GPU, unless the caller could write into ``source`` before it has been read."""
     target.copy_(source, non_blocking=not source.is_pinned())
@@ -493,7 +514,7 @@ def _can_capture(device: torch.device) -> bool:
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"dtype: expected one of {names}, got {dtype}")

@@ -160,9 +160,11 @@ class Service:
             title="Pareto Merging",
             description="A merged model for any preference over its tasks, chosen request by request.",
             lifespan=self._lifespan,
+            redoc_url=None,
         )
         app.add_middleware(Admission, gate=self.gate)
         app.get("/health", response_model=Health, responses={503: {"model": Health}})(self.health)
+        app.head("/health", include_in_schema=False)(self.health)
         app.get("/metrics", response_class=Response)(self.metrics)
         app.get("/model", response_model=ModelCard)(self.model)
         app.post(
@@ -212,6 +214,9 @@ class Service:
         return Embedding(preference=self._named(query), embedding=answer)
 
     async def _answer(self, request: Request, fields: type[EmbedFields]) -> tuple[Query, Any]:
+        if request.query_params:
+            named = ", ".join(list(request.query_params)[:5])
+            raise problem(422, f"query: expected fields in the body, as JSON or a form, got {named} in the URL")
         body = await read_body(request)
         query, image = await self.batcher.decode(self._read, body, fields)
         try:
@@ -289,6 +294,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         print(f"pareto-merging: stopping, {self._gate.pending} requests in hand", file=sys.stderr, flush=True)
+        # what is cut off is counted and said at the end
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         for server in self.servers:
             server.close()
         # open connections are answered 503 for a moment, so that no client writes into one that is being closed
@@ -305,13 +312,15 @@ def run(
     dtype: str | None = None,
     limits: Limits | None = None,
     threads: int | None = None,
+    keep_merged: bool = True,
     progress: bool = True,
     on_warning: Callable[[str], None] = warnings.warn,
 ) -> int:
     """Serve a folded file until SIGTERM or Ctrl-C; how many accepted requests it had no time to answer, usually 0.
 
     Args:
-        port: 0 takes a free one. device, dtype: as for :class:`Engine`. threads: CPU threads of the model.
+        port: 0 takes a free one. device, dtype, keep_merged: as for :class:`Engine`. threads: CPU threads of the
+            model.
 
     Raises:
         UserError: a port in use, a host that is not here, and what :class:`Engine` raises.
@@ -330,7 +339,7 @@ def run(
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with user_errors():
-            engine = Engine(file, device, dtype, max_batch=limits.max_batch)
+            engine = Engine(file, device, dtype, max_batch=limits.max_batch, keep_merged=keep_merged)
         service = Service(engine, limits)
         try:
             service.batcher.warm_up(progress).result()

@@ -96,8 +96,10 @@ async def read_body(request: Request) -> bytes | dict[str, Any]:
     for name, value in form.multi_items():
         if name in fields:
             raise problem(422, f"{name}: expected it once, got it twice")
-        if isinstance(value, UploadFile) != (name == "image"):
-            raise problem(422, f"{name}: expected {'a file' if name == 'image' else 'text'}, got the other")
+        if isinstance(value, UploadFile) and name != "image":
+            raise problem(422, f"{name}: expected the file in the field image, got it in {name}")
+        if not isinstance(value, UploadFile) and name == "image":
+            raise problem(422, "image: expected a file (curl: -F image=@photo.jpg), got text")
         if isinstance(value, UploadFile):
             fields[name] = await value.read()
         elif value:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import noisy_copy, randomize
@@ -133,11 +134,14 @@ def test_forms_of_preferences(engine: Engine, model: nn.Module) -> None:
         [{"ones": 0.6}, {"twos": 1}],
         [torch.tensor([0.6, 0.2, 0.2]), {"twos": 1.0}],
         ({"ones": 0.6}, [0.0, 1.0, 0.0]),
+        ["ones=0.6", "0,1,0"],
+        [np.array([0.6, 0.2, 0.2]), {"twos": 1}],
+        np.array([[0.6, 0.2, 0.2], [0.0, 1.0, 0.0]]),
     ]
     for form in forms:
         torch.testing.assert_close(engine(batch, form), truth, rtol=1e-4, atol=1e-4)
     one = expected(model, batch, torch.tensor([[0.6, 0.2, 0.2]] * 2))
-    for shared in (torch.tensor([0.6, 0.2, 0.2]), [0.6, 0.2, 0.2], {"ones": 0.6}, [[0.6, 0.2, 0.2]] * 2):
+    for shared in (torch.tensor([0.6, 0.2, 0.2]), [0.6, 0.2, 0.2], {"ones": 0.6}, "ones=0.6", [[0.6, 0.2, 0.2]] * 2):
         torch.testing.assert_close(engine(batch, shared), one, rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +157,8 @@ def test_forms_of_preferences(engine: Engine, model: nn.Module) -> None:
         ([{"ones": 0.5}, 3], r"got a mixture"),
         ([], r"preference: expected shape"),
         (None, r"preference: expected 3 numbers"),
-        ("equal", r"preference: expected"),
+        ("nonsense", r"preference: expected 3 numbers such as"),
+        (["equal", "ones=2"], r"preference: expected a sum of at most 1"),
     ],
     ids=str,
 )
@@ -358,6 +363,7 @@ def test_sweep(engine: Engine, model: nn.Module) -> None:
     by_name = engine.sweep(batch, [{"ones": 1.0}, {"threes": 1.0}])
     torch.testing.assert_close(by_name, found[[0, 2]], rtol=1e-4, atol=1e-4)
     assert engine.sweep(batch, GAMMAS[0]).shape == (1, 3, 12)
+    torch.testing.assert_close(engine.sweep(batch, "one-hot")[[0, 2]], found[[0, 2]], rtol=1e-4, atol=1e-4)
     # and the engine is as it was
     torch.testing.assert_close(engine(batch, GAMMAS[:3]), expected(model, batch, GAMMAS[:3]), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"expected a sum of 1"):
@@ -377,6 +383,9 @@ def test_sweep_shares_what_the_preference_does_not_change(file: Path, monkeypatc
     # one convolution of three images for five preferences, and the first in-projection's product with W
     assert patches == [3]
     assert products == [torch.Size([3, 5, 32])]
+    # more than can be computed at a time: still one convolution an image
+    engine.sweep(images(30), GAMMAS)
+    assert sum(patches) == 33
 
 
 class Stubborn(nn.Module):

@@ -21,6 +21,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from helpers import noisy_copy, randomize
 from PIL import Image
 from torch import Tensor
@@ -271,8 +273,13 @@ def test_forms_that_are_wrong(shared: Running) -> None:
         return str(answer.json()["detail"])
 
     form = {"content-type": "multipart/form-data; boundary=x"}
-    assert detail(data={"preference": "equal"}, files={"other": b"1"}) == "other: expected text, got the other"
-    assert detail(files={"image": (None, "text")}) == "image: expected a file, got the other"
+    assert detail(data={"preference": "equal"}, files={"other": b"1"}).startswith(
+        "other: expected the file in the field"
+    )
+    assert detail(files={"image": (None, "text")}).startswith("image: expected a file (curl: -F image=@photo.jpg), got")
+    assert detail(files={"image": file()}, params={"preference": "MNIST=1"}) == (
+        "query: expected fields in the body, as JSON or a form, got preference in the URL"
+    )
     assert "twice" in detail(data={"preference": ["equal", "equal"]}, files={"image": file()})
     assert "Too many files" in detail(files=[("image", file()), ("image", file())])
     assert "extra: expected only" in detail(data={"extra": "1"}, files={"image": file()})
@@ -286,6 +293,8 @@ def test_forms_that_are_wrong(shared: Running) -> None:
 
 def test_pages(shared: Running) -> None:
     assert shared.client.get("/health").json() == {"status": "ok"}
+    assert shared.client.head("/health").status_code == 200
+    assert shared.client.get("/redoc").status_code == 404
     card = shared.client.get("/model").json()
     assert [(task["name"], task["classes"]) for task in card["tasks"]] == [("MNIST", 4), ("DTD", 5), ("größe", None)]
     assert card["limits"]["queue"] == 256 and card["image_size"] == SIZE
@@ -378,6 +387,20 @@ def test_a_full_queue_is_said_at_once(folded: Path) -> None:
         server.engine.go.set()
         assert [future.result().status_code for future in accepted] == [200] * 3
         assert server.post("/embed").status_code == 200
+
+
+def test_limits_hold_below_a_prefix(folded: Path) -> None:
+    service = Service(Engine(folded, "cpu"), Limits(queue=1))
+    outer = FastAPI(lifespan=lambda app: service.app.router.lifespan_context(service.app))
+    outer.mount("/v1", service.app)
+    with TestClient(outer) as client:
+        assert client.get("/v1/health").status_code == 200
+        assert client.post("/v1/embed", json={"image": encoded()}).status_code == 200
+        service.gate.pending = 1
+        assert client.post("/v1/embed", json={"image": encoded()}).status_code == 503
+        service.gate.pending = 0
+        text = client.get("/v1/metrics").text
+    assert 'pareto_merging_requests_total{path="/embed",status="503"} 1.0' in text
 
 
 def test_users_in_one_batch_get_their_own_models(folded: Path) -> None:
@@ -524,8 +547,9 @@ def test_stopping_does_not_wait_for_ever(folded: Path) -> None:
         future = pool.submit(server.post, "/embed")
         server.wait_for_pending(1)
         server.server.handle_exit(signal.SIGTERM, None)
-        with contextlib.suppress(httpx.HTTPError):
-            assert future.result().status_code == 500
+        answer = future.result()
+        assert answer.status_code == 503
+        assert answer.json()["detail"] == "server: expected to answer in time, but it is stopping"
         server.engine.go.set()
         server.thread.join(WAIT)
     assert not server.thread.is_alive()

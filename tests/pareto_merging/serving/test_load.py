@@ -90,6 +90,46 @@ def test_overload_sheds_and_recovers(server: tuple[subprocess.Popen[str], str], 
 
 
 @pytest.mark.slow
+def test_the_command_line(
+    server: tuple[subprocess.Popen[str], str], folded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [server[1], str(folded), "--seconds", "0.5", "--preferences", "4", "--users", "2"]
+    assert load.main([*arguments, "--json"]) == 0
+    phases = json.loads(capsys.readouterr().out)
+    assert [phase["name"] for phase in phases] == ["sustainable", "overload", "recovery"]
+    assert all(phase["statuses"]["200"] > 0 and phase["lost"] == 0 for phase in phases)
+    for url, message in (
+        ("http://127.0.0.1:9", "expected a server of that file to answer, got"),
+        ("https://example.org", "url: expected http://HOST:PORT, got https://example.org"),
+    ):
+        assert load.main([url, str(folded), "--seconds", "0.1"]) == 2
+        assert message in capsys.readouterr().err
+    assert load.main([server[1], str(folded.with_name("none.safetensors"))]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_client_holds_back_what_its_connections_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load.Case("/embed", b"{}", np.ones(1, dtype=np.float32))
+
+    async def silent() -> load.Phase:
+        phase, done = load.Phase("overload", wanted_rate=200.0), asyncio.Event()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await done.wait()
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+            asyncio.get_running_loop().call_later(0.4, done.set)
+            await load._open_loop(url, [case], phase, 0.3, TOLERANCE, 0)
+        return phase
+
+    monkeypatch.setattr(load, "CONNECTIONS", 3)
+    phase = asyncio.run(silent())
+    assert phase.sent == 3 and phase.held_back > 10
+
+
+@pytest.mark.slow
 def test_stopping_under_load_loses_nothing(server: tuple[subprocess.Popen[str], str], cases: list[load.Case]) -> None:
     process, url = server
     phase = load.Phase("stopping")
