@@ -26,6 +26,7 @@ from pmkernels import costs, dispatch, reference
 
 OP = "serving layer"
 LIMIT = "limit: F.linear"
+ADDED = "F.linear, then addmm"
 CHOICES = ("fused", "streamed", "auto")
 ITEMS = (1, 8, 32)
 COLD, WARM = "cold", "warm"
@@ -166,7 +167,8 @@ def layer_rows(
     effort: Effort,
     rates: Mapping[str, float] | None,
 ) -> Iterator[Row]:
-    """F.linear and preference_linear in each strategy that runs here, with a cold and a warm cache."""
+    """F.linear, t·Aᵀ added to it by the library, and preference_linear in each strategy that runs here, with a cold and
+    a warm cache."""
     values = layer_values(layer, dtype, device)
     exact = reference.pareto_linear(**{name: v.double() for name, v in values.items()})
     plain_error = relative_error([reference.pareto_linear(**values)], [exact])
@@ -176,9 +178,16 @@ def layer_rows(
     def preference(strategy: str) -> Callable[[], Tensor]:
         return lambda: pmkernels.preference_linear(x, wide, values["G"], low, values["gamma"], bias, strategy=strategy)
 
+    def added() -> Tensor:
+        core = reference.preference_core(values["G"], values["gamma"][:, 0])
+        t = (x @ low).to(core.dtype) @ core.transpose(1, 2)
+        y = F.linear(x, weight, bias)
+        rows = y.view(-1, layer.n)
+        return rows.addmm_(t.to(dtype).view(len(rows), -1), wide[:, layer.d :][:, : t.shape[-1]].t()).view_as(y)
+
     strategies = CHOICES if dispatch.runs_kernels(device) else ("auto",)
     variants: dict[str, Callable[[], Tensor]] = {LIMIT: lambda: F.linear(x, weight, bias)}
-    variants |= {strategy: preference(strategy) for strategy in strategies}
+    variants |= {ADDED: added, **{strategy: preference(strategy) for strategy in strategies}}
     ready: dict[str, Callable[[], Any]] = {}
     rows = []
     for name, function in variants.items():
@@ -202,7 +211,7 @@ def layer_rows(
             if name != LIMIT:
                 row.error = rounded(relative_error([function()], [exact]))
                 row.matched = row.error <= TOLERANCE * plain_error + 1e-6
-                row.chosen = _chosen(x, layer, name)
+                row.chosen = None if name == ADDED else _chosen(x, layer, name)
             if row.matched:
                 graph = captured(lambda function=function: [function()]) if device.type == "cuda" else None  # type: ignore[misc]
                 ready[name] = function if graph is None else graph.replay
@@ -236,7 +245,7 @@ def projections(quick: bool) -> Iterator[tuple[str, Layer]]:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line per layer and cache: µs of the limit, and of each variant with its ratio to the limit and the bound."""
-    names = [name for name in CHOICES if any(row["variant"] == name for row in rows)]
+    names = [name for name in (ADDED, *CHOICES) if any(row["variant"] == name for row in rows)]
     bounded = any(row["bound_ms"] is not None for row in rows)
     columns = ["layer", "cache", "limit µs", *(["bound µs"] if bounded else [])]
     columns += [f"{name} µs (to limit{', bound' if bounded else ''})" for name in names]
