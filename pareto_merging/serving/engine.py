@@ -44,7 +44,7 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "
 # item shapes that graphs are kept for
 MAX_SHAPES = 4
 # from this many items on, a preference they share is worth merging at once
-MERGE_FROM = 8
+MERGE_FROM = 32
 
 
 @dataclass

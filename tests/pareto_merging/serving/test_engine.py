@@ -62,6 +62,11 @@ def file(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def many_items_are_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MERGE_FROM", 8)
+
+
 @pytest.fixture
 def engine(file: Path) -> Engine:
     return Engine(file, "cpu", max_batch=8)
