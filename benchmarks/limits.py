@@ -422,8 +422,7 @@ def served_line(layer: Layer, gpu: str) -> list[str]:
     """A folded layer at a preference per image, in µs: its bound and predictions beside those of the plain layer."""
     rates = rates_of(gpu)
     p = replace(problem(layer, 0), per_row=True)
-    again = p.rows * p.d * p.size / rates.memory
-    bound = costs.bound("preference", p).seconds(rates, KIND) + again
+    bound = costs.served_seconds(p, rates.products(KIND), rates.memory)
     plain = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
     ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
     cells = [figure(1e6 * seconds) for seconds in (bound, plain, *ways.values())]

@@ -153,10 +153,8 @@ def bound_ms(layer: Layer, rates: Mapping[str, float] | None, dtype: torch.dtype
     problem = costs.Problem(
         layer.items * layer.tokens, layer.n, layer.d, 0, RANK, dispatch.precision_kind(dtype), per_row=True
     )
-    bound = costs.bound("preference", problem)
-    operations = bound.operations / rates[str(dtype).removeprefix("torch.")]
-    again = problem.rows * problem.d * problem.size / rates["copy"]
-    return rounded(1e3 * (max(operations, bound.bytes / rates["copy"]) + again))
+    operations = rates[str(dtype).removeprefix("torch.")]
+    return rounded(1e3 * costs.served_seconds(problem, operations, rates["copy"]))
 
 
 def layer_rows(

@@ -367,8 +367,8 @@ def serve(
         bool,
         typer.Option(
             "--keep-merged/--no-keep-merged",
-            help="Keep the merged weights of a preference that comes again: they then cost what the plain model "
-            "costs, for a third of a ViT more in memory.",
+            help="Keep merged weights for a preference that comes again: as fast as the plain model, for a third of a "
+            "ViT more in memory.",
         ),
     ] = True,
     max_batch: Annotated[int, _limit("max_batch")] = 128,

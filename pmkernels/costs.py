@@ -188,6 +188,15 @@ def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
     raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
 
 
+def served_seconds(problem: Problem, operations: float, bandwidth: float) -> float:
+    """The bound of ``preference`` at rates per second, with x read once more, because Bᵀx comes before t·Aᵀ."""
+    least = bound("preference", problem)
+    return (
+        max(least.operations / operations, least.bytes / bandwidth)
+        + problem.rows * problem.d * problem.size / bandwidth
+    )
+
+
 def passes(
     operation: str,
     strategy: str,

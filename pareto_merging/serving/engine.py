@@ -135,6 +135,7 @@ class Engine:
         self._static_images: dict[Any, Tensor] = {}
         self._merging: torch.cuda.CUDAGraph | None = None
         self._pool: Any = None
+        self._captured: set[str] = set()
         self._done: torch.cuda.Event | None = None
         if self.device.type == "cuda":
             # the plain weights are gone, and no other tensor has their size
@@ -373,7 +374,7 @@ class Engine:
             if self._merging is None:
                 # the memory that is kept must not be the graph's own
                 self._merge(self._static_shared)
-                found = self._capture(lambda: self._merge(self._static_shared))
+                found = self._capture("merge", lambda: self._merge(self._static_shared))
                 self._merging = None if found is None else found[0]
             if self._merging is not None:
                 self._merging.replay()
@@ -415,7 +416,7 @@ class Engine:
         captured = self._graphs.get(key)
         if captured is None:
             batch = static[: key[1]]
-            found = self._capture(lambda: self._forward(mode, batch, read))
+            found = self._capture(mode, lambda: self._forward(mode, batch, read))
             if found is None:
                 return None
             self._static_images[shape] = static
@@ -423,15 +424,16 @@ class Engine:
         captured.graph.replay()
         return captured.features[:count].clone()
 
-    def _capture(self, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result] | None:
+    def _capture(self, kind: str, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result] | None:
         """Graph and result; None, and no graphs from here on, where something in it cannot be captured."""
         warm_up(function, self.device)
-        first = self._pool is None
-        if first:
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             # what one batch size does without waiting for the GPU, the others do too
-            return capture(function, self.device, self._pool, probe=first)
+            found = capture(function, self.device, self._pool, probe=kind not in self._captured)
+            self._captured.add(kind)
+            return found
         except RuntimeError as error:
             if "out of memory" in str(error):
                 raise

@@ -10,7 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,15 +26,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_STRATEGIES = ("fused", "streamed")
 PREFERENCES = {"shared": (), "per item": (3, 1), "per position": (1, 5), "per row": (3, 5), "one for all": (1, 1)}
 WITHOUT = [(), ("bias",), ("task_vectors", "lam"), LOW_RANK, ("task_vectors", "lam", *LOW_RANK)]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """No TF32 but where a test asks for it."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("strategy", [*KERNEL_STRATEGIES, "auto"])

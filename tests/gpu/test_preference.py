@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Parts, check_served, folded, note_parts, served
+from kernel_cases import Parts, check_served, folded, served
 from torch import Tensor
 
 import pmkernels
@@ -23,20 +22,6 @@ LAYERS = {
     "ViT-L/14 in-projection": (3072, 1024),
     "ViT-L/14 out-projection": (1024, 1024),
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """No TF32 but where a test asks for it."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
-    return note_parts(monkeypatch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

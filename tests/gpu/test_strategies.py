@@ -6,12 +6,12 @@ Needs torch, triton and pytest only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, Parts, assert_close, check_linear, exactly, gradients, linear_arguments, note_parts
+from kernel_cases import LOW_RANK, Parts, assert_close, check_linear, exactly, gradients, linear_arguments
 from torch import Tensor
 
 import pmkernels
@@ -29,20 +29,6 @@ LAYERS = {
     "ViT-L/14 in-projection": (3072, 1024),
     "ViT-L/14 MLP": (1024, 4096),
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
-    """No TF32 but where a test asks for it."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
-    return note_parts(monkeypatch)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
