@@ -1,11 +1,13 @@
-"""Files: atomic writes, and safetensors with JSON in its metadata. Nothing here unpickles."""
+"""Files: atomic writes, JSON, and safetensors with JSON in its metadata. Nothing here unpickles."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,131 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        UserError: missing, longer than ``limit`` bytes, not JSON, or another value; a key given twice is an error too.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected a JSON file, got {'a folder' if path.is_dir() else 'no such file'}")
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path}: expected a JSON file, got {error.strerror}") from error
+    if len(data) > limit:
+        raise UserError(f"{path}: expected at most {limit} bytes of JSON, got more")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, source: str) -> dict[str, Any]:
+    """A JSON mapping from bytes. Raises UserError as :func:`read_json`."""
+    try:
+        value = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: expected JSON, got {what or type(error).__name__}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: expected a JSON mapping, got {type(value).__name__}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"the number {name}")
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class SafetensorsFile:
+    """A safetensors file, tensor by tensor: each is read into memory of its own, and nothing is mapped.
+
+    Attributes:
+        path: the file. metadata: its text. shapes, dtypes: by the tensors' names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises UserError: missing, broken, a name twice, or a type of number that is not ours."""
+        self.path = path
+        # the library checks the header: types, offsets without gaps, the length of the file
+        with _opened(path) as file:
+            self.metadata = dict(file.metadata() or {})
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            header = parse_json(raw.read(size), str(path))
+        header.pop("__metadata__", None)
+        odd = [f"{name[:80]!r} {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
+        if odd:
+            raise UserError(f"{path}: expected {', '.join(_DTYPES)} tensors, got {', '.join(odd[:5])}")
+        self.dtypes = {name: _DTYPES[entry["dtype"]] for name, entry in header.items()}
+        self.shapes: dict[str, list[int]] = {name: list(entry["shape"]) for name, entry in header.items()}
+        self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
+        self._checksums = self._read_checksums()
+        self._stamp = _stamp(path)
+
+    def _read_checksums(self) -> dict[str, int]:
+        text = self.metadata.get("checksums")
+        if text is None:
+            return {}
+        found = parse_json(text.encode(), f"{self.path}: checksums")
+        if found.keys() != self.shapes.keys() or not all(type(value) is int for value in found.values()):
+            raise UserError(f"{self.path}: expected a checksum for every tensor, got others (damaged)")
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises UserError if the file has changed, or its checksum does not fit."""
+        if _stamp(self.path) != self._stamp:
+            raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
+        dtype, shape = self.dtypes[name], self.shapes[name]
+        raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        array: Any = raw.numpy()
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._starts[name])
+            view, position = memoryview(array), 0
+            while position < len(view):
+                count = file.readinto(view[position:])
+                if not count:
+                    raise UserError(f"{self.path}: expected {len(view)} bytes of {name}, got the end of the file")
+                position += count
+        if name in self._checksums and zlib.crc32(array) != self._checksums[name]:
+            raise UserError(f"{self.path}: expected {name} as it was written, got another checksum (damaged)")
+        return raw.view(dtype).reshape(shape)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return -1, -1
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, as ``checksums`` in a safetensors file's metadata has it for each name."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(array)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,0 +1,333 @@
+"""The files that ``torch.save`` and TorchScript write: their pickle read as data, their tensors one by one.
+
+Three containers: a zip archive (torch since 1.6), a TorchScript archive (a zip as well, whose code is never read), and
+the legacy format (pickles one after another, then the bytes of every storage). Nothing is unpacked, decompressed or
+run; a zip entry's checksum is compared before its numbers are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from pareto_merging.checkpoints.pickles import MAX_BYTES, Global, Record, Storage, StoredTensor, read_pickle
+from pareto_merging.errors import UserError
+
+_CHUNK = 2**20
+_MAX_DIRECTORY, _MAX_ENTRIES = 2**26, 2**18
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where the bytes of a storage lie, and their CRC-32 where the container has one."""
+
+    start: int
+    size: int
+    checksum: int | None
+
+
+class Archive:
+    """A checkpoint's pickle as data, and its tensors by request.
+
+    Attributes:
+        kind: the container. root: what :func:`pareto_merging.checkpoints.pickles.read_pickle` made of the pickle.
+    """
+
+    def __init__(
+        self, path: Path, kind: Literal["zip", "torchscript", "legacy"], root: Any, entries: dict[str, _Entry]
+    ) -> None:
+        self.path, self.kind, self.root = path, kind, root
+        self._entries = entries
+        self._stamp = _stamp(path)
+        self._verified: set[str] = set()
+
+    def tensor(self, stored: StoredTensor) -> Tensor:
+        """Read one tensor into memory of its own, contiguous.
+
+        Raises:
+            UserError: its storage is missing, of another size, fails its checksum, or the file has changed since.
+        """
+        entry = self._entries.get(stored.storage.key)
+        if entry is None:
+            raise UserError(f"{self.path}: expected the bytes of storage {stored.storage.key}, got none")
+        _check_size(self.path, stored.storage, entry)
+        if _stamp(self.path) != self._stamp:
+            raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
+        numbers = math.prod(stored.shape)
+        if not numbers:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        # the range of the storage that the tensor reaches over
+        span = 1 + sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True))
+        item = stored.dtype.itemsize
+        with _opened(self.path) as file:
+            raw = self._bytes(file, stored.storage.key, entry, stored.offset * item, span * item)
+        flat = raw.view(stored.dtype)
+        tensor = torch.as_strided(flat, stored.shape, stored.stride)
+        return (
+            tensor
+            if tensor.is_contiguous() and span == numbers
+            else tensor.clone(memory_format=torch.contiguous_format)
+        )
+
+    def _bytes(self, file: BinaryIO, key: str, entry: _Entry, offset: int, size: int) -> Tensor:
+        """``size`` bytes at ``offset`` of an entry, read in one pass with its checksum the first time."""
+        target = torch.empty(size, dtype=torch.uint8)
+        array: Any = target.numpy()
+        view = memoryview(array)
+        check = entry.checksum is not None and key not in self._verified
+        first, last = (0, entry.size) if check else (offset, offset + size)
+        file.seek(entry.start + first)
+        checksum, position = 0, first
+        while position < last:
+            chunk = file.read(min(_CHUNK, last - position))
+            if not chunk:
+                raise UserError(f"{self.path}: expected {entry.size} bytes in storage {key}, got the end of the file")
+            if check:
+                checksum = zlib.crc32(chunk, checksum)
+            low, high = max(position, offset), min(position + len(chunk), offset + size)
+            if low < high:
+                view[low - offset : high - offset] = chunk[low - position : high - position]
+            position += len(chunk)
+        if check:
+            if checksum != entry.checksum:
+                raise UserError(
+                    f"{self.path}: expected storage {key} as it was written, got another checksum (damaged)"
+                )
+            self._verified.add(key)
+        return target
+
+
+def open_archive(path: Path) -> Archive:
+    """Open what ``torch.save`` or TorchScript wrote, reading its directory and its pickle only.
+
+    Raises:
+        UserError: no such file, or broken, truncated, compressed, encrypted, big-endian or ambiguous in any way.
+        ForbiddenGlobal: its pickle names what could run code; the error names it.
+    """
+    with _opened(path) as file:
+        start = file.read(4)
+        if not start:
+            raise UserError(f"{path}: expected a checkpoint, got an empty file")
+        file.seek(0)
+        if start == b"PK\x03\x04":
+            return _open_zip(path, file)
+        return _open_legacy(path, file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: expected a checkpoint, got a folder")
+        if path.exists() and not path.is_file():
+            # reading a pipe would wait for ever
+            raise UserError(f"{path}: expected a checkpoint, got what is no regular file")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: expected a checkpoint, got {error.strerror or error}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return -1, -1
+
+
+def _check_size(path: Path, storage: Storage, entry: _Entry) -> None:
+    expected = storage.size * storage.dtype.itemsize
+    if entry.size != expected:
+        raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got {entry.size}")
+
+
+# --- zip ---
+
+
+def _open_zip(path: Path, file: BinaryIO) -> Archive:
+    size = path.stat().st_size
+    _check_directory(path, file, size)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, OverflowError, EOFError) as error:
+        raise UserError(f"{path}: expected a whole zip archive, got {' '.join(str(error).split())}") from None
+    names = _check_names(path, infos)
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise UserError(f"{path}: expected a checkpoint (one NAME/data.pkl in the archive), got {len(roots)}")
+    root = roots[0]
+    _check_overlap(path, infos, size)
+
+    def entry(name: str) -> _Entry:
+        return _zip_entry(path, file, names[name])
+
+    order = f"{root}byteorder"
+    if order in names and _small(path, file, entry(order), order) != b"little":
+        raise UserError(f"{path}: expected little-endian numbers, got a big-endian archive")
+    text = _small(path, file, entry(f"{root}data.pkl"), "data.pkl", MAX_BYTES)
+    stream = io.BytesIO(text)
+    value = read_pickle(stream, str(path))
+    if stream.read(1):
+        raise UserError(f"{path}: expected one pickle in data.pkl, got more behind it")
+    prefix = f"{root}data/"
+    entries = {
+        name.removeprefix(prefix): entry(name) for name in names if name.startswith(prefix) and not name.endswith("/")
+    }
+    return Archive(path, "torchscript" if f"{root}constants.pkl" in names else "zip", value, entries)
+
+
+def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
+    """The length of the archive's directory, before zipfile reads it whole."""
+    file.seek(max(0, size - 2**16 - 200))
+    tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) - end < 22:
+        raise UserError(f"{path}: expected a whole zip archive, got one without a directory (truncated)")
+    length = int.from_bytes(tail[end + 12 : end + 16], "little")
+    if length == 0xFFFFFFFF:
+        wide = tail.rfind(b"PK\x06\x06", 0, end)
+        length = int.from_bytes(tail[wide + 40 : wide + 48], "little") if wide >= 0 else 0
+    if length > min(size, _MAX_DIRECTORY):
+        raise UserError(f"{path}: expected a directory of at most {_MAX_DIRECTORY} bytes, got {length}")
+    file.seek(0)
+
+
+def _check_names(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    if len(infos) > _MAX_ENTRIES:
+        raise UserError(f"{path}: expected at most {_MAX_ENTRIES} files in the archive, got {len(infos)}")
+    names: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        # orig_filename: zipfile cuts names at a NUL and rewrites separators
+        name = info.orig_filename
+        parts = name.split("/")
+        if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
+            raise UserError(f"{path}: expected names inside the archive, got {name[:80]!r}")
+        if name in names:
+            raise UserError(f"{path}: expected each name once in the archive, got {name[:80]!r} twice")
+        if info.flag_bits & 0x41:
+            raise UserError(f"{path}: expected a readable archive, got {name[:80]!r} encrypted")
+        names[name] = info
+    return names
+
+
+def _check_overlap(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
+    last = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < last or info.header_offset + 30 + info.compress_size > size:
+            raise UserError(
+                f"{path}: expected files side by side in the archive, got {info.filename[:80]!r} over another"
+            )
+        last = info.header_offset + 30 + info.compress_size
+
+
+def _zip_entry(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
+    name = info.filename[:80]
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise UserError(f"{path}: expected {name!r} stored as it is (as torch writes it), got it compressed")
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise UserError(f"{path}: expected a header before {name!r}, got none (damaged)")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+    found = file.read(name_length)
+    if found != info.orig_filename.encode(encoding, "replace") or struct.unpack("<H", header[8:10])[0] != 0:
+        raise UserError(f"{path}: expected the header of {name!r}, got another (damaged)")
+    # torch can be told to write no checksums (set_crc32_options); it writes zeros then
+    checksum = info.CRC or None
+    return _Entry(info.header_offset + 30 + name_length + extra_length, info.file_size, checksum)
+
+
+def _small(path: Path, file: BinaryIO, entry: _Entry, name: str, limit: int = 64) -> bytes:
+    if entry.size > limit:
+        raise UserError(f"{path}: expected at most {limit} bytes in {name}, got {entry.size}")
+    file.seek(entry.start)
+    data = file.read(entry.size)
+    if len(data) != entry.size or (entry.checksum is not None and zlib.crc32(data) != entry.checksum):
+        raise UserError(f"{path}: expected {name} as it was written, got another checksum (damaged)")
+    return data
+
+
+# --- legacy ---
+
+
+def _open_legacy(path: Path, file: BinaryIO) -> Archive:
+    source = str(path)
+    head = file.read(2)
+    file.seek(0)
+    if head[:1] != b"\x80":
+        raise UserError(f"{path}: expected a checkpoint that torch or safetensors wrote, got another file")
+    if read_pickle(file, source) != _LEGACY_MAGIC:
+        raise UserError(f"{path}: expected a checkpoint that torch.save wrote, got another pickle")
+    if read_pickle(file, source) != _LEGACY_PROTOCOL:
+        raise UserError(f"{path}: expected protocol {_LEGACY_PROTOCOL} of torch.save, got another")
+    system = read_pickle(file, source)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise UserError(f"{path}: expected little-endian numbers, got a header that does not say so")
+    root = read_pickle(file, source)
+    keys = read_pickle(file, source)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UserError(f"{path}: expected a list of storages, got {type(keys).__name__}")
+    if len(set(keys)) != len(keys):
+        raise UserError(f"{path}: expected each storage once, got one twice")
+    storages = _storages(root)
+    size = path.stat().st_size
+    position = file.tell()
+    entries = {}
+    for key in keys:
+        file.seek(position)
+        header = file.read(8)
+        if len(header) < 8:
+            raise UserError(f"{path}: expected the bytes of storage {key[:40]}, got the end of the file")
+        if key not in storages:
+            raise UserError(f"{path}: expected a type for storage {key[:40]}, got none")
+        length = int.from_bytes(header, "little") * storages[key].dtype.itemsize
+        if position + 8 + length > size:
+            left = size - position - 8
+            raise UserError(f"{path}: expected {length} bytes in storage {key[:40]}, got {left} to the end of the file")
+        entries[key] = _Entry(position + 8, length, None)
+        _check_size(path, storages[key], entries[key])
+        position += 8 + length
+    if position != size:
+        raise UserError(
+            f"{path}: expected the end of the file behind the last storage, got {size - position} bytes more"
+        )
+    return Archive(path, "legacy", root, entries)
+
+
+def _storages(root: Any) -> dict[str, Storage]:
+    """Every storage that the pickle names, by key."""
+    found: dict[str, Storage] = {}
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, StoredTensor):
+            value = value.storage
+        if isinstance(value, Storage):
+            found[value.key] = value
+        elif id(value) in seen or isinstance(value, Global):
+            continue
+        elif isinstance(value, dict):
+            seen.add(id(value))
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            seen.add(id(value))
+            waiting += value
+        elif isinstance(value, Record):
+            seen.add(id(value))
+            waiting += [value.arguments, value.state, value.items]
+    return found

@@ -1,0 +1,129 @@
+"""Modules and state dicts in a pickle that was read as data: their tensors by name, and what their records tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pareto_merging.checkpoints.pickles import Record, StoredTensor
+from pareto_merging.errors import UserError
+
+# beyond any model's; a pickle can name one record a million times over
+_MAX_MODULES, _MAX_TENSORS = 2**15, 2**17
+# where training programs keep a model among other things
+_INNER = ("state_dict", "model_state_dict", "model")
+
+
+def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
+    """The tensors of a pickled module, or of a state dict, alone or inside a training checkpoint, by name.
+
+    Raises:
+        UserError: there are none, or more than any model has.
+    """
+    value = root
+    if isinstance(value, dict) and not any(isinstance(part, StoredTensor) for part in value.values()):
+        inner = [value[key] for key in _INNER if isinstance(value.get(key), dict | Record)]
+        value = inner[0] if inner else value
+    if isinstance(value, Record):
+        found = _module_tensors(value, source)
+    elif isinstance(value, dict):
+        found = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
+    else:
+        found = {}
+    if not found:
+        what = str(value.type) if isinstance(value, Record) else type(value).__name__
+        raise UserError(f"{source}: expected a module or a state dict, got {what[:80]} without tensors")
+    return found
+
+
+def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
+    """Every module of a pickled module by name, its own first (name ``""``)."""
+    waiting: list[tuple[str, Any]] = [("", root)]
+    count = 0
+    while waiting:
+        name, record = waiting.pop()
+        count += 1
+        if count > _MAX_MODULES or len(name) > 2**12:
+            raise UserError(f"{source}: expected at most {_MAX_MODULES} modules, got more (or one inside itself)")
+        yield name, record
+        children = _children(record)
+        waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children.items())]
+
+
+def _children(record: Record) -> dict[str, Record]:
+    modules = record.state.get("_modules")
+    # a scripted module has its children among its attributes
+    inside = modules if isinstance(modules, dict) else record.state if _is_script(record) else {}
+    return {key: child for key, child in inside.items() if isinstance(child, Record)}
+
+
+def _is_script(record: Record) -> bool:
+    return record.type.module.partition(".")[0] == "__torch__"
+
+
+def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for prefix, record in walk_modules(root, source):
+        groups = [record.state.get("_parameters"), record.state.get("_buffers")]
+        if _is_script(record):
+            groups = [record.state]
+        skipped = record.state.get("_non_persistent_buffers_set")
+        names = {name for name in _set_items(skipped) if isinstance(name, str)}
+        for group in groups:
+            if not isinstance(group, dict):
+                continue
+            for key, value in group.items():
+                if not isinstance(value, StoredTensor) or key in names:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                if name in found or len(found) > _MAX_TENSORS:
+                    raise UserError(f"{source}: expected each tensor once, got {name[:80]!r} twice")
+                found[name] = value
+    return found
+
+
+def _set_items(record: Any) -> list[Any]:
+    """What is in a pickled set: appended to it, or the list it was made of."""
+    if not isinstance(record, Record):
+        return []
+    first = record.arguments[0] if record.arguments else []
+    return record.items + (first if isinstance(first, list) else [])
+
+
+def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
+    """Whether the modules below ``prefix`` have QuickGELU or GELU; None where there is neither, or no module."""
+    if not isinstance(root, Record):
+        return None
+    names = {
+        record.type.name.rpartition(".")[2] for name, record in walk_modules(root, source) if name.startswith(prefix)
+    }
+    return True if "QuickGELU" in names else False if "GELU" in names else None
+
+
+def attention_heads(root: Any, prefix: str, source: str) -> int | None:
+    """``num_heads`` of the first attention below ``prefix``; None where no module says it."""
+    if not isinstance(root, Record):
+        return None
+    for name, record in walk_modules(root, source):
+        heads = record.state.get("num_heads")
+        if name.startswith(prefix) and type(heads) is int:
+            return heads
+    return None
+
+
+def normalisation(root: Any) -> dict[str, Any] | None:
+    """``size``, ``mean`` and ``std`` of torchvision's transforms that an ImageEncoder keeps as ``val_preprocess``."""
+    compose = root.state.get("val_preprocess") if isinstance(root, Record) else None
+    steps = compose.state.get("transforms") if isinstance(compose, Record) else None
+    found: dict[str, Any] = {}
+    for step in steps if isinstance(steps, list) else []:
+        if not isinstance(step, Record):
+            continue
+        if step.type.name == "Normalize":
+            found |= {key: step.state.get(key) for key in ("mean", "std")}
+        elif step.type.name == "CenterCrop":
+            size = step.state.get("size")
+            found["size"] = size[0] if isinstance(size, list | tuple) and size else size
+    if set(found) != {"size", "mean", "std"}:
+        return None
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}

@@ -1,0 +1,216 @@
+"""The names of Hugging Face's CLIP and of open_clip's, both towers, in both directions. Nothing here opens a file.
+
+=========================  ==========================================================================
+open_clip (vision)         Hugging Face, behind ``vision_model.``
+=========================  ==========================================================================
+class_embedding            embeddings.class_embedding
+positional_embedding       embeddings.position_embedding.weight
+conv1.weight               embeddings.patch_embedding.weight
+ln_pre, ln_post            pre_layrnorm, post_layernorm
+transformer.resblocks.N    encoder.layers.N: in_proj is q_proj, k_proj and v_proj joined along dimension 0
+proj                       visual_projection.weight, transposed and without the prefix
+=========================  ==========================================================================
+
+The text tower has the same blocks behind ``text_model.``; its ``text_projection`` is transposed as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pareto_merging.errors import UserError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """How one open_clip tensor is made of a file's tensors.
+
+    Attributes:
+        sources: the names in the file; several (q, k, v) are joined along dimension 0, in this order.
+        transpose: the (single) source is a matrix that is transposed.
+    """
+
+    sources: tuple[str, ...]
+    transpose: bool = False
+
+
+_BLOCK = {
+    "ln_1.weight": "layer_norm1.weight",
+    "ln_1.bias": "layer_norm1.bias",
+    "attn.out_proj.weight": "self_attn.out_proj.weight",
+    "attn.out_proj.bias": "self_attn.out_proj.bias",
+    "ln_2.weight": "layer_norm2.weight",
+    "ln_2.bias": "layer_norm2.bias",
+    "mlp.c_fc.weight": "mlp.fc1.weight",
+    "mlp.c_fc.bias": "mlp.fc1.bias",
+    "mlp.c_proj.weight": "mlp.fc2.weight",
+    "mlp.c_proj.bias": "mlp.fc2.bias",
+}
+_JOINED = {
+    f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv") for kind in ("weight", "bias")
+}
+BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})  # what one transformer block holds, in open_clip's names
+
+_VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+_TEXT = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_BUFFER = "embeddings.position_ids"  # versions of transformers before 4.31 saved it
+_VISION_PREFIX, _TEXT_PREFIX = "vision_model.", "text_model."
+
+# at most four digits: a name from a file must not make anything large, here or later
+_OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)", re.DOTALL)
+_HUGGING_FACE_BLOCK = re.compile(r"encoder\.layers\.(0|[1-9][0-9]{0,3})\.(.+)", re.DOTALL)
+
+
+def block_and_rest(name: str) -> tuple[int, str] | None:
+    """``transformer.resblocks.7.ln_1.bias`` -> (7, ``ln_1.bias``); None for every other name."""
+    match = _OPEN_CLIP_BLOCK.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first five names for a message of one line, whatever the names hold, and how many more there are."""
+    ordered = sorted(names)
+    shown = ", ".join((ascii(name)[1:-1] if name else "''")[:80] for name in ordered[:5])
+    return shown + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+def vision_pieces(names: Collection[str]) -> dict[str, Piece]:
+    """open_clip's vision names -> how to make them of a Hugging Face CLIP's tensors.
+
+    Args:
+        names: all names in the file(s): a CLIPModel, a CLIPVisionModelWithProjection, or a CLIPVisionModel with or
+            without ``vision_model.`` (transformers 4 and 5). Names of the text side are passed over.
+
+    Returns:
+        A piece for every vision tensor that is there (whether all are, the shapes tell); without ``proj`` where there
+        is no ``visual_projection.weight``. Empty if the names are not those of a Hugging Face vision model.
+
+    Raises:
+        UserError: a name that CLIP does not have, or a layer without one of q, k and v.
+    """
+    prefix = _vision_prefix(names)
+    if prefix is None:
+        return {}
+    pieces, unknown = _pieces(names, prefix, _VISION)
+    if "visual_projection.weight" in names:
+        pieces["proj"] = Piece(("visual_projection.weight",), transpose=True)
+    unknown -= {"visual_projection.weight", "logit_scale", "text_projection.weight"}
+    unknown = {name for name in unknown if not name.startswith(_TEXT_PREFIX)}
+    if unknown:
+        raise UserError(f"checkpoint: expected the tensors of Hugging Face's CLIP, got also {listed(unknown)}")
+    return pieces
+
+
+def text_pieces(names: Collection[str]) -> dict[str, Piece]:
+    """The text side of a Hugging Face CLIP in open_clip's names, as :func:`vision_pieces`; empty where there is none.
+
+    ``text_projection`` and ``logit_scale`` are there where the file has them.
+
+    Raises:
+        UserError: a name behind ``text_model.`` that CLIP does not have, or a layer without one of q, k and v.
+    """
+    if not any(name.startswith(_TEXT_PREFIX) for name in names):
+        return {}
+    pieces, unknown = _pieces([name for name in names if name.startswith(_TEXT_PREFIX)], _TEXT_PREFIX, _TEXT)
+    if unknown:
+        raise UserError(f"checkpoint: expected the text tensors of Hugging Face's CLIP, got also {listed(unknown)}")
+    if "text_projection.weight" in names:
+        pieces["text_projection"] = Piece(("text_projection.weight",), transpose=True)
+    if "logit_scale" in names:
+        pieces["logit_scale"] = Piece(("logit_scale",))
+    return pieces
+
+
+def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One open_clip vision tensor as Hugging Face's, behind ``vision_model.``: views of ``tensor``.
+
+    ``attn.in_proj_*`` ([3·width, …]) becomes three; ``proj`` [width, dim] becomes ``visual_projection.weight``
+    [dim, width]. Raises UserError for a name that a plain CLIP vision transformer does not have.
+    """
+    if name == "proj":
+        yield "visual_projection.weight", tensor.t()
+    else:
+        yield from _hugging_face(name, tensor, _VISION_PREFIX, _VISION)
+
+
+def hugging_face_text(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of open_clip's text side as Hugging Face's, as :func:`hugging_face_vision`.
+
+    ``text_projection`` [width, dim] becomes ``text_projection.weight`` [dim, width]; ``logit_scale`` has no dimension
+    there (some of open_clip's have one).
+    """
+    if name == "text_projection":
+        yield "text_projection.weight", tensor.t()
+    elif name == "logit_scale":
+        yield "logit_scale", tensor.reshape(())
+    else:
+        yield from _hugging_face(name, tensor, _TEXT_PREFIX, _TEXT)
+
+
+def _vision_prefix(names: Collection[str]) -> str | None:
+    if any(name.startswith(_VISION_PREFIX) for name in names):
+        return _VISION_PREFIX
+    # without a prefix, encoder.layers alone could be a text model's
+    own = {_VISION["class_embedding"], _VISION["conv1.weight"], _VISION["ln_pre.weight"], _VISION["ln_pre.bias"]}
+    return "" if not own.isdisjoint(names) else None
+
+
+def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tuple[dict[str, Piece], set[str]]:
+    """The pieces behind ``prefix``, and the names that are none."""
+    top_of = {f"{prefix}{theirs}": ours for ours, theirs in top.items()}
+    block_of = {theirs: ours for ours, theirs in _BLOCK.items()}
+    joined_of = {theirs: ours for ours, parts in _JOINED.items() for theirs in parts}
+    pieces: dict[str, Piece] = {}
+    unknown: set[str] = set()
+    for name in names:
+        if name == f"{prefix}{_BUFFER}":
+            continue
+        if name in top_of:
+            pieces[top_of[name]] = Piece((name,))
+            continue
+        match = _HUGGING_FACE_BLOCK.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if match and match[2] in block_of:
+            pieces[f"transformer.resblocks.{match[1]}.{block_of[match[2]]}"] = Piece((name,))
+        elif match and match[2] in joined_of:
+            joined = joined_of[match[2]]
+            sources = tuple(f"{prefix}encoder.layers.{match[1]}.{part}" for part in _JOINED[joined])
+            pieces[f"transformer.resblocks.{match[1]}.{joined}"] = Piece(sources)
+        else:
+            unknown.add(name)
+    present = set(names)
+    missing = [source for piece in pieces.values() for source in piece.sources if source not in present]
+    if missing:
+        raise UserError(f"checkpoint: expected q, k and v of every layer, got none named {listed(missing)}")
+    return pieces, unknown
+
+
+def _hugging_face(name: str, tensor: Tensor, prefix: str, top: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    block = block_and_rest(name)
+    if name in top:
+        yield f"{prefix}{top[name]}", tensor
+    elif block and block[1] in _BLOCK:
+        yield f"{prefix}encoder.layers.{block[0]}.{_BLOCK[block[1]]}", tensor
+    elif block and block[1] in _JOINED:
+        if tensor.dim() == 0 or tensor.shape[0] % 3:
+            raise UserError(f"{listed([name])}: expected q, k and v along dimension 0, got {list(tensor.shape)}")
+        for part, theirs in zip(tensor.chunk(3), _JOINED[block[1]], strict=True):
+            yield f"{prefix}encoder.layers.{block[0]}.{theirs}", part
+    else:
+        raise UserError(f"checkpoint: expected the tensors of a plain CLIP, got also {listed([name])}")

@@ -1,0 +1,470 @@
+"""Any public checkpoint of a CLIP vision transformer, read safely and tensor by tensor, in open_clip's names.
+
+==============================  =======================================================================================
+a file                          safetensors; what ``torch.save`` wrote (zip or legacy): a state dict, a training
+                                checkpoint or a whole module, as in the task-vectors release; a TorchScript archive
+a folder                        Hugging Face's (config.json), sharded or not, or open_clip's (open_clip_config.json)
+``owner/name[@revision]``       either of them on the Hugging Face Hub, or in its cache
+``open_clip:NAME/TAG``          one of open_clip's pretrained models
+==============================  =======================================================================================
+
+Names may be open_clip's or Hugging Face's, with the prefixes that programs put in front; a file is known by its
+content, not by its name. No file can run code, and none is believed before its sizes have been compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pareto_merging.checkpoints import architecture, hub, names
+from pareto_merging.checkpoints.archives import Archive, open_archive
+from pareto_merging.checkpoints.files import SafetensorsFile, parse_json, read_json
+from pareto_merging.checkpoints.modules import (
+    attention_heads,
+    find_tensors,
+    normalisation,
+    uses_quick_gelu,
+    walk_modules,
+)
+from pareto_merging.checkpoints.names import Piece
+from pareto_merging.checkpoints.pickles import Record, StoredTensor
+from pareto_merging.errors import UserError
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _Tensors(Protocol):
+    """Named tensors of one or more files: what is known without reading them, and a way to read one."""
+
+    @property
+    def shapes(self) -> Mapping[str, list[int]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class _Pickled:
+    """The tensors of an archive that ``torch.save`` or TorchScript wrote."""
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+        self._stored: dict[str, StoredTensor] = find_tensors(archive.root, str(archive.path))
+        self.shapes = {name: list(stored.shape) for name, stored in self._stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.archive.tensor(self._stored[name])
+
+
+class _Shards:
+    """The tensors of several files, each name in one of them, as an index says."""
+
+    def __init__(self, index: Path) -> None:
+        weight_map = _weight_map(index)
+        self._owner: dict[str, _Tensors] = {}
+        for shard in shard_names(index):
+            part = _open_file(index.parent / shard)
+            listed = {name for name, where in weight_map.items() if where == shard}
+            if listed != set(part.shapes):
+                odd = names.listed(listed.symmetric_difference(part.shapes))
+                raise UserError(
+                    f"{index.parent / shard}: expected the tensors that {index.name} lists, got others: {odd}"
+                )
+            self._owner |= dict.fromkeys(listed, part)
+        self.shapes = {name: part.shapes[name] for name, part in self._owner.items()}
+        self.dtypes = {name: part.dtypes[name] for name, part in self._owner.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._owner[name].read(name)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Named tensors, each read from its file when it is asked for, into memory of its own, and not kept.
+
+    Attributes:
+        source: what they were opened by. shapes, dtypes: by name, known without reading.
+    """
+
+    def __init__(self, source: str, tensors: _Tensors, pieces: Mapping[str, Piece]) -> None:
+        self.source = source
+        self._tensors, self._pieces = tensors, dict(pieces)
+        self.shapes: dict[str, list[int]] = {name: self._shape(name) for name in self._pieces}
+        self.dtypes = {name: tensors.dtypes[piece.sources[0]] for name, piece in self._pieces.items()}
+        odd = [
+            f"{name} {tensors.dtypes[part]}"
+            for name, piece in self._pieces.items()
+            for part in piece.sources
+            if tensors.dtypes[part] not in WEIGHT_DTYPES or tensors.dtypes[part] != self.dtypes[name]
+        ]
+        if odd:
+            raise UserError(f"{source}: expected floating-point tensors, got {names.listed(odd)}")
+
+    def _shape(self, name: str) -> list[int]:
+        piece = self._pieces[name]
+        shapes = [self._tensors.shapes[part] for part in piece.sources]
+        if len(shapes) > 1 and any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise UserError(f"{self.source}: expected tensors that can be joined to {name}, got shapes {shapes}")
+        if piece.transpose and len(shapes[0]) != 2:
+            raise UserError(f"{self.source}: expected a matrix for {name}, got shape {shapes[0]}")
+        if piece.transpose:
+            return shapes[0][::-1]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(shapes) > 1 else list(shapes[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor. Raises UserError: it cannot be read, or holds NaN or inf; KeyError: no such name."""
+        piece = self._pieces[name]
+        if len(piece.sources) == 1:
+            tensor = self._tensors.read(piece.sources[0])
+            tensor = tensor.t().contiguous() if piece.transpose else tensor
+        else:
+            tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+            row = 0
+            for part in piece.sources:
+                rows = self._tensors.shapes[part][0]
+                tensor[row : row + rows] = self._tensors.read(part)
+                row += rows
+        # no copy of the tensor, and a NaN comes through
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            raise UserError(f"{self.source}: expected finite numbers, got NaN or inf in {name}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pieces
+
+
+class Checkpoint(LazyTensors):
+    """The vision encoder of a checkpoint, in the names of open_clip's ``visual`` tower.
+
+    Attributes:
+        format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip. encoder: how to build the
+            module (:func:`pareto_merging.encoders.build`). quick_gelu: None where the checkpoint does not say; then
+            ``encoder`` has False. preprocessing: ``size``, ``mean`` and ``std`` of its images, or None. text: the rest
+            of a whole CLIP in open_clip's names, empty where it has no text tower. text_heads: its attention heads,
+            where a configuration says so. folder: where its tokenizer may lie, or None.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        kind: str,
+        tensors: _Tensors,
+        *,
+        heads: int | None = None,
+        quick_gelu: bool | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        described: Mapping[str, Any] | None = None,
+        root: Any = None,
+    ) -> None:
+        vision, text, prefix = _pieces(tensors, source)
+        super().__init__(source, tensors, vision)
+        if heads is None:
+            heads = attention_heads(root, prefix, source)
+        if quick_gelu is None:
+            quick_gelu = uses_quick_gelu(root, prefix, source)
+        if preprocessing is None:
+            preprocessing = normalisation(root)
+        with _named(source):
+            if described is not None:
+                claimed = architecture.from_description(described)
+                heads, quick_gelu = claimed.heads, claimed.quick_gelu
+            self.architecture = architecture.from_shapes(self.shapes, heads=heads, quick_gelu=quick_gelu)
+            if described is not None and claimed != self._with_dim(claimed.output_dim):
+                raise UserError(f"expected the tensors of the encoder it describes, got others: {self.architecture}")
+            self.encoder: dict[str, Any] = architecture.describe(self.architecture)
+            if preprocessing is not None:
+                preprocessing = architecture.check_preprocessing(preprocessing)
+        self.format = kind
+        self.quick_gelu = quick_gelu
+        self.folder = folder
+        self.preprocessing = None if preprocessing is None else dict(preprocessing)
+        if self.preprocessing is not None and self.preprocessing["size"] != self.architecture.image_size:
+            size, got = self.architecture.image_size, self.preprocessing["size"]
+            raise UserError(f"{source}: expected images of {size} pixels as its positions have, got {got}")
+        self.text = LazyTensors(source, tensors, text)
+
+    def _with_dim(self, output_dim: int | None) -> architecture.Architecture:
+        """Its architecture; a file without a projection may describe the encoder with one."""
+        found = self.architecture
+        return found if found.output_dim is not None else replace(found, output_dim=output_dim)
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Put the source in front of a UserError from a function that does not know it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(source):
+            raise
+        raise UserError(f"{source}: {error}") from error
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a checkpoint by path, hub id or open_clip tag; only headers, configurations and pickles are read.
+
+    Raises:
+        UserError: nothing there; broken, hostile or contradictory; not a CLIP vision transformer. One line each.
+        ForbiddenGlobal: a pickle that names what could run code.
+    """
+    located = hub.locate(source)
+    if located.path.is_dir():
+        return _open_folder(located.path, str(source))
+    settings = dict(located.settings)
+    mean = settings.pop("mean", None)
+    found = _open_single(located.path, str(source), **settings)
+    if mean is not None:
+        found.preprocessing = {
+            "size": found.architecture.image_size,
+            "mean": list(mean),
+            "std": list(located.settings["std"]),
+        }
+    return found
+
+
+def _open_file(path: Path) -> SafetensorsFile | _Pickled:
+    """By its first bytes: a safetensors header is a length and then a JSON mapping."""
+    if path.is_dir():
+        raise UserError(f"{path}: expected a checkpoint, got a folder")
+    if not path.is_file():
+        got = "what is no regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: expected a checkpoint, got {got}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: expected a checkpoint, got {error.strerror}") from error
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{"):
+        return _Pickled(open_archive(path))
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return SafetensorsFile(path)
+    return _Pickled(open_archive(path))
+
+
+def _open_single(path: Path, source: str, **settings: Any) -> Checkpoint:
+    config = path.parent / hub.CONFIG
+    if path.name in hub.WEIGHTS and config.is_file() and not settings:
+        # the file of a folder that says what it is
+        return _open_folder(path.parent, source, path.name)
+    tensors = _open_file(path)
+    if isinstance(tensors, _Pickled):
+        root = tensors.archive.root
+        if tensors.archive.kind == "torchscript" and "quick_gelu" not in settings:
+            # every archive of this kind that was published is OpenAI's
+            settings["quick_gelu"] = uses_quick_gelu(root, "", source) is not False
+        return Checkpoint(source, tensors.archive.kind, tensors, root=root, **settings)
+    said: dict[str, Any] = {}
+    for key, argument in (("encoder", "described"), ("preprocessing", "preprocessing")):
+        if key in tensors.metadata:
+            said[argument] = parse_json(tensors.metadata[key].encode(), f"{path}: {key}")
+    if "described" in said and "quick_gelu_unknown" in tensors.metadata:
+        said["described"].pop("quick_gelu", None)
+    if said.get("described") == {}:
+        del said["described"]
+    found = Checkpoint(source, "safetensors", tensors, **{**said, **settings})
+    if "quick_gelu_unknown" in tensors.metadata:
+        found.quick_gelu = None
+    return found
+
+
+def _open_folder(folder: Path, source: str, weights: str | None = None) -> Checkpoint:
+    has_config, has_open_clip = (folder / hub.CONFIG).is_file(), (folder / hub.OPEN_CLIP_CONFIG).is_file()
+    config = read_json(folder / hub.CONFIG) if has_config else {}
+    if "model_type" in config or (has_config and not has_open_clip):
+        return _open_hugging_face(folder, source, config, weights)
+    if has_open_clip:
+        return _open_open_clip(folder, source)
+    raise UserError(f"{source}: expected a folder with {hub.CONFIG} or {hub.OPEN_CLIP_CONFIG}, got neither")
+
+
+def _open_hugging_face(folder: Path, source: str, config: dict[str, Any], weights: str | None) -> Checkpoint:
+    where = f"{source}: {hub.CONFIG}"
+    settings = architecture.from_hugging_face_config(config, where)
+    found = [name for name in hub.WEIGHTS if (folder / name).is_file()]
+    chosen = weights or (found[0] if found else None)
+    if chosen is None:
+        raise UserError(f"{source}: expected weights ({', '.join(hub.WEIGHTS)}) beside {hub.CONFIG}, got none")
+    path = folder / chosen
+    tensors: _Tensors = _Shards(path) if chosen.endswith(".index.json") else _open_file(path)
+    preprocessor = folder / "preprocessor_config.json"
+    preprocessing = None
+    if preprocessor.is_file():
+        preprocessing = architecture.preprocessing_from_hugging_face(
+            read_json(preprocessor), f"{source}: {preprocessor.name}"
+        )
+    checkpoint = Checkpoint(
+        source,
+        "huggingface",
+        tensors,
+        heads=settings.heads,
+        quick_gelu=settings.quick_gelu,
+        preprocessing=preprocessing,
+        folder=folder,
+    )
+    architecture.check_hugging_face_config(config, checkpoint.architecture, where)
+    return checkpoint
+
+
+def _open_open_clip(folder: Path, source: str) -> Checkpoint:
+    where = f"{source}: {hub.OPEN_CLIP_CONFIG}"
+    config = read_json(folder / hub.OPEN_CLIP_CONFIG)
+    found = [name for name in (*hub.OPEN_CLIP_WEIGHTS, *hub.WEIGHTS) if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{source}: expected weights ({', '.join(hub.OPEN_CLIP_WEIGHTS)}), got none")
+    claimed = architecture.from_open_clip_config(config, where)
+    path = folder / found[0]
+    tensors: _Tensors = _Shards(path) if path.name.endswith(".index.json") else _open_file(path)
+    preprocess = config.get("preprocess_cfg")
+    preprocessing = None
+    if preprocess is not None:
+        preprocessing = architecture.preprocessing_from_open_clip(preprocess, claimed.image_size, where)
+    checkpoint = Checkpoint(
+        source,
+        "open_clip",
+        tensors,
+        heads=claimed.heads,
+        quick_gelu=claimed.quick_gelu,
+        preprocessing=preprocessing,
+        folder=folder,
+    )
+    if checkpoint.architecture != claimed:
+        raise UserError(f"{where}: expected {checkpoint.architecture} as the tensors have, got {claimed}")
+    return checkpoint
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index}: expected a weight_map from tensors to files, got {type(found).__name__}")
+    for name, shard in found.items():
+        suffixes = (".safetensors", ".bin", ".pt")
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffixes):
+            raise UserError(f"{index}: expected files beside the index, got {str(shard)[:80]!r} for {name[:80]}")
+    return found
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, in its folder. Raises UserError: broken, or a path out of the folder."""
+    return sorted(set(_weight_map(index).values()))
+
+
+# --- names ---
+
+_MARKS = ("class_embedding", "conv1.weight")
+_TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
+
+
+def _pieces(tensors: _Tensors, source: str) -> tuple[dict[str, Piece], dict[str, Piece], str]:
+    """The vision and the text tensors in open_clip's names, and what stands before the former in the file."""
+    present = tensors.shapes
+    found = [name.removesuffix(_MARKS[0]) for name in present if name == _MARKS[0] or name.endswith(f".{_MARKS[0]}")]
+    prefixes = [prefix for prefix in found if f"{prefix}{_MARKS[1]}" in present]
+    if len(prefixes) > 1:
+        raise UserError(f"{source}: expected one vision transformer, got {len(prefixes)}: {names.listed(prefixes)}")
+    with _named(source):
+        if prefixes:
+            prefix = prefixes[0]
+            vision = {name.removeprefix(prefix): Piece((name,)) for name in present if name.startswith(prefix)}
+            return vision, _open_clip_text(present, prefix), prefix
+        for prefix in ("", "module.", "model."):
+            inner = [name.removeprefix(prefix) for name in present if name.startswith(prefix)]
+            vision = names.vision_pieces(inner)
+            if vision:
+                return _behind(vision, prefix), _behind(names.text_pieces(inner), prefix), prefix
+    raise UserError(
+        f"{source}: expected a CLIP vision transformer (class_embedding, conv1.weight, transformer.resblocks…; or "
+        f"vision_model…), got {names.listed(present)}"
+    )
+
+
+def _behind(pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
+    return {
+        name: Piece(tuple(f"{prefix}{part}" for part in piece.sources), piece.transpose)
+        for name, piece in pieces.items()
+    }
+
+
+def _open_clip_text(present: Mapping[str, Any], vision_prefix: str) -> dict[str, Piece]:
+    """The text tower beside the vision tower; empty if it is not whole (the task-vectors release drops its blocks)."""
+    if not (vision_prefix == "visual." or vision_prefix.endswith(".visual.")):
+        return {}
+    outer = vision_prefix.removesuffix("visual.")
+    text: dict[str, Piece] = {}
+    for name in present:
+        if not name.startswith(outer) or name.startswith(vision_prefix):
+            continue
+        # open_clip's CustomTextCLIP has one more level
+        inner = name.removeprefix(outer).removeprefix("text.")
+        if inner in (*_TEXT, "ln_final.bias", "logit_scale") or inner.startswith("transformer.resblocks."):
+            text[inner] = Piece((name,))
+    whole = all(name in text for name in _TEXT) and any(name.startswith("transformer.") for name in text)
+    return text if whole else {}
+
+
+# --- heads ---
+
+
+def open_head(source: str | Path) -> tuple[Tensor, float]:
+    """A zero-shot head of the task-vectors release (``head_<Dataset>Val.pt``) as (weight, logit scale).
+
+    Its rows are class embeddings times exp(logit_scale), its input is normalised, and its bias is zero.
+
+    Returns:
+        weight float32 [classes, dim] with rows of length 1, and the scale they had.
+
+    Raises:
+        UserError: no such head, a bias, features that are not normalised, or rows of different lengths.
+    """
+    path = Path(source)
+    archive = open_archive(path)
+    root = archive.root
+    heads = [
+        record
+        for _, record in (walk_modules(root, str(path)) if isinstance(root, Record) else ())
+        if record.type.name.rpartition(".")[2] == "ClassificationHead"
+    ]
+    parameters = heads[0].state.get("_parameters") if len(heads) == 1 else {}
+    parameters = parameters if isinstance(parameters, dict) else {}
+    weight = parameters.get("weight")
+    if not isinstance(weight, StoredTensor) or len(weight.shape) != 2 or 0 in weight.shape:
+        raise UserError(f"{path}: expected one ClassificationHead with a weight [classes, dim], got none")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise UserError(f"{path}: expected floating-point numbers, got {weight.dtype}")
+    if heads[0].state.get("normalize") is not True:
+        raise UserError(f"{path}: expected a head that normalises the features, got one that does not")
+    bias = parameters.get("bias")
+    if isinstance(bias, StoredTensor) and bool(archive.tensor(bias).any()):
+        raise UserError(f"{path}: expected a head without a bias (a zero-shot head), got one with a bias")
+    rows = archive.tensor(weight).float()
+    lengths = rows.norm(dim=1)
+    if not bool(torch.isfinite(rows).all()) or not bool((lengths > 0).all()):
+        raise UserError(f"{path}: expected finite rows that are not zero, got others")
+    scale = lengths.mean()
+    if not bool(torch.allclose(lengths, scale, rtol=1e-2, atol=0.0)):
+        least, most = float(lengths.min()), float(lengths.max())
+        raise UserError(f"{path}: expected rows of one length (logit_scale), got {least:.4g} to {most:.4g}")
+    return rows / lengths[:, None], float(scale)
+
+
+def is_head(path: Path) -> bool:
+    """Whether a file is a pickled ClassificationHead; False for what cannot be read at all."""
+    try:
+        root = open_archive(path).root
+    except UserError:
+        return False
+    return isinstance(root, Record) and root.type.name.rpartition(".")[2] == "ClassificationHead"
