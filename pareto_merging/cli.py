@@ -257,63 +257,105 @@ def compare(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN",
+            help="A file (.safetensors, .pt, .bin, TorchScript), a folder (Hugging Face, open_clip), a hub id "
+            "(openai/clip-vit-base-patch32, owner/name@revision) or open_clip:NAME/TAG.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write; it must not exist yet.")],
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the numbers written.")
+    ] = "keep",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the vision encoder (or zero-shot head) of any public checkpoint as one plain safetensors file.
+
+    Pickles are read as data: nothing in them is imported or run, and one that
+    names what could run code is refused. The file remembers how to build the
+    encoder, QuickGELU, how images are normalised, and a checksum of every
+    tensor. `train` takes all of these formats itself: converting is for
+    checkpoints that are read often, or handed on.
+    """
+    from pareto_merging.checkpoints.convert import DTYPES, convert_checkpoint, say
+    from pareto_merging.errors import UserError
+    from pareto_merging.exports import check_file
+
+    check_file(out, overwrite)
+    if out.exists() and Path(source).exists() and out.samefile(source):
+        raise UserError(f"{out}: expected another file than the one that is read")
+    found = convert_checkpoint(source, out, dtype=DTYPES.get(dtype), progress=not quiet and not as_json)
+    print(json.dumps(found) if as_json else say(found))
+
+
+@app.command()
 def export(
     run: RunFolder,
     preference: Annotated[
-        str | None, typer.Option(help="One preference: `0.5,0.5`, `TASK=0.7` or `equal`: a plain merged model.")
+        str | None,
+        typer.Option(
+            "--preference",
+            "--preferences",
+            help=f"A plain merged model for one preference, or for each of several: {PREFERENCES_HELP}.",
+        ),
     ] = None,
     folded: Annotated[
         bool, typer.Option("--folded", help="One self-sufficient file for a server, for every preference.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="The .safetensors file to write; it must not exist yet. Default: in RUN.")
+    format: Annotated[
+        Literal["safetensors", "open_clip", "huggingface"],
+        typer.Option(
+            help="safetensors: the vision encoder, one file; open_clip, huggingface: a folder that open_clip or "
+            "transformers loads by itself, a whole CLIP where there is a text tower."
+        ),
+    ] = "safetensors",
+    text_from: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint whose text tower goes with it. Default: the pretrained one's, if it has one."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="What to write: a .safetensors file, or a folder (of a format, or of several preferences); it must "
+            "not exist yet. Default: in RUN."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a plain merged model for one preference, or the folded model for all of them."""
-    from pareto_merging.checkpoints.files import write_tensors
-    from pareto_merging.checkpoints.pareto_set import package_version, save_folded
+    """Write plain merged models for chosen preferences, or the folded model for all of them.
+
+    A model card goes with each plain model. Several preferences become a
+    folder with one entry each, and preferences.json says which is which.
+    """
     from pareto_merging.errors import UserError
-    from pareto_merging.parametrize import merge
-    from pareto_merging.preferences import parse_preference
-    from pareto_merging.runs import SET_NAME, check_new, open_run
-    from pareto_merging.training import CHECKPOINT_NAME
-    from pareto_merging.workspace import user_errors
+    from pareto_merging.exports import default_target, export_folded, export_merged
 
     if (preference is None) == (not folded):
         raise UserError("export: expected either --preference or --folded")
-    target = out or run / ("folded.safetensors" if folded else "merged.safetensors")
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target}: expected a name that ends in .safetensors")
-    if target.is_dir() or not overwrite:
-        check_new(target)
-    if target.is_dir():
-        raise UserError(f"{target}: expected a file, got a folder")
-    workspace, model = open_run(run)
-    inputs = [run / SET_NAME, run / CHECKPOINT_NAME, workspace.encoder_config.pretrained]
-    inputs += [path for task in workspace.task_configs.values() for path in (task.checkpoint, task.head) if path]
-    if target.resolve() in {path.resolve() for path in inputs}:
-        raise UserError(f"{target}: expected a file to write to, got one that the run is made of")
     if folded:
-        heads = {name: workspace.head(name) for name, task in workspace.task_configs.items() if task.head is not None}
-        save_folded(
-            model,
-            target,
-            heads={name: (head.weight, head.logit_scale) for name, head in heads.items()},
-            encoder=workspace.encoder_description,
-            preprocessing=workspace.preprocessing,
-        )
-    else:
-        with user_errors():
-            gamma = parse_preference(str(preference), workspace.task_names)
-        metadata = {
-            "format": "pt",
-            "preference": dict(zip(workspace.task_names, gamma.tolist(), strict=True)),
-            "encoder": workspace.encoder_description,
-            "package_version": package_version(),
-        }
-        write_tensors(target, merge(model, gamma).state_dict(), metadata)
-    print(target)
+        if format != "safetensors" or text_from is not None:
+            raise UserError("export: expected --format and --text-from with --preference, got them with --folded")
+        print(export_folded(run, out or run / "folded.safetensors", overwrite=overwrite))
+        return
+    target = out or default_target(run, str(preference), format)
+    written = export_merged(
+        run,
+        str(preference),
+        target,
+        format=format,
+        text_from=text_from,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    print("\n".join(map(str, written)))
 
 
 @app.command()

@@ -99,7 +99,8 @@ class Comparison:
         """The weights and images, loaded once."""
         return Problem(
             self.workspace.pretrained(),
-            self.workspace.finetuned(),
+            # the methods read every tensor many times
+            {name: dict(weights) for name, weights in self.workspace.finetuned().items()},
             self.tasks,
             self.workspace.training_tasks(),
             self.workspace.config.method,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pareto_merging.checkpoints.hub import is_remote
 from pareto_merging.errors import UserError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,17 +127,27 @@ class MethodSettings(_Strict):
 
 
 class EncoderConfig(_Strict):
-    architecture: str = Field(
-        description="an open_clip model name (ViT-B-32), or a JSON file of VisionTransformer's arguments"
+    architecture: str | None = Field(
+        None,
+        description="an open_clip model name (ViT-B-32), or a JSON file of VisionTransformer's arguments; default: as "
+        "the pretrained checkpoint says",
     )
-    pretrained: Path = Field(description="safetensors of the vision encoder all tasks were fine-tuned from")
-    quick_gelu: bool = Field(False, description="QuickGELU, as OpenAI's weights want it")
+    pretrained: Path = Field(
+        description="the vision encoder all tasks were fine-tuned from: a file or folder of any format, a hub id "
+        "(openai/clip-vit-base-patch32), or open_clip:NAME/TAG"
+    )
+    quick_gelu: bool | None = Field(
+        None,
+        description="QuickGELU, as OpenAI's weights want it; default: as the checkpoint says, false where it does not",
+    )
 
 
 class TaskConfig(_Strict):
-    checkpoint: Path = Field(description="safetensors of the fine-tuned vision encoder")
+    checkpoint: Path = Field(description="the fine-tuned vision encoder, as `pretrained`")
     head: Path | None = Field(
-        None, description="safetensors with the zero-shot head: `weight` [classes, dim]; metadata `logit_scale`"
+        None,
+        description="the zero-shot head: safetensors with `weight` [classes, dim] and metadata `logit_scale`, or the "
+        "task-vectors release's head_<Dataset>Val.pt",
     )
     merging: str | None = Field(
         None,
@@ -296,14 +307,15 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
     if config.encoder is None or not isinstance(config.tasks, dict):
         return config
     architecture = config.encoder.architecture
+    is_file = architecture is not None and architecture.endswith(".json")
     encoder = {
-        "pretrained": base / config.encoder.pretrained,
-        "architecture": str(base / architecture) if architecture.endswith(".json") else architecture,
+        "pretrained": _checkpoint(base, config.encoder.pretrained),
+        "architecture": str(base / architecture) if architecture is not None and is_file else architecture,
     }
     tasks = {
         name: task.model_copy(
             update={
-                "checkpoint": base / task.checkpoint,
+                "checkpoint": _checkpoint(base, task.checkpoint),
                 "head": None if task.head is None else base / task.head,
                 "merging": None if task.merging is None else str(base / task.merging),
                 "evaluation": None if task.evaluation is None else str(base / task.evaluation),
@@ -326,6 +338,11 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
         }
     files = {"encoder": config.encoder.model_copy(update=encoder), "tasks": tasks, "unseen": unseen}
     return config.model_copy(update=files)
+
+
+def _checkpoint(base: Path, source: Path) -> Path:
+    """Relative to the configuration's folder, unless it is a hub id or an open_clip tag."""
+    return source if not (base / source).exists() and is_remote(source) else base / source
 
 
 def dump_config(config: RunConfig) -> str:

@@ -19,7 +19,7 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
         UserError: an unknown name (close ones are listed) or an unreadable file.
     """
     if not architecture.endswith(".json"):
-        _model_config(architecture)
+        model_config(architecture)
         return {"architecture": architecture, "quick_gelu": quick_gelu}
     path = Path(architecture)
     try:
@@ -44,10 +44,9 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
     from open_clip.transformer import QuickGELU, VisionTransformer
 
-    quick_gelu = bool(description.get("quick_gelu", False))
+    quick_gelu = has_quick_gelu(description)
     if "architecture" in description:
-        config = _model_config(description["architecture"])
-        quick_gelu = quick_gelu or bool(config.get("quick_gelu", False))
+        config = model_config(description["architecture"])
         tower: nn.Module = _build_vision_tower(
             config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu=quick_gelu
         )
@@ -55,13 +54,26 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     if "arguments" not in description:
         raise UserError(f"encoder: expected architecture or arguments, got {sorted(description)}")
     activation = {"act_layer": QuickGELU} if quick_gelu else {}
+    arguments = dict(description["arguments"])
+    # a vision model without a projection: its features are as wide as its blocks
+    is_projected = arguments.get("output_dim", 512) is not None
+    if not is_projected:
+        arguments["output_dim"] = arguments.get("width")
     try:
-        model: nn.Module = VisionTransformer(**description["arguments"], **activation)
+        model: nn.Module = VisionTransformer(**arguments, **activation)
+        if not is_projected:
+            model.register_parameter("proj", None)
     except Exception as error:
         # whatever is wrong with the arguments, open_clip finds it somewhere inside
         what = str(error) or type(error).__name__
         raise UserError(f"encoder: expected arguments of open_clip's VisionTransformer, got {what}") from error
     return model.eval()
+
+
+def has_quick_gelu(description: Mapping[str, Any]) -> bool:
+    """Whether the encoder of :func:`describe` has QuickGELU: said, or as open_clip's model of that name has it."""
+    named = "architecture" in description and model_config(description["architecture"]).get("quick_gelu", False)
+    return bool(description.get("quick_gelu") or named)
 
 
 def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,19 +93,20 @@ def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
 def image_size(description: Mapping[str, Any]) -> int:
     """The side of the square images the encoder of :func:`describe` takes, in pixels."""
     if "architecture" in description:
-        size = _model_config(description["architecture"])["vision_cfg"].get("image_size", 224)
+        size = model_config(description["architecture"])["vision_cfg"].get("image_size", 224)
     else:
         size = description["arguments"].get("image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def _model_config(name: str) -> dict[str, Any]:
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model by name; UserError, with names that are near, for an unknown one."""
     import difflib
 
     import open_clip
 
     # other schemas (hf-hub:…) would go to the network
-    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    config = open_clip.getmodel_config(name) if name in open_clip.list_models() else None
     if config is None or "vision_cfg" not in config:
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3))
         raise UserError(

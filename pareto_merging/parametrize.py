@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import ctypes
+import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -21,7 +24,15 @@ from pareto_merging.preferences import (
     pareto_state,
     pareto_states,
 )
-from pareto_merging.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess, wide_dtype
+from pareto_merging.preprocessing import (
+    Preprocess,
+    PreprocessName,
+    check_density,
+    make_preprocess,
+    pieces_of,
+    wide_dtype,
+    widest,
+)
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
@@ -32,6 +43,9 @@ CORES: tuple[str, ...] = ("tensor", "outer-product", "outer-vector")
 # Kaiming uniform (He et al. 2015, gain √2) over the dimension that A and B share with the weight; the paper names the
 # distribution but not the fan. A file made with another rule says so.
 INITIAL_SCALE = "kaiming-uniform: A ~ U(±sqrt(6/out)), B ~ U(±sqrt(6/in)), G = 0"
+
+# from this many numbers on, a tensor that was read and let go leaves memory worth giving back
+LARGE = 1 << 17
 
 OUTER_INITIAL_SCALE = "kaiming-uniform: A = 0, B ~ U(±sqrt(6/in))"
 
@@ -53,18 +67,29 @@ def parametrize(
     preprocess: PreprocessName | Preprocess = "none",
     density: float = 0.2,
     core: Core = "tensor",
+    copy: bool = True,
 ) -> nn.Module:
     """Turn a pretrained module and K fine-tuned copies into a Pareto model: the same class, the same call signature.
 
     Every floating-point parameter becomes W0 + Σ_k λ_k τ_k with τ_k = W_k − W0; the chosen projections add the low-rank
-    term A·(G ×₃ γ)·Bᵀ. Only λ, A, G and B require a gradient. The model is a copy: W0 and the task vectors are held
-    once, in the dtype and on the device of ``pretrained``, and ``pretrained`` is left alone. A parameter whose task
-    vectors are all zero stores none. It starts at the equal preference, with the low-rank term at zero.
+    term A·(G ×₃ γ)·Bᵀ. Only λ, A, G and B require a gradient. The model is a copy, unless ``copy=False``: W0 and the
+    task vectors are held once, in the dtype and on the device of ``pretrained``, and ``pretrained`` is left alone. A
+    parameter whose task vectors are all zero stores none. It starts at the equal preference, with the low-rank term at
+    zero.
+
+    Memory: beside ``pretrained`` and what the result holds, one tensor of one copy at a time, as its mapping gave it,
+    and pieces of a megabyte. So with lazy mappings and ``copy=False`` building takes K + 1 models and one tensor. A
+    ``preprocess`` adds, for one parameter at a time, its K task vectors in float32 and what the function makes of them
+    (about 4·K tensors in all under ``"ties"``, 2·K under ``"dare"``).
 
     Args:
         pretrained: the module all copies started from.
-        finetuned: K copies, as modules or as state dicts (read tensor by tensor, so a lazy mapping stays lazy); in a
-            mapping the keys are the task names, otherwise the tasks are ``task_1`` … ``task_K``.
+        finetuned: K copies, as modules or as state dicts; in a mapping the keys are the task names, otherwise the tasks
+            are ``task_1`` … ``task_K``. A state dict may be any mapping, such as one that reads a file whenever it is
+            asked for a tensor: what it gave is let go before the next is asked for. Each tensor is read once to look at
+            its shape, and once to use it (more often with a ``preprocess``, or where tensors are tied). A mapping with
+            an attribute ``shapes``, the shape of each of its tensors by name (``Mapping[str, Sequence[int]]``), is
+            not read for the first.
         rank: r of the low-rank term.
         low_rank: which matrices have it: ``"attention"`` (in- and out-projections), ``"in-projection"`` (q, k and v
             alone, the paper's "+0.5 %" of parameters), ``"all"`` linear layers, ``"none"``, or a function of the
@@ -82,16 +107,21 @@ def parametrize(
         core: how the preference enters the low-rank term: ``"tensor"``, or one of the paper's outer products
             (:func:`preference_core`; they learn A and B only, r = K).
         digests: record a SHA-256 of every set of weights, for the Pareto set file (about a second per 1.5 GB).
+        copy: False turns ``pretrained`` itself into the Pareto model and returns it: there is no second W0 in memory.
+            On an error it is the plain module that it was.
 
     Raises:
         ValueError: no copies; missing, extra or differently shaped tensors (all are named, with the task); tensors
-            tied in ``pretrained`` but different in a copy; a setting out of range. TypeError: not a module.
+            tied in ``pretrained`` but different in a copy; NaN or inf in a copy; a setting out of range. TypeError: not
+            a module, or something else than tensors.
     """
     _check_settings(pretrained, rank, low_rank, granularity, buffers, init_lambda, seed)
     if core not in CORES:
         raise ValueError(f"core: expected {', '.join(CORES)}, got {core!r}")
     check_density(density)
-    model = copy.deepcopy(pretrained)
+    if not isinstance(copy, bool):
+        raise ValueError(f"copy: expected True or False, got {copy!r}")
+    model = deepcopy(pretrained) if copy else pretrained
     copies, tensors = check_copies(model, finetuned)
     names = tuple(copies)
     rank = rank if core == "tensor" else len(names)
@@ -122,11 +152,10 @@ def parametrize(
     lambdas: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         plans = [
-            _plan(model, group, copies, rank, low_rank, generator, hashers, apply, core)
+            _plan(model, group, tensor, copies, rank, low_rank, generator, hashers, apply, core)
             for group, tensor in tensors
             if isinstance(tensor, nn.Parameter)
         ]
-        _merge_buffers(tensors, copies, buffers, hashers)
     # by identity: one module may have several names
     owners: dict[int, tuple[nn.Module, list[str]]] = {}
     for plan in plans:
@@ -138,21 +167,59 @@ def parametrize(
             attributes = owners.setdefault(id(module), (module, []))[1]
             if attribute not in attributes:
                 attributes.append(attribute)
-    for module, attributes in owners.values():
-        convert(module, attributes, state)
-    prepare_transformers(model)
-    for plan in plans:
-        _register(model, plan, granularity, init_lambda, len(names), lambdas)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for _, pareto in pareto_modules(model):
-        for _, parameter in pareto.pareto_learned():
-            parameter.requires_grad_(True)
-    object.__setattr__(model, "pareto", state)
-    device = next((t.device for t in model.state_dict().values()), state.gamma.device)
-    state.gamma = state.gamma.to(device)
-    state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
+    # what is above changes nothing in the model
+    with unchanged_on_error(model, buffers=not copy and buffers == "average"):
+        with torch.no_grad():
+            _merge_buffers(tensors, copies, buffers, hashers)
+        for module, attributes in owners.values():
+            convert(module, attributes, state)
+        prepare_transformers(model)
+        for plan in plans:
+            _register(model, plan, granularity, init_lambda, len(names), lambdas)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for _, pareto in pareto_modules(model):
+            for _, parameter in pareto.pareto_learned():
+                parameter.requires_grad_(True)
+        object.__setattr__(model, "pareto", state)
+        device = next((t.device for t in model.state_dict().values()), state.gamma.device)
+        state.gamma = state.gamma.to(device)
+        state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
     return model
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: Any, *, buffers: bool) -> Iterator[None]:
+    """A block that turns the plain module ``model`` into a Pareto model; if it fails, the module is plain again.
+
+    ``buffers``: whether it may change the numbers in floating-point buffers, which are then kept until it is through.
+    What is no plain module to begin with is not touched.
+    """
+    if not isinstance(model, nn.Module) or pareto_states(model):
+        yield
+        return
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kept = [(tensor, tensor.clone()) for tensor in model.buffers() if buffers and tensor.is_floating_point()]
+    try:
+        yield
+    except BaseException:
+        _make_plain(model)
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        raise
+
+
+def _make_plain(model: nn.Module) -> None:
+    """Every module its original class again, with none of our attributes and parts; W0 is where the parameters were."""
+    for _, pareto in list(pareto_modules(model)):
+        restore(pareto)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("pareto"), ParetoState):
+            del module.__dict__["pareto"]
+        module.__dict__.update(module.__dict__.pop("pareto_flags", {}))
 
 
 def prepare_transformers(model: nn.Module) -> None:
@@ -184,18 +251,26 @@ class TensorDigest:
     from it agree whatever the precision it was loaded in."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, str] = {}
+        self.parts: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        value = tensor.detach().cpu().contiguous()
-        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-        digest = hashlib.sha256(f"{value.dtype} {list(value.shape)} ".encode())
-        raw: Any = value.reshape(-1).view(torch.uint8).numpy()
-        digest.update(raw)
-        self._parts[name] = digest.hexdigest()
+        self.parts[name] = tensor_digest(tensor)
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self._parts.items())).encode()).hexdigest()
+        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self.parts.items())).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and numbers, as :class:`TensorDigest` takes them; copies a piece at a time."""
+    value = tensor.detach()
+    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    digest = hashlib.sha256(f"{dtype} {list(value.shape)} ".encode())
+    for index in pieces_of(value.shape):
+        piece = value[index].cpu().to(dtype).contiguous()
+        # not view(-1): the strides of a single number may be anything
+        raw: Any = piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
+        digest.update(raw)
+    return digest.hexdigest()
 
 
 def _check_settings(
@@ -254,9 +329,40 @@ def _tensors(source: Weights) -> Mapping[str, Tensor]:
     if isinstance(source, nn.Module):
         # modules may put more than tensors there (get_extra_state)
         return {k: value for k, value in source.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    if isinstance(source, Mapping):
+    if isinstance(source, LazyTensors):
         return source
+    if isinstance(source, Mapping):
+        return LazyTensors(source) if not isinstance(source, dict) or _shapes(source) is not None else source
     raise TypeError(f"finetuned: expected modules or state dicts, got {type(source).__name__}")
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A mapping that may read a file for each tensor: which names it has is asked once.
+
+    ``name in mapping`` of ``collections.abc.Mapping`` gets the value to see whether there is one.
+    """
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source, self.shapes = source, _shapes(source)
+        self._names = dict.fromkeys(source if self.shapes is None else self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:
+    """The shapes that a mapping says its tensors have, if it does."""
+    shapes = getattr(source, "shapes", None)
+    return shapes if isinstance(shapes, Mapping) else None
 
 
 def _lookup(model: nn.Module, name: str) -> Tensor:
@@ -283,27 +389,44 @@ def _check_same_tensors(
     problems = []
     known = {name for group, _ in tensors for name in group}
     for task, weights in copies.items():
-        present = set(weights)
+        present, shapes = set(weights), _shapes(weights)
         # a file may name a tied tensor once
         problems += [f"{task} lacks {group[0]}" for group, _ in tensors if not present.intersection(group)]
-        extra = [name for name in sorted(present - known) if isinstance(weights[name], Tensor)]
+        extra = [name for name in sorted(present - known) if shapes is not None or isinstance(weights[name], Tensor)]
         problems += [f"{task} has an extra {name}" for name in extra]
         for group, tensor in tensors:
             expected = list(tensor.shape)
             for name in group:
-                if name in present and not isinstance(weights[name], Tensor):
-                    kind = type(weights[name]).__name__
-                    raise TypeError(f"finetuned: expected {name} of {task} to be a tensor, got {kind}")
-                if name in present and list(weights[name].shape) != expected:
-                    problems.append(f"{task} has {name} of shape {list(weights[name].shape)}, expected {expected}")
+                if name in present:
+                    shape = list(_tensor(weights, name, task).shape if shapes is None else shapes[name])
+                    if shape != expected:
+                        problems.append(f"{task} has {name} of shape {shape}, expected {expected}")
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise ValueError(f"finetuned: expected the tensors of pretrained, but {shown}")
 
 
+def _tensor(weights: Mapping[str, Tensor], name: str, task: str) -> Tensor:
+    value = weights[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"finetuned: expected {name} of {task} to be a tensor, got {type(value).__name__}")
+    return value.detach()
+
+
+def _read(weights: Mapping[str, Tensor], name: str, task: str, like: Tensor) -> Tensor:
+    """One tensor of a copy, of the shape of ``like``: a lazy mapping reads it here, and may have promised another."""
+    value = _tensor(weights, name, task)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"finetuned: expected {name} of {task} to have shape {list(like.shape)}, got {list(value.shape)}"
+        )
+    return value
+
+
 def _plan(
     model: nn.Module,
     names: list[str],
+    weight: Tensor,
     copies: Mapping[str, Mapping[str, Tensor]],
     rank: int,
     low_rank: LowRank,
@@ -313,36 +436,11 @@ def _plan(
     core: Core,
 ) -> dict[str, Any]:
     """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
-    weight = _lookup(model, names[0])
     plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
     if hashers:
         hashers["pretrained"].add(names[0], weight)
-    dtype = weight.dtype
-    if preprocess is not None and weight.is_floating_point():
-        # what is compared with a threshold is not rounded to 16 bits before
-        dtype = wide_dtype(weight, *(weights[next(n for n in names if n in weights)] for weights in copies.values()))
-    task_vectors = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device)
-    for k, (task, weights) in enumerate(copies.items()):
-        present = [name for name in names if name in weights]
-        value = weights[present[0]].detach()
-        if hashers:
-            hashers[task].add(names[0], value)
-        for other in present[1:]:
-            if not torch.equal(weights[other].detach(), value):
-                raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
-        value = value.to(weight.device)
-        if weight.is_floating_point():
-            wide = wide_dtype(task_vectors, weight, value)
-            task_vectors[k] = value.to(wide) - weight.to(wide)
-            if not bool(torch.isfinite(task_vectors[k]).all()):
-                raise ValueError(
-                    f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
-                )
-        elif not torch.equal(value, weight):
-            raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
-    if preprocess is not None and weight.is_floating_point():
-        task_vectors = _preprocessed(preprocess, names[0], task_vectors, weight)
-    if weight.is_floating_point() and bool(task_vectors.any()):
+    task_vectors = _task_vectors(names, weight, copies, hashers, preprocess)
+    if task_vectors is not None:
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
         out_features, in_features = weight.shape
@@ -362,16 +460,125 @@ def _plan(
     return plan
 
 
-def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor) -> Tensor:
-    """On the device and in the dtype of ``weight``, with memory of its own for every number."""
+def _give_back_free_memory() -> None:
+    """Let the operating system have what the C library keeps of freed memory, where that is glibc.
+
+    Its heap keeps a hole wherever a tensor that was read lay below one that stays, which came to tens of megabytes for
+    a model of 12 million parameters. Nothing but the resident memory of the process changes.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _task_vectors(
+    names: Sequence[str],
+    weight: Tensor,
+    copies: Mapping[str, Mapping[str, Tensor]],
+    hashers: Mapping[str, TensorDigest],
+    preprocess: Preprocess | None,
+) -> Tensor | None:
+    """τ of one parameter, [K, *shape] in its dtype and on its device; None where they are all zero."""
+    if not weight.is_floating_point():
+        for task, weights in copies.items():
+            _subtract(names, weight, task, weights, hashers.get(task), None)
+        return None
+    dtype = weight.dtype
+    if preprocess is not None:
+        # what is compared with a threshold is not rounded to 16 bits before
+        found = (_tensor(weights, _present(names, weights)[0], task).dtype for task, weights in copies.items())
+        dtype = widest([dtype, *found])
+    task_vectors, is_zero = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device), True
+    for task_vector, (task, weights) in zip(task_vectors, copies.items(), strict=True):
+        _subtract(names, weight, task, weights, hashers.get(task), task_vector)
+        if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
+            _give_back_free_memory()
+        low, high = _extremes(task_vector)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
+            )
+        is_zero = is_zero and low == high == 0
+    if preprocess is not None:
+        return _preprocessed(preprocess, names[0], task_vectors, weight)
+    return None if is_zero else task_vectors
+
+
+def _subtract(
+    names: Sequence[str],
+    weight: Tensor,
+    task: str,
+    weights: Mapping[str, Tensor],
+    hasher: TensorDigest | None,
+    task_vector: Tensor | None,
+) -> None:
+    """Write one parameter of one copy minus ``weight`` to ``task_vector``, rounded once; no task vector, no difference.
+
+    What was read is let go on return.
+
+    Raises:
+        ValueError: another shape than that of ``weight``; names tied in the model that differ in the copy; a parameter
+            without a task vector that is not that of the model.
+    """
+    present = _present(names, weights)
+    value, weight = _read(weights, present[0], task, weight), weight.detach()
+    # what a dict has is in memory anyway
+    by_digest = len(present) > 1 and isinstance(weights, LazyTensors)
+    digest = tensor_digest(value) if hasher is not None or by_digest else ""
+    if hasher is not None:
+        hasher.parts[names[0]] = digest
+    if task_vector is None:
+        if not _equal(value, weight):
+            raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
+    else:
+        wide = wide_dtype(task_vector, weight, value)
+        for index in pieces_of(weight.shape):
+            torch.sub(value[index].to(weight.device, wide), weight[index].to(wide), out=task_vector[index])
+    del value
+    for other in present[1:]:
+        # in a lazy mapping two of them are held only where the bits differ, which may still be the same numbers (-0.0)
+        if by_digest and tensor_digest(_read(weights, other, task, weight)) == digest:
+            continue
+        if not _equal(_read(weights, other, task, weight), _read(weights, present[0], task, weight)):
+            raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
+
+
+def _present(names: Sequence[str], weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in names if name in weights]
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    return all(torch.equal(value[index].to(other.device), other[index]) for index in pieces_of(other.shape))
+
+
+def _extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest number, NaN if there is one, 0 and 0 if there are none: no mask of the tensor's size,
+    as isfinite() makes, and any() on the CPU."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
+    return low, high
+
+
+def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor) -> Tensor | None:
+    """On the device and in the dtype of ``weight``, with memory of its own for every number; None if all are zero."""
     result = preprocess(name, task_vectors)
     if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
     result = result.detach().to(weight).contiguous()
-    if not bool(torch.isfinite(result).all()):
+    low, high = _extremes(result)
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
-    return result
+    return None if low == high == 0 else result
 
 
 def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
@@ -405,18 +612,24 @@ def _merge_buffers(
     hashers: Mapping[str, TensorDigest],
 ) -> None:
     for names, tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
+        is_averaged = buffers == "average" and tensor.is_floating_point()
+        if isinstance(tensor, nn.Parameter) or not (hashers or is_averaged):
             continue
-        values = {task: next(weights[name] for name in names if name in weights) for task, weights in copies.items()}
         if hashers:
             hashers["pretrained"].add(names[0], tensor)
-            for task, value in values.items():
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        total = torch.zeros_like(tensor, dtype=wide) if is_averaged else None
+        for task, weights in copies.items():
+            value = _read(weights, _present(names, weights)[0], task, tensor)
+            if hashers:
                 hashers[task].add(names[0], value)
-        if buffers == "average" and tensor.is_floating_point():
-            total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-            for value in values.values():
-                total += value.to(total)
-            tensor.copy_(total / len(copies))
+            if total is not None:
+                for index in pieces_of(tensor.shape):
+                    total[index] += value[index].to(total)
+            # before the next one is read
+            del value
+        if total is not None:
+            tensor.copy_(total.div_(len(copies)))
 
 
 def lambda_group(name: str, granularity: Granularity) -> str:
@@ -542,11 +755,7 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     state = pareto_state(model)
     checked = check_preference(gamma, state.task_names, per_item=False).detach()
     plain = _copy_with(model, lambda module, name: module.pareto_merged(name, checked), keep_low_rank=False)
-    for _, pareto in list(pareto_modules(plain)):
-        restore(pareto)
-    for module in plain.modules():
-        module.__dict__.pop("pareto", None)
-        module.__dict__.update(module.__dict__.pop("pareto_flags", {}))
+    _make_plain(plain)
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -615,4 +824,4 @@ def _copy_with(model: nn.Module, value: Callable[[ParetoModule, str], Tensor], k
         for _, module in pareto_modules(model):
             memo[id(module.pareto.gamma)] = module.pareto.gamma.detach().clone()
     # deepcopy keeps alive, and later frees, what the memo maps from; what we put there must survive as well
-    return copy.deepcopy(model, memo)
+    return deepcopy(model, memo)

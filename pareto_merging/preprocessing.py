@@ -7,8 +7,10 @@ returns K others of the same shape. :func:`pareto_merging.parametrize` takes any
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,15 +26,38 @@ CHUNK = 1 << 18
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 where one of ``tensors`` is."""
-    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return widest(tensor.dtype for tensor in tensors)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """float32, or float64 where one of ``dtypes`` is."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def pieces_of(shape: Sequence[int]) -> Iterator[tuple[slice | int, ...]]:
+    """Indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
+
+    Views even where the tensor is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty.
+    """
+    if not math.prod(shape):
+        return
+    # whole rows along the first dimension whose rows fit
+    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= CHUNK), None)
+    if dim is None:
+        yield ()
+        return
+    rows = CHUNK // math.prod(shape[dim + 1 :])
+    for place in itertools.product(*(range(size) for size in shape[:dim])):
+        for start in range(0, shape[dim], rows):
+            yield (*place, slice(start, start + rows))
 
 
 def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
     """value − base, flat, in the type ``wide`` and in pieces of at most CHUNK numbers."""
-    flat_base, flat_value = base.detach().reshape(-1), value.detach().reshape(-1)
-    for start in range(0, flat_base.numel(), CHUNK):
-        piece = flat_base[start : start + CHUNK].to(wide)
-        yield flat_value[start : start + CHUNK].to(piece.device, wide) - piece
+    base, value = base.detach(), value.detach()
+    for index in pieces_of(base.shape):
+        piece = base[index].to(wide)
+        yield (value[index].to(piece.device, wide) - piece).reshape(-1)
 
 
 def check_density(density: Any, name: str = "density") -> float:
@@ -114,8 +139,11 @@ class Ties:
         def value(names: Sequence[str], weights: Mapping[str, Tensor]) -> Tensor:
             return weights[next(name for name in names if name in weights)]
 
-        # that of all copies together, in which the differences are compared with the thresholds later
-        wide = [wide_dtype(tensor, *(value(names, copy) for copy in copies.values())) for names, tensor in kept]
+        # that of all copies together, in which the differences are compared with the thresholds later; a lazy mapping
+        # reads a tensor for each, and none is held while the next is read
+        wide = [
+            widest([tensor.dtype, *(value(names, copy).dtype for copy in copies.values())]) for names, tensor in kept
+        ]
 
         def pieces(weights: Mapping[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
             return lambda: (

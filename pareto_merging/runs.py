@@ -165,6 +165,10 @@ def _check_task_vectors(model: nn.Module, on_warning: Callable[[str], None] | No
     same = [name for name in state.task_names if state.digests[name] == state.digests["pretrained"]]
     if len(same) == len(state.task_names):
         raise UserError(f"tasks: expected fine-tuned checkpoints, got the pretrained one for {', '.join(same)}")
+    for name in state.task_names:
+        equal = [other for other in state.task_names if state.digests[other] == state.digests[name]]
+        if len(equal) > 1 and name not in same:
+            raise UserError(f"tasks: expected different checkpoints, got the same weights for {', '.join(equal)}")
     if same and on_warning is not None:
         on_warning(f"the checkpoint of {', '.join(same)} equals the pretrained one")
 
@@ -200,7 +204,7 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
         raise UserError(f"{folder}: expected a finished run, got one without {SET_NAME} (train with --resume)")
     workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
     with user_errors():
-        model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned())
+        model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned(), copy=False)
     # how it was learned; where that was on a GPU and this is none, the model is still the same
     if workspace.device.type == "cuda" or workspace.config.strategy in ("auto", "cached", "eager"):
         set_strategy(model, workspace.config.strategy)

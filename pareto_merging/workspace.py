@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging import encoders
-from pareto_merging.checkpoints.files import read_shapes, read_tensors
+from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig
 from pareto_merging.data import digits
 from pareto_merging.data.heads import ZeroShotHead, read_head
@@ -24,8 +24,6 @@ from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.modules import set_strategy
 from pareto_merging.parametrize import parametrize
 from pareto_merging.training import MergingTask
-
-_WEIGHT_TYPES = ("F16", "BF16", "F32", "F64")
 
 
 @contextlib.contextmanager
@@ -71,6 +69,7 @@ class Workspace:
     suite_folder: Path | None = None
 
     def __post_init__(self) -> None:
+        self._opened: dict[Path, Checkpoint] = {}
         if self.config.suite is not None:
             chosen = self.config.tasks
             assert chosen is None or isinstance(chosen, list)
@@ -103,8 +102,43 @@ class Workspace:
 
     @cached_property
     def encoder_description(self) -> dict[str, Any]:
-        """How to build the plain encoder: see :func:`pareto_merging.encoders.describe`."""
-        return encoders.describe(self.encoder_config.architecture, self.encoder_config.quick_gelu)
+        """How to build the plain encoder: see :func:`pareto_merging.encoders.describe`.
+
+        The configuration's architecture or else the pretrained checkpoint's; QuickGELU as the checkpoint says.
+        """
+        found = self.checkpoint(self.encoder_config.pretrained)
+        if self._given is not None:
+            description = self._given
+        elif found.encoder is None:
+            raise UserError("encoder.architecture: expected an open_clip model name or a JSON file, got none")
+        else:
+            description = dict(found.encoder)
+        if found.quick_gelu is False and encoders.has_quick_gelu(description):
+            raise UserError(f"encoder.architecture: expected one with GELU as {found.source} says, got QuickGELU")
+        quick_gelu = self.encoder_config.quick_gelu
+        if None not in (quick_gelu, found.quick_gelu) and quick_gelu != found.quick_gelu:
+            said = "QuickGELU" if found.quick_gelu else "GELU"
+            raise UserError(f"encoder.quick_gelu: expected {said} as {found.source} says, got {quick_gelu}")
+        return {**description, "quick_gelu": bool(found.quick_gelu if quick_gelu is None else quick_gelu)}
+
+    @cached_property
+    def _given(self) -> dict[str, Any] | None:
+        """The configuration's own description of the encoder; None where the pretrained checkpoint tells."""
+        architecture = self.encoder_config.architecture
+        return None if architecture is None else encoders.describe(architecture)
+
+    @cached_property
+    def _given_names(self) -> tuple[str, ...]:
+        if self._given is None:
+            return ()
+        with torch.device("meta"):
+            return tuple(encoders.build(self._given).state_dict())
+
+    def checkpoint(self, path: Path) -> Checkpoint:
+        """A checkpoint of any format, opened once: headers and names, no weights."""
+        if path not in self._opened:
+            self._opened[path] = open_checkpoint(path, self._given_names)
+        return self._opened[path]
 
     @cached_property
     def device(self) -> torch.device:
@@ -113,8 +147,12 @@ class Workspace:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
-        """How image files become the encoder's input: see :func:`pareto_merging.encoders.default_preprocessing`."""
+        """How image files become the encoder's input: see :func:`pareto_merging.encoders.default_preprocessing`.
+
+        As the pretrained checkpoint says, where it does.
+        """
         found = encoders.default_preprocessing(self.encoder_description)
+        found |= self.checkpoint(self.encoder_config.pretrained).preprocessing or {}
         if self.config.suite is not None:
             mean, std = digits.normalisation()
             found |= {"mean": [mean] * 3, "std": [std] * 3}
@@ -127,16 +165,10 @@ class Workspace:
 
     def check_files(self) -> None:
         """UserError if a checkpoint or head is missing or does not fit the encoder; reads only headers and heads."""
+        self._check_different()
         skeleton = self.skeleton()
-        expected = {name: list(t.shape) for name, t in skeleton.state_dict().items()}
-        paths = {"pretrained": self.encoder_config.pretrained}
-        paths |= {name: task.checkpoint for name, task in self.task_configs.items()}
-        for path in paths.values():
-            found = read_shapes(path)
-            check_tensors(path, {name: shape for name, (shape, _) in found.items()}, expected)
-            odd = [f"{name} {dtype}" for name, (_, dtype) in found.items() if dtype not in _WEIGHT_TYPES]
-            if odd:
-                raise UserError(f"{path}: expected {', '.join(_WEIGHT_TYPES)} tensors, got {', '.join(odd[:5])}")
+        for path in (self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())):
+            self._fitting(path, skeleton)
         size = encoders.image_size(self.encoder_description)
         with user_errors("encoder"), torch.no_grad():
             try:
@@ -156,18 +188,41 @@ class Workspace:
         with torch.device("meta"):
             return encoders.build(self.encoder_description)
 
-    def load(self, path: Path) -> dict[str, Tensor]:
-        """One checkpoint's tensors on the run's device, in its dtype."""
-        tensors = read_tensors(path, self.device)
-        return {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    def _check_different(self) -> None:
+        """UserError if two tasks have one and the same checkpoint file."""
+        tasks = {name: self.checkpoint(task.checkpoint).path.resolve() for name, task in self.task_configs.items()}
+        for name, path in tasks.items():
+            same = [other for other, its in tasks.items() if its == path]
+            if len(same) > 1:
+                raise UserError(f"tasks.{name}: expected a checkpoint for each task, got {path} for {', '.join(same)}")
+
+    def _fitting(self, path: Path, skeleton: nn.Module) -> Checkpoint:
+        """One checkpoint, compared with the encoder and with what the pretrained one says of itself."""
+        found, pretrained = self.checkpoint(path), self.checkpoint(self.encoder_config.pretrained)
+        expected = {name: list(t.shape) for name, t in skeleton.state_dict().items()}
+        if found is not pretrained and "proj" not in found and "proj" in pretrained:
+            # a vision model without a projection: the pretrained model's is used, as those who made it do
+            expected.pop("proj", None)
+        check_tensors(path, found.shapes, expected)
+        for what in ("quick_gelu", "preprocessing"):
+            its, ours = getattr(found, what), getattr(pretrained, what)
+            if its is not None and ours is not None and its != ours:
+                raise UserError(f"{path}: expected {what} {ours} as {pretrained.source} has, got {its}")
+        return found
+
+    def load(self, path: Path) -> Mapping[str, Tensor]:
+        """One checkpoint's tensors on the run's device and in its dtype, each read when it is asked for."""
+        found = self._fitting(path, self.skeleton())
+        return _Placed(found, self.checkpoint(self.encoder_config.pretrained), self.device, self.dtype)
 
     def encoder(self, path: Path) -> nn.Module:
-        """The plain encoder with the weights of one checkpoint."""
-        model = encoders.build(self.encoder_description).to(self.device, self.dtype)
-        tensors = self.load(path)
-        expected = {name: list(t.shape) for name, t in model.state_dict().items()}
-        check_tensors(path, {name: list(t.shape) for name, t in tensors.items()}, expected)
-        model.load_state_dict(tensors)
+        """The plain encoder with the weights of one checkpoint: one model of memory, and one tensor at a time."""
+        tensors, model = self.load(path), self.skeleton()
+        model.load_state_dict(dict(tensors), assign=True)
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            # what the module computes for itself when it is made
+            model = encoders.build(self.encoder_description).to(self.device, self.dtype)
+            model.load_state_dict(dict(tensors))
         return model
 
     def pretrained(self) -> nn.Module:
@@ -182,7 +237,7 @@ class Workspace:
         """A fresh Pareto model with the configuration's settings."""
         method = self.config.method
         with user_errors():
-            model = parametrize(self.pretrained(), self.finetuned(), **method.model_arguments())
+            model = parametrize(self.pretrained(), self.finetuned(), copy=False, **method.model_arguments())
         self.apply_strategy(model)
         return model
 
@@ -204,9 +259,8 @@ class Workspace:
         for name, task in self.task_configs.items():
             if task.merging is None:
                 raise UserError(f"tasks.{name}.merging: expected unlabelled images for the entropy, got none")
-        size = encoders.image_size(self.encoder_description)
         return {
-            name: MergingTask(open_images(str(task.merging), size), self.head(name))
+            name: MergingTask(open_images(str(task.merging), self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
         }
 
@@ -218,6 +272,10 @@ class Workspace:
         for unseen in self.unseen_configs.values():
             named += [unseen.head, unseen.merging, unseen.evaluation]
         paths = [Path(name) for name in dict.fromkeys(named) if name is not None]
+        for path in (self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())):
+            # a folder, a hub id or a tag: the files behind it
+            place = self.checkpoint(path).path
+            paths += sorted(place.glob("*")) if place.is_dir() else [place]
         return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
 
     def chance(self, names: Sequence[str]) -> list[float]:
@@ -226,18 +284,16 @@ class Workspace:
 
     def available_merging_tasks(self) -> dict[str, MergingTask]:
         """Unlabelled images and heads of the tasks that have both."""
-        size = encoders.image_size(self.encoder_description)
         return {
-            name: MergingTask(open_images(task.merging, size), self.head(name))
+            name: MergingTask(open_images(task.merging, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.merging is not None and task.head is not None
         }
 
     def training_tasks(self) -> dict[str, EvaluationTask]:
         """Labelled training images and heads of the tasks that have both; UserError if the classes differ."""
-        size = encoders.image_size(self.encoder_description)
         tasks = {
-            name: EvaluationTask(open_images(task.training, size), self.head(name))
+            name: EvaluationTask(open_images(task.training, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.training is not None and task.head is not None
         }
@@ -247,20 +303,18 @@ class Workspace:
 
     def unseen_tasks(self) -> dict[str, tuple[MergingTask, EvaluationTask]]:
         """The tasks without a checkpoint: unlabelled images to choose a model by, and labelled ones to judge it."""
-        size = encoders.image_size(self.encoder_description)
         found = {}
         for name, task in self.unseen_configs.items():
             head = read_head(task.head, name).to(self.device)
-            labelled = EvaluationTask(open_images(task.evaluation, size), head)
+            labelled = EvaluationTask(open_images(task.evaluation, self.preprocessing), head)
             _check_classes(name, labelled, head)
-            found[name] = MergingTask(open_images(task.merging, size), head), labelled
+            found[name] = MergingTask(open_images(task.merging, self.preprocessing), head), labelled
         return found
 
     def evaluation_tasks(self) -> dict[str, EvaluationTask]:
         """Labelled images and heads of the tasks that have them; UserError if none has, or if the classes differ."""
-        size = encoders.image_size(self.encoder_description)
         tasks = {
-            name: EvaluationTask(open_images(task.evaluation, size), self.head(name))
+            name: EvaluationTask(open_images(task.evaluation, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.evaluation is not None
         }
@@ -269,6 +323,29 @@ class Workspace:
         for name, entry in tasks.items():
             _check_classes(name, entry, self.head(name))
         return tasks
+
+
+class _Placed(Mapping[str, Tensor]):
+    """A checkpoint's tensors on a device, in a dtype; ``proj`` of the pretrained one where it has none."""
+
+    def __init__(self, own: Checkpoint, pretrained: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self._own, self._pretrained, self._device, self._dtype = own, pretrained, device, dtype
+        self.shapes = dict(own.shapes)
+        if "proj" in pretrained:
+            self.shapes.setdefault("proj", pretrained.shapes["proj"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._own[name] if name in self._own else self._pretrained[name]
+        return tensor.to(self._device, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
 
 def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:

@@ -256,7 +256,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
 
     quick_gelu = bool(description.get("quick_gelu", False))
     if isinstance(description.get("architecture"), str):
-        config = encoders._model_config(description["architecture"])
+        config = encoders.model_config(description["architecture"])
         settings = {**_OPEN_CLIP_VISION_DEFAULTS, **config["vision_cfg"]}
         quick_gelu = quick_gelu or bool(config.get("quick_gelu", False))
         settings["output_dim"] = config["embed_dim"]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.pickles import MAX_BYTES, Global, Record, Storage, StoredTensor, read_pickle
+from pareto_merging.checkpoints.pickles import MAX_BYTES, Storage, StoredTensor, read_pickle
 from pareto_merging.errors import UserError
 
 _CHUNK = 2**20
@@ -277,13 +277,13 @@ def _open_legacy(path: Path, file: BinaryIO) -> Archive:
     system = read_pickle(file, source)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise UserError(f"{path}: expected little-endian numbers, got a header that does not say so")
-    root = read_pickle(file, source)
+    storages: dict[str, Storage] = {}
+    root = read_pickle(file, source, storages)
     keys = read_pickle(file, source)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path}: expected a list of storages, got {type(keys).__name__}")
     if len(set(keys)) != len(keys):
         raise UserError(f"{path}: expected each storage once, got one twice")
-    storages = _storages(root)
     size = path.stat().st_size
     position = file.tell()
     entries = {}
@@ -306,28 +306,3 @@ def _open_legacy(path: Path, file: BinaryIO) -> Archive:
             f"{path}: expected the end of the file behind the last storage, got {size - position} bytes more"
         )
     return Archive(path, "legacy", root, entries)
-
-
-def _storages(root: Any) -> dict[str, Storage]:
-    """Every storage that the pickle names, by key."""
-    found: dict[str, Storage] = {}
-    seen: set[int] = set()
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, StoredTensor):
-            value = value.storage
-        if isinstance(value, Storage):
-            found[value.key] = value
-        elif id(value) in seen or isinstance(value, Global):
-            continue
-        elif isinstance(value, dict):
-            seen.add(id(value))
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            seen.add(id(value))
-            waiting += value
-        elif isinstance(value, Record):
-            seen.add(id(value))
-            waiting += [value.arguments, value.state, value.items]
-    return found

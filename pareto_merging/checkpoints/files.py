@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file atomically; every value of ``metadata`` that is no string is stored as JSON."""
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in stored.values())
+    for name, tensor in stored.items():
+        # the library refuses tensors that share memory, tied weights or views of one
+        storage = tensor.untyped_storage()
+        if places[storage.data_ptr()] > 1 or storage.nbytes() != tensor.numel() * tensor.itemsize:
+            stored[name] = tensor.clone()
     header = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
     with atomic_path(path) as temporary:
         save_file(stored, temporary, metadata=header)

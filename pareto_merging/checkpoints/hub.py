@@ -22,7 +22,8 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.pt",
 )
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
-_OPTIONAL = ("preprocessor_config.json",)
+# the second is all that transformers 5 writes for a whole CLIP
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".json", ".pkl", ".yaml", ".yml")
 _OPEN_CLIP = "open_clip:"
@@ -83,7 +84,7 @@ def _hub(source: str) -> Path:
     if first.name == CONFIG:
         # some repositories have both; what transformers loads comes first
         _download(repository, OPEN_CLIP_CONFIG, commit)
-    for name in _OPTIONAL:
+    for name in PREPROCESSORS:
         _download(repository, name, commit)
     for name in (*WEIGHTS, *OPEN_CLIP_WEIGHTS):
         found = _download(repository, name, commit)
@@ -101,17 +102,24 @@ def _hub(source: str) -> Path:
 
 def _download(repository: str, name: str, revision: str | None) -> Path | None:
     """One file of a repository through the hub's cache; None if the repository (or, offline, the cache) has none."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except EntryNotFoundError as error:
-        # a file that is not in the cache and cannot be asked for is the same to us as one that is not there, except
-        # that the first one asked for tells whether the hub can be reached
-        cause = error.__cause__
-        if name == OPEN_CLIP_CONFIG and revision is None and cause is not None:
-            raise _unreachable(repository, error) from error
+    except LocalEntryNotFoundError as error:
+        # offline the cache is all there is; but a hub that does not answer may have the file
+        if is_offline_mode():
+            return None
+        raise UserError(
+            f"{repository}: expected {name} from the hub, got no answer (HF_HUB_OFFLINE=1 uses the cache as it is)"
+        ) from error
+    except EntryNotFoundError:
         return None
     except HFValidationError as error:
         raise UserError(f"{repository}: expected a hub id (owner/name), got {_line(error)}") from error

@@ -21,7 +21,7 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
         UserError: there are none, or more than any model has.
     """
     value = root
-    if isinstance(value, dict) and not any(isinstance(part, StoredTensor) for part in value.values()):
+    if isinstance(value, dict):
         inner = [value[key] for key in _INNER if isinstance(value.get(key), dict | Record)]
         value = inner[0] if inner else value
     if isinstance(value, Record):

@@ -29,6 +29,7 @@ from pareto_merging.parametrize import (
     learned_parameters,
     parametrize,
     prepare_transformers,
+    unchanged_on_error,
 )
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
 from pareto_merging.preprocessing import NAMES as PREPROCESS_NAMES
@@ -165,6 +166,7 @@ def load_pareto_set(
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
     preprocess: Preprocess | None = None,
+    copy: bool = True,
 ) -> nn.Module:
     """Put a Pareto set file and the weights it belongs to together again.
 
@@ -172,6 +174,8 @@ def load_pareto_set(
         path: a Pareto set file. pretrained, finetuned: as for :func:`parametrize`, the same weights (in any
             precision that holds their values). A mapping may have the tasks in any order and more of them.
         preprocess: the function that was given to :func:`parametrize`, where it was one of the user's own.
+        copy: False turns ``pretrained`` itself into the model, as :func:`parametrize` does; on an error it is the plain
+            module that it was.
 
     Raises:
         UserError: not a Pareto set file, missing or foreign tensors, or weights whose digest differs: each is named.
@@ -194,29 +198,32 @@ def load_pareto_set(
         raise UserError(f"{path}: expected {expected} as preprocess, got {'none' if preprocess is None else 'one'}")
     settings = header["low_rank"]
     low_rank: Any = settings if settings in ("attention", "in-projection", "all", "none") else _listed_low_rank(header)
-    model = parametrize(
-        pretrained,
-        finetuned,
-        rank=header["rank"],
-        low_rank=low_rank,
-        init_lambda=header["init_lambda"],
-        granularity=header["lambda_grouping"],
-        buffers=header["buffers"],
-        seed=header["seed"],
-        preprocess=name if preprocess is None else preprocess,
-        density=header.get("density", 0.2),
-        core=header.get("core", "tensor"),
-    )
-    state = pareto_state(model)
-    state.settings = {**state.settings, "low_rank": settings, "initial_scale": header["initial_scale"]}
-    wrong = [
-        f"{name} has {state.digests[name][:12]}…, expected {digest[:12]}…"
-        for name, digest in header["digests"].items()
-        if state.digests.get(name) != digest
-    ]
-    if wrong:
-        raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
-    load_learned(model, read_tensors(path), path)
+    # the file may turn out not to be theirs when pretrained is a Pareto model already
+    with unchanged_on_error(pretrained, buffers=not copy and header["buffers"] == "average"):
+        model = parametrize(
+            pretrained,
+            finetuned,
+            rank=header["rank"],
+            low_rank=low_rank,
+            init_lambda=header["init_lambda"],
+            granularity=header["lambda_grouping"],
+            buffers=header["buffers"],
+            seed=header["seed"],
+            preprocess=name if preprocess is None else preprocess,
+            density=header.get("density", 0.2),
+            core=header.get("core", "tensor"),
+            copy=copy,
+        )
+        state = pareto_state(model)
+        state.settings = {**state.settings, "low_rank": settings, "initial_scale": header["initial_scale"]}
+        wrong = [
+            f"{name} has {state.digests[name][:12]}…, expected {digest[:12]}…"
+            for name, digest in header["digests"].items()
+            if state.digests.get(name) != digest
+        ]
+        if wrong:
+            raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
+        load_learned(model, read_tensors(path), path)
     return model
 
 

@@ -74,17 +74,18 @@ class StoredTensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-def read_pickle(stream: BinaryIO, source: str) -> Any:
+def read_pickle(stream: BinaryIO, source: str, storages: dict[str, Storage] | None = None) -> Any:
     """One pickle as data; the stream is left behind it.
 
     Args:
-        stream: positioned at the pickle. source: what to call it in errors.
+        stream: positioned at the pickle. source: what to call it in errors. storages: filled with every storage that
+            the pickle names, by key.
 
     Raises:
         ForbiddenGlobal: it names something that could run code, or calls what is no class; the text names it.
         UserError: it is broken, longer than any checkpoint's, or uses what no checkpoint needs.
     """
-    return _Machine(stream, source).run()
+    return _Machine(stream, source, {} if storages is None else storages).run()
 
 
 _STORAGES = {
@@ -136,8 +137,8 @@ class _Broken(Exception):
 class _Machine:
     """The stack machine of the pickle protocol (0 to 5), over inert values."""
 
-    def __init__(self, stream: BinaryIO, source: str) -> None:
-        self.stream, self.source = stream, source
+    def __init__(self, stream: BinaryIO, source: str, storages: dict[str, Storage]) -> None:
+        self.stream, self.source, self.storages = stream, source, storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.used = 0
@@ -155,6 +156,8 @@ class _Machine:
             raise _Broken(f"more than {MAX_OPCODES} opcodes")
         except _Broken as error:
             raise UserError(f"{self.source}: expected a checkpoint's pickle, got {error}") from None
+        except UserError:
+            raise
         except (ValueError, struct.error, OverflowError) as error:
             # a number or a text that cannot be decoded
             what = " ".join(str(error).split())[:120]
@@ -253,6 +256,9 @@ class _Machine:
             return found
         if module == "__torch__" or module.startswith("__torch__."):
             return found
+        if module in _STORAGE_MODULES and name.endswith("Storage") and found.is_class and "." not in name:
+            # of numbers that no weights are: refused where one is used
+            return found
         if _within(module, _INERT_FAMILIES) and found.is_class and "." not in name:
             return found
         if module in _REFERENCES and name.isidentifier() and not name.startswith("__"):
@@ -307,7 +313,10 @@ class _Machine:
                 raise _Broken("a storage of no size")
             if len(identity) == 6 and identity[5] is not None:
                 raise _Broken("a view of a storage (torch before 0.4)")
-            return Storage(key, dtype, size)
+            storage = Storage(key, dtype, size)
+            if self.storages.setdefault(key, storage) != storage:
+                raise _Broken(f"two sizes or types for storage {key}")
+            return storage
         if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
             # the legacy format keeps a module's source beside its class
             cls = identity[1]
@@ -423,6 +432,7 @@ _CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("torch", "Size"): lambda arguments: _sizes(_first(arguments), "size"),
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): lambda arguments: {},
+    ("collections", "Counter"): lambda arguments: {},
     # bytes in protocol 2, objects in protocol 0 and 1
     ("_codecs", "encode"): _encode,
     ("copyreg", "_reconstructor"): _reconstruct,

@@ -15,15 +15,28 @@ content, not by its name. No file can run code, and none is believed before its 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints import architecture, hub, names
+from pareto_merging.checkpoints import hub
+from pareto_merging.checkpoints.architecture import (
+    Architecture,
+    check_hugging_face_config,
+    check_preprocessing,
+    describe,
+    from_description,
+    from_hugging_face_config,
+    from_hugging_face_text_config,
+    from_open_clip_config,
+    from_shapes,
+    preprocessing_from_hugging_face,
+    preprocessing_from_open_clip,
+)
 from pareto_merging.checkpoints.archives import Archive, open_archive
 from pareto_merging.checkpoints.files import SafetensorsFile, parse_json, read_json
 from pareto_merging.checkpoints.modules import (
@@ -33,7 +46,7 @@ from pareto_merging.checkpoints.modules import (
     uses_quick_gelu,
     walk_modules,
 )
-from pareto_merging.checkpoints.names import Piece
+from pareto_merging.checkpoints.names import BLOCK_NAMES, Piece, block_and_rest, listed, text_pieces, vision_pieces
 from pareto_merging.checkpoints.pickles import Record, StoredTensor
 from pareto_merging.errors import UserError
 
@@ -73,13 +86,13 @@ class _Shards:
         self._owner: dict[str, _Tensors] = {}
         for shard in shard_names(index):
             part = _open_file(index.parent / shard)
-            listed = {name for name, where in weight_map.items() if where == shard}
-            if listed != set(part.shapes):
-                odd = names.listed(listed.symmetric_difference(part.shapes))
+            own = {name for name, where in weight_map.items() if where == shard}
+            if own != set(part.shapes):
+                odd = listed(own.symmetric_difference(part.shapes))
                 raise UserError(
                     f"{index.parent / shard}: expected the tensors that {index.name} lists, got others: {odd}"
                 )
-            self._owner |= dict.fromkeys(listed, part)
+            self._owner |= dict.fromkeys(own, part)
         self.shapes = {name: part.shapes[name] for name, part in self._owner.items()}
         self.dtypes = {name: part.dtypes[name] for name, part in self._owner.items()}
 
@@ -87,7 +100,22 @@ class _Shards:
         return self._owner[name].read(name)
 
 
-class LazyTensors(Mapping[str, Tensor]):
+Names: TypeAlias = Collection[str]
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What stands beside the tensors: in a configuration, a header, or the records of a pickle."""
+
+    heads: int | None = None
+    quick_gelu: bool | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    architecture: Architecture | None = None
+    text_heads: int | None = None
+    root: Any = None
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
     """Named tensors, each read from its file when it is asked for, into memory of its own, and not kept.
 
     Attributes:
@@ -106,7 +134,7 @@ class LazyTensors(Mapping[str, Tensor]):
             if tensors.dtypes[part] not in WEIGHT_DTYPES or tensors.dtypes[part] != self.dtypes[name]
         ]
         if odd:
-            raise UserError(f"{source}: expected floating-point tensors, got {names.listed(odd)}")
+            raise UserError(f"{source}: expected floating-point tensors, got {listed(odd)}")
 
     def _shape(self, name: str) -> list[int]:
         piece = self._pieces[name]
@@ -147,61 +175,48 @@ class LazyTensors(Mapping[str, Tensor]):
         return name in self._pieces
 
 
-class Checkpoint(LazyTensors):
+class Checkpoint(CheckpointTensors):
     """The vision encoder of a checkpoint, in the names of open_clip's ``visual`` tower.
 
     Attributes:
         format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip. encoder: how to build the
-            module (:func:`pareto_merging.encoders.build`). quick_gelu: None where the checkpoint does not say; then
-            ``encoder`` has False. preprocessing: ``size``, ``mean`` and ``std`` of its images, or None. text: the rest
-            of a whole CLIP in open_clip's names, empty where it has no text tower. text_heads: its attention heads,
-            where a configuration says so. folder: where its tokenizer may lie, or None.
+            module (:func:`pareto_merging.encoders.build`); None where only ``names`` told what it is. quick_gelu: None
+            where the checkpoint does not say; then ``encoder`` has None. preprocessing: ``size``, ``mean`` and ``std``
+            of its images, or None. text: the rest of a whole CLIP in open_clip's names, empty where it has no text
+            tower. text_heads: its attention heads, where a configuration says. path: the file or folder it was in.
     """
 
-    def __init__(
-        self,
-        source: str,
-        kind: str,
-        tensors: _Tensors,
-        *,
-        heads: int | None = None,
-        quick_gelu: bool | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-        folder: Path | None = None,
-        described: Mapping[str, Any] | None = None,
-        root: Any = None,
-    ) -> None:
-        vision, text, prefix = _pieces(tensors, source)
+    def __init__(self, source: str, kind: str, path: Path, tensors: _Tensors, said: _Said, names: Names = ()) -> None:
+        vision, text, prefix = _pieces(tensors, source, names)
         super().__init__(source, tensors, vision)
-        if heads is None:
-            heads = attention_heads(root, prefix, source)
-        if quick_gelu is None:
-            quick_gelu = uses_quick_gelu(root, prefix, source)
-        if preprocessing is None:
-            preprocessing = normalisation(root)
+        self.text = CheckpointTensors(source, tensors, text)
+        self.format, self.path, self.text_heads = kind, path, said.text_heads
+        self.architecture: Architecture | None = None
+        self.encoder: dict[str, Any] | None = None
+        self.quick_gelu = uses_quick_gelu(said.root, prefix, source) if said.quick_gelu is None else said.quick_gelu
+        preprocessing = normalisation(said.root) if said.preprocessing is None else said.preprocessing
         with _named(source):
-            if described is not None:
-                claimed = architecture.from_description(described)
-                heads, quick_gelu = claimed.heads, claimed.quick_gelu
-            self.architecture = architecture.from_shapes(self.shapes, heads=heads, quick_gelu=quick_gelu)
-            if described is not None and claimed != self._with_dim(claimed.output_dim):
-                raise UserError(f"expected the tensors of the encoder it describes, got others: {self.architecture}")
-            self.encoder: dict[str, Any] = architecture.describe(self.architecture)
-            if preprocessing is not None:
-                preprocessing = architecture.check_preprocessing(preprocessing)
-        self.format = kind
-        self.quick_gelu = quick_gelu
-        self.folder = folder
-        self.preprocessing = None if preprocessing is None else dict(preprocessing)
-        if self.preprocessing is not None and self.preprocessing["size"] != self.architecture.image_size:
-            size, got = self.architecture.image_size, self.preprocessing["size"]
-            raise UserError(f"{source}: expected images of {size} pixels as its positions have, got {got}")
-        self.text = LazyTensors(source, tensors, text)
+            self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
+            if names and (not _is_plain(vision) or said == _Said(root=said.root)):
+                # its user describes it, and it may be an encoder of another kind
+                return
+            heads = attention_heads(said.root, prefix, source) if said.heads is None else said.heads
+            found = from_shapes(self.shapes, heads=heads, quick_gelu=self.quick_gelu)
+            self.architecture = found
+            self.encoder = {**describe(found), "quick_gelu": self.quick_gelu}
+            if said.architecture is not None:
+                _compare(found, said.architecture)
+        if self.preprocessing is not None and self.preprocessing["size"] != found.image_size:
+            got = self.preprocessing["size"]
+            raise UserError(f"{source}: expected images of {found.image_size} pixels as its positions have, got {got}")
 
-    def _with_dim(self, output_dim: int | None) -> architecture.Architecture:
-        """Its architecture; a file without a projection may describe the encoder with one."""
-        found = self.architecture
-        return found if found.output_dim is not None else replace(found, output_dim=output_dim)
+
+def _compare(found: Architecture, claimed: Architecture) -> None:
+    """What a configuration claims of an encoder beside what its tensors are; a projection may be left out."""
+    for key, value in asdict(found).items():
+        other = getattr(claimed, key)
+        if value is not None and other is not None and value != other:
+            raise UserError(f"expected {key} {value} as the tensors have, got {other} in the description")
 
 
 @contextlib.contextmanager
@@ -215,25 +230,29 @@ def _named(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {error}") from error
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, names: Names = ()) -> Checkpoint:
     """Open a checkpoint by path, hub id or open_clip tag; only headers, configurations and pickles are read.
+
+    Args:
+        names: of the tensors of an encoder that is no plain CLIP: a file with just these is taken as it is.
 
     Raises:
         UserError: nothing there; broken, hostile or contradictory; not a CLIP vision transformer. One line each.
         ForbiddenGlobal: a pickle that names what could run code.
     """
+    with _named(str(source)):
+        return _open(source, names)
+
+
+def _open(source: str | Path, names: Names) -> Checkpoint:
     located = hub.locate(source)
     if located.path.is_dir():
-        return _open_folder(located.path, str(source))
-    settings = dict(located.settings)
-    mean = settings.pop("mean", None)
-    found = _open_single(located.path, str(source), **settings)
-    if mean is not None:
-        found.preprocessing = {
-            "size": found.architecture.image_size,
-            "mean": list(mean),
-            "std": list(located.settings["std"]),
-        }
+        return _open_folder(located.path, str(source), names)
+    settings = located.settings
+    found = _open_single(located.path, str(source), names, settings.get("heads"), settings.get("quick_gelu"))
+    if "mean" in settings and found.architecture is not None:
+        size = found.architecture.image_size
+        found.preprocessing = {"size": size, "mean": list(settings["mean"]), "std": list(settings["std"])}
     return found
 
 
@@ -256,95 +275,81 @@ def _open_file(path: Path) -> SafetensorsFile | _Pickled:
     return _Pickled(open_archive(path))
 
 
-def _open_single(path: Path, source: str, **settings: Any) -> Checkpoint:
-    config = path.parent / hub.CONFIG
-    if path.name in hub.WEIGHTS and config.is_file() and not settings:
+def _open_single(path: Path, source: str, names: Names, heads: int | None, quick_gelu: bool | None) -> Checkpoint:
+    configs = {hub.CONFIG: hub.WEIGHTS, hub.OPEN_CLIP_CONFIG: hub.OPEN_CLIP_WEIGHTS}
+    if any(path.name in weights and (path.parent / config).is_file() for config, weights in configs.items()):
         # the file of a folder that says what it is
-        return _open_folder(path.parent, source, path.name)
+        return _open_folder(path.parent, source, names, path.name)
     tensors = _open_file(path)
     if isinstance(tensors, _Pickled):
-        root = tensors.archive.root
-        if tensors.archive.kind == "torchscript" and "quick_gelu" not in settings:
+        archive = tensors.archive
+        if archive.kind == "torchscript" and quick_gelu is None:
             # every archive of this kind that was published is OpenAI's
-            settings["quick_gelu"] = uses_quick_gelu(root, "", source) is not False
-        return Checkpoint(source, tensors.archive.kind, tensors, root=root, **settings)
-    said: dict[str, Any] = {}
-    for key, argument in (("encoder", "described"), ("preprocessing", "preprocessing")):
-        if key in tensors.metadata:
-            said[argument] = parse_json(tensors.metadata[key].encode(), f"{path}: {key}")
-    if "described" in said and "quick_gelu_unknown" in tensors.metadata:
-        said["described"].pop("quick_gelu", None)
-    if said.get("described") == {}:
-        del said["described"]
-    found = Checkpoint(source, "safetensors", tensors, **{**said, **settings})
-    if "quick_gelu_unknown" in tensors.metadata:
-        found.quick_gelu = None
-    return found
+            quick_gelu = uses_quick_gelu(archive.root, "", source) is not False
+        said = _Said(heads, quick_gelu, root=archive.root)
+        return Checkpoint(source, archive.kind, path, tensors, said, names)
+    told = {
+        key: parse_json(tensors.metadata[key].encode(), f"{path}: {key}")
+        for key in ("encoder", "preprocessing")
+        if key in tensors.metadata
+    }
+    claimed = None
+    if told.get("encoder"):
+        with _named(source):
+            claimed = from_description(told["encoder"])
+        heads = claimed.heads
+        quick_gelu = claimed.quick_gelu if told["encoder"].get("quick_gelu") is not None else quick_gelu
+        claimed = replace(claimed, quick_gelu=quick_gelu)
+    said = _Said(heads, quick_gelu, told.get("preprocessing"), claimed)
+    return Checkpoint(source, "safetensors", path, tensors, said, names)
 
 
-def _open_folder(folder: Path, source: str, weights: str | None = None) -> Checkpoint:
+def _open_folder(folder: Path, source: str, names: Names = (), weights: str | None = None) -> Checkpoint:
     has_config, has_open_clip = (folder / hub.CONFIG).is_file(), (folder / hub.OPEN_CLIP_CONFIG).is_file()
+    if not has_config and not has_open_clip:
+        raise UserError(f"{source}: expected a folder with {hub.CONFIG} or {hub.OPEN_CLIP_CONFIG}, got neither")
     config = read_json(folder / hub.CONFIG) if has_config else {}
-    if "model_type" in config or (has_config and not has_open_clip):
-        return _open_hugging_face(folder, source, config, weights)
-    if has_open_clip:
-        return _open_open_clip(folder, source)
-    raise UserError(f"{source}: expected a folder with {hub.CONFIG} or {hub.OPEN_CLIP_CONFIG}, got neither")
-
-
-def _open_hugging_face(folder: Path, source: str, config: dict[str, Any], weights: str | None) -> Checkpoint:
-    where = f"{source}: {hub.CONFIG}"
-    settings = architecture.from_hugging_face_config(config, where)
-    found = [name for name in hub.WEIGHTS if (folder / name).is_file()]
-    chosen = weights or (found[0] if found else None)
-    if chosen is None:
-        raise UserError(f"{source}: expected weights ({', '.join(hub.WEIGHTS)}) beside {hub.CONFIG}, got none")
-    path = folder / chosen
-    tensors: _Tensors = _Shards(path) if chosen.endswith(".index.json") else _open_file(path)
-    preprocessor = folder / "preprocessor_config.json"
-    preprocessing = None
-    if preprocessor.is_file():
-        preprocessing = architecture.preprocessing_from_hugging_face(
-            read_json(preprocessor), f"{source}: {preprocessor.name}"
-        )
-    checkpoint = Checkpoint(
-        source,
-        "huggingface",
-        tensors,
-        heads=settings.heads,
-        quick_gelu=settings.quick_gelu,
-        preprocessing=preprocessing,
-        folder=folder,
-    )
-    architecture.check_hugging_face_config(config, checkpoint.architecture, where)
-    return checkpoint
-
-
-def _open_open_clip(folder: Path, source: str) -> Checkpoint:
-    where = f"{source}: {hub.OPEN_CLIP_CONFIG}"
-    config = read_json(folder / hub.OPEN_CLIP_CONFIG)
-    found = [name for name in (*hub.OPEN_CLIP_WEIGHTS, *hub.WEIGHTS) if (folder / name).is_file()]
+    # some repositories hold both
+    if has_open_clip and ("model_type" not in config or weights in hub.OPEN_CLIP_WEIGHTS):
+        kind, said = "open_clip", _open_clip_says(folder, source)
+        order: tuple[str, ...] = (*hub.OPEN_CLIP_WEIGHTS, *hub.WEIGHTS)
+    else:
+        kind, said, order = "huggingface", _hugging_face_says(folder, config, source), hub.WEIGHTS
+    found = [name for name in (order if weights is None else (weights,)) if (folder / name).is_file()]
     if not found:
-        raise UserError(f"{source}: expected weights ({', '.join(hub.OPEN_CLIP_WEIGHTS)}), got none")
-    claimed = architecture.from_open_clip_config(config, where)
+        raise UserError(f"{source}: expected weights ({', '.join(order)}), got none")
     path = folder / found[0]
     tensors: _Tensors = _Shards(path) if path.name.endswith(".index.json") else _open_file(path)
-    preprocess = config.get("preprocess_cfg")
-    preprocessing = None
-    if preprocess is not None:
-        preprocessing = architecture.preprocessing_from_open_clip(preprocess, claimed.image_size, where)
-    checkpoint = Checkpoint(
-        source,
-        "open_clip",
-        tensors,
-        heads=claimed.heads,
-        quick_gelu=claimed.quick_gelu,
-        preprocessing=preprocessing,
-        folder=folder,
-    )
-    if checkpoint.architecture != claimed:
-        raise UserError(f"{where}: expected {checkpoint.architecture} as the tensors have, got {claimed}")
+    checkpoint = Checkpoint(source, kind, folder, tensors, said, names)
+    if kind == "huggingface" and checkpoint.architecture is not None:
+        check_hugging_face_config(config, checkpoint.architecture, f"{source}: {hub.CONFIG}")
     return checkpoint
+
+
+def _hugging_face_says(folder: Path, config: Mapping[str, Any], source: str) -> _Said:
+    settings = from_hugging_face_config(config, f"{source}: {hub.CONFIG}")
+    preprocessing: Mapping[str, Any] | None = None
+    for name in hub.PREPROCESSORS:
+        if preprocessing is None and (folder / name).is_file():
+            preprocessing = preprocessing_from_hugging_face(read_json(folder / name), f"{source}: {name}")
+    if preprocessing is None and (folder / hub.OPEN_CLIP_CONFIG).is_file():
+        # a repository for both libraries
+        preprocessing = _open_clip_says(folder, source).preprocessing
+    text_heads = None
+    if config.get("model_type") == "clip":
+        text_heads = from_hugging_face_text_config(config, f"{source}: {hub.CONFIG}").heads
+    return _Said(settings.heads, settings.quick_gelu, preprocessing, text_heads=text_heads)
+
+
+def _open_clip_says(folder: Path, source: str) -> _Said:
+    where = f"{source}: {hub.OPEN_CLIP_CONFIG}"
+    config = read_json(folder / hub.OPEN_CLIP_CONFIG)
+    claimed = from_open_clip_config(config, where)
+    preprocess, preprocessing = config.get("preprocess_cfg"), None
+    if preprocess is not None:
+        preprocessing = preprocessing_from_open_clip(preprocess, claimed.image_size, where)
+    heads = config["model_cfg"].get("text_cfg", {}).get("heads")
+    return _Said(claimed.heads, claimed.quick_gelu, preprocessing, claimed, heads if type(heads) is int else None)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -365,17 +370,28 @@ def shard_names(index: Path) -> list[str]:
 
 # --- names ---
 
+
+def _is_plain(vision: Mapping[str, Piece]) -> bool:
+    """Whether these are names of a plain CLIP vision transformer, whatever their shapes."""
+    top = {"class_embedding", "positional_embedding", "proj", "conv1.weight"}
+    top |= {f"{norm}.{kind}" for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
+    blocks = [block_and_rest(name) for name in vision if name not in top]
+    return all(block is not None and block[1] in BLOCK_NAMES for block in blocks) and {"proj"} | set(vision) >= top
+
+
 _MARKS = ("class_embedding", "conv1.weight")
 _TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
 
 
-def _pieces(tensors: _Tensors, source: str) -> tuple[dict[str, Piece], dict[str, Piece], str]:
+def _pieces(tensors: _Tensors, source: str, known: Names) -> tuple[dict[str, Piece], dict[str, Piece], str]:
     """The vision and the text tensors in open_clip's names, and what stands before the former in the file."""
     present = tensors.shapes
+    if known and set(present) == set(known):
+        return {name: Piece((name,)) for name in present}, {}, ""
     found = [name.removesuffix(_MARKS[0]) for name in present if name == _MARKS[0] or name.endswith(f".{_MARKS[0]}")]
     prefixes = [prefix for prefix in found if f"{prefix}{_MARKS[1]}" in present]
     if len(prefixes) > 1:
-        raise UserError(f"{source}: expected one vision transformer, got {len(prefixes)}: {names.listed(prefixes)}")
+        raise UserError(f"{source}: expected one vision transformer, got {len(prefixes)}: {listed(prefixes)}")
     with _named(source):
         if prefixes:
             prefix = prefixes[0]
@@ -383,12 +399,12 @@ def _pieces(tensors: _Tensors, source: str) -> tuple[dict[str, Piece], dict[str,
             return vision, _open_clip_text(present, prefix), prefix
         for prefix in ("", "module.", "model."):
             inner = [name.removeprefix(prefix) for name in present if name.startswith(prefix)]
-            vision = names.vision_pieces(inner)
+            vision = vision_pieces(inner)
             if vision:
-                return _behind(vision, prefix), _behind(names.text_pieces(inner), prefix), prefix
+                return _behind(vision, prefix), _behind(text_pieces(inner), prefix), prefix
     raise UserError(
         f"{source}: expected a CLIP vision transformer (class_embedding, conv1.weight, transformer.resblocks…; or "
-        f"vision_model…), got {names.listed(present)}"
+        f"vision_model…), got {listed(present)}"
     )
 
 

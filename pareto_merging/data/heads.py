@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pareto_merging.checkpoints.files import read_metadata, read_tensors
+from pareto_merging.checkpoints.readers import open_head
 from pareto_merging.errors import UserError
 
 
@@ -35,11 +36,14 @@ class ZeroShotHead(nn.Module):
 
 
 def read_head(path: Path, name: str = "weight") -> ZeroShotHead:
-    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``.
+    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``;
+    or from a pickled one of the task-vectors release (``head_<Dataset>Val.pt``), read as data.
 
     Raises:
         UserError: no such file or tensor, or not a matrix of finite numbers.
     """
+    if path.is_file() and path.suffix != ".safetensors":
+        return ZeroShotHead(*open_head(path))
     tensors = read_tensors(path)
     weight = tensors.get(name, tensors.get("weight"))
     if weight is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,14 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
             raise UserError(f"{path}: expected an image, got {' '.join(str(error).split())}") from error
 
 
-def open_images(source: str, image_size: int) -> Dataset[Any]:
+def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
     """The images that ``source`` names.
 
     ``digits:TASK/SPLIT`` is the embedded suite; a ``.safetensors`` file holds ``images`` [n, 3, H, W], normalised, and
-    perhaps ``labels`` [n]; anything else is a folder of image files, resized, cropped and normalised as CLIP does.
+    perhaps ``labels`` [n]; anything else is a folder of image files, resized, cropped and normalised.
+
+    Args:
+        preprocessing: ``size``, ``mean`` and ``std``: :func:`pareto_merging.encoders.default_preprocessing`.
 
     Raises:
         UserError: nothing there, or not what was expected.
@@ -99,7 +102,7 @@ def open_images(source: str, image_size: int) -> Dataset[Any]:
             return TensorImages(*digits.images(task, split))
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
-    path = Path(source)
+    path, image_size = Path(source), int(preprocessing["size"])
     if path.suffix == ".safetensors":
         tensors = read_tensors(path)
         if "images" not in tensors:
@@ -119,7 +122,8 @@ def open_images(source: str, image_size: int) -> Dataset[Any]:
         raise UserError(f"{path}: expected a folder of images or a .safetensors file, got {got}")
     from open_clip import image_transform
 
-    return FolderImages(path, image_transform(image_size, is_train=False))
+    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    return FolderImages(path, image_transform(image_size, is_train=False, mean=mean, std=std))
 
 
 def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list[int]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import pickle
-from collections.abc import Callable
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,9 +19,12 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging import encoders
+from pareto_merging import encoders, preprocessing
+from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
+from pareto_merging.errors import UserError
 from pareto_merging.modules import ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
 from pareto_merging.parametrize import (
+    TensorDigest,
     fold,
     get_lambda,
     lambda_group,
@@ -719,3 +726,190 @@ def test_copies_carry_no_graph_and_wrappers_no_state(tiny_vit: nn.Module, copies
     with torch.inference_mode():
         set_preference(model, [0.5, 0.5])
     model(IMAGES).sum().backward()
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Reads: every access is new memory, and what was read before must be gone by then."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], with_shapes: bool = True) -> None:
+        self.tensors = tensors
+        self.reads: Counter[str] = Counter()
+        self.last: weakref.ref[Any] | None = None
+        if with_shapes:
+            self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        assert self.last is None or self.last() is None, f"{name} is read while another tensor is held"
+        self.reads[name] += 1
+        value = self.tensors[name].detach().clone()
+        # the memory, whatever tensors there are of it
+        self.last = weakref.ref(value.untyped_storage())
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def bits(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (value.dtype, value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+@pytest.mark.parametrize("buffers", ["pretrained", "average"])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_place_gives_the_same_bits(name: str, buffers: Any, copies: Copies) -> None:
+    pretrained, x, low_rank = build(name)
+    finetuned = copies(pretrained, 2)
+    expected = parametrize(pretrained, finetuned, rank=2, low_rank=low_rank, buffers=buffers)
+    model = parametrize(pretrained, finetuned, rank=2, low_rank=low_rank, buffers=buffers, copy=False)
+    assert model is pretrained
+    assert bits(model) == bits(expected)
+    assert model.pareto.digests == expected.pareto.digests
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in expected.parameters()]
+    assert torch.equal(output(model(x)), output(expected(x)))
+    assert type(merge(model, [0.5, 0.5])) is type(build(name)[0])
+
+
+class Clash(nn.Sequential):
+    """Its last layer cannot become a Pareto layer."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.LSTM(4, 4), nn.BatchNorm1d(4), transformer_layer(), Taken())
+
+
+@pytest.mark.parametrize("problem", ["shape", "NaN", "attribute", "read", "dtype"])
+def test_in_place_leaves_the_module_plain_on_an_error(problem: str) -> None:
+    class Broken(Lazy):
+        def __getitem__(self, name: str) -> Tensor:
+            if problem == "read" and name == "2.running_var":
+                raise OSError("gone")
+            return super().__getitem__(name)
+
+    pretrained = Clash()
+    pretrained[0].bias.requires_grad_(False)
+    weights = dict(noisy_copy(pretrained, 1).state_dict())
+    if problem == "shape":
+        weights["4.weight"] = torch.zeros(3, 4)
+    elif problem == "NaN":
+        weights["4.weight"] = torch.full((4, 4), torch.nan)
+    before, types = bits(pretrained), [type(module) for module in pretrained.modules()]
+    attributes = [set(module.__dict__) for module in pretrained.modules()]
+    flags = [p.requires_grad for p in pretrained.parameters()]
+    error, message = {
+        "shape": (ValueError, r"has 4.weight of shape \[3, 4\], expected \[4, 4\]"),
+        "NaN": (ValueError, "expected finite numbers in 4.weight of a minus pretrained"),
+        "attribute": (ValueError, "Taken: expected no attribute lam"),
+        "read": (OSError, "gone"),
+        "dtype": (ValueError, "copy: expected True or False, got 'no'"),
+    }[problem]
+    setting: Any = "no" if problem == "dtype" else False
+    with pytest.raises(error, match=message):
+        parametrize(pretrained, {"a": Broken(weights)}, low_rank="all", rank=2, buffers="average", copy=setting)
+    assert bits(pretrained) == before
+    assert [type(module) for module in pretrained.modules()] == types
+    assert [set(module.__dict__) for module in pretrained.modules()] == attributes
+    assert [p.requires_grad for p in pretrained.parameters()] == flags
+
+
+def test_loading_in_place(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    finetuned = copies(tiny_vit, 2)
+    saved = randomize(parametrize(tiny_vit, finetuned, rank=2))
+    path = tmp_path / "set.safetensors"
+    save_pareto_set(saved, path)
+    before = bits(tiny_vit)
+    with pytest.raises(UserError, match="belongs to other weights; digest of t1"):
+        load_pareto_set(path, tiny_vit, {**finetuned, "t1": noisy_copy(tiny_vit, 9)}, copy=False)
+    assert bits(tiny_vit) == before
+    assert not list(pareto_modules(tiny_vit)) and not hasattr(tiny_vit, "pareto")
+    assert all(p.requires_grad for p in tiny_vit.parameters())
+    # what is a Pareto model already is refused, and stays one
+    with pytest.raises(ValueError, match="expected a plain module, got a Pareto model"):
+        load_pareto_set(path, saved, finetuned, copy=False)
+    assert load_pareto_set(path, tiny_vit, finetuned, copy=False) is tiny_vit
+    assert bits(tiny_vit) == bits(saved)
+
+
+@pytest.mark.parametrize("preprocess", ["none", "ties", "dare"])
+@pytest.mark.parametrize("with_shapes", [True, False])
+@pytest.mark.parametrize("name", ["tied", "conv", "open_clip Attention"])
+def test_a_lazy_mapping_holds_one_tensor_at_a_time(
+    name: str, with_shapes: bool, preprocess: Any, copies: Copies
+) -> None:
+    pretrained, _, low_rank = build(name)
+    finetuned = copies(pretrained, 3)
+    lazy = {task: Lazy(other.state_dict(), with_shapes) for task, other in finetuned.items()}
+    settings: Any = {"rank": 2, "low_rank": low_rank, "preprocess": preprocess, "buffers": "average"}
+    model = parametrize(pretrained, lazy, **settings)
+    expected = parametrize(pretrained, finetuned, **settings)
+    assert bits(model) == bits(expected)
+    assert model.pareto.digests == expected.pareto.digests
+    if preprocess == "none":
+        assert all(set(other.reads.values()) == {1 if with_shapes else 2} for other in lazy.values())
+
+
+def test_shapes_are_believed_until_the_tensor_is_read() -> None:
+    plain = nn.Linear(3, 2)
+    wrong = Lazy({**plain.state_dict(), "scale": torch.ones(1)})
+    wrong.shapes["weight"] = (2, 4)
+    with pytest.raises(ValueError, match=r"a has an extra scale; a has weight of shape \[2, 4\], expected \[2, 3\]"):
+        parametrize(plain, {"a": wrong})
+    assert not wrong.reads
+    # [2, 1] would broadcast
+    promised = Lazy({**plain.state_dict(), "weight": torch.zeros(2, 1)})
+    promised.shapes["weight"] = (2, 3)
+    with pytest.raises(ValueError, match=r"weight of a to have shape \[2, 3\], got \[2, 1\]"):
+        parametrize(plain, {"a": promised})
+
+
+def test_tied_weights_of_a_lazy_mapping() -> None:
+    pretrained, _, _ = build("tied")
+    weights = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    weights["embed.weight"][0], weights["out.weight"][0] = 0.0, -0.0
+
+    class Files(Lazy):
+        def __getitem__(self, name: str) -> Tensor:
+            # where the bits differ two are compared
+            self.last = None
+            return super().__getitem__(name)
+
+    # the same numbers
+    parametrize(pretrained, {"a": Files(weights)})
+    weights["out.weight"][0] = 1.0
+    with pytest.raises(ValueError, match=r"embed.weight and out.weight are tied in pretrained but differ in a"):
+        parametrize(pretrained, {"a": Files(weights)})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+def test_digests_and_differences_do_not_depend_on_the_pieces(
+    chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocessing, "CHUNK", chunk)
+    for shape in ((), (0,), (5,), (4, 3), (2, 3, 5), (1, 1, 11), (11, 1, 1)):
+        value = (5 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
+        for tensor in (value, value.movedim(0, -1) if value.ndim else value):
+            # what files in the wild carry: the whole tensor at once, 16-bit values as float32
+            whole = tensor.float() if dtype in (torch.float16, torch.bfloat16) else tensor
+            part = hashlib.sha256(f"{whole.dtype} {list(whole.shape)} ".encode() + whole.numpy().tobytes())
+            ours = TensorDigest()
+            ours.add("w", tensor)
+            assert ours.hexdigest() == hashlib.sha256(f"w {part.hexdigest()}".encode()).hexdigest(), shape
+            pieces = [tensor[index] for index in preprocessing.pieces_of(tensor.shape)]
+            assert all(0 < piece.numel() <= chunk for piece in pieces)
+            assert torch.equal(
+                torch.cat([torch.empty(0, dtype=dtype), *(p.flatten() for p in pieces)]), tensor.flatten()
+            )
+            if dtype in (torch.float16, torch.bfloat16):
+                model = nn.ParameterDict({"w": tensor})
+                other = {"w": tensor.float() * 1.01 + 1e-3}
+                tau = parametrize(model, [other], low_rank="none").state_dict().get("w_task_vectors")
+                expected = (other["w"] - tensor.float()).to(dtype)
+                assert torch.equal(tau[0], expected) if tensor.numel() else tau is None

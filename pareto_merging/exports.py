@@ -1,0 +1,231 @@
+"""What a finished run is written out as: plain models for chosen preferences, in three formats, or one folded file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pareto_merging.checkpoints import hub
+from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
+from pareto_merging.checkpoints.files import checksum, write_json, write_tensors, write_text
+from pareto_merging.checkpoints.pareto_set import package_version, save_folded
+from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
+from pareto_merging.errors import UserError
+from pareto_merging.parametrize import merge
+from pareto_merging.preferences import format_preference, pareto_state, parse_preferences
+from pareto_merging.progress import progress_bar
+from pareto_merging.runs import SET_NAME, check_new, open_run
+from pareto_merging.training import CHECKPOINT_NAME
+from pareto_merging.workspace import Workspace, user_errors
+
+Format = Literal["safetensors", "open_clip", "huggingface"]
+LIST_NAME = "preferences.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_TOKENIZER_BYTES = 2**24
+
+
+def export_folded(run: Path, target: Path, *, overwrite: bool = False) -> Path:
+    """Every preference as one self-sufficient file for a server.
+
+    Raises:
+        UserError: no finished run, or a target that exists (without ``overwrite``) or that the run is made of.
+    """
+    check_file(target, overwrite)
+    workspace, model = open_run(run)
+    _check_not_an_input(run, workspace, target)
+    heads = {name: workspace.head(name) for name, task in workspace.task_configs.items() if task.head is not None}
+    save_folded(
+        model,
+        target,
+        heads={name: (head.weight, head.logit_scale) for name, head in heads.items()},
+        encoder=workspace.encoder_description,
+        preprocessing=workspace.preprocessing,
+    )
+    return target
+
+
+def export_merged(
+    run: Path,
+    preferences: str,
+    target: Path,
+    *,
+    format: Format = "safetensors",
+    text_from: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """A plain merged model for each preference, each with a model card.
+
+    Args:
+        run: a finished run's folder. preferences: one or several, as :func:`parse_preferences` reads them.
+        target: of one preference, the file (``safetensors``) or folder to write; of several, a folder that gets one
+            entry each, named 01, 02, …, and ``preferences.json`` that says which is which.
+        format: ``safetensors`` (the vision encoder, one file), or a folder that ``open_clip`` or transformers
+            (``huggingface``) loads by itself.
+        text_from: the checkpoint whose text tower makes it a whole CLIP; default: the pretrained one's, if it has one.
+
+    Returns:
+        What was written, in the order of the preferences.
+
+    Raises:
+        UserError: no finished run; a target that exists (without ``overwrite``) or that the run is made of; a text
+            tower that does not fit.
+    """
+    suffix = ".safetensors" if format == "safetensors" else ""
+    workspace_names = _task_names(run)
+    with user_errors():
+        gammas = parse_preferences(preferences, workspace_names)
+    if len(gammas) == 1:
+        targets = [target]
+    else:
+        width = max(2, len(str(len(gammas))))
+        targets = [target / f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
+        if target.suffix == ".safetensors":
+            raise UserError(f"{target}: expected a folder for {len(gammas)} preferences, got the name of a file")
+        if not overwrite:
+            check_new(target)
+    for each in targets:
+        if format == "safetensors":
+            check_file(each, overwrite)
+        elif not overwrite:
+            check_new(each)
+    workspace, model = open_run(run)
+    for each in targets:
+        _check_not_an_input(run, workspace, each)
+    text = _text(workspace, text_from) if format != "safetensors" else None
+    with progress_bar("exporting", len(gammas), enabled=progress and len(gammas) > 1) as advance:
+        for number, (gamma, each) in enumerate(zip(gammas, targets, strict=True), start=1):
+            tensors = merge(model, gamma).state_dict()
+            preference = dict(zip(workspace.task_names, gamma.tolist(), strict=True))
+            _write(format, tensors, each, workspace, model, preference, text, overwrite)
+            advance(number, format_preference(gamma.tolist()))
+    if len(gammas) > 1:
+        names = workspace.task_names
+        written = {
+            each.name: dict(zip(names, g.tolist(), strict=True)) for each, g in zip(targets, gammas, strict=True)
+        }
+        write_json(target / LIST_NAME, written)
+    return targets
+
+
+def default_target(run: Path, preferences: str, format: Format) -> Path:
+    """Where :func:`export_merged` writes by default: ``merged.safetensors``, or a folder, in the run."""
+    with user_errors():
+        several = len(parse_preferences(preferences, _task_names(run))) > 1
+    name = "merged" if format == "safetensors" else f"merged_{format}"
+    return run / (f"{name}.safetensors" if format == "safetensors" and not several else name)
+
+
+def _write(
+    format: Format,
+    tensors: Mapping[str, Tensor],
+    target: Path,
+    workspace: Workspace,
+    model: torch.nn.Module,
+    preference: Mapping[str, float],
+    text: Checkpoint | None,
+    overwrite: bool,
+) -> None:
+    card = _card(format, workspace, model, preference, text is not None)
+    if format == "safetensors":
+        metadata = {
+            "format": "pt",
+            "preference": dict(preference),
+            "encoder": workspace.encoder_description,
+            "preprocessing": workspace.preprocessing,
+            "package_version": package_version(),
+            "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
+        }
+        write_tensors(target, tensors, metadata)
+        write_text(target.with_suffix(".md"), card)
+        return
+    write: Callable[..., Path] = export_hugging_face if format == "huggingface" else export_open_clip
+    write(
+        tensors,
+        target,
+        encoder=workspace.encoder_description,
+        preprocessing=workspace.preprocessing,
+        text=None if text is None else text.text,
+        text_heads=None if text is None else text.text_heads,
+        card=card,
+        extra_files={} if text is None else _tokenizer(text),
+        overwrite=overwrite,
+    )
+
+
+def _card(
+    format: Format, workspace: Workspace, model: torch.nn.Module, preference: Mapping[str, float], has_text: bool
+) -> str:
+    state, method = pareto_state(model), workspace.config.method
+    paths = {"pretrained": workspace.encoder_config.pretrained}
+    paths |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
+    sources = [
+        Source(
+            name,
+            origin="" if hub.is_remote(path) else path.name,
+            digest=state.digests.get(name, "")[:16],
+            hub_id=str(path).partition("@")[0] if hub.is_remote(path) else "",
+        )
+        for name, path in paths.items()
+    ]
+    return model_card(
+        "transformers" if format == "huggingface" else "open_clip",
+        encoder=workspace.encoder_description,
+        has_text=has_text,
+        title="Merged " + " + ".join(preference),
+        preference=preference,
+        method=f"preset {method.preset}, objective {method.objective}, {method.steps_for(len(preference))} steps",
+        rank=method.rank,
+        lambda_grouping=method.granularity,
+        sources=sources,
+        version=package_version(),
+    )
+
+
+def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
+    if text_from is None:
+        pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
+        return pretrained if pretrained.text else None
+    found = open_checkpoint(text_from)
+    if not found.text:
+        raise UserError(f"{text_from}: expected a whole CLIP, got one without a text tower")
+    return found
+
+
+def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
+    files = [text.path / name for name in _TOKENIZER] if text.path.is_dir() else []
+    return {f.name: f.read_bytes() for f in files if f.is_file() and f.stat().st_size <= _TOKENIZER_BYTES}
+
+
+def _task_names(run: Path) -> Sequence[str]:
+    """The tasks of a run before its models are loaded, so that a wrong preference is said at once."""
+    from pareto_merging.checkpoints.pareto_set import SET_FORMAT, read_header
+
+    if not (run / SET_NAME).is_file():
+        # its own error says what is missing
+        open_run(run)
+    names: Sequence[str] = read_header(run / SET_NAME, SET_FORMAT, ["task_names"])["task_names"]
+    return names
+
+
+def check_file(target: Path, overwrite: bool) -> None:
+    """UserError unless ``target`` is the name of a .safetensors file that may be written."""
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: expected a name that ends in .safetensors")
+    if target.is_dir() or not overwrite:
+        check_new(target)
+    if target.is_dir():
+        raise UserError(f"{target}: expected a file, got a folder")
+
+
+def _check_not_an_input(run: Path, workspace: Workspace, target: Path) -> None:
+    inputs = [run / SET_NAME, run / CHECKPOINT_NAME, run]
+    inputs += [workspace.checkpoint(workspace.encoder_config.pretrained).path]
+    inputs += [workspace.checkpoint(task.checkpoint).path for task in workspace.task_configs.values()]
+    inputs += [task.head for task in workspace.task_configs.values() if task.head]
+    if target.resolve() in {path.resolve() for path in inputs}:
+        raise UserError(f"{target}: expected a place to write to, got one that the run is made of")

@@ -1,0 +1,800 @@
+"""Checkpoints in the formats that others write: the same tensors, features and settings, read one by one, from a path
+or a name, and nothing of theirs run."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as made
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pareto_merging import encoders
+from pareto_merging.checkpoints.pickles import ForbiddenGlobal
+from pareto_merging.checkpoints.readers import open_checkpoint, open_head
+from pareto_merging.errors import UserError
+
+pytest.importorskip("open_clip")
+pytest.importorskip("transformers")
+
+RELEASE = Path(__file__).parents[2] / "data" / "task_vectors"
+Writer = Callable[[Path, int, bool], Path]
+
+
+def hugging_face(**options: Any) -> Writer:
+    return lambda folder, seed, quick_gelu: made.huggingface_folder(folder / "model", seed, quick_gelu, **options)
+
+
+def open_clip_file(name: str, **options: Any) -> Writer:
+    return lambda folder, seed, _: made.open_clip_file(folder / name, seed, **options)
+
+
+def task_vectors(**options: Any) -> Writer:
+    return lambda folder, seed, quick_gelu: made.task_vectors_encoder(
+        folder / "finetuned.pt", seed, quick_gelu, **options
+    )
+
+
+# the vision tower alone; without its projection where the name says "vision"
+TOWERS: dict[str, Writer] = {
+    "hf vision": hugging_face(),
+    "hf vision, transformers 4": hugging_face(transformers4=True),
+    "hf vision, position_ids": hugging_face(position_ids=True),
+    "hf vision, transformers 4, position_ids": hugging_face(transformers4=True, position_ids=True),
+    "hf vision, bin": hugging_face(weights="bin"),
+    "hf vision, transformers 4, bin": hugging_face(transformers4=True, weights="bin"),
+    "hf projected": hugging_face(kind="vision_with_projection"),
+    "hf projected, transformers 4": hugging_face(kind="vision_with_projection", transformers4=True),
+    "hf projected, shards": hugging_face(kind="vision_with_projection", shards=True),
+    "open_clip visual pt": open_clip_file("visual.pt", part="visual"),
+    "open_clip visual pt, legacy": open_clip_file("visual.pth", part="visual", legacy=True),
+    "open_clip visual safetensors": open_clip_file("visual.safetensors", part="visual"),
+    "task vectors": task_vectors(),
+    "task vectors, legacy": task_vectors(legacy=True),
+}
+WHOLE: dict[str, Writer] = {
+    "hf clip": hugging_face(kind="clip"),
+    "hf clip, transformers 4, position_ids": hugging_face(kind="clip", transformers4=True, position_ids=True),
+    "hf clip, shards": hugging_face(kind="clip", shards=True),
+    "hf clip, processor": hugging_face(kind="clip", processor=True),
+    "hf clip, bin": hugging_face(kind="clip", weights="bin"),
+    "hf clip, bin, shards": hugging_face(kind="clip", weights="bin", shards=True),
+    "open_clip pt": open_clip_file("clip.pt"),
+    "open_clip pt, legacy": open_clip_file("clip.pt", legacy=True),
+    "open_clip bin": open_clip_file("open_clip_pytorch_model.bin"),
+    "open_clip training": open_clip_file("epoch_32.pt", training=True),
+    "open_clip training, legacy": open_clip_file("epoch_32.pt", training=True, legacy=True),
+    "open_clip safetensors": open_clip_file("clip.safetensors"),
+    "open_clip folder": lambda folder, seed, quick_gelu: made.open_clip_folder(folder / "model", seed, quick_gelu),
+    "open_clip folder, no preprocessing": lambda folder, seed, quick_gelu: made.open_clip_folder(
+        folder / "model", seed, quick_gelu, preprocess=False
+    ),
+    "task vectors, keep_lang": task_vectors(keep_lang=True),
+    "task vectors, keep_lang, legacy": task_vectors(keep_lang=True, legacy=True),
+}
+FORMATS = TOWERS | WHOLE
+# those whose file says everything that the model does
+DESCRIBED = [name for name in FORMATS if name.startswith(("hf", "open_clip folder", "task vectors"))]
+NORMALISED = [name for name in DESCRIBED if name != "open_clip folder, no preprocessing"]
+
+
+def expected_tower(name: str, seed: int = 0) -> dict[str, Tensor]:
+    state = dict(made.tower(seed).state_dict())
+    if name.startswith("hf vision"):
+        del state["proj"]
+    return state
+
+
+def assert_same(found: Any, expected: dict[str, Tensor]) -> None:
+    """Names, types, shapes and bits."""
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        read = found[name]
+        assert read.dtype == tensor.dtype, name
+        assert read.is_contiguous(), name
+        assert torch.equal(read, tensor), name
+
+
+def features(model: nn.Module, size: int = made.IMAGE) -> Tensor:
+    with torch.no_grad():
+        return model(made.images(size=size))
+
+
+def built(checkpoint: Any, **missing: Tensor) -> nn.Module:
+    """The encoder that a checkpoint describes, with its weights, and a projection where it has none."""
+    # a description is stored as JSON beside what is learned
+    description = json.loads(json.dumps(checkpoint.encoder))
+    if "proj" in missing:
+        assert description["arguments"]["output_dim"] is None
+        description["arguments"]["output_dim"] = missing["proj"].shape[1]
+    model = encoders.build(description)
+    model.load_state_dict({**checkpoint, **missing})
+    return model.float()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever tries to reach another machine fails, and so does the test, even if the attempt is forgiven."""
+    attempts = []
+
+    def refuse(*arguments: Any, **_: Any) -> Any:
+        attempts.append(arguments)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert attempts == []
+
+
+# tensors
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_holds_the_same_tensors(name: str, tmp_path: Path) -> None:
+    path = FORMATS[name](tmp_path, 3, True)
+    checkpoint = open_checkpoint(path)
+    expected = expected_tower(name, seed=3)
+    assert_same(checkpoint, expected)
+    assert len(checkpoint) == len(expected)
+    assert checkpoint.shapes == {key: list(tensor.shape) for key, tensor in expected.items()}
+    assert checkpoint.dtypes == {key: tensor.dtype for key, tensor in expected.items()}
+    assert isinstance(checkpoint.format, str) and checkpoint.format
+    assert checkpoint.source == str(path)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_rest_of_a_whole_clip_is_its_text_side(name: str, tmp_path: Path) -> None:
+    assert_same(open_checkpoint(WHOLE[name](tmp_path, 3, True)).text, made.text_state(3))
+
+
+@pytest.mark.parametrize("name", [name for name in TOWERS if not name.startswith("task vectors")])
+def test_a_tower_alone_has_no_text_side(name: str, tmp_path: Path) -> None:
+    assert list(open_checkpoint(TOWERS[name](tmp_path, 0, True)).text) == []
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    path = made.open_clip_file(tmp_path / "a.pt")
+    assert_same(open_checkpoint(str(path)), expected_tower(""))
+
+
+def test_separate_and_joined_projections_are_the_same_tensors(tmp_path: Path) -> None:
+    apart = open_checkpoint(made.huggingface_folder(tmp_path / "hf", 5, kind="clip"))
+    joined = open_checkpoint(made.open_clip_file(tmp_path / "clip.pt", 5))
+    assert apart.shapes == joined.shapes
+    assert_same(apart, dict(joined))
+    assert_same(apart.text, dict(joined.text))
+    first, second = joined["transformer.resblocks.0.attn.in_proj_weight"].chunk(3)[:2]
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, dtype: made.huggingface_folder(path / "model", dtype=dtype, kind="clip"),
+        lambda path, dtype: made.huggingface_folder(path / "model", dtype=dtype, kind="clip", weights="bin"),
+        lambda path, dtype: made.open_clip_file(path / "clip.pt", dtype=dtype),
+        lambda path, dtype: made.open_clip_file(path / "clip.pt", dtype=dtype, legacy=True),
+        lambda path, dtype: made.open_clip_file(path / "clip.safetensors", dtype=dtype),
+        lambda path, dtype: made.task_vectors_encoder(path / "finetuned.pt", dtype=dtype),
+    ],
+    ids=["hf", "hf bin", "pt", "legacy", "safetensors", "task vectors"],
+)
+def test_half_precision_stays(write: Callable[[Path, torch.dtype], Path], dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write(tmp_path, dtype))
+    assert_same(checkpoint, {key: tensor.to(dtype) for key, tensor in expected_tower("").items()})
+    assert set(checkpoint.dtypes.values()) == {dtype}
+
+
+def test_openais_archive(tmp_path: Path) -> None:
+    from open_clip.model import convert_weights_to_lp
+
+    archive = open_checkpoint(made.torchscript_archive(tmp_path / "ViT-B-32.pt", 4))
+    model = made.clip(4)
+    convert_weights_to_lp(model, torch.float16)
+    assert model.visual.conv1.weight.dtype == torch.float16 != model.visual.ln_pre.weight.dtype
+    assert_same(archive, dict(model.visual.state_dict()))
+    # input_resolution, context_length and vocab_size are no weights
+    assert_same(archive.text, {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")})
+    # every model that was published so has it
+    assert archive.quick_gelu is not False
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_read_is_the_readers_own(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(FORMATS[name](tmp_path, 0, True))
+    for key in ("conv1.weight", "transformer.resblocks.1.attn.in_proj_bias", "class_embedding"):
+        first = checkpoint[key]
+        kept = first.clone()
+        first.zero_()
+        assert torch.equal(checkpoint[key], kept), key
+        # a slice of a larger memory would keep all of that alive
+        assert first.untyped_storage().nbytes() == first.numel() * first.element_size(), key
+
+
+def beside(**others: Any) -> Callable[[], Any]:
+    return lambda: {"state_dict": made.clip().state_dict(), **others}
+
+
+def views_of_one_memory() -> dict[str, Tensor]:
+    state = made.clip().state_dict()
+    memory = torch.cat([tensor.flatten() for tensor in state.values()])
+    parts = memory.split([tensor.numel() for tensor in state.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(state.items(), parts, strict=True)}
+
+
+def columns_first() -> dict[str, Tensor]:
+    state = made.clip().state_dict()
+    return {name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in state.items()}
+
+
+def named(prefix: str) -> Callable[[], Any]:
+    return lambda: {f"{prefix}{name}": tensor for name, tensor in made.clip().state_dict().items()}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("make", "quick_gelu"),
+    [
+        pytest.param(lambda: dict(made.clip().named_parameters()), None, id="parameters"),
+        pytest.param(made.clip, True, id="module"),
+        pytest.param(lambda: made.clip(quick_gelu=False), False, id="module with GELU"),
+        pytest.param(lambda: nn.DataParallel(made.clip()), True, id="DataParallel"),
+        pytest.param(views_of_one_memory, None, id="views"),
+        pytest.param(columns_first, None, id="columns first"),
+        pytest.param(named("model."), None, id="model."),
+        pytest.param(named("module.model."), None, id="module.model."),
+        pytest.param(named("_orig_mod."), None, id="torch.compile"),
+        pytest.param(lambda: {"model": made.clip().state_dict(), "epoch": 3}, None, id="model"),
+        pytest.param(beside(args=argparse.Namespace(lr=1e-3, out=Path("a"))), None, id="arguments"),
+        pytest.param(beside(best=np.float64(0.5), seen=np.arange(3)), None, id="numpy"),
+        pytest.param(beside(rng=torch.arange(9, dtype=torch.uint8)), None, id="a tensor"),
+        pytest.param(beside(averages={0: torch.ones(3), 1: torch.zeros(2)}), None, id="numbers as keys"),
+        pytest.param(beside(scheduler={"milestones": collections.Counter([10, 20])}), None, id="scheduler"),
+    ],
+)
+def test_what_else_is_in_a_training_checkpoint_does_not_matter(
+    make: Callable[[], Any], quick_gelu: bool | None, legacy: bool, tmp_path: Path
+) -> None:
+    torch.save(make(), tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert checkpoint.quick_gelu is quick_gelu
+    assert_same(checkpoint, expected_tower(""))
+    assert_same(checkpoint.text, made.text_state())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_protocol_and_device(
+    protocol: int, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as if the tensors were on a GPU that this machine does not have
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    path = tmp_path / "a.pt"
+    torch.save(made.clip().state_dict(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    assert b"cuda:3" in path.read_bytes()
+    checkpoint = open_checkpoint(path)
+    assert_same(checkpoint, expected_tower(""))
+    assert checkpoint["proj"].device == torch.device("cpu")
+
+
+def test_a_name_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(made.open_clip_file(tmp_path / "a.pt"))
+    assert "ln_pre.weight" in checkpoint and "visual.ln_pre.weight" not in checkpoint
+    with pytest.raises(KeyError):
+        checkpoint["visual.ln_pre.weight"]
+
+
+# the model
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_the_encoder_computes_the_same_features(name: str, quick_gelu: bool, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(FORMATS[name](tmp_path, 6, quick_gelu))
+    assert checkpoint.quick_gelu is quick_gelu
+    missing = {"proj": made.tower(6).proj} if name.startswith("hf vision") else {}
+    found = features(built(checkpoint, **missing))
+    if name.startswith("hf"):
+        with torch.no_grad():
+            expected = made.huggingface_model(6, quick_gelu)(made.images()).image_embeds
+    else:
+        with torch.no_grad():
+            expected = made.clip(6, quick_gelu).encode_image(made.images())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    # the other activation is further away than that
+    assert (found - features(made.tower(6, not quick_gelu))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in DESCRIBED])
+def test_a_state_dict_does_not_tell_its_activation(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(FORMATS[name](tmp_path, 0, True))
+    assert checkpoint.quick_gelu is None
+    assert checkpoint.preprocessing is None
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_the_normalisation_is_the_checkpoints(name: str, tmp_path: Path) -> None:
+    preprocessing = open_checkpoint(FORMATS[name](tmp_path, 0, True)).preprocessing
+    assert preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: made.huggingface_folder(folder, preprocessor=False),
+        lambda folder: made.open_clip_folder(folder, preprocess=False),
+    ],
+    ids=["hf", "open_clip"],
+)
+def test_a_folder_may_leave_out_the_normalisation(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "model"))
+    assert checkpoint.preprocessing is None
+    assert checkpoint.quick_gelu is True
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("model.safetensors", lambda folder: made.huggingface_folder(folder, 2, kind="clip")),
+        ("pytorch_model.bin", lambda folder: made.huggingface_folder(folder, 2, kind="clip", weights="bin")),
+        ("open_clip_model.safetensors", lambda folder: made.open_clip_folder(folder, 2)),
+    ],
+    ids=["hf", "hf bin", "open_clip"],
+)
+def test_the_file_of_a_folder_is_as_good_as_the_folder(
+    name: str, write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "model")
+    checkpoint = open_checkpoint(folder / name)
+    assert (checkpoint.quick_gelu, checkpoint.preprocessing) == (True, open_checkpoint(folder).preprocessing)
+    assert checkpoint.preprocessing is not None
+    assert_same(checkpoint, expected_tower("", 2))
+    # alone, it does not say so much
+    (folder / name).rename(tmp_path / name)
+    alone = open_checkpoint(tmp_path / name)
+    assert (alone.quick_gelu, alone.preprocessing) == (None, None)
+    assert_same(alone, expected_tower("", 2))
+    assert_same(alone.text, made.text_state(2))
+
+
+def test_heads_are_the_configurations(tmp_path: Path) -> None:
+    """A tower may have more heads than one for every 64 features; then its features are others."""
+    folder = made.huggingface_folder(tmp_path / "model", kind="vision_with_projection")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 8}))
+    import transformers
+
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = model(made.images()).image_embeds
+    found = features(built(open_checkpoint(folder)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - features(made.tower())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shorten", [True, False])
+def test_a_configuration_may_leave_out_what_is_the_default(shorten: bool, tmp_path: Path) -> None:
+    """QuickGELU is the default of Hugging Face's CLIP, so version 4 did not write it for a whole CLIP."""
+    folder = made.huggingface_folder(tmp_path / "model", kind="clip", transformers4=shorten)
+    assert ("hidden_act" in json.loads((folder / "config.json").read_text())["vision_config"]) is not shorten
+    assert open_checkpoint(folder).quick_gelu is True
+
+
+# one by one
+
+
+def bytes_read() -> int:
+    """By this process through read calls, since it started."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc/self/io")
+@pytest.mark.parametrize(
+    "name", ["open_clip pt", "open_clip training", "open_clip training, legacy", "task vectors", "task vectors, legacy"]
+)
+def test_only_what_is_asked_for_is_read(name: str, tmp_path: Path) -> None:
+    path = FORMATS[name](tmp_path, 0, True)
+    open_checkpoint(path)["ln_pre.weight"]
+    before = bytes_read()
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.shapes["ln_pre.weight"] == [made.WIDTH]
+    opened = bytes_read()
+    checkpoint["ln_pre.weight"]
+    first = bytes_read()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.values())
+    everything = bytes_read()
+    assert opened - before < size / 5
+    assert first - opened < size / 20
+    # nothing twice, and nothing of the optimizer's or the text side's
+    assert everything - first < 1.2 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_a_large_file_is_not_loaded(tmp_path: Path) -> None:
+    """A safetensors file with 512 MB of text embeddings, which take no space on the disk."""
+    header: dict[str, Any] = {}
+    end = 0
+    state = {f"visual.{name}": tensor for name, tensor in made.tower().state_dict().items()} | made.text_state()
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    shapes["token_embedding.weight"] = [2**21, made.TEXT_WIDTH]
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * int(torch.tensor(shape).prod())
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+    def peak() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    checkpoint = open_checkpoint(path)
+    assert sum(tensor.numel() for tensor in checkpoint.values()) == sum(p.numel() for p in made.tower().parameters())
+    assert checkpoint.text["ln_final.bias"].shape == (made.TEXT_WIDTH,)
+    assert peak() - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("name", ["hf clip", "hf clip, bin", "open_clip safetensors", "open_clip pt", "task vectors"])
+def test_damage_elsewhere_does_not_matter(name: str, tmp_path: Path) -> None:
+    """Opening reads no tensor: one whose bytes are damaged is noticed, if at all, when it is read."""
+    path = FORMATS[name](tmp_path, 0, True)
+    (weights,) = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in (".safetensors", ".bin")]
+    content = weights.read_bytes()
+    damaged = made.tower().state_dict()["transformer.resblocks.1.mlp.c_fc.weight"].numpy().tobytes()
+    assert content.count(damaged) == 1
+    weights.write_bytes(content.replace(damaged, bytes(len(damaged))))
+    checkpoint = open_checkpoint(path)
+    expected = expected_tower("")
+    for key in checkpoint:
+        if key != "transformer.resblocks.1.mlp.c_fc.weight":
+            assert torch.equal(checkpoint[key], expected[key]), key
+    if weights.suffix == ".safetensors":
+        assert checkpoint["transformer.resblocks.1.mlp.c_fc.weight"].count_nonzero() == 0
+    else:
+        # a zip archive has a checksum for every tensor
+        with pytest.raises(UserError, match=rf"{weights.name}.*checksum"):
+            checkpoint["transformer.resblocks.1.mlp.c_fc.weight"]
+
+
+# names of the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with owner/name, at main and at v1, while the hub is said to be out of reach."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    made.hub_cache(cache, "owner/name", made.huggingface_folder(tmp_path / "main", 1))
+    other = made.huggingface_folder(tmp_path / "v1", 2, kind="clip", transformers4=True, weights="bin", shards=True)
+    made.hub_cache(cache, "owner/name", other, revision="v1", commit="f" * 40)
+    made.hub_cache(cache, "owner/open-clip.model_1", made.open_clip_folder(tmp_path / "open_clip", 3))
+    for name, value in {"HF_HUB_OFFLINE": True, "HF_HUB_CACHE": str(cache)}.items():
+        monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv(name, str(int(value)) if isinstance(value, bool) else value)
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "seed"),
+    [
+        ("owner/name", "hf vision", 1),
+        ("owner/name@main", "hf vision", 1),
+        (f"owner/name@{made.REVISION}", "hf vision", 1),
+        ("owner/name@v1", "hf clip", 2),
+        (f"owner/name@{'f' * 40}", "hf clip", 2),
+        ("owner/open-clip.model_1", "open_clip folder", 3),
+    ],
+)
+def test_a_name_on_the_hub_is_found_in_the_cache(source: str, name: str, seed: int, hub: Path) -> None:
+    checkpoint = open_checkpoint(source)
+    assert_same(checkpoint, expected_tower(name, seed))
+    assert checkpoint.quick_gelu is True
+    assert checkpoint.preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+    assert source.partition("@")[0] in checkpoint.source
+
+
+@pytest.mark.parametrize("source", ["owner/other", "owner/name@v2", f"owner/name@{'e' * 40}"])
+def test_a_name_that_is_not_in_the_cache(source: str, hub: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{source.partition('@')[0]}") as raised:
+        open_checkpoint(source)
+    assert "\n" not in str(raised.value)
+    assert "cache" in str(raised.value)
+
+
+def test_a_folder_comes_before_a_name_on_the_hub(hub: Path, tmp_path: Path) -> None:
+    made.huggingface_folder(tmp_path / "owner" / "name", 9)
+    assert_same(open_checkpoint("owner/name"), expected_tower("hf vision", 9))
+
+
+@pytest.mark.slow
+def test_the_environment_variables_of_the_hub_are_followed(hub: Path) -> None:
+    code = (
+        "from pareto_merging.checkpoints.readers import open_checkpoint\n"
+        "from pareto_merging.errors import UserError\n"
+        "print(open_checkpoint('owner/name')['ln_pre.bias'].double().sum().item())\n"
+        "try:\n    open_checkpoint('owner/other')\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    total, message = done.stdout.splitlines()
+    assert float(total) == made.tower(1).ln_pre.bias.detach().double().sum().item()
+    assert message.startswith("owner/other")
+
+
+# names of open_clip
+
+
+@pytest.fixture
+def tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """open_clip knows a model "tiny" with three tags, and downloads it from the disk; the list is what it was asked."""
+    import open_clip
+    from open_clip import factory, pretrained
+
+    path = made.open_clip_file(tmp_path / "open_clip_model.safetensors", 7)
+    asked: list[dict[str, Any]] = []
+
+    def download(cfg: dict[str, Any], *_: Any, **__: Any) -> str:
+        asked.append(cfg)
+        return str(path)
+
+    known = {"mean": made.MEAN, "std": made.STD}
+    tags = {
+        "openai": pretrained._pcfg(hf_hub="owner/tiny.openai/", quick_gelu=True),
+        "some_data_e32": pretrained._pcfg(hf_hub="owner/tiny.some_data/", **known),
+        "quick": pretrained._pcfg(hf_hub="owner/tiny.quick/", quick_gelu=True, **known),
+    }
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", made.MODEL_CONFIG)
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
+    for module in (open_clip, factory, pretrained):
+        monkeypatch.setattr(module, "download_pretrained", download)
+    return asked
+
+
+@pytest.mark.parametrize(("name", "quick_gelu"), [("openai", True), ("some_data_e32", False), ("quick", True)])
+def test_a_name_of_open_clip(name: str, quick_gelu: bool, tag: list[dict[str, Any]]) -> None:
+    from open_clip.constants import OPENAI_DATASET_MEAN
+
+    checkpoint = open_checkpoint(f"open_clip:tiny/{name}")
+    assert [cfg["hf_hub"].split("/")[0] for cfg in tag] == ["owner"]
+    assert_same(checkpoint, expected_tower("", 7))
+    assert_same(checkpoint.text, made.text_state(7))
+    assert checkpoint.quick_gelu is quick_gelu
+    assert checkpoint.preprocessing is not None
+    assert checkpoint.preprocessing["mean"] == list(OPENAI_DATASET_MEAN if name == "openai" else made.MEAN)
+    assert checkpoint.preprocessing["size"] == made.IMAGE
+    torch.testing.assert_close(features(built(checkpoint)), features(made.tower(7, quick_gelu)), atol=1e-5, rtol=0)
+    assert f"tiny/{name}" in checkpoint.source
+
+
+@pytest.mark.parametrize("source", ["open_clip:tiny/other", "open_clip:tini/openai", "open_clip:tiny", "open_clip:"])
+def test_a_name_that_open_clip_does_not_know(source: str, tag: list[dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match=r"open_clip") as raised:
+        open_checkpoint(source)
+    assert "\n" not in str(raised.value)
+    assert tag == []
+
+
+# the release of task_vectors, as open_clip 2.0.2 wrote it
+
+
+@pytest.mark.parametrize("name", ["zeroshot.pt", "MNIST/finetuned.pt", "DTD/finetuned.pt", "keep_lang.pt", "legacy.pt"])
+def test_the_release_of_task_vectors(name: str) -> None:
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    expected = load_file(RELEASE / "expected.safetensors")
+    weights = "zeroshot.pt" if name in ("keep_lang.pt", "legacy.pt") else name
+    tower = {
+        key.removeprefix(f"{weights}/"): tensor
+        for key, tensor in expected.items()
+        if key.startswith(f"{weights}/") and not key.endswith("/features")
+    }
+    checkpoint = open_checkpoint(RELEASE / name)
+    assert_same(checkpoint, tower)
+    assert checkpoint.quick_gelu is True
+    # four heads of width 4, which no shape tells
+    found = features(built(checkpoint), size=8)
+    torch.testing.assert_close(found, expected[f"{name}/features"], atol=1e-5, rtol=0)
+    assert checkpoint.preprocessing == {"size": 8, "mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
+    assert "src" not in sys.modules
+
+
+def test_the_text_side_of_the_release_of_task_vectors() -> None:
+    text = {
+        key.removeprefix("keep_lang.pt/"): tensor
+        for key, tensor in load_file(RELEASE / "expected.safetensors").items()
+        if key.startswith("keep_lang.pt/") and not key.endswith("/features")
+    }
+    assert "transformer.resblocks.0.attn.in_proj_weight" in text
+    assert_same(open_checkpoint(RELEASE / "keep_lang.pt").text, text)
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [lambda model, trap: {**model, "x": trap}, lambda model, trap: [trap, model]])
+def test_nothing_of_a_pickle_is_run(wrap: Callable[[Any, Any], Any], legacy: bool, tmp_path: Path) -> None:
+    marker = tmp_path / "run"
+    torch.save(
+        wrap(made.clip().state_dict(), Trap(marker)), tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
+    )
+    with pytest.raises(ForbiddenGlobal, match=r"a\.pt.*mkdir") as raised:
+        open_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).count("a.pt") == 1
+    assert not marker.exists()
+    # the trap works
+    torch.load(tmp_path / "a.pt", weights_only=False)
+    assert marker.exists()
+
+
+# heads
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("scale", [100.0, 41.5])
+def test_a_head_of_task_vectors(scale: float, legacy: bool, transposed: bool, tmp_path: Path) -> None:
+    path = made.task_vectors_head(tmp_path / "head.pt", 3, logit_scale=scale, legacy=legacy, transposed=transposed)
+    weight, logit_scale = open_head(path)
+    assert weight.dtype == torch.float32 and weight.shape == (5, made.EMBED)
+    torch.testing.assert_close(weight, made.head_rows(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(weight.norm(dim=-1), torch.ones(5), atol=1e-6, rtol=0)
+    assert logit_scale == pytest.approx(scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["head_MNISTVal.pt", "head_DTDVal.pt"])
+def test_the_heads_of_the_release(name: str) -> None:
+    weight, logit_scale = open_head(str(RELEASE / name))
+    torch.testing.assert_close(weight, load_file(RELEASE / "expected.safetensors")[name], atol=1e-6, rtol=0)
+    assert logit_scale == pytest.approx(100.0, rel=1e-5)
+
+
+def test_an_encoder_is_no_head_and_a_head_no_encoder() -> None:
+    with pytest.raises(UserError, match=r"zeroshot\.pt") as raised:
+        open_head(RELEASE / "zeroshot.pt")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"head_DTDVal\.pt") as raised:
+        open_checkpoint(RELEASE / "head_DTDVal.pt")
+    assert "\n" not in str(raised.value)
+
+
+# what is none
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 605\n"),
+        ("page.safetensors", b"<!DOCTYPE html><html></html>"),
+        ("empty.pt", b""),
+        ("empty.safetensors", b""),
+        ("zeros.bin", bytes(1000)),
+        ("zip.pt", b"PK\x05\x06" + bytes(18)),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}") as raised:
+        open_checkpoint(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["missing.pt", "missing.safetensors", "folder", "a/b/c"])
+def test_what_is_not_there(source: str, tmp_path: Path, hub: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=rf"{source}") as raised:
+        open_checkpoint(source)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["open_clip pt", "open_clip pt, legacy", "open_clip safetensors", "task vectors"])
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_download_that_broke_off(name: str, kept: float, tmp_path: Path) -> None:
+    path = FORMATS[name](tmp_path, 0, True)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=rf"{path.name}") as raised:
+        dict(open_checkpoint(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_a_shard_is_missing(weights: str, tmp_path: Path) -> None:
+    folder = made.huggingface_folder(tmp_path / "model", kind="clip", weights=weights, shards=True)
+    shards = sorted(folder.glob(f"*-of-*.{weights}"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(UserError, match=rf"{shards[1].name}") as raised:
+        dict(open_checkpoint(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    folder = made.huggingface_folder(tmp_path / "model", shards=True)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = sorted(set(index["weight_map"].values()))[0]
+    (folder / shard).rename(tmp_path / shard)
+    index["weight_map"] = {k: f"../{v}" if v == shard else v for k, v in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "siglip_vision_model"}, r"siglip_vision_model"),
+        ({"num_attention_heads": 3}, r"heads.*3"),
+        ({"num_hidden_layers": 3}, r"layers.*3"),
+        ({"hidden_act": "relu"}, r"relu"),
+        ({"layer_norm_eps": 1e-6}, r"1e-06"),
+        (None, r"config\.json"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    folder = made.huggingface_folder(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message) as raised:
+        open_checkpoint(folder)
+    assert "\n" not in str(raised.value)
+    # which of K checkpoints it is
+    assert str(raised.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize("change", [{"pool_type": "avg"}, {"layers": 3}, {"timm_model_name": "vit_tiny"}])
+def test_an_open_clip_configuration_that_does_not_fit(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = made.open_clip_folder(tmp_path / "model")
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=next(iter(change)).removesuffix("_model_name")) as raised:
+        open_checkpoint(folder)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).startswith(str(folder))
+
+
+def test_a_number_that_is_none(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = made.clip().state_dict()
+    state["visual.ln_pre.bias"][3] = float("nan")
+    save_file(state, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(checkpoint["ln_pre.weight"], state["visual.ln_pre.weight"])
+    with pytest.raises(UserError, match=r"a\.safetensors.*NaN.*ln_pre\.bias"):
+        checkpoint["ln_pre.bias"]
