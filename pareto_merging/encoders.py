@@ -106,7 +106,7 @@ def model_config(name: str) -> dict[str, Any]:
     import open_clip
 
     # other schemas (hf-hub:…) would go to the network
-    config = open_clip.getmodel_config(name) if name in open_clip.list_models() else None
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None or "vision_cfg" not in config:
         close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3))
         raise UserError(
