@@ -27,7 +27,7 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     Tensors that turn out equal in all copies store no task vectors, so those rows are upper bounds.
     """
     method, tasks = workspace.config.method, len(workspace.task_configs)
-    model = workspace.skeleton()
+    model = workspace.skeleton(only_shapes=True)
     wide = torch.finfo(torch.float32).bits // 8
     narrow = torch.finfo(workspace.dtype).bits // 8
     named = list(model.named_parameters())

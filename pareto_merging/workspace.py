@@ -183,10 +183,11 @@ class Workspace:
             if got[1] != width:
                 raise UserError(f"{path}: expected a head of [classes, {width}] for this encoder, got {got}")
 
-    def skeleton(self) -> nn.Module:
-        """The encoder without memory for its weights."""
+    def skeleton(self, *, only_shapes: bool = False) -> nn.Module:
+        """The encoder without memory for its weights; ``only_shapes``: no checkpoint need be there if it is described."""
+        given = self._given if only_shapes else None
         with torch.device("meta"):
-            return encoders.build(self.encoder_description)
+            return encoders.build(self.encoder_description if given is None else given)
 
     def _check_different(self) -> None:
         """UserError if two tasks have one and the same checkpoint file."""
@@ -359,11 +360,6 @@ def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:
 
 def check_tensors(path: Path, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
     """UserError naming the tensors of ``path`` that are missing, extra or of another shape than ``expected``."""
-    if any(name.startswith("visual.") for name in shapes):
-        raise UserError(
-            f"{path}: expected the vision tower alone, got a whole CLIP model (keep the tensors whose names begin with "
-            "visual. and drop that prefix)"
-        )
     problems = [f"lacks {name}" for name in expected if name not in shapes]
     problems += [f"has an extra {name}" for name in shapes if name not in expected]
     problems += [

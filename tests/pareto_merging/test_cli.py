@@ -229,16 +229,16 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     good = workspace.encoder_config.pretrained
     task = workspace.task_configs["upright"]
     tensors = load_file(good)
-    save_file({k: v for k, v in tensors.items() if k != "proj"}, tmp_path / "missing.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "ln_post.bias"}, tmp_path / "missing.safetensors")
     save_file({**tensors, "proj": torch.zeros(3, 3)}, tmp_path / "shaped.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
-    torch.save(tensors, tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04 and then nothing")
     for name, expected in (
-        ("missing.safetensors", "missing.safetensors: is not of the encoder's architecture: it lacks proj"),
+        ("missing.safetensors", "missing.safetensors: is not of the encoder's architecture: it lacks ln_post.bias"),
         ("shaped.safetensors", "has proj of shape [3, 3], expected [96, 16]"),
         ("garbage.safetensors", "garbage.safetensors: expected a safetensors file"),
-        ("weights.pt", "weights.pt: expected safetensors, got .pt"),
-        ("none.safetensors", "none.safetensors: expected a safetensors file, got no such file"),
+        ("weights.pt", "weights.pt: expected a whole zip archive, got one without a directory (truncated)"),
+        ("none.safetensors", "none.safetensors: expected a file, a folder, a hub id"),
     ):
         path = tmp_path / "own.yaml"
         entry = {"checkpoint": str(tmp_path / name), "head": str(task.head), "merging": "digits:upright/merging"}
@@ -379,11 +379,8 @@ def spoil(kind: str, folder: Path, config: dict[str, Any]) -> None:
             {k: v.to(torch.int8) for k, v in load_file(folder / "upright.safetensors").items()},
             folder / "upright.safetensors",
         )
-    elif kind == "whole CLIP model":
-        save_file(
-            {f"visual.{k}": v for k, v in load_file(folder / "upright.safetensors").items()},
-            folder / "upright.safetensors",
-        )
+    elif kind == "a text model":
+        save_file({"token_embedding.weight": torch.zeros(8, 4)}, folder / "upright.safetensors")
     elif kind == "negative scale":
         save_file({"weight": torch.ones(2, 16)}, folder / "upright_head.safetensors", metadata={"logit_scale": "-5"})
     elif kind == "broken image":
@@ -413,8 +410,8 @@ def spoil(kind: str, folder: Path, config: dict[str, Any]) -> None:
     ("kind", "message"),
     [
         ("head of another width", "expected a head of [classes, 16] for this encoder, got [2, 15]"),
-        ("integer weights", "expected F16, BF16, F32, F64 tensors, got"),
-        ("whole CLIP model", "got a whole CLIP model"),
+        ("integer weights", "expected floating-point tensors, got"),
+        ("a text model", "expected a CLIP vision transformer"),
         ("negative scale", "logit_scale: expected a positive number, got -5"),
         ("broken image", "expected an image"),
         ("all copies pretrained", "expected fine-tuned checkpoints, got the pretrained one for rotated, upright"),

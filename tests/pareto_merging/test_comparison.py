@@ -403,7 +403,7 @@ def test_nan_weights_fail_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_pat
     load = Workspace.load
 
     def spoilt(self: Workspace, path: Path) -> Any:
-        tensors = load(self, path)
+        tensors = dict(load(self, path))
         if "rotated" in path.name:
             tensors["proj"] = tensors["proj"].clone()
             tensors["proj"][0, 0] = math.nan

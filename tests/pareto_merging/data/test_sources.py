@@ -15,6 +15,11 @@ from pareto_merging.data.sources import BatchStream, TensorImages, batch_indices
 from pareto_merging.errors import UserError
 
 
+def clip_like(size: int) -> dict[str, object]:
+    """Preprocessing of images of ``size`` pixels that is not CLIP's own."""
+    return {"size": size, "mean": [0.5, 0.25, 0.75], "std": [0.5, 0.25, 0.125]}
+
+
 @pytest.mark.parametrize(("size", "batch"), [(10, 3), (3, 10), (7, 7), (1, 4)])
 def test_batches_are_permutations_and_depend_on_the_step_alone(size: int, batch: int) -> None:
     steps = 4 * size + 6
@@ -61,7 +66,10 @@ def test_folder_of_images(tmp_path: Path) -> None:
         for index in range(2 + label):
             pixels = rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
-    data = open_images(str(tmp_path), 16)
+    data = open_images(str(tmp_path), clip_like(16))
+    plain = open_images(str(tmp_path), {"size": 16, "mean": [0.0] * 3, "std": [1.0] * 3})
+    shift, scale = torch.tensor([0.5, 0.25, 0.75])[:, None, None], torch.tensor([0.5, 0.25, 0.125])[:, None, None]
+    torch.testing.assert_close(data[0][0], (plain[0][0] - shift) / scale)
     assert len(data) == 5  # type: ignore[arg-type]
     image, label = data[4]
     assert image.shape == (3, 16, 16)
@@ -77,23 +85,23 @@ def test_folder_of_images(tmp_path: Path) -> None:
 def test_safetensors_images_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "images.safetensors"
     save_file({"images": torch.zeros(4, 3, 2, 2), "labels": torch.tensor([0, 1, 2, 1])}, path)
-    images, labels = next(labelled_batches(open_images(str(path), 2), 8))
+    images, labels = next(labelled_batches(open_images(str(path), clip_like(2)), 8))
     assert images.shape == (4, 3, 2, 2)
     assert labels.tolist() == [0, 1, 2, 1]
     save_file({"pixels": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="expected a tensor named images, got pixels"):
-        open_images(str(path), 2)
+        open_images(str(path), clip_like(2))
     save_file({"images": torch.zeros(4, 3, 2, 2), "labels": torch.tensor([0])}, path)
     with pytest.raises(UserError, match=r"labels: expected shape \[4\], got \[1\]"):
-        open_images(str(path), 2)
+        open_images(str(path), clip_like(2))
     with pytest.raises(UserError, match="got nothing there"):
-        open_images(str(tmp_path / "none"), 2)
+        open_images(str(tmp_path / "none"), clip_like(2))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected images"):
-        open_images(str(tmp_path / "empty"), 2)
+        open_images(str(tmp_path / "empty"), clip_like(2))
     for source in ("digits:sideways/merging", "digits:upright/holiday"):
         with pytest.raises(UserError, match=source):
-            open_images(source, 8)
+            open_images(source, clip_like(8))
 
 
 def test_heads(tmp_path: Path) -> None:
