@@ -37,6 +37,8 @@ setup(
         "open_clip_torch>=3.3",
         "numpy>=2.4",
         "safetensors>=0.8",
+        # open_clip has it too: checkpoints by hub id
+        "huggingface_hub>=2.4",
         "pydantic>=2.14",
         "PyYAML>=6.0",
         "typer>=0.29",

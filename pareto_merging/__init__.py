@@ -10,8 +10,9 @@ from pareto_merging.checkpoints.pareto_set import (
     save_folded,
     save_pareto_set,
 )
+from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.config import MethodSettings
-from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
 from pareto_merging.modules import ParetoAttention, ParetoLinear, set_strategy
@@ -26,6 +27,7 @@ from pareto_merging.parametrize import (
 )
 from pareto_merging.preferences import get_preference, preference, set_preference
 from pareto_merging.training import MergingTask, learn_pareto_set
+from pareto_merging.workspace import load_models
 
 __all__ = [
     "EvaluationTask",
@@ -47,10 +49,13 @@ __all__ = [
     "learned_parameters",
     "load_folded",
     "load_heads",
+    "load_models",
     "load_pareto_set",
     "merge",
+    "open_checkpoint",
     "parametrize",
     "preference",
+    "read_head",
     "save_folded",
     "save_pareto_set",
     "set_lambda",

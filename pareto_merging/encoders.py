@@ -54,7 +54,7 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     if "arguments" not in description:
         raise UserError(f"encoder: expected architecture or arguments, got {sorted(description)}")
     activation = {"act_layer": QuickGELU} if quick_gelu else {}
-    arguments = dict(description["arguments"])
+    arguments = _checked(description["arguments"])
     # a vision model without a projection: its features are as wide as its blocks
     is_projected = arguments.get("output_dim", 512) is not None
     if not is_projected:
@@ -68,6 +68,23 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         what = str(error) or type(error).__name__
         raise UserError(f"encoder: expected arguments of open_clip's VisionTransformer, got {what}") from error
     return model.eval()
+
+
+# beyond any model's: a description may come from a stranger's file
+_MOST = {"layers": 1024, "width": 2**16, "heads": 2**12, "image_size": 2**14, "patch_size": 2**12, "output_dim": 2**16}
+
+
+def _checked(arguments: Any) -> dict[str, Any]:
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"encoder: expected a mapping of arguments, got {type(arguments).__name__}")
+    for name, most in _MOST.items():
+        for value in arguments[name] if isinstance(arguments.get(name), list | tuple) else [arguments.get(name)]:
+            if isinstance(value, int | float) and not 0 < value <= most:
+                raise UserError(f"encoder: {name}: expected a number from 1 to {most}, got {str(value)[:40]}")
+    ratio = arguments.get("mlp_ratio", 4.0)
+    if isinstance(ratio, int | float) and not 0 < ratio <= 64:
+        raise UserError(f"encoder: mlp_ratio: expected a number up to 64, got {str(ratio)[:40]}")
+    return dict(arguments)
 
 
 def has_quick_gelu(description: Mapping[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def _write(
     text: Checkpoint | None,
     overwrite: bool,
 ) -> None:
-    card = _card(format, workspace, model, preference, text is not None)
+    card = _card(format, workspace, model, preference, text is not None, target.name)
     if format == "safetensors":
         metadata = {
             "format": "pt",
@@ -158,7 +158,12 @@ def _write(
 
 
 def _card(
-    format: Format, workspace: Workspace, model: torch.nn.Module, preference: Mapping[str, float], has_text: bool
+    format: Format,
+    workspace: Workspace,
+    model: torch.nn.Module,
+    preference: Mapping[str, float],
+    has_text: bool,
+    file_name: str,
 ) -> str:
     state, method = pareto_state(model), workspace.config.method
     paths = {"pretrained": workspace.encoder_config.pretrained}
@@ -173,7 +178,7 @@ def _card(
         for name, path in paths.items()
     ]
     return model_card(
-        "transformers" if format == "huggingface" else "open_clip",
+        "transformers" if format == "huggingface" else format,
         encoder=workspace.encoder_description,
         has_text=has_text,
         title="Merged " + " + ".join(preference),
@@ -183,6 +188,8 @@ def _card(
         lambda_grouping=method.granularity,
         sources=sources,
         version=package_version(),
+        preprocessing=workspace.preprocessing,
+        file_name=file_name,
     )
 
 

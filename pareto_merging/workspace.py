@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pareto_merging import encoders
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig
-from pareto_merging.data import digits
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.devices import find_device
@@ -39,6 +38,9 @@ def user_errors(what: str = "") -> Iterator[None]:
 
 def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, dict[str, TaskConfig]]:
     """The embedded suite in ``folder`` as a user's configuration would name its files; all eight tasks by default."""
+    # seconds to import, for those who have their own models
+    from pareto_merging.data import digits
+
     chosen = list(digits.TASKS) if tasks is None else tasks
     unknown = [name for name in chosen if name not in digits.TASKS]
     if unknown:
@@ -73,7 +75,7 @@ class Workspace:
         if self.config.suite is not None:
             chosen = self.config.tasks
             assert chosen is None or isinstance(chosen, list)
-            folder = self.suite_folder or Path(digits.__file__).parent / "digits_suite"
+            folder = self.suite_folder or Path(__file__).parent / "data" / "digits_suite"
             self.encoder_config, self.task_configs = digits_files(folder, chosen)
         else:
             assert self.config.encoder is not None and isinstance(self.config.tasks, dict)
@@ -154,6 +156,8 @@ class Workspace:
         found = encoders.default_preprocessing(self.encoder_description)
         found |= self.checkpoint(self.encoder_config.pretrained).preprocessing or {}
         if self.config.suite is not None:
+            from pareto_merging.data import digits
+
             mean, std = digits.normalisation()
             found |= {"mean": [mean] * 3, "std": [std] * 3}
         return found
@@ -184,7 +188,7 @@ class Workspace:
                 raise UserError(f"{path}: expected a head of [classes, {width}] for this encoder, got {got}")
 
     def skeleton(self, *, only_shapes: bool = False) -> nn.Module:
-        """The encoder without memory for its weights; ``only_shapes``: no checkpoint need be there if it is described."""
+        """The encoder without memory for its weights; ``only_shapes``: if it is described, no checkpoint is opened."""
         given = self._given if only_shapes else None
         with torch.device("meta"):
             return encoders.build(self.encoder_description if given is None else given)
@@ -324,6 +328,37 @@ class Workspace:
         for name, entry in tasks.items():
             _check_classes(name, entry, self.head(name))
         return tasks
+
+
+def load_models(
+    pretrained: str | Path,
+    finetuned: Mapping[str, str | Path],
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+) -> tuple[nn.Module, dict[str, Mapping[str, Tensor]]]:
+    """A pretrained encoder and its fine-tuned copies from checkpoints of any format: what :func:`parametrize` takes.
+
+    Args:
+        pretrained: a file, a folder, a hub id (``openai/clip-vit-base-patch32``) or ``open_clip:NAME/TAG``.
+        finetuned: likewise, by task name. dtype: of the weights. device: ``auto`` is a CUDA GPU where there is one.
+
+    Returns:
+        The module, and for each task a mapping that reads a tensor from its file when it is asked for it: with
+        ``parametrize(*load_models(…), copy=False)`` a Pareto model takes K + 1 models of memory and one tensor.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or does not belong to the pretrained one.
+    """
+    if not isinstance(finetuned, Mapping):
+        raise TypeError(f"finetuned: expected a mapping from task name to checkpoint, got {type(finetuned).__name__}")
+    tasks = {name: {"checkpoint": Path(source)} for name, source in finetuned.items()}
+    encoder = {"pretrained": Path(pretrained)}
+    with user_errors():
+        settings = {"encoder": encoder, "tasks": tasks, "dtype": dtype, "device": device}
+        workspace = Workspace(RunConfig.model_validate(settings))
+    workspace.check_files()
+    return workspace.pretrained(), workspace.finetuned()
 
 
 class _Placed(Mapping[str, Tensor]):

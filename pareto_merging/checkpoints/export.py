@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as shapes
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.errors import UserError
@@ -35,7 +36,7 @@ OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_
 OPEN_CLIP_VISUAL = "visual.safetensors"
 PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
-Library = Literal["transformers", "open_clip"]
+Library = Literal["transformers", "open_clip", "safetensors"]
 
 
 def export_hugging_face(
@@ -333,6 +334,8 @@ def model_card(
     lambda_grouping: str = "",
     sources: Sequence[Source] = (),
     version: str = "",
+    preprocessing: Mapping[str, Any] | None = None,
+    file_name: str = "",
 ) -> str:
     """A README.md for the Hugging Face Hub: front matter it accepts, and what the model is, made of and loaded by.
 
@@ -340,12 +343,14 @@ def model_card(
         encoder: as :mod:`pareto_merging.encoders` describes it. has_text: it is a whole CLIP.
         preference: task -> weight. method: how it was merged, in words. rank: of the low-rank part.
         lambda_grouping: for what there is a learned λ each (tensor, block, …). version: of this package.
+        library: what loads it; ``safetensors``: one file of the vision tower, called ``file_name``, whose images are
+            made as ``preprocessing`` says.
 
     Names may hold anything: they are escaped.
     """
     base_models = [source.hub_id for source in sources if _is_hub_id(source.hub_id)]
     front = {
-        "library_name": library,
+        "library_name": "open_clip" if library == "safetensors" else library,
         "pipeline_tag": "zero-shot-image-classification" if has_text else "image-feature-extraction",
         "tags": ["merge", "pareto-merging", "clip"],
         **({"base_model": list(dict.fromkeys(base_models)), "base_model_relation": "merge"} if base_models else {}),
@@ -370,9 +375,40 @@ def model_card(
         rows = [f"| {_escaped(s.name)} | {_escaped(s.origin or s.hub_id)} | {_escaped(s.digest)} |" for s in sources]
         header = ["## Source checkpoints\n", "| | from | digest of the weights |", "|---|---|---|"]
         parts.append("\n".join([*header, *rows]) + "\n")
-    parts.append(f"## Loading it\n\n```python\n{_loading(library, encoder, has_text)}```\n")
+    if library == "safetensors":
+        code = _loading_one_file(encoder, preprocessing or encoders.default_preprocessing(encoder), file_name)
+    else:
+        code = _loading(library, encoder, has_text)
+    parts.append(f"## Loading it\n\n```python\n{code}```\n")
     parts.append("## Licence\n\nThat of the checkpoints it was merged from: see theirs.\n")
     return "\n".join(parts)
+
+
+def _loading_one_file(encoder: Mapping[str, Any], preprocessing: Mapping[str, Any], file_name: str) -> str:
+    quick_gelu = shapes.from_description(encoder).quick_gelu
+    if "architecture" in encoder:
+        name = str(encoder["architecture"])
+        start = ["import open_clip"]
+        build = [f"encoder = open_clip.create_model({name!r}, force_quick_gelu={quick_gelu}).visual"]
+    else:
+        start = ["import open_clip", "from pareto_merging import encoders"]
+        build = [f"encoder = encoders.build({dict(encoder)!r})"]
+    size, mean, std = (preprocessing[key] for key in ("size", "mean", "std"))
+    return "\n".join(
+        [
+            *start,
+            "from PIL import Image",
+            "from safetensors.torch import load_file",
+            "",
+            *build,
+            f"encoder.load_state_dict(load_file({file_name!r}))",
+            "preprocess = open_clip.image_transform(",
+            f"    {size}, is_train=False, mean={tuple(mean)}, std={tuple(std)}",
+            ")",
+            'features = encoder.eval()(preprocess(Image.open("photo.jpg"))[None])',
+            "",
+        ]
+    )
 
 
 def _loading(library: Library, encoder: Mapping[str, Any], has_text: bool) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging import encoders
-from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_tensors
+from pareto_merging.checkpoints.files import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
@@ -297,11 +297,14 @@ def load_heads(path: Path) -> dict[str, ZeroShotHead]:
     path = Path(path)
     header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
     tensors, scales = read_tensors(path), header.get("logit_scales", {})
-    return {
-        name: ZeroShotHead(tensors[f"head.{name}"], scales.get(name, 100.0))
-        for name in header["task_names"]
-        if f"head.{name}" in tensors
-    }
+    try:
+        return {
+            name: ZeroShotHead(tensors[f"head.{name}"], scales.get(name, 100.0))
+            for name in header["task_names"]
+            if f"head.{name}" in tensors
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected zero-shot heads with their logit_scales, got {error}") from error
 
 
 def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
@@ -317,6 +320,7 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
     path = Path(path)
     header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
     if plain is None:
+        _check_description(path, header["encoder"])
         plain = encoders.build(header["encoder"])
     tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
     names = tuple(header["task_names"])
@@ -330,11 +334,7 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
         if key in header
     }
     state.core = str(header.get("core", "tensor"))
-    for module_name in header["layers"]:
-        try:
-            plain.get_submodule(module_name)
-        except AttributeError as error:
-            raise UserError(f"{path}: expected a model with a module {module_name}, got none") from error
+    _check_layers(path, header["layers"], plain)
     learned = set()
     for module_name, entry in header["layers"].items():
         module = plain.get_submodule(module_name)
@@ -354,3 +354,27 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(name in learned)
     return plain.eval()
+
+
+def _check_description(path: Path, description: Mapping[str, Any]) -> None:
+    """Compare the encoder that a file describes with its tensors before there is memory for it."""
+    shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
+    with torch.device("meta"):
+        expected = encoders.build(description).state_dict()
+    for name, tensor in expected.items():
+        found = shapes.get(f"model.{name}")
+        if found != list(tensor.shape):
+            got = "none" if found is None else str(found)
+            raise UserError(f"{path}: does not fit the model: expected {name} {list(tensor.shape)}, got {got}")
+
+
+def _check_layers(path: Path, layers: Mapping[str, Any], plain: nn.Module) -> None:
+    """The layer map of a file beside the model: modules that are there, each with a list of its own parameters."""
+    modules = dict(plain.named_modules())
+    for module_name, entry in layers.items():
+        if module_name not in modules:
+            raise UserError(f"{path}: expected a model with a module {module_name[:80]}, got none")
+        names = entry.get("low_rank") if isinstance(entry, dict) else None
+        own = modules[module_name]._parameters
+        if not isinstance(names, list) or not all(isinstance(name, str) and name in own for name in names):
+            raise UserError(f"{path}: expected parameters of {module_name} in the layer map, got {str(names)[:80]}")
