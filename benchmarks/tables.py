@@ -15,7 +15,10 @@ from benchmarks.run import GPU_SUITES, SUITES_OF_BOTH, suite_module
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = (README, *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md")))
+DOCUMENTS = (
+    README,
+    *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md", "own_models.md")),
+)
 
 
 def newest(suite: str, on_gpu: bool | None = None) -> Path | None:

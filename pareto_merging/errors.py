@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: names it, what was expected and what came. Exit code 2."""
+    """Something the user gave is wrong: names it, what was expected and what came. Exit code 2.
+
+    Always one line that a terminal shows as it is, whatever a file's names hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(str(message).split())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 class TrainingError(RuntimeError):

@@ -115,6 +115,9 @@ class Workspace:
             raise UserError("encoder.architecture: expected an open_clip model name or a JSON file, got none")
         else:
             description = dict(found.encoder)
+        heads = description.get("arguments", {}).get("heads")
+        if None not in (heads, found.heads) and heads != found.heads:
+            raise UserError(f"encoder.architecture: expected {found.heads} heads as {found.source} says, got {heads}")
         if found.quick_gelu is False and encoders.has_quick_gelu(description):
             raise UserError(f"encoder.architecture: expected one with GELU as {found.source} says, got QuickGELU")
         quick_gelu = self.encoder_config.quick_gelu
@@ -209,7 +212,7 @@ class Workspace:
             # a vision model without a projection: the pretrained model's is used, as those who made it do
             expected.pop("proj", None)
         check_tensors(path, found.shapes, expected)
-        for what in ("quick_gelu", "preprocessing"):
+        for what in ("heads", "quick_gelu", "preprocessing"):
             its, ours = getattr(found, what), getattr(pretrained, what)
             if its is not None and ours is not None and its != ours:
                 raise UserError(f"{path}: expected {what} {ours} as {pretrained.source} has, got {its}")

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import checkpoint_files
 import pytest
+import torch
 import yaml
 
 from pareto_merging.config import read_config
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OWN_MODELS = (ROOT / "docs" / "own_models.md").read_text()
 
 
 @pytest.mark.slow
 def test_python_example(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "steps=100" in code
     exec(code.replace("steps=100", "steps=2"), {})
     assert "VisionTransformer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [README, OWN_MODELS])
+def test_ten_lines(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From checkpoints to a chosen model: folders of the names shown stand for the hub's repositories."""
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_models" in code)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    checkpoint_files.huggingface_folder(tmp_path / "openai" / "clip-vit-base-patch32", kind="clip")
+    for seed, task in enumerate(("mnist", "dtd"), start=1):
+        folder = tmp_path / "tanganke" / f"clip-vit-base-patch32_{task}"
+        checkpoint_files.huggingface_folder(folder, seed, transformers4=True)
+    found: dict[str, Any] = {}
+    exec(code.replace("steps=200", "steps=2"), found)
+    assert type(found["plain"]).__name__ == "VisionTransformer"
+    pretrained, tuned = (checkpoint_files.tower(seed).state_dict() for seed in (0, 1))
+    # a model between the pretrained and the fine-tuned ones, with the projection that only the former has
+    assert torch.equal(found["plain"].proj, pretrained["proj"])
+    assert not torch.equal(found["plain"].conv1.weight, pretrained["conv1.weight"])
+    assert not torch.equal(found["plain"].conv1.weight, tuned["conv1.weight"])
 
 
 def test_yaml_example(tmp_path: Path) -> None:

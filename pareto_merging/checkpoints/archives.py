@@ -59,10 +59,7 @@ class Archive:
         Raises:
             UserError: its storage is missing, of another size, fails its checksum, or the file has changed since.
         """
-        entry = self._entries.get(stored.storage.key)
-        if entry is None:
-            raise UserError(f"{self.path}: expected the bytes of storage {stored.storage.key}, got none")
-        _check_size(self.path, stored.storage, entry)
+        entry = _check_size(self.path, stored.storage, self._entries.get(stored.storage.key))
         if _stamp(self.path) != self._stamp:
             raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
         numbers = math.prod(stored.shape)
@@ -147,10 +144,13 @@ def _stamp(path: Path) -> tuple[int, int]:
     return -1, -1
 
 
-def _check_size(path: Path, storage: Storage, entry: _Entry) -> None:
+def _check_size(path: Path, storage: Storage, entry: _Entry | None) -> _Entry:
     expected = storage.size * storage.dtype.itemsize
+    if entry is None:
+        raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got none")
     if entry.size != expected:
         raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got {entry.size}")
+    return entry
 
 
 # --- zip ---
@@ -179,13 +179,17 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
         raise UserError(f"{path}: expected little-endian numbers, got a big-endian archive")
     text = _small(path, file, entry(f"{root}data.pkl"), "data.pkl", MAX_BYTES)
     stream = io.BytesIO(text)
-    value = read_pickle(stream, str(path))
+    storages: dict[str, Storage] = {}
+    value = read_pickle(stream, str(path), storages)
     if stream.read(1):
         raise UserError(f"{path}: expected one pickle in data.pkl, got more behind it")
     prefix = f"{root}data/"
     entries = {
         name.removeprefix(prefix): entry(name) for name in names if name.startswith(prefix) and not name.endswith("/")
     }
+    for key, storage in storages.items():
+        # before there is memory for any of them
+        _check_size(path, storage, entries.get(key))
     return Archive(path, "torchscript" if f"{root}constants.pkl" in names else "zip", value, entries)
 
 

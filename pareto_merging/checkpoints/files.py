@@ -151,12 +151,15 @@ class SafetensorsFile:
         """Read the header. Raises UserError: missing, broken, a name twice, or a type of number that is not ours."""
         self.path = path
         # the library checks the header: types, offsets without gaps, the length of the file
-        with _opened(path) as file:
+        with _opened(path, any_name=True) as file:
             self.metadata = dict(file.metadata() or {})
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = parse_json(raw.read(size), str(path))
         header.pop("__metadata__", None)
+        large = [name for name, entry in header.items() if any(size >= 2**50 for size in entry["shape"])]
+        if large:
+            raise UserError(f"{path}: expected tensors that memory could hold, got {large[0][:80]!r} larger")
         odd = [f"{name[:80]!r} {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
         if odd:
             raise UserError(f"{path}: expected {', '.join(_DTYPES)} tensors, got {', '.join(odd[:5])}")
@@ -235,11 +238,11 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 
 @contextlib.contextmanager
-def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
+def _opened(path: Path, device: str | torch.device = "cpu", *, any_name: bool = False) -> Iterator[Any]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: expected a safetensors file, got {what}")
-    if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
+    if not any_name and path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
         raise UserError(
             f"{path}: expected safetensors, got {path.suffix} (a pickle, which could run code, is not opened)"
         )
@@ -247,4 +250,4 @@ def _opened(path: Path, device: str | torch.device = "cpu") -> Iterator[Any]:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: expected a safetensors file, got {error}") from error
+        raise UserError(f"{path}: expected a safetensors file, got {str(error)[:200]}") from error

@@ -6,7 +6,9 @@ Downloads are huggingface_hub's and open_clip's own, into their caches; HF_HUB_O
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,61 +76,93 @@ def locate(source: str | Path) -> Located:
 
 def _hub(source: str) -> Path:
     """The snapshot folder of a hub repository, with its configuration and weights."""
-    repository, _, revision = source.partition("@")
-    first = _download(repository, CONFIG, revision or None) or _download(repository, OPEN_CLIP_CONFIG, revision or None)
+    name, _, revision = source.partition("@")
+    repository = _Repository(name)
+    first = repository.file(CONFIG, revision or None) or repository.file(OPEN_CLIP_CONFIG, revision or None)
     if first is None:
         raise UserError(f"{source}: expected {CONFIG} or {OPEN_CLIP_CONFIG} on the hub or in its cache, got neither")
-    folder = first.parent
     # the rest from the very same commit
-    commit = folder.name
-    if first.name == CONFIG:
-        # some repositories have both; what transformers loads comes first
-        _download(repository, OPEN_CLIP_CONFIG, commit)
-    for name in PREPROCESSORS:
-        _download(repository, name, commit)
-    for name in (*WEIGHTS, *OPEN_CLIP_WEIGHTS):
-        found = _download(repository, name, commit)
+    commit = first.parent.name
+    for optional in (OPEN_CLIP_CONFIG, *PREPROCESSORS):
+        repository.file(optional, commit)
+    for weights in (*WEIGHTS, *OPEN_CLIP_WEIGHTS):
+        found = repository.file(weights, commit)
         if found is None:
             continue
-        if name.endswith(".index.json"):
+        if weights.endswith(".index.json"):
             from pareto_merging.checkpoints.readers import shard_names
 
             for shard in shard_names(found):
-                if _download(repository, shard, commit) is None:
-                    raise UserError(f"{source}: expected {shard} as {name} says, got none on the hub or in its cache")
-        return folder
+                if repository.file(shard, commit) is None:
+                    raise UserError(
+                        f"{source}: expected {shard} as {weights} says, got none on the hub or in its cache"
+                    )
+        return first.parent
     raise UserError(f"{source}: expected weights ({', '.join(WEIGHTS)}) on the hub or in its cache, got none")
 
 
-def _download(repository: str, name: str, revision: str | None) -> Path | None:
-    """One file of a repository through the hub's cache; None if the repository (or, offline, the cache) has none."""
-    from huggingface_hub import hf_hub_download, is_offline_mode
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+class _Repository:
+    """A repository of the hub through its cache: the cache alone where the hub is not asked, or does not answer."""
+
+    def __init__(self, name: str) -> None:
+        from huggingface_hub import is_offline_mode
+
+        self.name = name
+        self.is_offline = is_offline_mode()
+        # asked once: the hub's client tries again for half a minute at each file
+        self.answers = not self.is_offline and _answers(name)
+
+    def file(self, name: str, revision: str | None) -> Path | None:
+        """One file; None if the repository (or, offline, the cache) has none. Raises UserError if that is not known."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.name, name, revision=revision, local_files_only=not self.answers))
+        except LocalEntryNotFoundError as error:
+            if self.is_offline:
+                return None
+            raise self._no_answer(name) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            what = f"{self.name}: expected a repository on the hub or in its cache, got {_line(error)}"
+            raise UserError(what) from error
+
+    def _no_answer(self, name: str) -> UserError:
+        return UserError(
+            f"{self.name}: expected {name} from the Hugging Face Hub, got no answer (HF_HUB_OFFLINE=1 takes its cache "
+            "as it is)"
+        )
+
+    def cached(self, names: Sequence[str]) -> Path:
+        """The first of some files that is in the cache; UserError if none is."""
+        from huggingface_hub import try_to_load_from_cache
+
+        for name in names:
+            found = try_to_load_from_cache(self.name, name)
+            if isinstance(found, str):
+                return Path(found)
+        if self.is_offline:
+            raise UserError(f"{self.name}: expected {names[0]} in the hub's cache (HF_HUB_OFFLINE is set), got none")
+        raise self._no_answer(names[0])
+
+
+def _answers(repository: str) -> bool:
+    """Whether the hub answers at all, whatever it says."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except LocalEntryNotFoundError as error:
-        # offline the cache is all there is; but a hub that does not answer may have the file
-        if is_offline_mode():
-            return None
-        raise UserError(
-            f"{repository}: expected {name} from the hub, got no answer (HF_HUB_OFFLINE=1 uses the cache as it is)"
-        ) from error
-    except EntryNotFoundError:
-        return None
+        get_hf_file_metadata(hf_hub_url(repository, CONFIG))
+    except HfHubHTTPError:
+        return True
     except HFValidationError as error:
         raise UserError(f"{repository}: expected a hub id (owner/name), got {_line(error)}") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _unreachable(repository, error) from error
-
-
-def _unreachable(repository: str, error: Exception) -> UserError:
-    return UserError(f"{repository}: expected a repository on the hub or in its cache, got {_line(error)}")
+    except Exception:
+        # whatever its HTTP client raises without a network
+        return False
+    return True
 
 
 def _line(error: Exception) -> str:
@@ -152,8 +186,15 @@ def _open_clip(source: str) -> Located:
     if not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(f"{source[:200]}: expected a pretrained tag of {name} ({tags}), got {tag[:80]!r}")
+    hub_id, file_name = os.path.split(pretrained.get("hf_hub") or "")
     try:
-        path = Path(download_pretrained(pretrained))
+        repository = _Repository(hub_id) if hub_id else None
+        if repository is not None and not repository.answers:
+            path = repository.cached([*OPEN_CLIP_WEIGHTS, file_name] if file_name else OPEN_CLIP_WEIGHTS)
+        else:
+            path = Path(download_pretrained(pretrained))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     except Exception as error:
         # open_clip has no error class of its own: whatever its downloader met
         raise UserError(f"{source}: expected weights that open_clip can download, got {_line(error)}") from error

@@ -8,8 +8,8 @@ from typing import Any
 from pareto_merging.checkpoints.pickles import Record, StoredTensor
 from pareto_merging.errors import UserError
 
-# beyond any model's; a pickle can name one record a million times over
-_MAX_MODULES, _MAX_TENSORS = 2**15, 2**17
+# beyond any model's; a pickle can name one record a million times over, and one inside itself
+_MAX_MODULES, _MAX_TENSORS, _MAX_ENTRIES = 2**15, 2**17, 2**20
 # where training programs keep a model among other things
 _INNER = ("state_dict", "model_state_dict", "model")
 
@@ -39,14 +39,15 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
 def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
     """Every module of a pickled module by name, its own first (name ``""``)."""
     waiting: list[tuple[str, Any]] = [("", root)]
-    count = 0
+    count = entries = 0
     while waiting:
         name, record = waiting.pop()
-        count += 1
-        if count > _MAX_MODULES or len(name) > 2**12:
+        entries += sum(len(part) for part in (record.state, *record.state.values()) if isinstance(part, dict))
+        children = _children(record) if entries <= _MAX_ENTRIES else {}
+        count += len(children)
+        if count > _MAX_MODULES or entries > _MAX_ENTRIES or len(name) > 2**12:
             raise UserError(f"{source}: expected at most {_MAX_MODULES} modules, got more (or one inside itself)")
         yield name, record
-        children = _children(record)
         waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children.items())]
 
 
@@ -63,12 +64,16 @@ def _is_script(record: Record) -> bool:
 
 def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
+    skipped_items = 0
     for prefix, record in walk_modules(root, source):
         groups = [record.state.get("_parameters"), record.state.get("_buffers")]
         if _is_script(record):
             groups = [record.state]
-        skipped = record.state.get("_non_persistent_buffers_set")
-        names = {name for name in _set_items(skipped) if isinstance(name, str)}
+        skipped = _set_items(record.state.get("_non_persistent_buffers_set"))
+        skipped_items += len(skipped)
+        if skipped_items > _MAX_ENTRIES:
+            raise UserError(f"{source}: expected the buffers of a model, got more than {_MAX_ENTRIES}")
+        names = {name for name in skipped if isinstance(name, str)}
         for group in groups:
             if not isinstance(group, dict):
                 continue

@@ -20,8 +20,10 @@ import torch
 
 from pareto_merging.errors import UserError
 
-# far beyond any checkpoint's; an honest ViT-L/14 with its optimiser stays below 1 MB and 200,000
-MAX_BYTES, MAX_OPCODES, MAX_LINE = 2**26, 4_000_000, 2**16
+# far beyond any checkpoint's: a ViT-L/14 with its optimiser stays below 1 MB and 100,000 opcodes
+MAX_BYTES, MAX_OPCODES, MAX_LINE, MAX_NAME = 2**26, 300_000, 2**16, 256
+# entries (and 64 characters each of text) copied from what the memo holds, where one byte can mean millions of them
+MAX_COPIED = 2**19
 MAX_DIMENSIONS = 16
 
 
@@ -141,7 +143,7 @@ class _Machine:
         self.stream, self.source, self.storages = stream, source, storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.used = 0
+        self.used = self.copied = 0
 
     def run(self) -> Any:
         try:
@@ -173,6 +175,13 @@ class _Machine:
         if len(data) != count:
             raise _Broken("an end in the middle")
         return data
+
+    def charge(self, *values: Any) -> None:
+        """Count what is about to be copied."""
+        self.copied += sum(len(value) for value in values if isinstance(value, dict | list | tuple))
+        self.copied += sum(len(value) // 64 for value in values if isinstance(value, str | bytes))
+        if self.copied > MAX_COPIED:
+            raise _Broken(f"more than {MAX_COPIED} copies of what it holds once")
 
     def line(self, encoding: str = "utf-8") -> str:
         data = self.stream.readline(MAX_LINE)
@@ -230,7 +239,10 @@ class _Machine:
         if isinstance(target, Record):
             target.items += zip(pairs[::2], pairs[1::2], strict=True)
         elif isinstance(target, dict):
-            target.update(_string_keys(pairs))
+            for key, value in _string_keys(pairs):
+                if key in target:
+                    raise _Broken(f"the key {key[:80]!r} twice")
+                target[key] = value
         else:
             raise _Broken("items for what is no dictionary")
 
@@ -248,7 +260,9 @@ class _Machine:
     def global_(self, module: Any, name: Any) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise _Broken("the name of a class that is no text")
-        found = Global(module, name)
+        found = Global(module[: MAX_NAME + 1], name[: MAX_NAME + 1])
+        if max(len(module), len(name)) > MAX_NAME:
+            raise self.forbidden(found, "names")
         if not (_NAME.fullmatch(module) and _NAME.fullmatch(name)):
             raise self.forbidden(found, "names")
         key = (module, name)
@@ -268,16 +282,17 @@ class _Machine:
         return found
 
     def forbidden(self, found: Global, what: str) -> ForbiddenGlobal:
-        shown = str(found) if _NAME.fullmatch(str(found)) else repr(str(found)[:200])
+        shown = str(found) if len(str(found)) <= MAX_NAME and _NAME.fullmatch(str(found)) else repr(str(found)[:120])
         return ForbiddenGlobal(f"{self.source}: refused: its pickle {what} {shown}, which could run code; nothing ran")
 
     def call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Global):
             raise _Broken("a call of what is no class")
         if not isinstance(arguments, tuple):
-            raise _Broken(f"a call of {function} without a tuple of arguments")
+            raise _Broken(f"a call of {str(function)[:120]} without a tuple of arguments")
         handler = _CALLS.get((function.module, function.name))
         if handler is not None:
+            self.charge(arguments, *arguments)
             return handler(arguments)
         return self.instance(function, arguments)
 
@@ -285,7 +300,7 @@ class _Machine:
         if not isinstance(cls, Global):
             raise _Broken("an object of what is no class")
         if not isinstance(arguments, tuple):
-            raise _Broken(f"an object of {cls} without a tuple of arguments")
+            raise _Broken(f"an object of {str(cls)[:120]} without a tuple of arguments")
         is_script = cls.module.partition(".")[0] == "__torch__"
         if not (cls.is_class or is_script or (cls.module, cls.name) in _INERT):
             raise self.forbidden(cls, "calls")
@@ -297,6 +312,7 @@ class _Machine:
             # (attributes, slots) of an object with both
             for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
                 if isinstance(part, dict):
+                    self.charge(part)
                     target.state.update(part)
         elif not isinstance(target, dict | StoredTensor):
             raise _Broken("attributes for what is no object")
@@ -327,7 +343,7 @@ class _Machine:
         raise _Broken(f"an unknown persistent id ({shown!r})")
 
     def extension(self, form: str) -> None:
-        code = self.number(form)
+        code = struct.unpack(form, self.take(struct.calcsize(form)))[0]
         # only to name it: the registry of this process says what the code would have meant here
         known = getattr(copyreg, "_inverted_registry", {}).get(code)
         raise self.forbidden(Global(*known) if known else Global("copyreg", f"extension_{code}"), "names")
@@ -348,9 +364,9 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**50
 
 
-def _string_keys(pairs: list[Any]) -> dict[str, Any]:
+def _string_keys(pairs: list[Any]) -> list[tuple[str, Any]]:
     # no checkpoint needs others, and hashing what a stranger made can take for ever
-    return {key: value for key, value in zip(pairs[::2], pairs[1::2], strict=True) if type(key) is str}
+    return [(key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=True) if type(key) is str]
 
 
 # --- what torch's own functions would have made ---

@@ -15,6 +15,8 @@ content, not by its name. No file can run code, and none is believed before its 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -50,6 +52,7 @@ from pareto_merging.checkpoints.names import BLOCK_NAMES, Piece, block_and_rest,
 from pareto_merging.checkpoints.pickles import Record, StoredTensor
 from pareto_merging.errors import UserError
 
+_SHARD = re.compile(r"[\w-][\w.-]{0,180}\.(safetensors|bin|pt)", re.ASCII)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -73,6 +76,11 @@ class _Pickled:
         self._stored: dict[str, StoredTensor] = find_tensors(archive.root, str(archive.path))
         self.shapes = {name: list(stored.shape) for name, stored in self._stored.items()}
         self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
+        # tied weights share a storage; thousands of tensors in one would fill a disk
+        held = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in self._stored.values())
+        size = archive.path.stat().st_size
+        if held > 4 * size + 2**20:
+            raise UserError(f"{archive.path}: expected about {size} bytes of tensors as in the file, got {held}")
 
     def read(self, name: str) -> Tensor:
         return self.archive.tensor(self._stored[name])
@@ -179,11 +187,14 @@ class Checkpoint(CheckpointTensors):
     """The vision encoder of a checkpoint, in the names of open_clip's ``visual`` tower.
 
     Attributes:
-        format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip. encoder: how to build the
-            module (:func:`pareto_merging.encoders.build`); None where only ``names`` told what it is. quick_gelu: None
-            where the checkpoint does not say; then ``encoder`` has None. preprocessing: ``size``, ``mean`` and ``std``
-            of its images, or None. text: the rest of a whole CLIP in open_clip's names, empty where it has no text
-            tower. text_heads: its attention heads, where a configuration says. path: the file or folder it was in.
+        format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip.
+        encoder: how to build the module (:func:`pareto_merging.encoders.build`); None where only ``names`` told what it
+            is. ``quick_gelu`` in it is None where the checkpoint does not say.
+        quick_gelu, heads: its activation and its attention heads; None where the checkpoint does not say.
+        preprocessing: ``size``, ``mean`` and ``std`` of its images, or None.
+        text: the rest of a whole CLIP in open_clip's names, empty where it has no text tower.
+        text_heads: attention heads of that, where a configuration says.
+        path: the file or folder it was found in.
     """
 
     def __init__(self, source: str, kind: str, path: Path, tensors: _Tensors, said: _Said, names: Names = ()) -> None:
@@ -194,14 +205,14 @@ class Checkpoint(CheckpointTensors):
         self.architecture: Architecture | None = None
         self.encoder: dict[str, Any] | None = None
         self.quick_gelu = uses_quick_gelu(said.root, prefix, source) if said.quick_gelu is None else said.quick_gelu
+        self.heads = attention_heads(said.root, prefix, source) if said.heads is None else said.heads
         preprocessing = normalisation(said.root) if said.preprocessing is None else said.preprocessing
         with _named(source):
             self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
             if names and (not _is_plain(vision) or said == _Said(root=said.root)):
                 # its user describes it, and it may be an encoder of another kind
                 return
-            heads = attention_heads(said.root, prefix, source) if said.heads is None else said.heads
-            found = from_shapes(self.shapes, heads=heads, quick_gelu=self.quick_gelu)
+            found = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)
             self.architecture = found
             self.encoder = {**describe(found), "quick_gelu": self.quick_gelu}
             if said.architecture is not None:
@@ -357,9 +368,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise UserError(f"{index}: expected a weight_map from tensors to files, got {type(found).__name__}")
     for name, shard in found.items():
-        suffixes = (".safetensors", ".bin", ".pt")
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffixes):
-            raise UserError(f"{index}: expected files beside the index, got {str(shard)[:80]!r} for {name[:80]}")
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise UserError(f"{index}: expected files beside the index, got {str(shard)[:80]!r} for {name[:80]!r}")
     return found
 
 

@@ -178,7 +178,7 @@ def _from_workers() -> Iterator[None]:
         text = str(error).strip()
         if not text.startswith("Caught UserError"):
             raise
-        raise UserError(text.splitlines()[-1].partition("UserError: ")[2]) from None
+        raise UserError(text.rpartition("UserError: ")[2]) from None
 
 
 class _Batches:
