@@ -283,12 +283,9 @@ def convert(
     checkpoints that are read often, or handed on.
     """
     from pareto_merging.checkpoints.convert import DTYPES, convert_checkpoint, say
-    from pareto_merging.errors import UserError
     from pareto_merging.exports import check_file
 
     check_file(out, overwrite)
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise UserError(f"{out}: expected another file than the one that is read")
     found = convert_checkpoint(source, out, dtype=DTYPES.get(dtype), progress=not quiet and not as_json)
     print(json.dumps(found) if as_json else say(found))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pareto_merging.checkpoints.hub import is_remote
+from pareto_merging.checkpoints.hub import remote
 from pareto_merging.errors import UserError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ class EncoderConfig(_Strict):
         description="an open_clip model name (ViT-B-32), or a JSON file of VisionTransformer's arguments; default: as "
         "the pretrained checkpoint says",
     )
-    pretrained: Path = Field(
+    pretrained: Path | str = Field(
         description="the vision encoder all tasks were fine-tuned from: a file or folder of any format, a hub id "
         "(openai/clip-vit-base-patch32), or open_clip:NAME/TAG"
     )
@@ -143,7 +143,7 @@ class EncoderConfig(_Strict):
 
 
 class TaskConfig(_Strict):
-    checkpoint: Path = Field(description="the fine-tuned vision encoder, as `pretrained`")
+    checkpoint: Path | str = Field(description="the fine-tuned vision encoder, as `pretrained`")
     head: Path | None = Field(
         None,
         description="the zero-shot head: safetensors with `weight` [classes, dim] and metadata `logit_scale`, or the "
@@ -244,6 +244,8 @@ class RunConfig(_Strict):
             raise ValueError("tasks: expected at least one")
         for name in (*(self.tasks or ()), *(self.unseen or ())):
             bad = [c for c in ",;=[]\n" if c in name]
+            if name == "pretrained":
+                raise ValueError("tasks: expected other names than pretrained, which is the model they came from")
             words = ("equal", "one-hot", "priority", "grid", "lattice", "energy", "dirichlet")
             if not name.strip() or bad or name.split(":")[0] in words:
                 raise ValueError(f"tasks: expected names that preferences can be given by, got {name!r}")
@@ -340,9 +342,12 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
     return config.model_copy(update=files)
 
 
-def _checkpoint(base: Path, source: Path) -> Path:
-    """Relative to the configuration's folder, unless it is a hub id or an open_clip tag."""
-    return source if not (base / source).exists() and is_remote(source) else base / source
+def _checkpoint(base: Path, source: Path | str) -> Path | str:
+    """Relative to the configuration's folder, unless it is a hub id (written out then) or an open_clip tag."""
+    place, elsewhere = base / Path(source).expanduser(), remote(source)
+    if elsewhere is None or (elsewhere != source and place.exists()):
+        return place
+    return elsewhere
 
 
 def dump_config(config: RunConfig) -> str:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pareto_merging import encoders
 from pareto_merging.checkpoints import hub
-from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
-from pareto_merging.checkpoints.files import checksum, write_json, write_tensors, write_text
+from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card, new_folder
+from pareto_merging.checkpoints.files import checksum, read_json, write_json, write_tensors, write_text
 from pareto_merging.checkpoints.pareto_set import package_version, save_folded
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import merge
+from pareto_merging.parametrize import learned_parameters, merge
 from pareto_merging.preferences import format_preference, pareto_state, parse_preferences
 from pareto_merging.progress import progress_bar
-from pareto_merging.runs import SET_NAME, check_new, open_run
+from pareto_merging.runs import CONFIG_NAME, SET_NAME, check_new, open_run
 from pareto_merging.training import CHECKPOINT_NAME
 from pareto_merging.workspace import Workspace, user_errors
 
@@ -75,41 +79,39 @@ def export_merged(
         UserError: no finished run; a target that exists (without ``overwrite``) or that the run is made of; a text
             tower that does not fit.
     """
-    suffix = ".safetensors" if format == "safetensors" else ""
-    workspace_names = _task_names(run)
+    if format == "safetensors" and text_from is not None:
+        raise UserError("text_from: expected none for safetensors (the vision encoder alone), got one")
     with user_errors():
-        gammas = parse_preferences(preferences, workspace_names)
-    if len(gammas) == 1:
-        targets = [target]
-    else:
-        width = max(2, len(str(len(gammas))))
-        targets = [target / f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
-        if target.suffix == ".safetensors":
-            raise UserError(f"{target}: expected a folder for {len(gammas)} preferences, got the name of a file")
-        if not overwrite:
-            check_new(target)
-    for each in targets:
-        if format == "safetensors":
-            check_file(each, overwrite)
-        elif not overwrite:
-            check_new(each)
-    workspace, model = open_run(run)
-    for each in targets:
-        _check_not_an_input(run, workspace, each)
-    text = _text(workspace, text_from) if format != "safetensors" else None
-    with progress_bar("exporting", len(gammas), enabled=progress and len(gammas) > 1) as advance:
-        for number, (gamma, each) in enumerate(zip(gammas, targets, strict=True), start=1):
-            tensors = merge(model, gamma).state_dict()
-            preference = dict(zip(workspace.task_names, gamma.tolist(), strict=True))
-            _write(format, tensors, each, workspace, model, preference, text, overwrite)
-            advance(number, format_preference(gamma.tolist()))
+        gammas = parse_preferences(preferences, _task_names(run))
+    suffix = ".safetensors" if format == "safetensors" else ""
     if len(gammas) > 1:
-        names = workspace.task_names
-        written = {
-            each.name: dict(zip(names, g.tolist(), strict=True)) for each, g in zip(targets, gammas, strict=True)
-        }
-        write_json(target / LIST_NAME, written)
-    return targets
+        _check_list(target, overwrite)
+    elif format == "safetensors":
+        check_file(target, overwrite)
+        _check_card(target, overwrite)
+    elif not overwrite:
+        check_new(target)
+    workspace, model = open_run(run)
+    text = _text(workspace, text_from) if format != "safetensors" else None
+    _check_not_an_input(run, workspace, target, text)
+    write = partial(_write, format, workspace=workspace, model=model, text=text)
+    if len(gammas) == 1:
+        write(gammas[0], target, overwrite=overwrite)
+        return [target]
+    width = max(2, len(str(len(gammas))))
+    names = [f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
+    # all of them or none: a list that is half an older one would lie
+    with (
+        new_folder(Path(os.path.realpath(target))) as folder,
+        progress_bar("exporting", len(gammas), 0, progress) as bar,
+    ):
+        for number, (name, gamma) in enumerate(zip(names, gammas, strict=True), start=1):
+            write(gamma, folder / name, overwrite=False)
+            bar(number, format_preference(gamma.tolist()))
+        tasks = workspace.task_names
+        listed = {name: dict(zip(tasks, g.tolist(), strict=True)) for name, g in zip(names, gammas, strict=True)}
+        write_json(folder / LIST_NAME, listed)
+    return [target / name for name in names]
 
 
 def default_target(run: Path, preferences: str, format: Format) -> Path:
@@ -122,19 +124,21 @@ def default_target(run: Path, preferences: str, format: Format) -> Path:
 
 def _write(
     format: Format,
-    tensors: Mapping[str, Tensor],
+    gamma: Tensor,
     target: Path,
+    *,
     workspace: Workspace,
     model: torch.nn.Module,
-    preference: Mapping[str, float],
     text: Checkpoint | None,
     overwrite: bool,
 ) -> None:
+    tensors = merge(model, gamma).state_dict()
+    preference = dict(zip(workspace.task_names, gamma.tolist(), strict=True))
     card = _card(format, workspace, model, preference, text is not None, target.name)
     if format == "safetensors":
         metadata = {
             "format": "pt",
-            "preference": dict(preference),
+            "preference": preference,
             "encoder": workspace.encoder_description,
             "preprocessing": workspace.preprocessing,
             "package_version": package_version(),
@@ -166,17 +170,19 @@ def _card(
     file_name: str,
 ) -> str:
     state, method = pareto_state(model), workspace.config.method
-    paths = {"pretrained": workspace.encoder_config.pretrained}
-    paths |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
+    given = {"pretrained": workspace.encoder_config.pretrained}
+    given |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
     sources = [
         Source(
             name,
-            origin="" if hub.is_remote(path) else path.name,
+            origin=Path(source).name if hub.remote(source) is None else str(source),
             digest=state.digests.get(name, "")[:16],
-            hub_id=str(path).partition("@")[0] if hub.is_remote(path) else "",
+            hub_id=hub.hub_id(source),
         )
-        for name, path in paths.items()
+        for name, source in given.items()
     ]
+    has_low_rank = any(name.startswith("B.") for name in learned_parameters(model))
+    rank = method.rank if method.core == "tensor" else len(preference)
     return model_card(
         "transformers" if format == "huggingface" else format,
         encoder=workspace.encoder_description,
@@ -184,8 +190,8 @@ def _card(
         title="Merged " + " + ".join(preference),
         preference=preference,
         method=f"preset {method.preset}, objective {method.objective}, {method.steps_for(len(preference))} steps",
-        rank=method.rank,
-        lambda_grouping=method.granularity,
+        rank=rank if has_low_rank else None,
+        lambda_grouping=method.granularity if method.learn_lambda else "",
         sources=sources,
         version=package_version(),
         preprocessing=workspace.preprocessing,
@@ -200,6 +206,11 @@ def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
     found = open_checkpoint(text_from)
     if not found.text:
         raise UserError(f"{text_from}: expected a whole CLIP, got one without a text tower")
+    ours = encoders.has_quick_gelu(workspace.encoder_description)
+    if found.quick_gelu is not None and found.quick_gelu != ours:
+        # both libraries have one activation for the two towers
+        expected, got = (("QuickGELU" if gelu else "GELU") for gelu in (ours, found.quick_gelu))
+        raise UserError(f"{text_from}: expected a text tower with {expected} as the encoder has, got {got}")
     return found
 
 
@@ -229,10 +240,45 @@ def check_file(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: expected a file, got a folder")
 
 
-def _check_not_an_input(run: Path, workspace: Workspace, target: Path) -> None:
-    inputs = [run / SET_NAME, run / CHECKPOINT_NAME, run]
-    inputs += [workspace.checkpoint(workspace.encoder_config.pretrained).path]
-    inputs += [workspace.checkpoint(task.checkpoint).path for task in workspace.task_configs.values()]
-    inputs += [task.head for task in workspace.task_configs.values() if task.head]
-    if target.resolve() in {path.resolve() for path in inputs}:
-        raise UserError(f"{target}: expected a place to write to, got one that the run is made of")
+def _check_card(target: Path, overwrite: bool) -> None:
+    """The model card has the name of its file: UserError if that is somebody else's."""
+    card = target.with_suffix(".md")
+    if not card.exists() and not card.is_symlink():
+        return
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if overwrite and "\n- pareto-merging\n" in card.read_text(encoding="utf-8")[:2000]:
+            return
+    raise UserError(
+        f"{target}: expected a name whose model card {card.name} does not exist yet, got another file there"
+    )
+
+
+def _check_list(target: Path, overwrite: bool) -> None:
+    """UserError unless ``target`` is new, or with ``overwrite`` a folder that an earlier list of exports is in."""
+    if target.suffix == ".safetensors":
+        raise UserError(f"{target}: expected a folder for several preferences, got the name of a file")
+    if not target.exists() or not overwrite:
+        check_new(target)
+        return
+    entries = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    listed = read_json(target / LIST_NAME).keys() if LIST_NAME in entries else set()
+    allowed = {LIST_NAME, *listed, *(str(Path(name).with_suffix(".md")) for name in listed)}
+    if not target.is_dir() or (entries and (not listed or entries - allowed)):
+        raise UserError(f"{target}: expected a folder of exports to replace, got another one")
+
+
+def _check_not_an_input(run: Path, workspace: Workspace, target: Path, text: Checkpoint | None = None) -> None:
+    """UserError if writing to ``target`` would replace anything that the run reads."""
+    paths: list[Path | str | None] = [run / SET_NAME, run / CHECKPOINT_NAME, run / CONFIG_NAME]
+    paths += [] if text is None else [text.path, *text.files]
+    for checkpoint in workspace.checkpoints():
+        paths += [checkpoint.path, *checkpoint.files]
+    paths.append(workspace.encoder_config.architecture)
+    for task in workspace.task_configs.values():
+        paths += [task.head, task.merging, task.evaluation, task.training]
+    for unseen in workspace.unseen_configs.values():
+        paths += [unseen.head, unseen.merging, unseen.evaluation]
+    place = target.resolve()
+    for path in {Path(path).resolve() for path in paths if path is not None}:
+        if path == place or place in path.parents:
+            raise UserError(f"{target}: expected a place to write to, got one that the run is made of ({path.name})")

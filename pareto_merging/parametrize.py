@@ -124,6 +124,8 @@ def parametrize(
     model = deepcopy(pretrained) if copy else pretrained
     copies, tensors = check_copies(model, finetuned)
     names = tuple(copies)
+    if "pretrained" in names:
+        raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
     rank = rank if core == "tensor" else len(names)
     apply = preprocess if callable(preprocess) else None
     if not callable(preprocess):

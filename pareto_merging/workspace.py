@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pareto_merging import encoders
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
-from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig
+from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.devices import find_device
@@ -71,7 +72,7 @@ class Workspace:
     suite_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        self._opened: dict[Path, Checkpoint] = {}
+        self._opened: dict[Path | str, Checkpoint] = {}
         if self.config.suite is not None:
             chosen = self.config.tasks
             assert chosen is None or isinstance(chosen, list)
@@ -87,7 +88,7 @@ class Workspace:
         unseen = self.config.unseen
         if unseen is None or isinstance(unseen, dict):
             return unseen or {}
-        folder = self.encoder_config.pretrained.parent
+        folder = Path(self.encoder_config.pretrained).parent
         both = [name for name in unseen if name in self.task_configs]
         if both:
             raise UserError(f"unseen: expected tasks that are not merged, got {', '.join(both)}")
@@ -108,23 +109,46 @@ class Workspace:
 
         The configuration's architecture or else the pretrained checkpoint's; QuickGELU as the checkpoint says.
         """
-        found = self.checkpoint(self.encoder_config.pretrained)
         if self._given is not None:
             description = self._given
-        elif found.encoder is None:
-            raise UserError("encoder.architecture: expected an open_clip model name or a JSON file, got none")
         else:
+            found = self.checkpoint(self.encoder_config.pretrained)
+            if found.encoder is None:
+                raise UserError("encoder.architecture: expected an open_clip model name or a JSON file, got none")
             description = dict(found.encoder)
+        said, source = self._said("heads")
         heads = description.get("arguments", {}).get("heads")
-        if None not in (heads, found.heads) and heads != found.heads:
-            raise UserError(f"encoder.architecture: expected {found.heads} heads as {found.source} says, got {heads}")
-        if found.quick_gelu is False and encoders.has_quick_gelu(description):
-            raise UserError(f"encoder.architecture: expected one with GELU as {found.source} says, got QuickGELU")
-        quick_gelu = self.encoder_config.quick_gelu
-        if None not in (quick_gelu, found.quick_gelu) and quick_gelu != found.quick_gelu:
-            said = "QuickGELU" if found.quick_gelu else "GELU"
-            raise UserError(f"encoder.quick_gelu: expected {said} as {found.source} says, got {quick_gelu}")
-        return {**description, "quick_gelu": bool(found.quick_gelu if quick_gelu is None else quick_gelu)}
+        if None not in (heads, said) and heads != said:
+            raise UserError(f"encoder: expected {said} attention heads as {source} says, got {heads}")
+        said, source = self._said("quick_gelu")
+        named = encoders.has_quick_gelu(self._given) if self._given is not None else None
+        for key, value in (("quick_gelu", self.encoder_config.quick_gelu), ("architecture", named or None)):
+            if None not in (said, value) and said != value:
+                expected, got = (("QuickGELU" if gelu else "GELU") for gelu in (said, value))
+                raise UserError(f"encoder.{key}: expected {expected} as {source} says, got {got}")
+        chosen = self.encoder_config.quick_gelu
+        if named and chosen is False:
+            raise UserError("encoder.quick_gelu: expected true as the architecture has it, got false")
+        return {**description, "quick_gelu": bool(said if chosen is None else chosen) or bool(named)}
+
+    def _said(self, what: str) -> tuple[Any, str]:
+        """What the checkpoints say of themselves, and which said it; None where none does. UserError if two differ."""
+        first: tuple[Any, str] = None, ""
+        for found in self.checkpoints():
+            value = getattr(found, what)
+            if value is None:
+                continue
+            if first[0] is not None and value != first[0]:
+                raise UserError(f"{found.source}: expected {what} {first[0]} as {first[1]} says, got {value}")
+            first = first if first[0] is not None else (value, found.source)
+        return first
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The pretrained checkpoint and those of the tasks, in order."""
+        return [self.checkpoint(source) for source in self._sources()]
+
+    def _sources(self) -> list[Path | str]:
+        return [self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())]
 
     @cached_property
     def _given(self) -> dict[str, Any] | None:
@@ -139,7 +163,7 @@ class Workspace:
         with torch.device("meta"):
             return tuple(encoders.build(self._given).state_dict())
 
-    def checkpoint(self, path: Path) -> Checkpoint:
+    def checkpoint(self, path: Path | str) -> Checkpoint:
         """A checkpoint of any format, opened once: headers and names, no weights."""
         if path not in self._opened:
             self._opened[path] = open_checkpoint(path, self._given_names)
@@ -154,10 +178,10 @@ class Workspace:
     def preprocessing(self) -> dict[str, Any]:
         """How image files become the encoder's input: see :func:`pareto_merging.encoders.default_preprocessing`.
 
-        As the pretrained checkpoint says, where it does.
+        As the checkpoints say, where they do.
         """
         found = encoders.default_preprocessing(self.encoder_description)
-        found |= self.checkpoint(self.encoder_config.pretrained).preprocessing or {}
+        found |= self._said("preprocessing")[0] or {}
         if self.config.suite is not None:
             from pareto_merging.data import digits
 
@@ -174,8 +198,9 @@ class Workspace:
         """UserError if a checkpoint or head is missing or does not fit the encoder; reads only headers and heads."""
         self._check_different()
         skeleton = self.skeleton()
-        for path in (self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())):
+        for path in self._sources():
             self._fitting(path, skeleton)
+        self._said("preprocessing")
         size = encoders.image_size(self.encoder_description)
         with user_errors("encoder"), torch.no_grad():
             try:
@@ -198,32 +223,32 @@ class Workspace:
 
     def _check_different(self) -> None:
         """UserError if two tasks have one and the same checkpoint file."""
-        tasks = {name: self.checkpoint(task.checkpoint).path.resolve() for name, task in self.task_configs.items()}
-        for name, path in tasks.items():
-            same = [other for other, its in tasks.items() if its == path]
+        tasks = {
+            name: {path.resolve() for path in self.checkpoint(task.checkpoint).weights}
+            for name, task in self.task_configs.items()
+        }
+        for name, paths in tasks.items():
+            same = [other for other, its in tasks.items() if its == paths]
             if len(same) > 1:
-                raise UserError(f"tasks.{name}: expected a checkpoint for each task, got {path} for {', '.join(same)}")
+                where = self.checkpoint(self.task_configs[name].checkpoint).source
+                raise UserError(f"tasks.{name}: expected a checkpoint for each task, got {where} for {', '.join(same)}")
 
-    def _fitting(self, path: Path, skeleton: nn.Module) -> Checkpoint:
-        """One checkpoint, compared with the encoder and with what the pretrained one says of itself."""
+    def _fitting(self, path: Path | str, skeleton: nn.Module) -> Checkpoint:
+        """One checkpoint, compared with the encoder."""
         found, pretrained = self.checkpoint(path), self.checkpoint(self.encoder_config.pretrained)
         expected = {name: list(t.shape) for name, t in skeleton.state_dict().items()}
         if found is not pretrained and "proj" not in found and "proj" in pretrained:
             # a vision model without a projection: the pretrained model's is used, as those who made it do
             expected.pop("proj", None)
         check_tensors(path, found.shapes, expected)
-        for what in ("heads", "quick_gelu", "preprocessing"):
-            its, ours = getattr(found, what), getattr(pretrained, what)
-            if its is not None and ours is not None and its != ours:
-                raise UserError(f"{path}: expected {what} {ours} as {pretrained.source} has, got {its}")
         return found
 
-    def load(self, path: Path) -> Mapping[str, Tensor]:
+    def load(self, path: Path | str) -> Mapping[str, Tensor]:
         """One checkpoint's tensors on the run's device and in its dtype, each read when it is asked for."""
         found = self._fitting(path, self.skeleton())
         return _Placed(found, self.checkpoint(self.encoder_config.pretrained), self.device, self.dtype)
 
-    def encoder(self, path: Path) -> nn.Module:
+    def encoder(self, path: Path | str) -> nn.Module:
         """The plain encoder with the weights of one checkpoint: one model of memory, and one tensor at a time."""
         tensors, model = self.load(path), self.skeleton()
         model.load_state_dict(dict(tensors), assign=True)
@@ -274,16 +299,14 @@ class Workspace:
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Size and time of last change of each file (not of image folders): whether they are the ones they were."""
-        named: list[Path | str | None] = [self.encoder_config.architecture, self.encoder_config.pretrained]
+        named: list[Path | str | None] = [self.encoder_config.architecture]
         for task in self.task_configs.values():
-            named += [task.checkpoint, task.head, task.merging, task.evaluation, task.training]
+            named += [task.head, task.merging, task.evaluation, task.training]
         for unseen in self.unseen_configs.values():
             named += [unseen.head, unseen.merging, unseen.evaluation]
+        for found in self.checkpoints():
+            named += found.files
         paths = [Path(name) for name in dict.fromkeys(named) if name is not None]
-        for path in (self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())):
-            # a folder, a hub id or a tag: the files behind it
-            place = self.checkpoint(path).path
-            paths += sorted(place.glob("*")) if place.is_dir() else [place]
         return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
 
     def chance(self, names: Sequence[str]) -> list[float]:
@@ -337,6 +360,7 @@ def load_models(
     pretrained: str | Path,
     finetuned: Mapping[str, str | Path],
     *,
+    quick_gelu: bool | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
 ) -> tuple[nn.Module, dict[str, Mapping[str, Tensor]]]:
@@ -344,7 +368,9 @@ def load_models(
 
     Args:
         pretrained: a file, a folder, a hub id (``openai/clip-vit-base-patch32``) or ``open_clip:NAME/TAG``.
-        finetuned: likewise, by task name. dtype: of the weights. device: ``auto`` is a CUDA GPU where there is one.
+        finetuned: likewise, by task name.
+        quick_gelu: for checkpoints that do not say it themselves, such as bare state dicts; default: GELU.
+        dtype: of the weights. device: ``auto`` is a CUDA GPU where there is one.
 
     Returns:
         The module, and for each task a mapping that reads a tensor from its file when it is asked for it: with
@@ -355,11 +381,13 @@ def load_models(
     """
     if not isinstance(finetuned, Mapping):
         raise TypeError(f"finetuned: expected a mapping from task name to checkpoint, got {type(finetuned).__name__}")
-    tasks = {name: {"checkpoint": Path(source)} for name, source in finetuned.items()}
-    encoder = {"pretrained": Path(pretrained)}
-    with user_errors():
+    tasks = {name: {"checkpoint": source} for name, source in finetuned.items()}
+    encoder = {"pretrained": pretrained, "quick_gelu": quick_gelu}
+    try:
         settings = {"encoder": encoder, "tasks": tasks, "dtype": dtype, "device": device}
         workspace = Workspace(RunConfig.model_validate(settings))
+    except ValidationError as error:
+        raise UserError(describe_validation(error)) from error
     workspace.check_files()
     return workspace.pretrained(), workspace.finetuned()
 
@@ -396,7 +424,7 @@ def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:
         )
 
 
-def check_tensors(path: Path, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+def check_tensors(path: Path | str, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
     """UserError naming the tensors of ``path`` that are missing, extra or of another shape than ``expected``."""
     problems = [f"lacks {name}" for name in expected if name not in shapes]
     problems += [f"has an extra {name}" for name in shapes if name not in expected]

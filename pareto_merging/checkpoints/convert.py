@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.files import checksum, write_tensors
-from pareto_merging.checkpoints.readers import is_head, open_checkpoint, open_head
+from pareto_merging.checkpoints.files import SafetensorsFile, checksum, write_tensors
+from pareto_merging.checkpoints.readers import is_head, is_safetensors, open_checkpoint, open_head
+from pareto_merging.data.heads import read_head
+from pareto_merging.errors import UserError
 from pareto_merging.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,19 +37,21 @@ def convert_checkpoint(
         UserError: the checkpoint cannot be read, or is not a CLIP vision transformer; then nothing is written.
     """
     path = Path(source)
-    if path.is_file() and path.suffix != ".safetensors" and is_head(path):
-        weight, scale = open_head(path)
-        weight = weight if dtype is None else weight.to(dtype)
-        metadata = {"logit_scale": repr(scale), "source": path.name, "checksums": {"weight": checksum(weight)}}
+    head = _open_head(path)
+    if head is not None:
+        _check_target(target, [path])
+        weight, scale, origin = head
+        weight = _rounded(weight, dtype, "weight")
+        metadata = {"logit_scale": repr(scale), **origin, "checksums": {"weight": checksum(weight)}}
         write_tensors(target, {"weight": weight}, metadata)
         found = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
         return {"source": str(source), "target": str(target), **found}
     checkpoint = open_checkpoint(source)
+    _check_target(target, checkpoint.files)
     tensors: dict[str, Tensor] = {}
     with progress_bar("converting", len(checkpoint), enabled=progress) as advance:
         for number, name in enumerate(checkpoint, start=1):
-            tensor = checkpoint[name]
-            tensors[name] = tensor if dtype is None else tensor.to(dtype)
+            tensors[name] = _rounded(checkpoint[name], dtype, name)
             advance(number, name)
     metadata = {
         "format": "pt",
@@ -55,6 +59,8 @@ def convert_checkpoint(
         **({} if checkpoint.preprocessing is None else {"preprocessing": checkpoint.preprocessing}),
         "source": path.name if path.exists() else str(source),
         "source_format": checkpoint.format,
+        # converted once more, it is still made from what it was
+        **checkpoint.origin,
         "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }
     write_tensors(target, tensors, metadata)
@@ -70,6 +76,33 @@ def convert_checkpoint(
         "projection": "proj" in checkpoint,
         "text_tower": bool(checkpoint.text),
     }
+
+
+def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
+    """A zero-shot head's weight, its scale and what it was made from; None for what is no head."""
+    if not path.is_file():
+        return None
+    if is_head(path):
+        return *open_head(path), {"source": path.name}
+    if not is_safetensors(path):
+        return None
+    file = SafetensorsFile(path)
+    if set(file.shapes) != {"weight"} or "logit_scale" not in file.metadata:
+        return None
+    head = read_head(path)
+    return file.read("weight"), head.logit_scale, {"source": file.metadata.get("source", path.name)}
+
+
+def _check_target(target: Path, files: Sequence[Path]) -> None:
+    if target.exists() and any(target.samefile(file) for file in files):
+        raise UserError(f"{target}: expected another file than those that are read")
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    rounded = tensor if dtype is None else tensor.to(dtype)
+    if dtype is not None and not bool(torch.isfinite(torch.stack(torch.aminmax(rounded))).all()):
+        raise UserError(f"{name}: expected numbers that {str(dtype).removeprefix('torch.')} can hold, got larger ones")
+    return rounded
 
 
 def say(found: Mapping[str, Any]) -> str:

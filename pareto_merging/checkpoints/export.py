@@ -239,7 +239,7 @@ def _write_folder(
             raise UserError(f"extra_files: expected plain names of other files, got {listed([name])}")
         if name.endswith((".safetensors", ".bin", ".pt", ".pth")):
             raise UserError(f"extra_files: expected no weights, got {name}")
-    with _new_folder(target) as temporary:
+    with new_folder(target) as temporary:
         for name, tensors in weights.items():
             _write(temporary / name, partial(_save, tensors))
         for name, content in {**extra_files, **files}.items():
@@ -247,7 +247,7 @@ def _write_folder(
 
 
 @contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``target`` when the block ends without an exception."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))

@@ -66,7 +66,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             stored[name] = tensor.clone()
     header = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata=header)
+        try:
+            save_file(stored, temporary, metadata=header)
+        except SafetensorError as error:
+            # a full disk, in the library's words
+            raise OSError(f"{path}: could not be written: {error}") from error
         _sort_metadata(temporary)
 
 
@@ -144,12 +148,12 @@ class SafetensorsFile:
     """A safetensors file, tensor by tensor: each is read into memory of its own, and nothing is mapped.
 
     Attributes:
-        path: the file. metadata: its text. shapes, dtypes: by the tensors' names.
+        path: the file; files: it alone. metadata: its text. shapes, dtypes: by the tensors' names.
     """
 
     def __init__(self, path: Path) -> None:
         """Read the header. Raises UserError: missing, broken, a name twice, or a type of number that is not ours."""
-        self.path = path
+        self.path, self.files = path, [path]
         # the library checks the header: types, offsets without gaps, the length of the file
         with _opened(path, any_name=True) as file:
             self.metadata = dict(file.metadata() or {})

@@ -22,13 +22,15 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pt",
+    # a vision tower alone, as our own export writes it
+    "visual.safetensors",
 )
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 # the second is all that transformers 5 writes for a whole CLIP
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".json", ".pkl", ".yaml", ".yml")
-_OPEN_CLIP = "open_clip:"
+_OPEN_CLIP, _HUB = "open_clip:", "hf:"
 
 
 @dataclass(frozen=True)
@@ -44,31 +46,38 @@ class Located:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def is_remote(source: str | Path) -> bool:
-    """Whether ``source`` is a hub id or an open_clip tag, rather than a path: it looks like one, and is no path."""
-    text = str(source)
-    if text.startswith(_OPEN_CLIP):
-        return True
-    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(_FILE_SUFFIXES) and not Path(source).exists()
+def remote(source: str | Path) -> str | None:
+    """A hub id (as ``hf:owner/name``) or an open_clip tag, if ``source`` reads as one; whether a path of that name
+    exists is not looked at. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path."""
+    if isinstance(source, Path):
+        return None
+    if source.startswith((_OPEN_CLIP, _HUB)):
+        return source
+    is_id = _HUB_ID.fullmatch(source) is not None and not source.endswith(_FILE_SUFFIXES)
+    return f"{_HUB}{source}" if is_id else None
+
+
+def hub_id(source: str | Path) -> str:
+    """``owner/name`` of a source on the hub; empty for any other."""
+    text = remote(source) or ""
+    return text.removeprefix(_HUB).partition("@")[0] if text.startswith(_HUB) else ""
 
 
 def locate(source: str | Path) -> Located:
     """The checkpoint's place on this machine, downloaded first where it has to be.
 
     Args:
-        source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub, or
-            ``open_clip:NAME/TAG``.
+        source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub (``hf:owner/name``
+            where a folder has that name), or ``open_clip:NAME/TAG``. A ``Path`` is never looked for elsewhere.
 
     Raises:
         UserError: nothing there, or it cannot be had (offline, private, unknown).
     """
-    text = str(source)
-    if not text.startswith(_OPEN_CLIP) and Path(source).exists():
-        return Located(Path(source))
-    if text.startswith(_OPEN_CLIP):
-        return _open_clip(text)
-    if is_remote(source):
-        return Located(_hub(text))
+    text, elsewhere = str(source), remote(source)
+    if (elsewhere is None or elsewhere != text) and Path(source).expanduser().exists():
+        return Located(Path(source).expanduser())
+    if elsewhere is not None:
+        return _open_clip(text) if text.startswith(_OPEN_CLIP) else Located(_hub(elsewhere.removeprefix(_HUB)))
     raise UserError(
         f"{text[:200]}: expected a file, a folder, a hub id (owner/name) or open_clip:NAME/TAG, got no such thing"
     )

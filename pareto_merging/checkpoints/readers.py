@@ -17,8 +17,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -53,6 +53,8 @@ from pareto_merging.checkpoints.pickles import Record, StoredTensor
 from pareto_merging.errors import UserError
 
 _SHARD = re.compile(r"[\w-][\w.-]{0,180}\.(safetensors|bin|pt)", re.ASCII)
+# of a converted file's header
+ORIGIN = ("source", "source_format")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,6 +67,9 @@ class _Tensors(Protocol):
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]: ...
 
+    @property
+    def files(self) -> Sequence[Path]: ...
+
     def read(self, name: str) -> Tensor: ...
 
 
@@ -73,6 +78,7 @@ class _Pickled:
 
     def __init__(self, archive: Archive) -> None:
         self.archive = archive
+        self.files = [archive.path]
         self._stored: dict[str, StoredTensor] = find_tensors(archive.root, str(archive.path))
         self.shapes = {name: list(stored.shape) for name, stored in self._stored.items()}
         self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
@@ -92,8 +98,9 @@ class _Shards:
     def __init__(self, index: Path) -> None:
         weight_map = _weight_map(index)
         self._owner: dict[str, _Tensors] = {}
+        self.files = [index, *(index.parent / shard for shard in shard_names(index))]
         for shard in shard_names(index):
-            part = _open_file(index.parent / shard)
+            part = open_file(index.parent / shard)
             own = {name for name, where in weight_map.items() if where == shard}
             if own != set(part.shapes):
                 odd = listed(own.symmetric_difference(part.shapes))
@@ -120,6 +127,7 @@ class _Said:
     preprocessing: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
     text_heads: int | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
     root: Any = None
 
 
@@ -194,7 +202,8 @@ class Checkpoint(CheckpointTensors):
         preprocessing: ``size``, ``mean`` and ``std`` of its images, or None.
         text: the rest of a whole CLIP in open_clip's names, empty where it has no text tower.
         text_heads: attention heads of that, where a configuration says.
-        path: the file or folder it was found in.
+        path: the file or folder it was found in. weights: the files with its tensors. files: these and what else was
+            read. origin: what a converted file says it was made from.
     """
 
     def __init__(self, source: str, kind: str, path: Path, tensors: _Tensors, said: _Said, names: Names = ()) -> None:
@@ -202,6 +211,10 @@ class Checkpoint(CheckpointTensors):
         super().__init__(source, tensors, vision)
         self.text = CheckpointTensors(source, tensors, text)
         self.format, self.path, self.text_heads = kind, path, said.text_heads
+        self.weights = list(tensors.files)
+        beside = (hub.CONFIG, hub.OPEN_CLIP_CONFIG, *hub.PREPROCESSORS) if path.is_dir() else ()
+        self.files = [*self.weights, *(path / name for name in beside if (path / name).is_file())]
+        self.origin = dict(said.origin)
         self.architecture: Architecture | None = None
         self.encoder: dict[str, Any] | None = None
         self.quick_gelu = uses_quick_gelu(said.root, prefix, source) if said.quick_gelu is None else said.quick_gelu
@@ -209,7 +222,7 @@ class Checkpoint(CheckpointTensors):
         preprocessing = normalisation(said.root) if said.preprocessing is None else said.preprocessing
         with _named(source):
             self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
-            if names and (not _is_plain(vision) or said == _Said(root=said.root)):
+            if names and (not _is_plain(vision) or said == _Said(root=said.root, origin=said.origin)):
                 # its user describes it, and it may be an encoder of another kind
                 return
             found = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)
@@ -267,8 +280,13 @@ def _open(source: str | Path, names: Names) -> Checkpoint:
     return found
 
 
-def _open_file(path: Path) -> SafetensorsFile | _Pickled:
-    """By its first bytes: a safetensors header is a length and then a JSON mapping."""
+def open_file(path: Path) -> SafetensorsFile | _Pickled:
+    """By its first bytes: a safetensors header is a length and then a JSON mapping. Raises UserError for any other."""
+    return SafetensorsFile(path) if is_safetensors(path) else _Pickled(open_archive(path))
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors, by its first bytes; UserError if it is no file."""
     if path.is_dir():
         raise UserError(f"{path}: expected a checkpoint, got a folder")
     if not path.is_file():
@@ -280,10 +298,8 @@ def _open_file(path: Path) -> SafetensorsFile | _Pickled:
     except OSError as error:
         raise UserError(f"{path}: expected a checkpoint, got {error.strerror}") from error
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{"):
-        return _Pickled(open_archive(path))
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return SafetensorsFile(path)
-    return _Pickled(open_archive(path))
+        return False
+    return path.suffix == ".safetensors" or start[8:9] == b"{"
 
 
 def _open_single(path: Path, source: str, names: Names, heads: int | None, quick_gelu: bool | None) -> Checkpoint:
@@ -291,7 +307,7 @@ def _open_single(path: Path, source: str, names: Names, heads: int | None, quick
     if any(path.name in weights and (path.parent / config).is_file() for config, weights in configs.items()):
         # the file of a folder that says what it is
         return _open_folder(path.parent, source, names, path.name)
-    tensors = _open_file(path)
+    tensors = open_file(path)
     if isinstance(tensors, _Pickled):
         archive = tensors.archive
         if archive.kind == "torchscript" and quick_gelu is None:
@@ -311,7 +327,10 @@ def _open_single(path: Path, source: str, names: Names, heads: int | None, quick
         heads = claimed.heads
         quick_gelu = claimed.quick_gelu if told["encoder"].get("quick_gelu") is not None else quick_gelu
         claimed = replace(claimed, quick_gelu=quick_gelu)
-    said = _Said(heads, quick_gelu, told.get("preprocessing"), claimed)
+    origin = {
+        key: tensors.metadata[key] for key in ORIGIN if "checksums" in tensors.metadata and key in tensors.metadata
+    }
+    said = _Said(heads, quick_gelu, told.get("preprocessing"), claimed, origin=origin)
     return Checkpoint(source, "safetensors", path, tensors, said, names)
 
 
@@ -330,7 +349,7 @@ def _open_folder(folder: Path, source: str, names: Names = (), weights: str | No
     if not found:
         raise UserError(f"{source}: expected weights ({', '.join(order)}), got none")
     path = folder / found[0]
-    tensors: _Tensors = _Shards(path) if path.name.endswith(".index.json") else _open_file(path)
+    tensors: _Tensors = _Shards(path) if path.name.endswith(".index.json") else open_file(path)
     checkpoint = Checkpoint(source, kind, folder, tensors, said, names)
     if kind == "huggingface" and checkpoint.architecture is not None:
         check_hugging_face_config(config, checkpoint.architecture, f"{source}: {hub.CONFIG}")
@@ -490,7 +509,7 @@ def open_head(source: str | Path) -> tuple[Tensor, float]:
 def is_head(path: Path) -> bool:
     """Whether a file is a pickled ClassificationHead; False for what cannot be read at all."""
     try:
-        root = open_archive(path).root
+        root = None if is_safetensors(path) else open_archive(path).root
     except UserError:
         return False
     return isinstance(root, Record) and root.type.name.rpartition(".")[2] == "ClassificationHead"

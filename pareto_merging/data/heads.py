@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.checkpoints.files import read_metadata, read_tensors
-from pareto_merging.checkpoints.readers import open_head
+from pareto_merging.checkpoints.files import SafetensorsFile
+from pareto_merging.checkpoints.readers import is_safetensors, open_head
 from pareto_merging.errors import UserError
 
 
@@ -42,15 +42,16 @@ def read_head(path: Path, name: str = "weight") -> ZeroShotHead:
     Raises:
         UserError: no such file or tensor, or not a matrix of finite numbers.
     """
-    if path.is_file() and path.suffix != ".safetensors":
+    if not is_safetensors(path):
         return ZeroShotHead(*open_head(path))
-    tensors = read_tensors(path)
-    weight = tensors.get(name, tensors.get("weight"))
-    if weight is None:
-        raise UserError(f"{path}: expected a tensor named weight or {name}, got {', '.join(sorted(tensors)) or 'none'}")
-    scale = read_metadata(path).get("logit_scale", "100")
+    file = SafetensorsFile(path)
+    found = name if name in file.shapes else "weight"
+    if found not in file.shapes:
+        names = ", ".join(sorted(file.shapes)) or "none"
+        raise UserError(f"{path}: expected a tensor named weight or {name}, got {names}")
+    weight, scale = file.read(found), file.metadata.get("logit_scale", "100")
     try:
-        if "logit_scale" in tensors:
+        if "logit_scale" in file.shapes:
             raise ValueError("logit_scale: expected it in the metadata, got a tensor")
         if not weight.is_floating_point():
             raise ValueError(f"weight: expected floating-point numbers, got {weight.dtype}")

@@ -569,6 +569,7 @@ def tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
     }
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", made.MODEL_CONFIG)
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
+    monkeypatch.setattr("pareto_merging.checkpoints.hub._answers", lambda repository: True)
     for module in (open_clip, factory, pretrained):
         monkeypatch.setattr(module, "download_pretrained", download)
     return asked
