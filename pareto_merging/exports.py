@@ -142,7 +142,7 @@ def _write(
             "encoder": workspace.encoder_description,
             "preprocessing": workspace.preprocessing,
             "package_version": package_version(),
-            "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
+            "checksums": {name: checksum(tensors[name]) for name in sorted(tensors)},
         }
         write_tensors(target, tensors, metadata)
         write_text(target.with_suffix(".md"), card)

@@ -41,7 +41,7 @@ def convert_checkpoint(
     if head is not None:
         _check_target(target, [path])
         weight, scale, origin = head
-        weight = _rounded(weight, dtype, "weight")
+        weight = _rounded(weight, dtype, f"{source}: weight")
         metadata = {"logit_scale": repr(scale), **origin, "checksums": {"weight": checksum(weight)}}
         write_tensors(target, {"weight": weight}, metadata)
         found = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
@@ -51,7 +51,7 @@ def convert_checkpoint(
     tensors: dict[str, Tensor] = {}
     with progress_bar("converting", len(checkpoint), enabled=progress) as advance:
         for number, name in enumerate(checkpoint, start=1):
-            tensors[name] = _rounded(checkpoint[name], dtype, name)
+            tensors[name] = _rounded(checkpoint[name], dtype, f"{source}: {name}")
             advance(number, name)
     metadata = {
         "format": "pt",
@@ -61,7 +61,7 @@ def convert_checkpoint(
         "source_format": checkpoint.format,
         # converted once more, it is still made from what it was
         **checkpoint.origin,
-        "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
+        "checksums": {name: checksum(tensors[name]) for name in sorted(tensors)},
     }
     write_tensors(target, tensors, metadata)
     return {
@@ -95,7 +95,7 @@ def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
 
 def _check_target(target: Path, files: Sequence[Path]) -> None:
     if target.exists() and any(target.samefile(file) for file in files):
-        raise UserError(f"{target}: expected another file than those that are read")
+        raise UserError(f"{target}: expected another file than the one that is read")
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:

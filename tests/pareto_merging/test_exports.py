@@ -621,12 +621,12 @@ def test_an_interrupted_list_tells_no_lies(
     assert run("export", whole, "--preference", "0.1,0.9;0.2,0.8;0.3,0.7", *options) == 0
     write, count = exports._write, 0
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == 2:
             raise KeyboardInterrupt
-        write(*arguments)
+        write(*arguments, **options)
 
     monkeypatch.setattr(exports, "_write", stop)
     assert run("export", whole, "--preference", "0.9,0.1;0.8,0.2;0.7,0.3", *options) == 130
@@ -644,7 +644,7 @@ def test_an_interrupted_list_tells_no_lies(
         (["--folded", "--text-from", "x"], "--folded"),
         (["--preference", "0.7,0.4", "--format", "huggingface"], "sum of 1"),
         (["--preference", "third=1", "--format", "open_clip"], "third"),
-        (["--preference", "grid:3", "--out", "OUT/a.safetensors"], "expected a folder for 3 preferences"),
+        (["--preference", "grid:3", "--out", "OUT/a.safetensors"], "expected a folder for several preferences"),
         (["--preference", "0.7,0.3", "--out", "OUT/a"], "ends in .safetensors"),
     ],
 )
