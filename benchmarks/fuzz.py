@@ -1009,6 +1009,15 @@ def table(summaries: Sequence[Summary]) -> str:
     return "\n".join(lines)
 
 
+def markdown(report: Mapping[str, Any]) -> str:
+    """The committed figures for docs/: a row for each reader."""
+    lines = ["| reader | damaged files | refused | right answer | findings |", "|---|---:|---:|---:|---:|"]
+    for row in report["rows"]:
+        counts = [f"{row[key]:,}" for key in ("mutations", "refused", "right", "found")]
+        lines.append(f"| {row['reader']} | {' | '.join(counts)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 1 if there are findings."""
     parser = argparse.ArgumentParser(
