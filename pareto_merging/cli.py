@@ -37,15 +37,25 @@ PREFERENCES_HELP = (
     "on each task in turn), `grid:11` (two tasks: 11 in equal steps), `lattice:7` (all multiples of 1/7), "
     "`energy:30` (30 spread out evenly), `dirichlet:30` (30 at random)"
 )
-OutFolder = Annotated[Path, typer.Option("--out", help="The run folder to make; it must not exist yet.")]
+
+
+def _path(text: str | Path) -> Path:
+    # --out=~/x reaches us as it is
+    return Path(os.path.expanduser(text))
+
+
+OutFolder = Annotated[
+    Path, typer.Option("--out", parser=_path, metavar="PATH", help="The run folder to make; it must not exist yet.")
+]
 ConfigFile = Annotated[
     Path,
     typer.Argument(
+        parser=_path,
         metavar="CONFIG.yaml",
         help="`suite: digits`, or `encoder:` and `tasks:` with checkpoints, heads and images; `method:` sets the rest.",
     ),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
+RunFolder = Annotated[Path, typer.Argument(parser=_path, metavar="RUN", help="A finished run folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 
@@ -70,19 +80,30 @@ def demo(
     run_demo(out, overwrite=overwrite, quick=quick, seed=seed, progress=not quiet)
 
 
-def _method_help() -> str:
-    """Every key of `method:` with its meaning and default, for --help."""
-    from pareto_merging.config import MethodSettings
+def _yaml_help() -> str:
+    """Every key of CONFIG.yaml with its meaning, choices and default, for --help."""
+    from pareto_merging.config import EncoderConfig, MethodSettings, RunConfig, TaskConfig
 
-    lines = []
-    for name, field in MethodSettings.model_fields.items():
-        choices = ", ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
-        default = "" if field.default is None else f" (default {field.default})"
-        lines.append(f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}")
-    return escape("Keys of `method:`, all optional.") + "\n\n" + "\n\n".join(map(escape, lines))
+    parts = []
+    groups: dict[str, Any] = {
+        "Keys of CONFIG.yaml": RunConfig,
+        "Keys of `encoder:`": EncoderConfig,
+        "Keys of each task under `tasks:`": TaskConfig,
+        "Keys of `method:`, all optional": MethodSettings,
+    }
+    for title, group in groups.items():
+        parts.append(f"{title}.")
+        for name, field in group.model_fields.items():
+            if field.description is None:
+                continue
+            choices = ", ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
+            has_default = not field.is_required() and field.default is not None
+            default = f" (default {field.default})" if has_default else " (required)" if field.is_required() else ""
+            parts.append(f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}")
+    return "\n\n".join(map(escape, parts))
 
 
-@app.command(epilog=_method_help())
+@app.command(epilog=_yaml_help())
 def train(
     config: ConfigFile,
     out: OutFolder,
@@ -107,8 +128,12 @@ def train(
         print(f"pareto-merging: {stop}; go on with: {again}", file=sys.stderr)
         _explained.append(stop)
         raise typer.Exit(130) from stop
+    has_images = settings.suite is not None or any(
+        task.evaluation is not None for task in (settings.tasks.values() if isinstance(settings.tasks, dict) else ())
+    )
+    after = f"evaluate {shlex.quote(str(out))}" if has_images else f"export {shlex.quote(str(out))} --preference equal"
     done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
-    print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging evaluate {out}")
+    print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging {after}")
 
 
 @app.command()
@@ -266,7 +291,9 @@ def convert(
             "(openai/clip-vit-base-patch32, owner/name@revision) or open_clip:NAME/TAG.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write; it must not exist yet.")],
+    out: Annotated[
+        Path, typer.Argument(parser=_path, metavar="OUT.safetensors", help="The file to write; it must not exist yet.")
+    ],
     dtype: Annotated[
         Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the numbers written.")
     ] = "keep",
@@ -320,8 +347,10 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
+            parser=_path,
+            metavar="PATH",
             help="What to write: a .safetensors file, or a folder (of a format, or of several preferences); it must "
-            "not exist yet. Default: in RUN."
+            "not exist yet. Default: in RUN.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -289,14 +291,29 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_KEYS = sorted(
+    {
+        name
+        for group in (RunConfig, EncoderConfig, TaskConfig, UnseenConfig, MethodSettings)
+        for name in group.model_fields
+    }
+)
+
+
 def describe_validation(error: ValidationError) -> str:
     """One line that names every offending key."""
     lines = []
-    for item in error.errors():
+    # unknown keys are what to mend first
+    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+        if isinstance(item["input"], dict) and item["loc"] and item["loc"][-1] == "list[str]":
+            # the other half of what `tasks` may be
+            continue
         # pydantic adds the member of a union to the location
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "dict[")))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {where}")
+            key = str(item["loc"][-1])
+            near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+            lines.append(f"unknown key {where}" + (f" (near: {near[0]})" if near else ""))
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = repr(item["input"])
@@ -344,7 +361,7 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
 
 def _checkpoint(base: Path, source: Path | str) -> Path | str:
     """Relative to the configuration's folder, unless it is a hub id (written out then) or an open_clip tag."""
-    place, elsewhere = base / Path(source).expanduser(), remote(source)
+    place, elsewhere = base / os.path.expanduser(source), remote(source)
     if elsewhere is None or (elsewhere != source and place.exists()):
         return place
     return elsewhere

@@ -15,7 +15,7 @@ from torch import Tensor
 from pareto_merging import encoders
 from pareto_merging.checkpoints import hub
 from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card, new_folder
-from pareto_merging.checkpoints.files import checksum, read_json, write_json, write_tensors, write_text
+from pareto_merging.checkpoints.files import read_json, write_json, write_tensors, write_text
 from pareto_merging.checkpoints.pareto_set import package_version, save_folded
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.errors import UserError
@@ -89,6 +89,8 @@ def export_merged(
     elif format == "safetensors":
         check_file(target, overwrite)
         _check_card(target, overwrite)
+    elif target.suffix == ".safetensors":
+        raise UserError(f"{target}: expected a folder for {format}, got the name of a file")
     elif not overwrite:
         check_new(target)
     workspace, model = open_run(run)
@@ -109,9 +111,13 @@ def export_merged(
             write(gamma, folder / name, overwrite=False)
             bar(number, format_preference(gamma.tolist()))
         tasks = workspace.task_names
-        listed = {name: dict(zip(tasks, g.tolist(), strict=True)) for name, g in zip(names, gammas, strict=True)}
+        listed = {name: _named(tasks, gamma) for name, gamma in zip(names, gammas, strict=True)}
         write_json(folder / LIST_NAME, listed)
     return [target / name for name in names]
+
+
+def _named(tasks: Sequence[str], gamma: Tensor) -> dict[str, float]:
+    return dict(zip(tasks, (round(value, 6) for value in gamma.tolist()), strict=True))
 
 
 def default_target(run: Path, preferences: str, format: Format) -> Path:
@@ -133,7 +139,7 @@ def _write(
     overwrite: bool,
 ) -> None:
     tensors = merge(model, gamma).state_dict()
-    preference = dict(zip(workspace.task_names, gamma.tolist(), strict=True))
+    preference = _named(workspace.task_names, gamma)
     card = _card(format, workspace, model, preference, text is not None, target.name)
     if format == "safetensors":
         metadata = {
@@ -142,7 +148,6 @@ def _write(
             "encoder": workspace.encoder_description,
             "preprocessing": workspace.preprocessing,
             "package_version": package_version(),
-            "checksums": {name: checksum(tensors[name]) for name in sorted(tensors)},
         }
         write_tensors(target, tensors, metadata)
         write_text(target.with_suffix(".md"), card)
@@ -175,7 +180,7 @@ def _card(
     sources = [
         Source(
             name,
-            origin=Path(source).name if hub.remote(source) is None else str(source),
+            origin="/".join(Path(source).parts[-2:]) if hub.remote(source) is None else str(source),
             digest=state.digests.get(name, "")[:16],
             hub_id=hub.hub_id(source),
         )
@@ -205,7 +210,8 @@ def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
         return pretrained if pretrained.text else None
     found = open_checkpoint(text_from)
     if not found.text:
-        raise UserError(f"{text_from}: expected a whole CLIP, got one without a text tower")
+        why = f" ({found.no_text})" if found.no_text else ""
+        raise UserError(f"{text_from}: expected a whole CLIP, got one without a text tower{why}")
     ours = encoders.has_quick_gelu(workspace.encoder_description)
     if found.quick_gelu is not None and found.quick_gelu != ours:
         # both libraries have one activation for the two towers
@@ -215,8 +221,8 @@ def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
 
 
 def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
-    files = [text.path / name for name in _TOKENIZER] if text.path.is_dir() else []
-    return {f.name: f.read_bytes() for f in files if f.is_file() and f.stat().st_size <= _TOKENIZER_BYTES}
+    files = hub.beside(text.source, text.path, _TOKENIZER)
+    return {f.name: f.read_bytes() for f in files if f.stat().st_size <= _TOKENIZER_BYTES}
 
 
 def _task_names(run: Path) -> Sequence[str]:

@@ -122,6 +122,11 @@ def train_run(
     start_run(config, folder, resume)
     workspace = Workspace(config, suite_folder)
     workspace.check_files()
+    if workspace.assumption and on_warning is not None:
+        on_warning(workspace.assumption)
+    if any(task.evaluation is not None for task in workspace.task_configs.values()):
+        # folders that do not fit are said now, and not when it is learned
+        workspace.evaluation_tasks()
     tasks = workspace.merging_tasks() if config.method.objective == "entropy" else None
     model = workspace.pareto_model()
     _check_task_vectors(model, on_warning)

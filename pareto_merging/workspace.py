@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,6 +132,17 @@ class Workspace:
             raise UserError("encoder.quick_gelu: expected true as the architecture has it, got false")
         return {**description, "quick_gelu": bool(said if chosen is None else chosen) or bool(named)}
 
+    @property
+    def assumption(self) -> str:
+        """What no checkpoint and no setting says and is therefore assumed, in words for the user; empty for nothing."""
+        if (
+            self._given is not None
+            or self.encoder_config.quick_gelu is not None
+            or self._said("quick_gelu")[0] is not None
+        ):
+            return ""
+        return "no checkpoint says whether it has QuickGELU (as OpenAI's have) or GELU: GELU is assumed; set quick_gelu"
+
     def _said(self, what: str) -> tuple[Any, str]:
         """What the checkpoints say of themselves, and which said it; None where none does. UserError if two differ."""
         first: tuple[Any, str] = None, ""
@@ -197,6 +209,7 @@ class Workspace:
     def check_files(self) -> None:
         """UserError if a checkpoint or head is missing or does not fit the encoder; reads only headers and heads."""
         self._check_different()
+        self._check_copies()
         skeleton = self.skeleton()
         for path in self._sources():
             self._fitting(path, skeleton)
@@ -232,6 +245,24 @@ class Workspace:
             if len(same) > 1:
                 where = self.checkpoint(self.task_configs[name].checkpoint).source
                 raise UserError(f"tasks.{name}: expected a checkpoint for each task, got {where} for {', '.join(same)}")
+
+    def _check_copies(self) -> None:
+        """UserError naming a task whose checkpoint is of another architecture than the pretrained one."""
+        pretrained = self.checkpoint(self.encoder_config.pretrained)
+        for name, task in self.task_configs.items():
+            found = self.checkpoint(task.checkpoint)
+            if found.architecture is None or pretrained.architecture is None:
+                continue
+            expected, got = (
+                f"{a.width} wide, {a.layers} layers, {a.image_size} px in patches of {a.patch_size}"
+                for a in (pretrained.architecture, found.architecture)
+            )
+            if got != expected:
+                what = f"expected a fine-tuned copy of the pretrained model ({expected}), got {found.source} ({got})"
+                raise UserError(f"tasks.{name}: {what}")
+            if pretrained.architecture.output_dim is None and found.architecture.output_dim is not None:
+                what = f"expected a projection, as {found.source} has, got a vision model without (give the whole CLIP)"
+                raise UserError(f"{pretrained.source}: {what}")
 
     def _fitting(self, path: Path | str, skeleton: nn.Module) -> Checkpoint:
         """One checkpoint, compared with the encoder."""
@@ -389,6 +420,8 @@ def load_models(
     except ValidationError as error:
         raise UserError(describe_validation(error)) from error
     workspace.check_files()
+    if workspace.assumption:
+        warnings.warn(workspace.assumption, stacklevel=2)
     return workspace.pretrained(), workspace.finetuned()
 
 

@@ -254,7 +254,9 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
     """
     from pareto_merging import encoders
 
-    quick_gelu = bool(description.get("quick_gelu", False))
+    quick_gelu = description.get("quick_gelu") or False
+    if not isinstance(quick_gelu, bool):
+        raise UserError(f"encoder: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
     if isinstance(description.get("architecture"), str):
         config = encoders.model_config(description["architecture"])
         settings = {**_OPEN_CLIP_VISION_DEFAULTS, **config["vision_cfg"]}
@@ -610,11 +612,11 @@ def hugging_face_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, An
 
 def preprocessing_from_hugging_face(
     config: Mapping[str, Any], source: str = "preprocessor_config.json"
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """``size``, ``mean`` and ``std`` of a preprocessor_config.json, or of a processor_config.json that holds one.
 
     Sizes may be numbers (before transformers 4.23) or mappings; what is missing is as CLIPImageProcessor has it.
-    ``do_convert_rgb`` does not matter: our images are always RGB.
+    ``do_convert_rgb`` does not matter: our images are always RGB. None where nothing in it is about images.
 
     Raises:
         UserError: anything but bicubic resizing of the shorter side, a central crop of the same size, 1/255 and
@@ -624,6 +626,9 @@ def preprocessing_from_hugging_face(
         config = config["image_processor"]
     if not isinstance(config, Mapping):
         raise UserError(f"{source}: expected a mapping, got {type(config).__name__}")
+    if "processor_class" in config and not {"image_mean", "crop_size", "size"} & set(config):
+        # a processor_config.json of before transformers 5: nothing about images
+        return None
     kind = config.get("image_processor_type", config.get("feature_extractor_type", _PROCESSORS[0]))
     if kind not in _PROCESSORS:
         raise UserError(f"{source}: expected CLIP's image processor, got {str(kind)[:80]}")

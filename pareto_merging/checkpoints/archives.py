@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ from pareto_merging.checkpoints.pickles import MAX_BYTES, Storage, StoredTensor,
 from pareto_merging.errors import UserError
 
 _CHUNK = 2**20
-_MAX_DIRECTORY, _MAX_ENTRIES = 2**26, 2**18
+_MAX_DIRECTORY, _MAX_ENTRIES = 2**24, 2**17
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
@@ -166,6 +167,10 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
         raise UserError(f"{path}: expected a whole zip archive, got {' '.join(str(error).split())}") from None
     names = _check_names(path, infos)
     roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if not roots and any(name.endswith(".npy") for name in names):
+        raise UserError(f"{path}: expected a checkpoint, got a numpy archive")
+    if not roots and any(name.endswith((".safetensors", ".pt", ".bin", ".json")) for name in names):
+        raise UserError(f"{path}: expected a checkpoint, got an archive of files (unpack it first)")
     if len(roots) != 1:
         raise UserError(f"{path}: expected a checkpoint (one NAME/data.pkl in the archive), got {len(roots)}")
     root = roots[0]
@@ -195,17 +200,20 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
 
 def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
     """The length of the archive's directory, before zipfile reads it whole."""
+    # as zipfile finds it: the end record, and the zip64 record that a locator before it stands for
     file.seek(max(0, size - 2**16 - 200))
-    tail = file.read()
+    tail = file.read(2**16 + 200)
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end < 22:
         raise UserError(f"{path}: expected a whole zip archive, got one without a directory (truncated)")
-    length = int.from_bytes(tail[end + 12 : end + 16], "little")
-    if length == 0xFFFFFFFF:
-        wide = tail.rfind(b"PK\x06\x06", 0, end)
-        length = int.from_bytes(tail[wide + 40 : wide + 48], "little") if wide >= 0 else 0
-    if length > min(size, _MAX_DIRECTORY):
-        raise UserError(f"{path}: expected a directory of at most {_MAX_DIRECTORY} bytes, got {length}")
+    count, length = struct.unpack("<H", tail[end + 10 : end + 12])[0], struct.unpack("<L", tail[end + 12 : end + 16])[0]
+    if end >= 76 and tail[end - 20 : end - 16] == b"PK\x06\x07":
+        count, length = struct.unpack("<QQ", tail[end - 44 : end - 28])
+    if length > min(size, _MAX_DIRECTORY) or count > _MAX_ENTRIES:
+        raise UserError(
+            f"{path}: expected a directory of at most {_MAX_DIRECTORY} bytes and {_MAX_ENTRIES} files, got {length} "
+            f"bytes and {count} files"
+        )
     file.seek(0)
 
 
@@ -217,7 +225,7 @@ def _check_names(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.
         # orig_filename: zipfile cuts names at a NUL and rewrites separators
         name = info.orig_filename
         parts = name.split("/")
-        if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
+        if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or re.match("[A-Za-z]:/", name):
             raise UserError(f"{path}: expected names inside the archive, got {name[:80]!r}")
         if name in names:
             raise UserError(f"{path}: expected each name once in the archive, got {name[:80]!r} twice")
@@ -301,7 +309,9 @@ def _open_legacy(path: Path, file: BinaryIO) -> Archive:
         length = int.from_bytes(header, "little") * storages[key].dtype.itemsize
         if position + 8 + length > size:
             left = size - position - 8
-            raise UserError(f"{path}: expected {length} bytes in storage {key[:40]}, got {left} to the end of the file")
+            raise UserError(
+                f"{path}: expected {length} bytes in storage {key[:40]}, got {left} to the end of the file (cut off?)"
+            )
         entries[key] = _Entry(position + 8, length, None)
         _check_size(path, storages[key], entries[key])
         position += 8 + length

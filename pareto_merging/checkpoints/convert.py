@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.files import SafetensorsFile, checksum, write_tensors
+from pareto_merging.checkpoints.files import SafetensorsFile, write_tensors
 from pareto_merging.checkpoints.readers import is_head, is_safetensors, open_checkpoint, open_head
 from pareto_merging.data.heads import read_head
 from pareto_merging.errors import UserError
@@ -42,7 +42,7 @@ def convert_checkpoint(
         _check_target(target, [path])
         weight, scale, origin = head
         weight = _rounded(weight, dtype, f"{source}: weight")
-        metadata = {"logit_scale": repr(scale), **origin, "checksums": {"weight": checksum(weight)}}
+        metadata: dict[str, Any] = {"logit_scale": repr(scale), **origin}
         write_tensors(target, {"weight": weight}, metadata)
         found = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
         return {"source": str(source), "target": str(target), **found}
@@ -61,7 +61,6 @@ def convert_checkpoint(
         "source_format": checkpoint.format,
         # converted once more, it is still made from what it was
         **checkpoint.origin,
-        "checksums": {name: checksum(tensors[name]) for name in sorted(tensors)},
     }
     write_tensors(target, tensors, metadata)
     return {

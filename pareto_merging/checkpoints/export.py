@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as shapes
+from pareto_merging.checkpoints.files import CHECKSUMS, checksums, sort_metadata
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.errors import UserError
 
@@ -200,7 +201,10 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         stored[name] = tensor.contiguous()
         seen.add(stored[name].data_ptr())
     try:
-        save_file(stored, path, metadata={"format": "pt"})
+        # those who load it do not look at the checksums; we do
+        metadata = {"format": "pt"}
+        save_file(stored, path, metadata={**metadata, CHECKSUMS: checksums(stored, metadata)})
+        sort_metadata(path)
     except SafetensorError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
 

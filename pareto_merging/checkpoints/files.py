@@ -9,7 +9,7 @@ import os
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically; every value of ``metadata`` that is no string is stored as JSON."""
+    """Write a safetensors file atomically; every value of ``metadata`` that is no string is stored as JSON.
+
+    A checksum of each tensor and of the rest of the header goes with it, and is compared when it is read.
+    """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     places = Counter(tensor.untyped_storage().data_ptr() for tensor in stored.values())
     for name, tensor in stored.items():
@@ -65,16 +68,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         if places[storage.data_ptr()] > 1 or storage.nbytes() != tensor.numel() * tensor.itemsize:
             stored[name] = tensor.clone()
     header = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
+    # a file's name need not be text
+    header = {k: v.encode("utf-8", "replace").decode() for k, v in header.items()}
+    header[CHECKSUMS] = checksums(stored, header)
     with atomic_path(path) as temporary:
         try:
             save_file(stored, temporary, metadata=header)
         except SafetensorError as error:
             # a full disk, in the library's words
             raise OSError(f"{path}: could not be written: {error}") from error
-        _sort_metadata(temporary)
+        sort_metadata(temporary)
 
 
-def _sort_metadata(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """safetensors writes the metadata in a random order; sorted, the same content has the same bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -85,6 +91,35 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
+
+
+_KNOWN_STARTS = (
+    (b"version https://git-lfs", "a pointer of git-LFS and not the file itself (run git lfs pull)"),
+    (b"<!doctype html", "an HTML page (a download that failed?)"),
+    (b"<html", "an HTML page (a download that failed?)"),
+    (b"<?xml", "an XML page (a download that failed?)"),
+    (b"GGUF", "a GGUF file, which is not supported"),
+    (b"\x89HDF", "an HDF5 file, which is not supported"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"BZh", "a bzip2 archive (unpack it first)"),
+    (b"7z\xbc\xaf", "a 7z archive (unpack it first)"),
+)
+
+
+def known_as(path: Path) -> str:
+    """What a file that is no checkpoint is, by its first bytes, in words for its user; empty for what is not known."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    for mark, what in _KNOWN_STARTS:
+        if text.startswith(mark) or start.startswith(mark):
+            return what
+    if start[257:262] == b"ustar":
+        return "a tar archive (unpack it first)"
+    if start[:1] in b"{[" and start[:1]:
+        return "a JSON file (of a folder of weights, give the folder)"
+    return "" if start else "an empty file"
 
 
 def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
@@ -130,6 +165,8 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"the number {name}")
 
 
+_MAX_HEADER, _MAX_TENSORS = 2**24, 2**17
+CHECKSUMS = "checksums"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -161,6 +198,8 @@ class SafetensorsFile:
             size = int.from_bytes(raw.read(8), "little")
             header = parse_json(raw.read(size), str(path))
         header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            raise UserError(f"{path}: expected at most {_MAX_TENSORS} tensors, got {len(header)}")
         large = [name for name, entry in header.items() if any(size >= 2**50 for size in entry["shape"])]
         if large:
             raise UserError(f"{path}: expected tensors that memory could hold, got {large[0][:80]!r} larger")
@@ -170,17 +209,8 @@ class SafetensorsFile:
         self.dtypes = {name: _DTYPES[entry["dtype"]] for name, entry in header.items()}
         self.shapes: dict[str, list[int]] = {name: list(entry["shape"]) for name, entry in header.items()}
         self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
-        self._checksums = self._read_checksums()
+        self._checksums = read_checksums(path, self.metadata, self.shapes)
         self._stamp = _stamp(path)
-
-    def _read_checksums(self) -> dict[str, int]:
-        text = self.metadata.get("checksums")
-        if text is None:
-            return {}
-        found = parse_json(text.encode(), f"{self.path}: checksums")
-        if found.keys() != self.shapes.keys() or not all(type(value) is int for value in found.values()):
-            raise UserError(f"{self.path}: expected a checksum for every tensor, got others (damaged)")
-        return found
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises UserError if the file has changed, or its checksum does not fit."""
@@ -207,6 +237,35 @@ def _stamp(path: Path) -> tuple[int, int]:
         status = path.stat()
         return status.st_size, status.st_mtime_ns
     return -1, -1
+
+
+def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> dict[str, int]:
+    """The checksums that our own files keep of their tensors, by name; empty for others'.
+
+    Raises:
+        UserError: of other tensors, or the header's own does not fit: it is damaged.
+    """
+    text = metadata.get(CHECKSUMS)
+    if text is None:
+        if "source_format" in metadata:
+            raise UserError(f"{path}: expected the checksums of a converted file, got none (damaged)")
+        return {}
+    found = parse_json(text.encode(), f"{path}: {CHECKSUMS}")
+    if found.pop("", None) != _header_checksum(metadata):
+        raise UserError(f"{path}: expected the header as it was written, got another checksum (damaged)")
+    if found.keys() != set(names) or not all(type(value) is int for value in found.values()):
+        raise UserError(f"{path}: expected a checksum for every tensor, got others (damaged)")
+    return found
+
+
+def checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """What :func:`read_checksums` reads: CRC-32 of each tensor, and under the name ``""`` of the other metadata."""
+    return json.dumps({"": _header_checksum(metadata), **{name: checksum(tensors[name]) for name in sorted(tensors)}})
+
+
+def _header_checksum(metadata: Mapping[str, str]) -> int:
+    rest = sorted((key, value) for key, value in metadata.items() if key != CHECKSUMS)
+    return zlib.crc32(json.dumps(rest, ensure_ascii=True).encode())
 
 
 def checksum(tensor: Tensor) -> int:
@@ -238,7 +297,13 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         UserError: the file is missing, unreadable or not safetensors; pickles (``.pt``, ``.bin``) are never opened.
     """
     with _opened(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sums = read_checksums(path, file.metadata() or {}, list(file.keys()))
+        found = {}
+        for name in file.keys():  # noqa: SIM118
+            found[name] = file.get_tensor(name)
+            if name in sums and checksum(found[name]) != sums[name]:
+                raise UserError(f"{path}: expected {name} as it was written, got another checksum (damaged)")
+        return found
 
 
 @contextlib.contextmanager
@@ -251,7 +316,17 @@ def _opened(path: Path, device: str | torch.device = "cpu", *, any_name: bool = 
             f"{path}: expected safetensors, got {path.suffix} (a pickle, which could run code, is not opened)"
         )
     try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        # parsed by the library and by us, at ten times its length of memory
+        if _MAX_HEADER < size < path.stat().st_size:
+            raise UserError(f"{path}: expected a header of at most {_MAX_HEADER} bytes, got {size}")
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: expected a safetensors file, got {str(error)[:200]}") from error
+        what = str(error)[:200]
+        cut = any(
+            part in what for part in ("not fully covered", "InvalidHeaderLength", "header too small", "too large")
+        )
+        what += " (a download that was cut off?)" if cut else ""
+        raise UserError(f"{path}: expected a safetensors file, got {what}") from error

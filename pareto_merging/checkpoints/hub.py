@@ -5,6 +5,7 @@ Downloads are huggingface_hub's and open_clip's own, into their caches; HF_HUB_O
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pareto_merging.checkpoints.files import read_json
 from pareto_merging.errors import UserError
 
 # in the order in which transformers looks for them
@@ -30,6 +32,7 @@ CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".json", ".pkl", ".yaml", ".yml")
+_ADDRESSES = ("https://huggingface.co/", "http://huggingface.co/", "huggingface.co/", "https://hf.co/", "hf://")
 _OPEN_CLIP, _HUB = "open_clip:", "hf:"
 
 
@@ -38,8 +41,8 @@ class Located:
     """A checkpoint on this machine.
 
     Attributes:
-        path: a file or folder. settings: what open_clip says of a pretrained tag: ``quick_gelu``, ``heads``, ``mean``,
-            ``std``; empty otherwise.
+        path: a file or folder. settings: what open_clip says of a pretrained tag: ``quick_gelu``, ``heads``,
+            ``preprocess_cfg``, ``text_cfg``; empty otherwise.
     """
 
     path: Path
@@ -51,6 +54,10 @@ def remote(source: str | Path) -> str | None:
     exists is not looked at. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path."""
     if isinstance(source, Path):
         return None
+    for address in _ADDRESSES:
+        if source.startswith(address):
+            # as copied from a browser: …/owner/name/tree/main
+            return _HUB + "/".join(source.removeprefix(address).split("/")[:2])
     if source.startswith((_OPEN_CLIP, _HUB)):
         return source
     is_id = _HUB_ID.fullmatch(source) is not None and not source.endswith(_FILE_SUFFIXES)
@@ -74,13 +81,52 @@ def locate(source: str | Path) -> Located:
         UserError: nothing there, or it cannot be had (offline, private, unknown).
     """
     text, elsewhere = str(source), remote(source)
-    if (elsewhere is None or elsewhere != text) and Path(source).expanduser().exists():
-        return Located(Path(source).expanduser())
+    path = Path(os.path.expanduser(source))
+    if (elsewhere is None or elsewhere != text) and path.exists():
+        return Located(path)
     if elsewhere is not None:
         return _open_clip(text) if text.startswith(_OPEN_CLIP) else Located(_hub(elsewhere.removeprefix(_HUB)))
+    if path.is_symlink():
+        raise UserError(
+            f"{text[:200]}: expected a checkpoint, got a link to {os.readlink(path)[:200]}, which is missing"
+        )
     raise UserError(
-        f"{text[:200]}: expected a file, a folder, a hub id (owner/name) or open_clip:NAME/TAG, got no such thing"
+        f"{text[:200] or 'a checkpoint'}: expected a file, a folder, a hub id (owner/name) or open_clip:NAME/TAG, got "
+        "no such thing"
     )
+
+
+_OTHER_FOLDERS = {
+    "adapter_config.json": "a LoRA adapter (merge it into its base first: PEFT's merge_and_unload)",
+    "model_index.json": "a diffusers pipeline (give the folder of its image encoder)",
+    "pareto_set.safetensors": "a run of ours (pareto-merging export writes a model of it)",
+}
+
+
+def kind_of(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Whether a folder is ``huggingface``'s or ``open_clip``'s, and the names of its weights, in order.
+
+    Raises:
+        UserError: it has neither configuration, or a broken one.
+    """
+    has_config, has_open_clip = (folder / CONFIG).is_file(), (folder / OPEN_CLIP_CONFIG).is_file()
+    if not has_config and not has_open_clip:
+        for name, what in _OTHER_FOLDERS.items():
+            if (folder / name).is_file():
+                raise UserError(f"{folder}: expected a folder with {CONFIG} or {OPEN_CLIP_CONFIG}, got {what}")
+        raise UserError(
+            f"{folder}: expected a folder with {CONFIG} or {OPEN_CLIP_CONFIG}, got neither (a file of weights can be "
+            "given by itself)"
+        )
+    if not has_open_clip:
+        return "huggingface", WEIGHTS
+    # repositories for both, or for timm and open_clip
+    has_hugging_face = has_config and "model_type" in read_json(folder / CONFIG)
+    has_weights = any((folder / name).is_file() for name in WEIGHTS)
+    others = any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS)
+    if has_hugging_face and (has_weights or not others):
+        return "huggingface", WEIGHTS
+    return "open_clip", (*OPEN_CLIP_WEIGHTS, *WEIGHTS)
 
 
 def _hub(source: str) -> Path:
@@ -89,15 +135,21 @@ def _hub(source: str) -> Path:
     repository = _Repository(name)
     first = repository.file(CONFIG, revision or None) or repository.file(OPEN_CLIP_CONFIG, revision or None)
     if first is None:
-        raise UserError(f"{source}: expected {CONFIG} or {OPEN_CLIP_CONFIG} on the hub or in its cache, got neither")
+        where = "in the hub's cache (HF_HUB_OFFLINE is set)" if repository.is_offline else "on the hub"
+        raise UserError(f"{source}: expected {CONFIG} or {OPEN_CLIP_CONFIG} {where}, got neither; and no such folder")
     # the rest from the very same commit
-    commit = first.parent.name
-    for optional in (OPEN_CLIP_CONFIG, *PREPROCESSORS):
-        repository.file(optional, commit)
-    for weights in (*WEIGHTS, *OPEN_CLIP_WEIGHTS):
+    folder, commit = first.parent, first.parent.name
+    is_hugging_face = first.name == CONFIG and "model_type" in read_json(first)
+    preprocessors = [repository.file(optional, commit) for optional in PREPROCESSORS] if is_hugging_face else []
+    if first.name == CONFIG and not any(preprocessors):
+        repository.file(OPEN_CLIP_CONFIG, commit)
+    orders = [WEIGHTS, OPEN_CLIP_WEIGHTS] if is_hugging_face else [OPEN_CLIP_WEIGHTS, WEIGHTS]
+    for weights in (*orders[0], *orders[1]):
         found = repository.file(weights, commit)
         if found is None:
             continue
+        if weights in OPEN_CLIP_WEIGHTS:
+            repository.file(OPEN_CLIP_CONFIG, commit)
         if weights.endswith(".index.json"):
             from pareto_merging.checkpoints.readers import shard_names
 
@@ -106,8 +158,19 @@ def _hub(source: str) -> Path:
                     raise UserError(
                         f"{source}: expected {shard} as {weights} says, got none on the hub or in its cache"
                     )
-        return first.parent
+        return folder
     raise UserError(f"{source}: expected weights ({', '.join(WEIGHTS)}) on the hub or in its cache, got none")
+
+
+def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
+    """Small files of a checkpoint's folder, those of a hub repository downloaded first; what is not there is left."""
+    name = hub_id(source)
+    if name:
+        repository = _Repository(name)
+        for each in names:
+            with contextlib.suppress(UserError):
+                repository.file(each, folder.name)
+    return [folder / each for each in names if (folder / each).is_file()] if folder.is_dir() else []
 
 
 class _Repository:
@@ -123,25 +186,27 @@ class _Repository:
 
     def file(self, name: str, revision: str | None) -> Path | None:
         """One file; None if the repository (or, offline, the cache) has none. Raises UserError if that is not known."""
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, name, revision=revision, local_files_only=not self.answers))
         except LocalEntryNotFoundError as error:
-            if self.is_offline:
+            known = try_to_load_from_cache(self.name, name, revision=revision)
+            if self.is_offline or known is _CACHED_NO_EXIST:
                 return None
             raise self._no_answer(name) from error
         except EntryNotFoundError:
             return None
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            what = f"{self.name}: expected a repository on the hub or in its cache, got {_line(error)}"
-            raise UserError(what) from error
+        except Exception as error:
+            # what the hub says, and whatever its HTTP client and its downloader raise when a connection breaks
+            what = f"expected a repository on the Hugging Face Hub (no folder has that name), got {_line(error)}"
+            raise UserError(f"{self.name}: {what}") from error
 
     def _no_answer(self, name: str) -> UserError:
         return UserError(
-            f"{self.name}: expected {name} from the Hugging Face Hub, got no answer (HF_HUB_OFFLINE=1 takes its cache "
-            "as it is)"
+            f"{self.name}: expected {name} from the Hugging Face Hub (no folder has that name), got no answer "
+            "(HF_HUB_OFFLINE=1 takes its cache as it is)"
         )
 
     def cached(self, names: Sequence[str]) -> Path:
@@ -184,6 +249,8 @@ def _open_clip(source: str) -> Located:
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     name, _, tag = source.removeprefix(_OPEN_CLIP).rpartition("/")
+    if not name and tag in open_clip.list_models():
+        name, tag = tag, ""
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
         near = ", ".join(difflib.get_close_matches(name or tag, open_clip.list_models(), n=3, cutoff=0.3))
@@ -193,8 +260,12 @@ def _open_clip(source: str) -> Located:
         )
     pretrained = get_pretrained_cfg(name, tag)
     if not pretrained:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(f"{source[:200]}: expected a pretrained tag of {name} ({tags}), got {tag[:80]!r}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        close = difflib.get_close_matches(tag, tags, n=3, cutoff=0.3) or tags[:5]
+        such = f"; such as: {', '.join(close)}" if close else ""
+        raise UserError(
+            f"{source[:200]}: expected open_clip:{name}/TAG, one of its {len(tags)} tags, got {tag[:80]!r}{such}"
+        )
     hub_id, file_name = os.path.split(pretrained.get("hf_hub") or "")
     try:
         repository = _Repository(hub_id) if hub_id else None
@@ -208,8 +279,13 @@ def _open_clip(source: str) -> Located:
         # open_clip has no error class of its own: whatever its downloader met
         raise UserError(f"{source}: expected weights that open_clip can download, got {_line(error)}") from error
     vision = config.get("vision_cfg", {})
-    settings = {"quick_gelu": bool(pretrained.get("quick_gelu", config.get("quick_gelu", False)))}
+    settings: dict[str, Any] = {"quick_gelu": bool(pretrained.get("quick_gelu", config.get("quick_gelu", False)))}
     if isinstance(vision.get("width"), int) and isinstance(vision.get("layers"), int):
         settings["heads"] = vision["width"] // vision.get("head_width", 64)
-    settings |= {key: pretrained[key] for key in ("mean", "std") if pretrained.get(key) is not None}
+    settings["preprocess_cfg"] = {
+        key: pretrained[key]
+        for key in ("mean", "std", "interpolation", "resize_mode")
+        if pretrained.get(key) is not None
+    }
+    settings["text_cfg"] = config.get("text_cfg", {})
     return Located(path, settings)

@@ -10,6 +10,7 @@ from pareto_merging.errors import UserError
 
 # beyond any model's; a pickle can name one record a million times over, and one inside itself
 _MAX_MODULES, _MAX_TENSORS, _MAX_ENTRIES = 2**15, 2**17, 2**20
+_MAX_NAME, _MAX_LETTERS = 2**10, 2**24
 # where training programs keep a model among other things
 _INNER = ("state_dict", "model_state_dict", "model")
 
@@ -28,11 +29,14 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
         found = _module_tensors(value, source)
     elif isinstance(value, dict):
         found = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
+        if any(len(name) > _MAX_NAME for name in found):
+            raise UserError(f"{source}: expected names of at most {_MAX_NAME} letters, got a longer one")
     else:
         found = {}
     if not found:
-        what = str(value.type) if isinstance(value, Record) else type(value).__name__
-        raise UserError(f"{source}: expected a module or a state dict, got {what[:80]} without tensors")
+        kind = str(value.type)[:80] if isinstance(value, Record) else f"a {type(value).__name__}"
+        what = "a tensor alone" if isinstance(value, StoredTensor) else f"{kind} without tensors"
+        raise UserError(f"{source}: expected a module or a state dict, got {what}")
     return found
 
 
@@ -45,7 +49,7 @@ def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
         entries += sum(len(part) for part in (record.state, *record.state.values()) if isinstance(part, dict))
         children = _children(record) if entries <= _MAX_ENTRIES else {}
         count += len(children)
-        if count > _MAX_MODULES or entries > _MAX_ENTRIES or len(name) > 2**12:
+        if count > _MAX_MODULES or entries > _MAX_ENTRIES or len(name) > _MAX_NAME:
             raise UserError(f"{source}: expected at most {_MAX_MODULES} modules, got more (or one inside itself)")
         yield name, record
         waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children.items())]
@@ -64,7 +68,7 @@ def _is_script(record: Record) -> bool:
 
 def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
-    skipped_items = 0
+    skipped_items = letters = 0
     for prefix, record in walk_modules(root, source):
         groups = [record.state.get("_parameters"), record.state.get("_buffers")]
         if _is_script(record):
@@ -80,6 +84,9 @@ def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
             for key, value in group.items():
                 if not isinstance(value, StoredTensor) or key in names:
                     continue
+                letters += len(prefix) + len(key)
+                if len(key) > _MAX_NAME or letters > _MAX_LETTERS:
+                    raise UserError(f"{source}: expected names of at most {_MAX_NAME} letters, got a longer one")
                 name = f"{prefix}.{key}" if prefix else key
                 if name in found or len(found) > _MAX_TENSORS:
                     raise UserError(f"{source}: expected each tensor once, got {name[:80]!r} twice")
@@ -102,7 +109,10 @@ def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
     names = {
         record.type.name.rpartition(".")[2] for name, record in walk_modules(root, source) if name.startswith(prefix)
     }
-    return True if "QuickGELU" in names else False if "GELU" in names else None
+    # open_clip's and transformers' own classes, and torch's
+    if names & {"QuickGELU", "QuickGELUActivation"}:
+        return True
+    return False if names & {"GELU", "GELUActivation"} else None
 
 
 def attention_heads(root: Any, prefix: str, source: str) -> int | None:

@@ -199,11 +199,15 @@ def load_pareto_set(
     settings = header["low_rank"]
     low_rank: Any = settings if settings in ("attention", "in-projection", "all", "none") else _listed_low_rank(header)
     # the file may turn out not to be theirs when pretrained is a Pareto model already
+    # A is [out, r], and a header may claim anything
+    ranks = {shape[1] for name, (shape, _) in read_shapes(path).items() if name.startswith("A.") and len(shape) == 2}
+    if header.get("core", "tensor") == "tensor" and ranks - {header["rank"]}:
+        raise UserError(f"{path}: expected rank {min(ranks)} as its A has, got {header['rank']} in the header")
     with unchanged_on_error(pretrained, buffers=not copy and header["buffers"] == "average"):
         model = parametrize(
             pretrained,
             finetuned,
-            rank=header["rank"],
+            rank=header["rank"] if ranks else 1,
             low_rank=low_rank,
             init_lambda=header["init_lambda"],
             granularity=header["lambda_grouping"],

@@ -106,18 +106,29 @@ _STORAGES = {
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
 
+_OTHER_DTYPES = {
+    str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype | torch.layout)
+} - _DTYPES.keys()
+
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_TYPES = ("set", "frozenset", "list", "tuple", "dict", "int", "float", "bool", "str", "bytes", "complex", "slice")
 # of forbidden families, what checkpoints hold as data; nothing of it is ever called
 _INERT = {
     *((module, name) for module in _BUILTINS for name in (*_PLAIN_TYPES, "object", "bytearray", "range")),
-    *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
     *(("datetime", name) for name in ("datetime", "date", "timedelta", "timezone")),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("argparse", "Namespace"),
     ("types", "SimpleNamespace"),
+    ("typing", "Any"),
+    ("collections", "deque"),
+    ("torch.torch_version", "TorchVersion"),
     ("torch", "device"),
     ("torch.nn.parameter", "Parameter"),
     ("torch.serialization", "_get_layout"),
@@ -270,8 +281,8 @@ class _Machine:
             return found
         if module == "__torch__" or module.startswith("__torch__."):
             return found
-        if module in _STORAGE_MODULES and name.endswith("Storage") and found.is_class and "." not in name:
-            # of numbers that no weights are: refused where one is used
+        if _is_storage(found) or (module == "torch" and name in _OTHER_DTYPES):
+            # of numbers that no weights of ours are
             return found
         if _within(module, _INERT_FAMILIES) and found.is_class and "." not in name:
             return found
@@ -313,6 +324,9 @@ class _Machine:
             for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
                 if isinstance(part, dict):
                     self.charge(part)
+                    twice = target.state.keys() & part.keys()
+                    if twice:
+                        raise _Broken(f"the attribute {min(twice)[:80]!r} twice")
                     target.state.update(part)
         elif not isinstance(target, dict | StoredTensor):
             raise _Broken("attributes for what is no object")
@@ -321,6 +335,8 @@ class _Machine:
         if isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
             _, kind, key, _, size = identity[:5]
             dtype = _storage_dtype(kind)
+            if dtype is None and isinstance(kind, Global) and _is_storage(kind):
+                return Record(kind)
             if dtype is None:
                 raise _Broken(f"a storage of type {kind if isinstance(kind, Global) else type(kind).__name__}")
             if not isinstance(key, str) or not re.fullmatch(r"[0-9]{1,20}", key, re.ASCII):
@@ -359,6 +375,10 @@ def _storage_dtype(kind: Any) -> torch.dtype | None:
     return _STORAGES.get(kind.name)
 
 
+def _is_storage(kind: Global) -> bool:
+    return kind.module in _STORAGE_MODULES and kind.name.endswith("Storage") and kind.is_class and "." not in kind.name
+
+
 def _is_size(value: Any) -> bool:
     # True is an int in Python
     return type(value) is int and 0 <= value < 2**50
@@ -378,7 +398,10 @@ def _sizes(value: Any, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _rebuild_tensor(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> StoredTensor:
+def _rebuild_tensor(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> StoredTensor | Record:
+    if arguments and isinstance(arguments[0], Record) and arguments[0].type.name.endswith("Storage"):
+        # complex or 8-bit numbers, which no weights of ours are: kept as a record
+        return Record(Global("torch", "Tensor"))
     if len(arguments) < 4 or not isinstance(arguments[0], Storage) or not _is_size(arguments[1]):
         raise _Broken("a tensor without a storage")
     storage, offset = arguments[0], arguments[1]
@@ -396,15 +419,31 @@ def _rebuild_tensor(arguments: tuple[Any, ...], dtype: torch.dtype | None = None
     return StoredTensor(storage, dtype, offset, shape, stride)
 
 
-def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor:
+def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor | Record:
     kind = arguments[6] if len(arguments) > 6 else None
+    if isinstance(kind, Global) and kind.module == "torch" and kind.name in _OTHER_DTYPES:
+        return Record(Global("torch", "Tensor"))
     if not isinstance(kind, Global) or kind.module != "torch" or kind.name not in _DTYPES:
         raise _Broken(f"a tensor of type {kind if isinstance(kind, Global) else type(kind).__name__}")
     return _rebuild_tensor(arguments, _DTYPES[kind.name])
 
 
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor:
-    if not arguments or not isinstance(arguments[0], StoredTensor):
+def _rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
+    # a tensor with attributes of Python's: (function, class, its arguments, attributes)
+    function = (
+        _CALLS.get((arguments[0].module, arguments[0].name))
+        if len(arguments) == 4 and isinstance(arguments[0], Global)
+        else None
+    )
+    if function is None or not str(arguments[0]).startswith("torch._utils._rebuild_"):
+        raise _Broken("a call of torch._tensor._rebuild_from_type_v2 of what rebuilds no tensor")
+    if not isinstance(arguments[2], tuple):
+        raise _Broken("a tensor that is rebuilt without a tuple of arguments")
+    return function(arguments[2])
+
+
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor | Record:
+    if not arguments or not isinstance(arguments[0], StoredTensor | Record):
         raise _Broken("a parameter without a tensor")
     return arguments[0]
 
@@ -415,7 +454,10 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
         for pair in arguments[0]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise _Broken("a dictionary that is no list of pairs")
-            found.update(_string_keys(list(pair)))
+            for key, value in _string_keys(list(pair)):
+                if key in found:
+                    raise _Broken(f"the key {key[:80]!r} twice")
+                found[key] = value
     return found
 
 
@@ -445,6 +487,7 @@ _CALLS: dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch", "Size"): lambda arguments: _sizes(_first(arguments), "size"),
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): lambda arguments: {},

@@ -40,7 +40,7 @@ from pareto_merging.checkpoints.architecture import (
     preprocessing_from_open_clip,
 )
 from pareto_merging.checkpoints.archives import Archive, open_archive
-from pareto_merging.checkpoints.files import SafetensorsFile, parse_json, read_json
+from pareto_merging.checkpoints.files import SafetensorsFile, known_as, parse_json, read_json
 from pareto_merging.checkpoints.modules import (
     attention_heads,
     find_tensors,
@@ -127,6 +127,7 @@ class _Said:
     preprocessing: Mapping[str, Any] | None = None
     architecture: Architecture | None = None
     text_heads: int | None = None
+    no_text: str = ""
     origin: Mapping[str, str] = field(default_factory=dict)
     root: Any = None
 
@@ -200,7 +201,8 @@ class Checkpoint(CheckpointTensors):
             is. ``quick_gelu`` in it is None where the checkpoint does not say.
         quick_gelu, heads: its activation and its attention heads; None where the checkpoint does not say.
         preprocessing: ``size``, ``mean`` and ``std`` of its images, or None.
-        text: the rest of a whole CLIP in open_clip's names, empty where it has no text tower.
+        text: the rest of a whole CLIP in open_clip's names, empty where it has no text tower, or one that is not as
+            CLIP's: then ``no_text`` says why.
         text_heads: attention heads of that, where a configuration says.
         path: the file or folder it was found in. weights: the files with its tensors. files: these and what else was
             read. origin: what a converted file says it was made from.
@@ -209,7 +211,9 @@ class Checkpoint(CheckpointTensors):
     def __init__(self, source: str, kind: str, path: Path, tensors: _Tensors, said: _Said, names: Names = ()) -> None:
         vision, text, prefix = _pieces(tensors, source, names)
         super().__init__(source, tensors, vision)
+        self.no_text = ""
         self.text = CheckpointTensors(source, tensors, text)
+        self.leave_out_text(said.no_text)
         self.format, self.path, self.text_heads = kind, path, said.text_heads
         self.weights = list(tensors.files)
         beside = (hub.CONFIG, hub.OPEN_CLIP_CONFIG, *hub.PREPROCESSORS) if path.is_dir() else ()
@@ -233,6 +237,11 @@ class Checkpoint(CheckpointTensors):
         if self.preprocessing is not None and self.preprocessing["size"] != found.image_size:
             got = self.preprocessing["size"]
             raise UserError(f"{source}: expected images of {found.image_size} pixels as its positions have, got {got}")
+
+    def leave_out_text(self, reason: str) -> None:
+        """Without the text tower from now on, if there is a reason: it would be exported as what it is not."""
+        if reason and self.text:
+            self.text, self.no_text = CheckpointTensors(self.source, self._tensors, {}), reason
 
 
 def _compare(found: Architecture, claimed: Architecture) -> None:
@@ -274,9 +283,10 @@ def _open(source: str | Path, names: Names) -> Checkpoint:
         return _open_folder(located.path, str(source), names)
     settings = located.settings
     found = _open_single(located.path, str(source), names, settings.get("heads"), settings.get("quick_gelu"))
-    if "mean" in settings and found.architecture is not None:
+    if settings.get("preprocess_cfg") and found.architecture is not None:
         size = found.architecture.image_size
-        found.preprocessing = {"size": size, "mean": list(settings["mean"]), "std": list(settings["std"])}
+        found.preprocessing = preprocessing_from_open_clip(settings["preprocess_cfg"], size, str(source))
+    found.leave_out_text(_odd_text(settings.get("text_cfg", {})))
     return found
 
 
@@ -295,24 +305,27 @@ def is_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             start = file.read(9)
+        what = known_as(path)
     except OSError as error:
         raise UserError(f"{path}: expected a checkpoint, got {error.strerror}") from error
+    if what:
+        raise UserError(f"{path}: expected a checkpoint, got {what}")
     if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:9] != b"{"):
         return False
     return path.suffix == ".safetensors" or start[8:9] == b"{"
 
 
 def _open_single(path: Path, source: str, names: Names, heads: int | None, quick_gelu: bool | None) -> Checkpoint:
-    configs = {hub.CONFIG: hub.WEIGHTS, hub.OPEN_CLIP_CONFIG: hub.OPEN_CLIP_WEIGHTS}
-    if any(path.name in weights and (path.parent / config).is_file() for config, weights in configs.items()):
-        # the file of a folder that says what it is
+    if _says_what_it_is(path):
         return _open_folder(path.parent, source, names, path.name)
     tensors = open_file(path)
     if isinstance(tensors, _Pickled):
         archive = tensors.archive
         if archive.kind == "torchscript" and quick_gelu is None:
-            # every archive of this kind that was published is OpenAI's
-            quick_gelu = uses_quick_gelu(archive.root, "", source) is not False
+            # OpenAI's are known by their modules
+            quick_gelu = uses_quick_gelu(archive.root, "", source)
+            if quick_gelu is None and isinstance(archive.root, Record) and "multimodal" in archive.root.type.module:
+                quick_gelu = True
         said = _Said(heads, quick_gelu, root=archive.root)
         return Checkpoint(source, archive.kind, path, tensors, said, names)
     told = {
@@ -334,17 +347,23 @@ def _open_single(path: Path, source: str, names: Names, heads: int | None, quick
     return Checkpoint(source, "safetensors", path, tensors, said, names)
 
 
+def _says_what_it_is(path: Path) -> bool:
+    """Whether a file of weights lies in a folder whose configuration is about it."""
+    if path.name in hub.OPEN_CLIP_WEIGHTS:
+        return (path.parent / hub.OPEN_CLIP_CONFIG).is_file()
+    if path.name not in hub.WEIGHTS or not (path.parent / hub.CONFIG).is_file():
+        return False
+    with contextlib.suppress(UserError):
+        return read_json(path.parent / hub.CONFIG).get("model_type") in ("clip", "clip_vision_model")
+    return False
+
+
 def _open_folder(folder: Path, source: str, names: Names = (), weights: str | None = None) -> Checkpoint:
-    has_config, has_open_clip = (folder / hub.CONFIG).is_file(), (folder / hub.OPEN_CLIP_CONFIG).is_file()
-    if not has_config and not has_open_clip:
-        raise UserError(f"{source}: expected a folder with {hub.CONFIG} or {hub.OPEN_CLIP_CONFIG}, got neither")
-    config = read_json(folder / hub.CONFIG) if has_config else {}
-    # some repositories hold both
-    if has_open_clip and ("model_type" not in config or weights in hub.OPEN_CLIP_WEIGHTS):
-        kind, said = "open_clip", _open_clip_says(folder, source)
-        order: tuple[str, ...] = (*hub.OPEN_CLIP_WEIGHTS, *hub.WEIGHTS)
-    else:
-        kind, said, order = "huggingface", _hugging_face_says(folder, config, source), hub.WEIGHTS
+    kind, order = hub.kind_of(folder)
+    if weights in hub.OPEN_CLIP_WEIGHTS:
+        kind = "open_clip"
+    config = read_json(folder / hub.CONFIG) if kind == "huggingface" else {}
+    said = _hugging_face_says(folder, config, source) if kind == "huggingface" else _open_clip_says(folder, source)
     found = [name for name in (order if weights is None else (weights,)) if (folder / name).is_file()]
     if not found:
         raise UserError(f"{source}: expected weights ({', '.join(order)}), got none")
@@ -365,10 +384,14 @@ def _hugging_face_says(folder: Path, config: Mapping[str, Any], source: str) -> 
     if preprocessing is None and (folder / hub.OPEN_CLIP_CONFIG).is_file():
         # a repository for both libraries
         preprocessing = _open_clip_says(folder, source).preprocessing
-    text_heads = None
+    text_heads, no_text = None, ""
     if config.get("model_type") == "clip":
-        text_heads = from_hugging_face_text_config(config, f"{source}: {hub.CONFIG}").heads
-    return _Said(settings.heads, settings.quick_gelu, preprocessing, text_heads=text_heads)
+        try:
+            text_heads = from_hugging_face_text_config(config, hub.CONFIG).heads
+        except UserError as error:
+            # what the text tower is does not matter before it is exported
+            no_text = str(error)
+    return _Said(settings.heads, settings.quick_gelu, preprocessing, text_heads=text_heads, no_text=no_text)
 
 
 def _open_clip_says(folder: Path, source: str) -> _Said:
@@ -378,8 +401,26 @@ def _open_clip_says(folder: Path, source: str) -> _Said:
     preprocess, preprocessing = config.get("preprocess_cfg"), None
     if preprocess is not None:
         preprocessing = preprocessing_from_open_clip(preprocess, claimed.image_size, where)
-    heads = config["model_cfg"].get("text_cfg", {}).get("heads")
-    return _Said(claimed.heads, claimed.quick_gelu, preprocessing, claimed, heads if type(heads) is int else None)
+    text = config["model_cfg"].get("text_cfg")
+    text = text if isinstance(text, Mapping) else {}
+    heads = text.get("heads") if type(text.get("heads")) is int else None
+    return _Said(claimed.heads, claimed.quick_gelu, preprocessing, claimed, heads, _odd_text(text))
+
+
+_TEXT_SIZES = ("context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio")
+
+
+def _odd_text(config: Any) -> str:
+    """What an open_clip text_cfg says that the names and shapes of a CLIP's text tower do not; empty for nothing."""
+    from open_clip.model import CLIPTextCfg
+
+    plain = asdict(CLIPTextCfg())
+    odd = [
+        f"{key} {str(value)[:40]}"
+        for key, value in (config.items() if isinstance(config, Mapping) else ())
+        if key not in _TEXT_SIZES and value not in (None, False, plain.get(key))
+    ]
+    return f"text_cfg: expected a text tower as CLIP's, got {listed(odd)}" if odd else ""
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -409,6 +450,7 @@ def _is_plain(vision: Mapping[str, Piece]) -> bool:
 
 
 _MARKS = ("class_embedding", "conv1.weight")
+_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
 
 
@@ -457,6 +499,9 @@ def _open_clip_text(present: Mapping[str, Any], vision_prefix: str) -> dict[str,
         inner = name.removeprefix(outer).removeprefix("text.")
         if inner in (*_TEXT, "ln_final.bias", "logit_scale") or inner.startswith("transformer.resblocks."):
             text[inner] = Piece((name,))
+        elif inner not in _NO_WEIGHTS:
+            # a text tower of another kind
+            return {}
     whole = all(name in text for name in _TEXT) and any(name.startswith("transformer.") for name in text)
     return text if whole else {}
 

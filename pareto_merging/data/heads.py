@@ -35,13 +35,14 @@ class ZeroShotHead(nn.Module):
         return f"classes={self.weight.shape[0]}, dim={self.weight.shape[1]}, logit_scale={self.logit_scale:g}"
 
 
-def read_head(path: Path, name: str = "weight") -> ZeroShotHead:
-    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``;
-    or from a pickled one of the task-vectors release (``head_<Dataset>Val.pt``), read as data.
+def read_head(path: str | Path, name: str = "weight") -> ZeroShotHead:
+    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``
+    (100 where it says none); or from a pickled one of the task-vectors release (``head_<Dataset>Val.pt``), as data.
 
     Raises:
         UserError: no such file or tensor, or not a matrix of finite numbers.
     """
+    path = Path(path)
     if not is_safetensors(path):
         return ZeroShotHead(*open_head(path))
     file = SafetensorsFile(path)

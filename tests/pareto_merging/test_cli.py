@@ -644,7 +644,7 @@ def test_compare_wants_the_files_of_unseen_tasks(
     save_file({"weight": torch.zeros(2, 15)}, tmp_path / "wide.safetensors")
     save_file({"weight": torch.ones(3, 16)}, tmp_path / "three.safetensors")
     for change, expected in (
-        ({"head": "none.safetensors"}, "none.safetensors: expected a safetensors file, got no such file"),
+        ({"head": "none.safetensors"}, "none.safetensors: expected a checkpoint, got no such file"),
         ({"head": "wide.safetensors"}, "expected a head of [classes, 16] for this encoder, got [2, 15]"),
         ({"head": "three.safetensors"}, "expected 3 sub-folders, one for each class of new's head"),
         ({"merging": "nowhere"}, "nowhere"),

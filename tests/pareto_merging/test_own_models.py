@@ -604,7 +604,7 @@ def test_models_without_a_projection(files: Path, tmp_path: Path, capsys: pytest
     _, model = open_run(trained(config, "c"))
     assert features(pm.merge(model, [0.5, 0.5])).shape == (3, made.WIDTH)
     config = write_config(tmp_path / "d.yaml", files / "vision0", {"a": files / "vision1", "b": files / "clip2"})
-    assert "extra proj" in refused(config, capsys)
+    assert "expected a projection, as" in refused(config, capsys)
 
 
 # the same in Python

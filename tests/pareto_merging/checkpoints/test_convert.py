@@ -169,6 +169,8 @@ def test_separate_and_joined_projections_become_the_same_file(tmp_path: Path) ->
         with safe_open(tmp_path / f"{name}.safetensors", framework="pt") as file:
             metadata = file.metadata()
         said.append({key: json.loads(metadata[key]) for key in ("encoder", "preprocessing", "checksums")})
+        # of the header, which says where it came from
+        said[-1]["checksums"].pop("")
     assert said[0] == said[1] == said[2]
 
 
@@ -411,7 +413,7 @@ def test_a_name_of_open_clip(
     assert before.preprocessing is not None and after.preprocessing == before.preprocessing
     capsys.readouterr()
     assert run("convert", "open_clip:tiny/none", tmp_path / "b.safetensors") == 2
-    assert "openai, some_data_e32" in one_line(capsys)
+    assert "one of its 2 tags, got 'none'; such as: openai" in one_line(capsys)
 
 
 # damage

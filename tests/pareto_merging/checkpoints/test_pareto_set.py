@@ -105,6 +105,8 @@ def test_wrong_checkpoints_are_named(saved: tuple[Path, nn.Module, dict[str, nn.
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
     tensors, metadata = load_file(path), files.read_metadata(path)
+    # who changes a file on purpose leaves none that do not fit
+    del metadata[files.CHECKSUMS]
     change(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
 
@@ -133,6 +135,24 @@ def test_files_that_do_not_belong(
     path, _, finetuned = saved
     rewrite(path, change)
     with pytest.raises(UserError, match=message):
+        load_pareto_set(path, tiny_vit, finetuned)
+
+
+def test_a_damaged_file_is_noticed(saved: tuple[Path, nn.Module, dict[str, nn.Module]], tiny_vit: nn.Module) -> None:
+    path, _, finetuned = saved
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"expected .* as it was written, got another checksum"):
+        load_pareto_set(path, tiny_vit, finetuned)
+
+
+def test_a_header_that_claims_a_large_rank(
+    saved: tuple[Path, nn.Module, dict[str, nn.Module]], tiny_vit: nn.Module
+) -> None:
+    path, _, finetuned = saved
+    rewrite(path, lambda tensors, metadata: metadata.update(rank="100000000"))
+    with pytest.raises(UserError, match=r"expected rank \d+ as its A has, got 100000000"):
         load_pareto_set(path, tiny_vit, finetuned)
 
 
