@@ -130,6 +130,7 @@ _INERT = {
     ("collections", "deque"),
     ("torch.torch_version", "TorchVersion"),
     ("torch", "device"),
+    ("torch", "Tensor"),
     ("torch.nn.parameter", "Parameter"),
     ("torch.serialization", "_get_layout"),
 }

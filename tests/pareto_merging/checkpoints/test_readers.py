@@ -799,3 +799,131 @@ def test_a_number_that_is_none(tmp_path: Path) -> None:
     assert torch.equal(checkpoint["ln_pre.weight"], state["visual.ln_pre.weight"])
     with pytest.raises(UserError, match=r"a\.safetensors.*NaN.*ln_pre\.bias"):
         checkpoint["ln_pre.bias"]
+
+
+# what a second look found
+
+
+def test_a_text_tower_of_another_kind_is_left_out(tmp_path: Path) -> None:
+    """The vision encoder does not care, but a CLIP written with that tower would be another one."""
+    folder = made.open_clip_folder(tmp_path / "odd", 3)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": 1}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    found = open_checkpoint(folder)
+    assert_same(found, expected_tower("", 3))
+    assert not found.text
+    assert "pool_type eos" in found.no_text and "eos_id 1" in found.no_text
+    for text in (None, [], "x"):
+        config["model_cfg"]["text_cfg"] = text
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        assert_same(open_checkpoint(folder), expected_tower("", 3))
+
+
+def test_unknown_tensors_beside_the_tower_leave_out_the_text(tmp_path: Path) -> None:
+    state = made.clip(4).state_dict()
+    torch.save({**state, "logit_bias": torch.zeros(())}, tmp_path / "siglip.pt")
+    assert not open_checkpoint(tmp_path / "siglip.pt").text
+    torch.save({**state, "attn_mask": torch.zeros(8, 8)}, tmp_path / "clip.pt")
+    assert open_checkpoint(tmp_path / "clip.pt").text
+
+
+def test_a_repository_for_timm_and_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json is timm's and so is pytorch_model.bin: open_clip's own files are the ones to take."""
+    folder = made.open_clip_folder(tmp_path / "both", 5)
+    (folder / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
+    torch.save(
+        {"cls_token": torch.zeros(1, 1, 8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, folder / "t.bin"
+    )
+    (folder / "t.bin").rename(folder / "pytorch_model.bin")
+    assert_same(open_checkpoint(folder), expected_tower("", 5))
+    cache = made.hub_cache(tmp_path / "cache", "timm/vit", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_same(open_checkpoint("timm/vit"), expected_tower("", 5))
+    # as copied from a browser
+    assert_same(open_checkpoint("https://huggingface.co/timm/vit/tree/main"), expected_tower("", 5))
+
+
+def test_somebody_elses_configuration_beside_a_file(tmp_path: Path) -> None:
+    path = made.open_clip_file(tmp_path / "model.safetensors", 6)
+    (tmp_path / "config.json").write_text('{"lr": 1e-5}')
+    assert_same(open_checkpoint(path), expected_tower("", 6))
+
+
+def test_a_tensor_with_attributes_of_its_own(tmp_path: Path) -> None:
+    """torch saves it by way of _rebuild_from_type_v2; complex numbers beside it are nobody's weights."""
+    state = dict(made.tower(7).state_dict())
+    state["proj"].note = "kept by Python"
+    torch.save({"state_dict": state, "spectrum": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "x.pt")
+    assert_same(open_checkpoint(tmp_path / "x.pt"), expected_tower("", 7))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"<HTML>404</HTML>", "an HTML page"),
+        (b'{"error": "Repository not found"}', "a JSON file"),
+        (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+        (b"\x1f\x8b\x08\x00", "a gzip archive"),
+        (b"\x00" * 257 + b"ustar\x0000", "a tar archive"),
+        (b"", "an empty file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_what_is_no_checkpoint_is_called_by_its_name(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: expected a checkpoint, got {said}|{name}: .*{said}") as raised:
+        open_checkpoint(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter_config.json", "a LoRA adapter"),
+        ("model_index.json", "a diffusers pipeline"),
+        ("pareto_set.safetensors", "a run of ours"),
+    ],
+)
+def test_folders_of_something_else(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=said):
+        open_checkpoint(tmp_path)
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(UserError, match=r"x\.pt: expected a checkpoint, got a link to .*gone\.pt, which is missing"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_names_that_would_fill_the_memory(tmp_path: Path) -> None:
+    """One long name under many modules is one name in the file and many in memory."""
+    child = torch.nn.Module()
+    child.register_buffer("x" * 5000, torch.zeros(1))
+    root = torch.nn.Module()
+    for index in range(100):
+        root.add_module(str(index), child)
+    torch.save(root, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"expected names of at most 1024 letters"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_directory_that_is_larger_than_it_says(tmp_path: Path) -> None:
+    """zipfile believes the zip64 record before the end record, whatever that says."""
+    path = made.open_clip_file(tmp_path / "x.pt", 8)
+    data = path.read_bytes()
+    end = data.rfind(b"PK\x05\x06")
+    record = (
+        b"PK\x06\x06"
+        + (44).to_bytes(8, "little")
+        + bytes(12)
+        + b"".join(value.to_bytes(8, "little") for value in (3, 3, 3 * 10**9, 0))
+    )
+    locator = b"PK\x06\x07" + bytes(4) + end.to_bytes(8, "little") + (1).to_bytes(4, "little")
+    path.write_bytes(data[:end] + record + locator + data[end:])
+    with pytest.raises(UserError, match=r"expected a directory of at most \d+ bytes .* got 3000000000 bytes"):
+        open_checkpoint(path)
