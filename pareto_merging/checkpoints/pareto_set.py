@@ -131,9 +131,9 @@ def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> d
     path = Path(path)
     raw = read_metadata(path)
     if raw.get("format") != expected_format:
-        raise UserError(
-            f"{path}: expected a {expected_format} file, got {raw.get('format', 'another safetensors file')}"
-        )
+        how = " (pareto-merging export RUN --folded writes one)" if expected_format == FOLDED_FORMAT else ""
+        got = raw.get("format", "another safetensors file")
+        raise UserError(f"{path}: expected a {expected_format} file{how}, got {got}")
     header: dict[str, Any] = {}
     for key, value in raw.items():
         try:
