@@ -152,6 +152,12 @@ def _write(
         write_tensors(target, tensors, metadata)
         write_text(target.with_suffix(".md"), card)
         return
+    tokenizer = {} if text is None else _tokenizer(text)
+    if text is not None and not tokenizer and format == "huggingface":
+        # its processor and pipelines want one, and this checkpoint brought none
+        card += (
+            "\n## Tokenizer\n\nNone is in this folder; a CLIP of 49,408 tokens has `openai/clip-vit-base-patch32`'s.\n"
+        )
     write: Callable[..., Path] = export_hugging_face if format == "huggingface" else export_open_clip
     write(
         tensors,
@@ -161,7 +167,7 @@ def _write(
         text=None if text is None else text.text,
         text_heads=None if text is None else text.text_heads,
         card=card,
-        extra_files={} if text is None else _tokenizer(text),
+        extra_files=tokenizer,
         overwrite=overwrite,
     )
 

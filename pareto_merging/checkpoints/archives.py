@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
+from pareto_merging.checkpoints.files import file_stamp
 from pareto_merging.checkpoints.pickles import MAX_BYTES, Storage, StoredTensor, read_pickle
 from pareto_merging.errors import UserError
 
@@ -51,7 +52,7 @@ class Archive:
     ) -> None:
         self.path, self.kind, self.root = path, kind, root
         self._entries = entries
-        self._stamp = _stamp(path)
+        self._stamp = file_stamp(path)
         self._verified: set[str] = set()
 
     def tensor(self, stored: StoredTensor) -> Tensor:
@@ -61,7 +62,7 @@ class Archive:
             UserError: its storage is missing, of another size, fails its checksum, or the file has changed since.
         """
         entry = _check_size(self.path, stored.storage, self._entries.get(stored.storage.key))
-        if _stamp(self.path) != self._stamp:
+        if file_stamp(self.path) != self._stamp:
             raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
         numbers = math.prod(stored.shape)
         if not numbers:
@@ -136,13 +137,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise UserError(f"{path}: expected a checkpoint, got {error.strerror or error}") from error
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    return -1, -1
 
 
 def _check_size(path: Path, storage: Storage, entry: _Entry | None) -> _Entry:

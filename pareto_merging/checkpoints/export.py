@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as shapes
-from pareto_merging.checkpoints.files import CHECKSUMS, checksums, sort_metadata
+from pareto_merging.checkpoints.files import CHECKSUMS, checksums, sort_metadata, usual_mode
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.errors import UserError
 
@@ -257,9 +257,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
     try:
         # mkdtemp makes folders that nobody else can enter
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
+        temporary.chmod(usual_mode(0o777))
         yield temporary
         _sync(temporary)
         if target.exists():
@@ -290,9 +288,7 @@ def _swap(temporary: Path, target: Path) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     write(path)
     # safetensors makes files that nobody else can read
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(usual_mode(0o666))
     _sync(path)
 
 

@@ -34,14 +34,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes files that nobody else can read
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(usual_mode(0o666))
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usual_mode(mode: int) -> int:
+    """What the process's umask leaves of a mode: 0o666 for files, 0o777 for folders."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
 
 
 def write_text(path: Path, text: str) -> None:
@@ -210,11 +215,11 @@ class SafetensorsFile:
         self.shapes: dict[str, list[int]] = {name: list(entry["shape"]) for name, entry in header.items()}
         self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
         self._checksums = read_checksums(path, self.metadata, self.shapes)
-        self._stamp = _stamp(path)
+        self._stamp = file_stamp(path)
 
     def read(self, name: str) -> Tensor:
         """One tensor. Raises UserError if the file has changed, or its checksum does not fit."""
-        if _stamp(self.path) != self._stamp:
+        if file_stamp(self.path) != self._stamp:
             raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
         dtype, shape = self.dtypes[name], self.shapes[name]
         raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
@@ -232,7 +237,8 @@ class SafetensorsFile:
         return raw.view(dtype).reshape(shape)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size and time of last change: whether a file is the one it was. (−1, −1) if it is gone."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_size, status.st_mtime_ns

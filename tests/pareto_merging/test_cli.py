@@ -17,25 +17,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
 from pareto_merging import encoders
 from pareto_merging.baselines.registry import METHODS
 from pareto_merging.checkpoints.files import read_metadata
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_header
-from pareto_merging.cli import main
 from pareto_merging.config import MethodSettings, read_config
 from pareto_merging.evaluation import evaluate_model
 from pareto_merging.preferences import set_preference
 from pareto_merging.runs import open_run
 from pareto_merging.workspace import Workspace
 from pmkernels import dispatch
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
 
 
 def write_config(path: Path, **changes: Any) -> Path:
@@ -172,15 +166,6 @@ def test_files_of_ones_own(tmp_path: Path, finished: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert run("evaluate", tmp_path / "run", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["results"]) == 3
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("pareto-merging: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -14,13 +14,13 @@ import checkpoint_files as made
 import pytest
 import torch
 import yaml
+from command_line import one_line, run
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging import encoders
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.cli import main
 from pareto_merging.runs import open_run
 
 open_clip = pytest.importorskip("open_clip")
@@ -30,21 +30,6 @@ FORMATS = ["safetensors", "open_clip", "huggingface"]
 GAMMA = [0.7, 0.3]
 OTHER = ["--preference", "0.7,0.3"]
 CLIP = {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("pareto-merging: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import one_line, run
 from helpers import noisy_copy
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ import pareto_merging as pm
 from pareto_merging.checkpoints import readers
 from pareto_merging.checkpoints.pareto_set import read_header
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.cli import main
 from pareto_merging.config import read_config
 from pareto_merging.data.heads import read_head
 from pareto_merging.evaluation import evaluate_model
@@ -35,21 +35,6 @@ pytest.importorskip("transformers")
 
 NO_IMAGES = {"objective": "weight-distance", "steps": 2, "rank": 2, "learning_rate": 0.1}
 GAMMAS = ([0.5, 0.5], [0.9, 0.1], [0.0, 1.0])
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("pareto-merging: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def write_config(path: Path, pretrained: object, tasks: Mapping[str, Any], **more: Any) -> Path:

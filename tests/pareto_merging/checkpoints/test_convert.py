@@ -13,6 +13,7 @@ from typing import Any
 import checkpoint_files as made
 import pytest
 import torch
+from command_line import one_line, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +21,6 @@ from torch import Tensor
 from pareto_merging import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.cli import main
 from pareto_merging.data.heads import read_head
 from pareto_merging.errors import UserError
 
@@ -83,21 +83,6 @@ FORMATS: dict[str, Writer] = {
         for name in ("zeroshot.pt", "MNIST/finetuned.pt", "DTD/finetuned.pt", "keep_lang.pt", "legacy.pt")
     },
 }
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return int(stop.value.code or 0)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("pareto-merging: ")
-    assert captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    return captured.err
 
 
 def names_in(folder: Path) -> list[str]:
