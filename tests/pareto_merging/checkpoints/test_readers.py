@@ -19,10 +19,14 @@ import checkpoint_files as made
 import numpy as np
 import pytest
 import torch
+from helpers import randomize
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import pareto_merging as pm
 from pareto_merging import encoders
+from pareto_merging.checkpoints.convert import convert_checkpoint
+from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
 from pareto_merging.checkpoints.pickles import ForbiddenGlobal
 from pareto_merging.checkpoints.readers import open_checkpoint, open_head
 from pareto_merging.errors import UserError
@@ -927,3 +931,34 @@ def test_a_directory_that_is_larger_than_it_says(tmp_path: Path) -> None:
     path.write_bytes(data[:end] + record + locator + data[end:])
     with pytest.raises(UserError, match=r"expected a directory of at most \d+ bytes .* got 3000000000 bytes"):
         open_checkpoint(path)
+
+
+END_TO_END: dict[str, Writer] = {
+    **FORMATS,
+    "torchscript": lambda folder, seed, _: made.torchscript_archive(folder / "ViT-B-32.pt", seed),
+}
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_from_checkpoints_to_exports_and_back(name: str, tmp_path: Path) -> None:
+    """Each format is loaded, merged, exported to both libraries, and read again: the same bits."""
+    sources = [END_TO_END[name](tmp_path / str(seed), seed, True) for seed in (0, 1, 2)]
+    if name.startswith("hf vision"):
+        # the projection is the pretrained model's
+        sources[0] = made.huggingface_folder(tmp_path / "whole", 0, kind="clip")
+    pretrained, finetuned = pm.load_models(sources[0], {"a": sources[1], "b": sources[2]}, quick_gelu=True)
+    model = randomize(pm.parametrize(pretrained, finetuned, rank=2, copy=False))
+    merged = pm.merge(model, {"a": 0.7}).state_dict()
+    assert not torch.equal(merged["conv1.weight"], open_checkpoint(sources[0])["conv1.weight"].float())
+    whole = open_checkpoint(sources[0])
+    encoder = {**(whole.encoder or {}), "quick_gelu": True}
+    text = {key: tensor.float() for key, tensor in whole.text.items()}
+    for export in (export_hugging_face, export_open_clip):
+        folder = tmp_path / export.__name__
+        export(merged, folder, encoder=encoder, preprocessing=encoders.default_preprocessing(encoder), text=text)
+        again = open_checkpoint(folder)
+        assert_same(again, merged)
+        assert again.quick_gelu is True
+        assert_same(again.text, text)
+        convert_checkpoint(folder, tmp_path / f"{export.__name__}.safetensors", progress=False)
+        assert_same(open_checkpoint(tmp_path / f"{export.__name__}.safetensors"), merged)
