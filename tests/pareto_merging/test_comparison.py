@@ -394,9 +394,9 @@ def test_what_goes_wrong_while_measuring_is_one_method_s(error: Exception, monke
 
 
 def test_missing_files_are_no_lack_of_the_method(tmp_path: Path) -> None:
-    compared = comparison(own_config({"upright": {"checkpoint": tmp_path / "none.safetensors"}}))
+    config = own_config({"upright": {"checkpoint": tmp_path / "none.safetensors"}})
     with pytest.raises(UserError, match=r"none\.safetensors"):
-        compared.run("weight-averaging")
+        comparison(config).run("weight-averaging")
 
 
 def test_nan_weights_fail_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
