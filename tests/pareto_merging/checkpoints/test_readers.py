@@ -884,6 +884,18 @@ def test_what_is_no_checkpoint_is_called_by_its_name(name: str, content: bytes, 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("low", [*b"{[<\n \x1f\x80P"])
+def test_a_safetensors_header_of_any_length(low: int, tmp_path: Path) -> None:
+    """Its length comes first, and may begin as other files do."""
+    path = made.open_clip_file(tmp_path / "clip.safetensors", 9)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    longer = size + (low - size) % 256
+    path.write_bytes(longer.to_bytes(8, "little") + data[8 : 8 + size].ljust(longer) + data[8 + size :])
+    assert path.read_bytes()[0] == low
+    assert_same(open_checkpoint(path), expected_tower("", 9))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
