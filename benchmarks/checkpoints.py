@@ -656,6 +656,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     finished: list[Row] = []
     start = time.perf_counter()
+    if chosen.work is not None:
+        Path(chosen.work).mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="checkpoints-", dir=chosen.work) as work,
         progress_bar("checkpoints", len(rows)) as advance,
