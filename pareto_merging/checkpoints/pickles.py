@@ -139,6 +139,7 @@ _INERT_FAMILIES = ("torch.nn.modules", "torch.nn.parallel", "torch.optim", "torc
 _REFERENCES = ("torch.nn.functional", "torch._C._nn")
 _OTHER_LIBRARIES = {"torch", "numpy", "pip", "setuptools", "pkg_resources", "_distutils_hack", "dill", "cloudpickle"}
 _PYTHON_2 = {"__builtin__", "copy_reg", "cPickle", "commands", "popen2", "os2", "nt", "ce", "exceptions", "new", "imp"}
+_NAMES_TODAY = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess", "posix": "os", "nt": "os"}
 _FORBIDDEN = sys.stdlib_module_names | _OTHER_LIBRARIES | _PYTHON_2
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _MARK = object()
@@ -295,6 +296,9 @@ class _Machine:
 
     def forbidden(self, found: Global, what: str) -> ForbiddenGlobal:
         shown = str(found) if len(str(found)) <= MAX_NAME and _NAME.fullmatch(str(found)) else repr(str(found)[:120])
+        if found.module in _NAMES_TODAY and _NAME.fullmatch(str(found)):
+            # protocols up to 2 write Python 2's names, and os is spelled by the system's own module
+            shown += f" ({_NAMES_TODAY[found.module]}.{found.name})"
         return ForbiddenGlobal(f"{self.source}: refused: its pickle {what} {shown}, which could run code; nothing ran")
 
     def call(self, function: Any, arguments: Any) -> Any:

@@ -974,3 +974,16 @@ def test_from_checkpoints_to_exports_and_back(name: str, tmp_path: Path) -> None
         assert_same(again.text, text)
         convert_checkpoint(folder, tmp_path / f"{export.__name__}.safetensors", progress=False)
         assert_same(open_checkpoint(tmp_path / f"{export.__name__}.safetensors"), merged)
+
+
+def test_a_forbidden_name_is_said_as_it_is_known(tmp_path: Path) -> None:
+    """torch.save's protocol 2 writes the name that Python 2 had: the error has both."""
+
+    class Runs:
+        def __reduce__(self) -> Any:
+            return subprocess.Popen, (["touch", str(tmp_path / "ran")],)
+
+    torch.save({"w": torch.zeros(1), "x": Runs()}, tmp_path / "x.pt")
+    with pytest.raises(ForbiddenGlobal, match=r"names commands\.Popen \(subprocess\.Popen\), which could run code"):
+        open_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
