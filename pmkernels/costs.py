@@ -3,8 +3,9 @@
 Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.dispatch.choose`), the bounds that
 benchmarks report beside a time, and predictions for a GPU that is not at hand. The rates of :data:`GPUS` are what large
 products and copies reach, about 0.8 of the vendor's tensor-core figure and 0.9 of its bandwidth (of the A6000, as in
-the design, all of them), unless a tuned configuration file brings measured ones. A predicted time is a prediction: it
-is never reported as a measurement.
+the design, all of them), unless a tuned configuration file brings measured ones. The share that a kernel reaches of
+them is a matter of its form; all such shares stand in :data:`FORMS`. A predicted time is a prediction: it is never
+reported as a measurement.
 """
 
 from __future__ import annotations
@@ -79,10 +80,44 @@ def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
     )
 
 
-# of a tensor core's rate, what tiles multiplied in Triton beside other work are taken to reach until measured
-KERNEL_EFFICIENCY = 0.7
+@dataclass(frozen=True)
+class Form:
+    """The shares of a GPU's rates that kernels of one form reach, and where those figures come from.
+
+    ``product_efficiency``: of the tensor cores' rate. ``memory_efficiency``: of the bytes per second, from memory or
+    L2. ``alone``: one program fills a multiprocessor, so a last wave of a few programs takes as long as a full one.
+    """
+
+    product_efficiency: float
+    memory_efficiency: float
+    source: str
+    alone: bool = False
+
+
+# every share of a rate that a prediction takes; one is replaced when a results file says what is reached
+FORMS: dict[str, Form] = {
+    "library product": Form(
+        1.0, 1.0, "by definition: the rates are those of the library's large products and of copies"
+    ),
+    "attention": Form(0.5, 1.0, "assumed until measured: flash attention with heads of 64 on Hopper"),
+    "tensor by tensor": Form(
+        1.0, 0.9, "assumed until measured: a normalisation, an activation or a sum of two tensors"
+    ),
+    "merge": Form(1.0, 0.9, "assumed until measured: all tiles of W0 and τ are loaded before the first is used"),
+    "reduction": Form(
+        1.0, 0.55, "assumed until measured, the middle of 45–65 %: one τ at a time is loaded, waited for and reduced"
+    ),
+    "partial sums": Form(1.0, 0.9, "assumed until measured: a few programs, each adds its parts in a fixed order"),
+    "column sums": Form(1.0, 0.8, "assumed until measured: the library's sum over rows"),
+    "widen": Form(1.0, 0.9, "assumed until measured: a pipeline of tiles that are loaded, stored and multiplied"),
+    "assembly in the product": Form(0.7, 1.0, "assumed until measured: tiles of W are put together between products"),
+    "dW from rows": Form(0.7, 1.0, "assumed until measured: a pipeline of tiles; 242 registers a thread", alone=True),
+}
+
 # rows of a program that writes [x | t]
 WIDEN_ROWS = 32
+# elements of P or Q that a program of the partial sums adds
+SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -90,7 +125,8 @@ class Problem:
     """One operation of one layer: ``rows`` M, ``n`` out, ``d`` in, K task vectors, rank R, bytes per element.
 
     ``kind`` is ``16-bit``, ``tf32`` or ``float32``; ``per_row``: a preference per row, so the low-rank term is not part
-    of the merged weight. ``dx`` is counted with the roles of n and d exchanged.
+    of the merged weight; ``bias``: its gradient is wanted with the weight's. ``dx`` is counted with the roles of n and
+    d exchanged.
     """
 
     rows: int
@@ -100,6 +136,7 @@ class Problem:
     rank: int
     kind: str = "16-bit"
     per_row: bool = False
+    bias: bool = False
 
     @property
     def size(self) -> int:
@@ -131,12 +168,24 @@ class Problem:
         """Bytes of x and y together."""
         return float(self.rows * (self.n + self.d) * self.size)
 
+    @property
+    def output(self) -> float:
+        """Bytes of y, or of dy."""
+        return float(self.rows * self.n * self.size)
+
+    def partials(self, block_n: int, block_d: int, splits: int = 1) -> float:
+        """Bytes of the partial sums of P, Q and dλ: float32, the rank rounded up to a multiple of 16."""
+        blocks_n, blocks_d = math.ceil(self.n / block_n), math.ceil(self.d / block_d)
+        rank = 0 if self.per_row else 16 * math.ceil(self.rank / 16)
+        return 4.0 * splits * (rank * (blocks_d * self.n + blocks_n * self.d) + blocks_n * blocks_d * self.tasks)
+
 
 @dataclass(frozen=True)
 class Pass:
     """One kernel: tensor-core operations, plain float32 operations, bytes of device memory and through L2.
 
-    ``programs``: where they are fewer than the multiprocessors they have a share of the rates; 0: enough.
+    ``form``: a key of :data:`FORMS`. ``programs``: where they are fewer than the multiprocessors they have a share of
+    the rates; 0: enough. ``launches``: 0 for a part of a kernel that runs after its other parts and not beside them.
     """
 
     name: str
@@ -144,19 +193,33 @@ class Pass:
     simple: float = 0.0
     memory: float = 0.0
     cache: float = 0.0
-    efficiency: float = 1.0
+    form: str = "library product"
     programs: int = 0
+    launches: int = 1
+
+    @property
+    def product_efficiency(self) -> float:
+        """The share of the tensor cores' rate that a kernel of this form reaches."""
+        return FORMS[self.form].product_efficiency
+
+    @property
+    def memory_efficiency(self) -> float:
+        """The share of the bytes per second that a kernel of this form reaches."""
+        return FORMS[self.form].memory_efficiency
 
     def seconds(self, rates: Rates, kind: str) -> float:
-        """The longest of its four times, and its launch."""
-        longest = max(
-            self.products / (self.efficiency * rates.products(kind)),
-            self.simple / rates.float32,
-            self.memory / rates.memory,
-            self.cache / rates.cache,
-        )
+        """The longest of its four times, and its launches."""
         idle = max(1.0, rates.multiprocessors / self.programs) if self.programs else 1.0
-        return idle * longest + rates.launch
+        waves = idle
+        if self.programs and FORMS[self.form].alone:
+            waves = math.ceil(self.programs / rates.multiprocessors) * rates.multiprocessors / self.programs
+        longest = max(
+            waves * self.products / (self.product_efficiency * rates.products(kind)),
+            idle * self.simple / rates.float32,
+            idle * self.memory / (self.memory_efficiency * rates.memory),
+            idle * self.cache / (self.memory_efficiency * rates.cache),
+        )
+        return longest + self.launches * rates.launch
 
 
 @dataclass(frozen=True)
@@ -197,6 +260,42 @@ def served_seconds(problem: Problem, operations: float, bandwidth: float) -> flo
     )
 
 
+def _from_memory(again: float, touched: float, cache_bytes: float) -> float:
+    """Bytes of ``again`` that are read from device memory, because with all that was ``touched`` L2 has no room."""
+    return 0.0 if 2 * touched <= cache_bytes else again
+
+
+def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
+    """Partial sums of P, Q and dλ read again and added up, in one launch."""
+    if not partial:
+        return []
+    low_rank = 0 if p.per_row else p.rank
+    blocks = sum(math.ceil(16 * math.ceil(low_rank / 16) * size / SUM_BLOCK) for size in (p.n, p.d))
+    return [
+        Pass(
+            "partial sums",
+            memory=_from_memory(partial, partial, cache_bytes),
+            cache=partial,
+            form="partial sums",
+            programs=1 + blocks,
+        )
+    ]
+
+
+def _bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
+    """db = Σ dy by the library, which reads dy once more after the product of dW and its reduction."""
+    if not p.bias:
+        return []
+    touched = p.activations + (p.tasks + 1) * p.weight
+    sums = Pass("column sums", memory=_from_memory(p.output, touched, cache_bytes), cache=p.output, form="column sums")
+    return [sums, *_casts(p)]
+
+
+def _casts(p: Problem) -> list[Pass]:
+    """db from float32 to the type of a 16-bit bias: a launch, and next to no bytes."""
+    return [Pass("cast of db")] if p.bias and p.size == 2 else []
+
+
 def passes(
     operation: str,
     strategy: str,
@@ -211,17 +310,18 @@ def passes(
 ) -> list[Pass]:
     """The kernels that ``strategy`` (``fused`` or ``streamed``) runs for ``operation``, counted.
 
-    Tile sizes and ``splits`` are those of the kernel's configuration; the small products of r columns are left out. A
-    weight that is written to be read by the next kernel is read from L2 if it takes half of ``cache_bytes`` or less.
+    Tile sizes and ``splits`` are those of the kernel's configuration (``weight_grad`` by ``streamed``: of the
+    reduction); the small products of r columns are left out. What a kernel reads again comes from L2 if it takes, with
+    all that was touched since, half of ``cache_bytes`` or less.
     """
     p = problem
     low_rank = 0 if p.per_row else p.rank
     # an element of τ is converted and multiplied, one of the low-rank term multiplied for each r
     assembly = p.n * p.d * (4.0 * p.tasks + 2.0 * low_rank)
-    again = 0.0 if 2 * p.weight <= cache_bytes else p.weight
+    again = _from_memory(p.weight, p.weight, cache_bytes)
     gemm = Pass("product", products=p.product, memory=p.weight + p.activations)
     second = replace(gemm, memory=again + p.activations)
-    merge = Pass("merge", simple=assembly, memory=(p.tasks + 2) * p.weight)
+    merge = Pass("merge", simple=assembly, memory=(p.tasks + 2) * p.weight, form="merge")
     if operation == "merge":
         return [merge]
     if operation in ("forward", "dx"):
@@ -239,23 +339,23 @@ def passes(
             simple=row_blocks * assembly,
             memory=read + p.activations + partial,
             cache=row_blocks * read + math.ceil(n / block_n) * p.rows * d * p.size,
-            efficiency=KERNEL_EFFICIENCY,
+            form="assembly in the product",
         )
         return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
     if operation == "preference":
         x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)
         if strategy == "streamed":
-            kept = 0.0 if 2 * wide <= cache_bytes else wide
+            kept = _from_memory(wide, wide, cache_bytes)
             longer = p.product * (p.d + p.rank) / p.d
-            output = float(p.rows * p.n * p.size)
             return [
                 Pass(
                     "widen",
                     products=2.0 * p.rows * p.rank * p.d,
                     memory=x + wide,
+                    form="widen",
                     programs=math.ceil(p.rows / WIDEN_ROWS),
                 ),
-                Pass("product", products=longer, memory=p.weight + p.factors + kept + output),
+                Pass("product", products=longer, memory=p.weight + p.factors + kept + p.output),
             ]
         row_blocks, partial = math.ceil(p.rows / block_m), 4.0 * splits * p.rows * p.n if splits > 1 else 0.0
         fused = Pass(
@@ -263,25 +363,43 @@ def passes(
             products=2.0 * row_blocks * block_m * p.d * (p.n + math.ceil(p.n / block_n) * p.rank),
             memory=p.weight + p.factors + p.activations + partial,
             cache=row_blocks * p.weight + math.ceil(p.n / block_n) * x,
-            efficiency=KERNEL_EFFICIENCY,
+            form="assembly in the product",
             programs=row_blocks * math.ceil(p.n / block_n) * splits,
         )
         return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
     if operation == "weight_grad":
-        reduce = 4.0 * p.n * p.d * p.tasks
-        partial = 4.0 * splits * p.rank * (math.ceil(p.d / block_d) * p.n + math.ceil(p.n / block_n) * p.d)
+        simple, task_vectors = 4.0 * p.n * p.d * p.tasks, p.tasks * p.weight
+        blocks_n, blocks_d = math.ceil(p.n / block_n), math.ceil(p.d / block_d)
         if strategy == "streamed":
-            return [gemm, Pass("reduce", simple=reduce, memory=p.tasks * p.weight + again + partial), Pass("sum")]
-        tiles = math.ceil(p.n / block_n) * p.rows * p.d + math.ceil(p.d / block_d) * p.rows * p.n
-        fused = Pass(
-            "fused",
+            partial = p.partials(block_n, block_d)
+            reduction = Pass(
+                "reduction",
+                simple=simple,
+                memory=task_vectors + again + partial,
+                cache=task_vectors + p.weight,
+                form="reduction",
+            )
+            return [gemm, reduction, *_partial_sums(p, partial, cache_bytes), *_bias_sums(p, cache_bytes)]
+        partial = p.partials(block_n, block_d, splits)
+        # programs of their own read dy once more for db
+        bias = p.output if p.bias else 0.0
+        from_rows = Pass(
+            "dW from rows",
             products=p.product,
-            simple=splits * reduce,
-            memory=p.tasks * p.weight + p.activations + partial,
-            cache=tiles * p.size + splits * p.tasks * p.weight,
-            efficiency=KERNEL_EFFICIENCY,
+            memory=p.activations + bias,
+            cache=(blocks_n * p.rows * p.d + blocks_d * p.rows * p.n) * p.size + bias,
+            form="dW from rows",
+            programs=blocks_n * blocks_d * splits,
         )
-        return [fused, Pass("sum", memory=partial)]
+        epilogue = Pass(
+            "reduction",
+            simple=splits * simple,
+            memory=task_vectors + partial,
+            cache=splits * task_vectors,
+            form="reduction",
+            launches=0,
+        )
+        return [from_rows, epilogue, *_partial_sums(p, partial, cache_bytes), *_casts(p)]
     raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
 
 

@@ -146,9 +146,20 @@ def _cheapest(name: str, device: torch.device, operation: str, problem: costs.Pr
 def predicted_seconds(
     name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
 ) -> float:
-    """What :mod:`pmkernels.costs` makes of an operation with the tiles of a configuration file, on a GPU."""
-    op = operation if operation in ("weight_grad", "preference") else "linear"
-    config = lookup(name, op, problem.kind, _bucket(problem.rows), problem.rank, True)
+    """Predict the seconds of an operation on a GPU, with the tiles of a configuration file."""
+    kernels = predicted_passes(name, gpu, operation, strategy, problem, cached=cached)
+    return costs.seconds(kernels, gpu, problem.kind)
+
+
+def predicted_passes(
+    name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
+) -> list[costs.Pass]:
+    """List the kernels of an operation as :mod:`pmkernels.costs` counts them, with a configuration file's tiles."""
+    op, rows = operation if operation in ("weight_grad", "preference") else "linear", _bucket(problem.rows)
+    if operation == "weight_grad" and strategy == "streamed":
+        # the library forms dW, and what tiles are is a matter of its reduction
+        op, rows = "merge_grad", _bucket(0)
+    config = lookup(name, op, problem.kind, rows, problem.rank, True)
     n, d = (problem.d, problem.n) if operation == "dx" else (problem.n, problem.d)
     if operation == "weight_grad":
         tiles = -(-n // config.block_n) * -(-d // config.block_d)
@@ -156,7 +167,7 @@ def predicted_seconds(
     else:
         tiles = -(-problem.rows // config.block_m) * -(-n // config.block_n)
         splits, _ = splits_of_d(config, gpu.multiprocessors, problem.rows, n, d, tiles)
-    kernels = costs.passes(
+    return costs.passes(
         operation,
         strategy,
         problem,
@@ -167,7 +178,6 @@ def predicted_seconds(
         cached=cached,
         cache_bytes=gpu.cache_bytes,
     )
-    return costs.seconds(kernels, gpu, problem.kind)
 
 
 @functools.cache
