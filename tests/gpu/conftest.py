@@ -8,12 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_cases import Parts, note_parts
+from smoke import mark_smoke, smoke_rank
 
 collect_ignore = (
     []
     if importlib.util.find_spec("pydantic") and importlib.util.find_spec("pymoo")
     else ["test_models.py", "test_methods.py", "test_engine.py"]
 )
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    mark_smoke(item)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Smoke tests first, by rank: pytest-xdist deals them to its processes in that order, two each."""
+    items.sort(key=smoke_rank)
 
 
 @pytest.fixture(autouse=True)

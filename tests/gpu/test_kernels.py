@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from kernel_cases import LOW_RANK, check_linear, check_served, exactly, folded, gradients, linear_arguments
+from smoke import smoke
 from torch import Tensor
 
 import pmkernels
@@ -83,6 +84,7 @@ FULL_SIZE = {
 }
 
 
+@smoke(3, dtype=(torch.bfloat16,))
 @pytest.mark.parametrize("per_item", [False, True], ids=["shared", "32 preferences"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer", FULL_SIZE.values(), ids=FULL_SIZE)
@@ -122,6 +124,7 @@ def _configurations() -> list[tuple[str, dispatch.Entry]]:
     return [(name, entry) for name, text in dispatch.config_files().items() for entry in dispatch.read_entries(text)]
 
 
+@smoke(2, name=("sm_90",))
 @pytest.mark.parametrize(
     ("name", "entry"),
     _configurations(),
@@ -266,6 +269,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated() -> None:
         assert max((event["size"] for event in trace if event["action"] == "alloc"), default=0) < n * d * 4
 
 
+@smoke(8, dtype=(torch.bfloat16,), classes=(10, 1000, 5000))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 10, 1000, 5000])
 def test_softmax_entropy(classes: int, dtype: torch.dtype) -> None:
@@ -283,6 +287,7 @@ def test_softmax_entropy(classes: int, dtype: torch.dtype) -> None:
     assert float((ours.double() - theirs).abs().max()) <= max(2 * torch.finfo(dtype).eps, 1e-5) * scale
 
 
+@smoke(7, dtype=(torch.bfloat16,), shape=((1_000_003,), (64, 3, 16, 16), (1024, 1024)))
 @pytest.mark.parametrize("shape", [(7,), (1_000_003,), (70, 130), (64, 3, 16, 16), (1024, 1024)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_weight(shape: tuple[int, ...], dtype: torch.dtype) -> None:

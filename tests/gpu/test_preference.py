@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Parts, check_served, folded, served
+from smoke import smoke
 from torch import Tensor
 
 import pmkernels
@@ -24,8 +25,14 @@ LAYERS = {
 }
 
 
+@smoke(
+    4,
+    layer=(LAYERS["ViT-L/14 in-projection"], LAYERS["ViT-L/14 out-projection"]),
+    lead=((1, 257), (32, 257)),
+    strategy=("fused", "streamed"),
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("lead", [(1,), (7,), (1, 50), (1, 257), (8, 257), (32, 50)], ids=str)
+@pytest.mark.parametrize("lead", [(1,), (7,), (1, 50), (1, 257), (8, 257), (32, 50), (32, 257)], ids=str)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_real_layers(layer: tuple[int, int], lead: tuple[int, ...], strategy: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
@@ -78,6 +85,7 @@ def test_a_row_sees_its_own_preference_and_nothing_else(strategy: str) -> None:
         assert torch.equal(others[item], found[item])
 
 
+@smoke(6, strategy=("auto",))
 @pytest.mark.parametrize("strategy", ["fused", "streamed", "auto"])
 def test_a_graph_reads_the_preference_that_is_there_now(strategy: str) -> None:
     values = folded((4, 50), 768, 768, tasks=8, rank=16, gamma_lead=(4, 1), dtype=torch.bfloat16, device="cuda")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import LOW_RANK, Parts, assert_close, check_linear, exactly, gradients, linear_arguments
+from smoke import smoke
 from torch import Tensor
 
 import pmkernels
@@ -31,6 +32,7 @@ LAYERS = {
 }
 
 
+@smoke(5, layer=(LAYERS["ViT-L/14 in-projection"],), lead=((1, 257), (32, 50)), strategy=("streamed",))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("lead", [(), (1,), (1, 1), (7,), (50,), (1, 257), (32, 50)], ids=str)
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
@@ -130,6 +132,7 @@ def cached_weight(values: dict[str, Tensor], strategy: str) -> Tensor:
     return pmkernels.merge_weight(**parts, strategy=strategy)
 
 
+@smoke(6, dtype=(torch.bfloat16,), strategy=("streamed", "auto"), gamma_lead=((), (4, 1)))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma_lead", [(), (4, 1), (4, 50)], ids=["shared", "per item", "per row"])
@@ -164,6 +167,7 @@ def captured(step: Callable[[], dict[str, Tensor]]) -> tuple[torch.cuda.CUDAGrap
     return capture(step, device)
 
 
+@smoke(6, strategy=("fused", "streamed"), lead=((4, 257),))
 @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
 @pytest.mark.parametrize("lead", [(1,), (3, 2), (4, 257)], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -233,6 +237,7 @@ def check_vectors(values: dict[str, Tensor], grad: Tensor | None = None, **optio
     assert_close("gradient of lam", ours, allowed, expected, torch.float32, terms=terms)
 
 
+@smoke(8, dtype=(torch.bfloat16,), strategy=("auto", "fused"))
 @pytest.mark.parametrize("strategy", ["auto", "fused", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_vectors(dtype: torch.dtype, strategy: str) -> None:
@@ -249,6 +254,7 @@ def test_merge_vectors(dtype: torch.dtype, strategy: str) -> None:
     check_vectors(wide, torch.randn(703, 2, device="cuda").to(dtype)[:, 1], strategy=strategy)
 
 
+@smoke(6, strategy=("auto",))
 @pytest.mark.parametrize("strategy", ["auto", "eager"])
 def test_merge_vectors_captured(strategy: str) -> None:
     first, second = (vectors([1024, 0, 3072, 5], 8, torch.bfloat16, seed) for seed in (0, 1))
