@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pmkernels
+from benchmarks.common.suites import Save, nowhere
 from pmkernels import ops, reference
 from pmkernels.graphs import capture, warm_up
 
@@ -457,25 +458,34 @@ def entropy_rows(
     )
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """All rows. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing."""
+def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
+    """All rows. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
+
+    ``save`` gets the report after every row.
+    """
     if not quick and not torch.cuda.is_available():
         raise SystemExit("--suite kernels: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = ceilings(device, quick)
-    rows: list[Row] = []
+    report: dict[str, Any] = {"tasks": TASKS, "rank": RANK, "ceilings": rates, "rows": []}
+    for row in _rows(quick, device, rates):
+        report["rows"].append(asdict(row))
+        save(report)
+    return report
+
+
+def _rows(quick: bool, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
     layers, logits = (TINY_LAYERS, TINY_LOGITS) if quick else (LAYERS, LOGITS)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     # the interpreter cuts bfloat16 off where a GPU rounds
     for dtype in dtypes if device.type == "cuda" else dtypes[1:]:
         for layer in layers if dtype == torch.bfloat16 else layers[2:3] or layers:
             print(f"{layer.name}, {_name(dtype)}", flush=True)
-            rows += layer_rows(layer, dtype, device, rates)
+            yield from layer_rows(layer, dtype, device, rates)
             if layer.items > 1:
-                rows += per_item_rows(layer, dtype, device, rates)
+                yield from per_item_rows(layer, dtype, device, rates)
         for shape in logits if dtype == torch.bfloat16 else logits[-1:]:
-            rows += entropy_rows(shape, dtype, device, rates)
-    return {"tasks": TASKS, "rank": RANK, "ceilings": rates, "rows": [asdict(row) for row in rows]}
+            yield from entropy_rows(shape, dtype, device, rates)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The layer grid of the training suite: each strategy beside the limit, over layers, rows and K, in one run.
+"""The layer grid: each strategy beside the limit, over layers, rows and K, in one run.
 
 A time is reported only if its output matched float64 in that run. Calls are captured in CUDA graphs and replayed with a
 cold L2 cache: what is compared is the work on the GPU, also at one row, where a launch from Python takes longer than
@@ -7,6 +7,7 @@ the kernel. ``auto`` should be within :data:`GOAL` of the better of ``fused`` an
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +20,16 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks import limits
+from benchmarks.common.session import Once
+from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import LIMIT, RANK, TOLERANCE, Layer, relative_error, timed
 from pmkernels import costs, dispatch, ops, reference
 from pmkernels.costs import Problem
 from pmkernels.graphs import capture, warm_up
 
 TASKS = (2, 8)
-POWERS = tuple(2**power for power in range(15))
+# a layer's own number of rows comes besides
+POWERS = (1, 8, 64, 512, 4096)
 LAYERS = (
     *(layer for tower in limits.TOWERS for layer in tower.block_layers(limits.BATCH)),
     Layer(limits.LANGUAGE_MODEL[0].name, 4096, 4096, 1, 1),
@@ -37,7 +41,7 @@ OPERATIONS = {name: key for key, name in limits.OPERATIONS.items() if key != "me
 CHOICES = ("fused", "streamed")
 VARIANTS = (LIMIT, *CHOICES, "cached", "auto")
 GOAL = 1.15
-# milliseconds of repetitions of one variant; the grid has four thousand
+# milliseconds of repetitions of one variant; the grid has fifteen hundred
 WARMUP, REPETITIONS = 2, 8
 
 
@@ -173,7 +177,7 @@ class Case:
         return found
 
 
-def _variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
+def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
     """What is measured of an operation, by name; the limit of the weight gradient is dW alone."""
     x, dy, merged, bias = case.x[:rows], case.dy[:rows], case.merged, case.bias
 
@@ -201,7 +205,7 @@ def _variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
     return {LIMIT: limit, **found, "cached": make("auto", merged)}
 
 
-def _truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
+def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
     """The result in float64, and the error of plain PyTorch in the model's type.
 
     For the weight gradient that error is at least the one of its dW: a few numbers dλ may come out right by luck.
@@ -222,12 +226,12 @@ def points(case: Case, op: str, rows: int) -> Iterator[Row]:
     """A row per variant of one operation at one point."""
     layer, device = case.layer, case.x.device
     rank = RANK if "A" in case.parts else 0
-    truth, plain = _truth(case, op, rows)
+    exact, plain = truth(case, op, rows)
     dtype = str(case.x.dtype).removeprefix("torch.")
-    for name, variant in _variants(case, op, rows).items():
+    for name, variant in variants(case, op, rows).items():
         # dW alone is not our result and has nothing to be compared with
         judged = name != LIMIT or op != "weight gradient"
-        error = relative_error(variant(), truth) if judged else 0.0
+        error = relative_error(variant(), exact) if judged else 0.0
         matched = error <= TOLERANCE * plain + 1e-6
         errors = rounded(error), rounded(plain)
         row = Row(op, layer.name, layer.n, layer.d, case.tasks, rank, rows, dtype, name, *errors, matched)
@@ -294,41 +298,74 @@ def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration
     return found
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """The whole grid. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing."""
-    if not quick and not torch.cuda.is_available():
-        raise SystemExit("layers: expected a CUDA GPU, got none (quick rehearses it on the CPU)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@dataclass(frozen=True)
+class GridPoint:
+    """One operation of one layer at one number of rows; ``rows`` measures every variant of it."""
+
+    layer: Layer
+    tasks: int
+    count: int
+    op: str
+    rows: Callable[[], list[Row]]
+
+    @property
+    def name(self) -> str:
+        """For people and for keys."""
+        return f"{self.layer.name}, K = {self.tasks}, M = {self.count}, {self.op}"
+
+
+def grid_points(quick: bool, device: torch.device, skipped: list[dict[str, Any]] | None = None) -> Iterator[GridPoint]:
+    """All points that fit in memory; a layer's tensors are made by the first point of it that is measured.
+
+    ``quick``: tiny shapes on any device. ``skipped``: gets what does not fit.
+    """
     # the interpreter cuts bfloat16 off where a GPU rounds
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    gpu = dispatch.gpu_name(0) if device.type == "cuda" else None
-    rows: list[Row] = []
-    skipped = []
-    for layer in TINY_LAYERS if quick else LAYERS:
-        for tasks in TASKS[:1] if quick else TASKS:
-            free = free_memory(device)
-            everything = grid(layer, TINY_POWERS if quick else POWERS)
-            fitting = [m for m in everything if needed_memory(layer, tasks, m) <= free]
+    for layer, tasks in itertools.product(TINY_LAYERS if quick else LAYERS, TASKS[:1] if quick else TASKS):
+        free = free_memory(device)
+        everything = grid(layer, TINY_POWERS if quick else POWERS)
+        fitting = [m for m in everything if needed_memory(layer, tasks, m) <= free]
+        if skipped is not None:
             skipped += [{"layer": layer.name, "tasks": tasks, "rows": m} for m in everything if m not in fitting]
-            if not fitting:
-                continue
-            print(f"{layer.name}, K = {tasks}", flush=True)
+        if not fitting:
+            continue
+
+        def make(layer: Layer = layer, tasks: int = tasks, most: int = fitting[-1]) -> Case:
             with torch.no_grad():
-                case = Case.make(layer, tasks, fitting[-1], dtype, device)
-                for m in fitting:
-                    for op in OPERATIONS:
-                        rows += points(case, op, m)
-            del case
-    listed = [asdict(row) for row in rows]
-    return {
-        "rank": RANK,
-        "gpu": gpu,
-        "rates": gpu if gpu in costs.GPUS else None,
-        "rows": listed,
-        "skipped": skipped,
-        "launch_ms": _launch(device),
-        "crossovers": crossovers(listed, gpu, dispatch.gpu_file(device)),
-    }
+                return Case.make(layer, tasks, most, dtype, device)
+
+        case = Once(make)
+        for m, op in itertools.product(fitting, OPERATIONS):
+
+            def rows(case: Once = case, op: str = op, m: int = m) -> list[Row]:
+                with torch.no_grad():
+                    return list(points(case(), op, m))
+
+            yield GridPoint(layer, tasks, m, op, rows)
+        case.drop()
+
+
+def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
+    """The whole grid. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
+
+    ``save`` gets the report after every point.
+    """
+    if not quick and not torch.cuda.is_available():
+        raise SystemExit("--suite layers: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = dispatch.gpu_name(0) if device.type == "cuda" else None
+    skipped: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"rank": RANK, "gpu": gpu, "rates": gpu if gpu in costs.GPUS else None, "rows": []}
+    report |= {"skipped": skipped, "launch_ms": _launch(device), "crossovers": []}
+    before = None
+    for point in grid_points(quick, device, skipped):
+        if (point.layer, point.tasks) != before:
+            before = point.layer, point.tasks
+            print(f"{point.layer.name}, K = {point.tasks}", flush=True)
+        report["rows"] += [asdict(row) for row in point.rows()]
+        save(report)
+    report["crossovers"] = crossovers(report["rows"], gpu, dispatch.gpu_file(device))
+    return report
 
 
 def _launch(device: torch.device) -> float | None:
@@ -434,9 +471,9 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _shown(rows: Mapping[int, Any]) -> list[int]:
-    """Of a layer's rows: 1, 64, 1024, and the model's own number or else the most."""
+    """Of a layer's rows: 1, 64, 512, and the model's own number or else the most."""
     own = [m for m in rows if m & (m - 1)]
-    return sorted({m for m in (1, 64, 1024, *(own or [max(rows)])) if m in rows})
+    return sorted({m for m in (1, 64, 512, *(own or [max(rows)])) if m in rows})
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:

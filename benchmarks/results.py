@@ -1,23 +1,29 @@
-"""Results files: what ran where, written whole or not at all. Needs torch and nothing else, so it runs anywhere."""
+"""Results files: what ran where, written whole or not at all.
+
+Needs torch for what it says of the machine and nothing else, so it runs anywhere.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.common.record import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Hardware, driver and versions: where figures were measured."""
+    # a process that only watches a run does without it
+    import torch
+
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -92,12 +98,20 @@ def header(command: Sequence[str]) -> dict[str, Any]:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` as JSON: into a file beside it first, so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write ``report`` as JSON, whole or not at all."""
+    write_json(path, report)
+
+
+def gpu_name_of_driver() -> str | None:
+    """The first GPU's name as files spell it (``nvidia-h200``), as the driver says it; None without one."""
+    name = _nvidia_smi("name")
+    return None if name is None else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def unused(path: Path) -> Path:
+    """``path``, or with a number if there is a file already: nothing that was measured is written over."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found

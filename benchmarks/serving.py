@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import serving_baselines as baselines
 from benchmarks import serving_layers as layers
+from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import TOLERANCE, ceilings
 from benchmarks.layers import rounded
 from benchmarks.serving_baselines import (
@@ -317,8 +318,8 @@ def cell_rows(
 
 def case_rows(
     case: Case, size: int, batches: Sequence[int], preferences: Sequence[int], effort: Effort, clock: Clock
-) -> Iterator[Row]:
-    """All rows of one tower; ``size``: of its images in pixels."""
+) -> Iterator[list[Row]]:
+    """All rows of one tower, a batch with a number of preferences at a time; ``size``: of its images in pixels."""
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(max(batches), 3, size, size, generator=generator).to(case.device, case.dtype)
     drawn = baselines.preferences(max(preferences))
@@ -332,7 +333,7 @@ def case_rows(
             for row in rows:
                 figures = row.reason if row.ms is None else f"{row.ms:.2f} ms, {row.to_limit or 0:.2f}×"
                 clock.say(f"{row.layer}: {row.variant}: {figures}")
-            yield from rows
+            yield rows
             _free(case.device)
 
 
@@ -344,8 +345,11 @@ def left_out(batches: Mapping[str, Sequence[int]]) -> list[str]:
     return [f"{name}, batch {', '.join(map(str, some))}" for name, some in missing.items() if some]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """All rows, on a GPU if there is one. ``quick``: a tiny tower, which proves that it runs and measures nothing."""
+def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
+    """All rows, on a GPU if there is one. ``quick``: a tiny tower, which proves that it runs and measures nothing.
+
+    ``save`` gets the report after every layer and every batch of a tower.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -356,30 +360,7 @@ def run(quick: bool) -> dict[str, Any]:
     clock = Clock()
     clock.say("a rehearsal with a tiny tower: it measures nothing" if quick else f"{device.type}, {dtype}")
     rates = ceilings(device, quick) if on_gpu else None
-    rows: list[dict[str, Any]] = []
-    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="serving-suite-") as folder:
-        for model, layer in layers.projections(quick):
-            rows += [asdict(row) for row in layers.layer_rows(model, layer, dtype, device, layer_effort, rates)]
-        clock.say("layers are measured")
-        for name, its_batches in batches.items():
-            encoder = TINY_ENCODER if quick else ENCODERS[name]
-            counts = (1, 4) if quick else PREFERENCES
-            try:
-                case = baselines.build_case(name, encoder, Path(folder), dtype, device)
-                size = encoders.image_size(encoder)
-                for row in case_rows(case, size, its_batches, counts, effort, clock):
-                    rows.append(asdict(row))
-                case.file.unlink()
-                del case
-            except Exception as error:
-                # what was measured is not lost to another tower's failure
-                reason = f"{type(error).__name__}: {error}"[:300]
-                clock.say(f"{name}: {reason}")
-                failed = Row(OP, name, str(dtype).removeprefix("torch."), "all", FAILED, 0.0, False, name, 0, 0)
-                rows.append(asdict(replace(failed, reason=reason)))
-            _free(device)
-    clock.say("done")
-    return {
+    report: dict[str, Any] = {
         "quick": quick,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -389,9 +370,35 @@ def run(quick: bool) -> dict[str, Any]:
         "effort": asdict(effort),
         "left_out": [] if quick or on_gpu else left_out(batches),
         "ceilings": rates,
-        "rows": rows,
+        "rows": [],
         "progress": clock.lines,
     }
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="serving-suite-") as folder:
+        for model, layer in layers.projections(quick):
+            rows = layers.layer_rows(model, layer, dtype, device, layer_effort, rates)
+            report["rows"] += [asdict(row) for row in rows]
+            save(report)
+        clock.say("layers are measured")
+        for name, its_batches in batches.items():
+            encoder = TINY_ENCODER if quick else ENCODERS[name]
+            counts = (1, 4) if quick else PREFERENCES
+            try:
+                case = baselines.build_case(name, encoder, Path(folder), dtype, device)
+                size = encoders.image_size(encoder)
+                for cell in case_rows(case, size, its_batches, counts, effort, clock):
+                    report["rows"] += [asdict(row) for row in cell]
+                    save(report)
+                case.file.unlink()
+                del case
+            except Exception as error:
+                # what was measured is not lost to another tower's failure
+                reason = f"{type(error).__name__}: {error}"[:300]
+                clock.say(f"{name}: {reason}")
+                failed = Row(OP, name, str(dtype).removeprefix("torch."), "all", FAILED, 0.0, False, name, 0, 0)
+                report["rows"].append(asdict(replace(failed, reason=reason)))
+            _free(device)
+    clock.say("done")
+    return report
 
 
 def _batches(report: Mapping[str, Any]) -> list[dict[str, Any]]:

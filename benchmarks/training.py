@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import ceilings, relative_error
 from pareto_merging import MergingTask, MethodSettings, learn_pareto_set, learned_parameters, parametrize, set_strategy
 from pareto_merging.gradient import CudaGraphs, TasksAtOnce
@@ -950,7 +951,7 @@ def case_rows(
         if dtype != torch.float32:
             row = _blank(case, STEP, ADAMERGING, dtype)
             yield done(measure(row, baseline(dtype, True), truth, errors, device, seconds))
-        _widen(case)
+        widen(case)
         row = _blank(case, STEP, ADAMERGING, torch.float32)
         yield done(measure(row, baseline(torch.float32, True), truth, errors, device, seconds))
     case.pareto, case.parts, case.learned = None, {}, {}
@@ -961,7 +962,7 @@ def case_rows(
             yield done(measure(_blank(case, STEP, variant, dtype), make, None, {}, device, seconds))
 
 
-def _widen(case: Case) -> None:
+def widen(case: Case) -> None:
     """Weights and task vectors in float32, one at a time; the Pareto model that held them is gone afterwards."""
     case.pareto = None
     gc.collect()
@@ -976,8 +977,11 @@ def _variants(device: torch.device, tasks: int) -> list[str]:
     return [variant for variant in VARIANTS[tasks] if kernels or variant not in ("streamed", "fused")]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """All rows. ``quick``: a tiny model on any device, which proves that it runs and measures nothing."""
+def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
+    """All rows. ``quick``: a tiny model on any device, which proves that it runs and measures nothing.
+
+    ``save`` gets the report after every row.
+    """
     if not quick and not torch.cuda.is_available():
         raise SystemExit("--suite training: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -985,9 +989,14 @@ def run(quick: bool) -> dict[str, Any]:
     if quick:
         clock.say("a rehearsal with a tiny model: it measures nothing")
     rates = ceilings(device, quick)
-    rows: list[Row] = []
     profiles: dict[str, list[dict[str, Any]]] = {}
     sources: dict[str, str] = {}
+    report: dict[str, Any] = {"quick": quick, "batch": BATCH, "classes": CLASSES, "rank": RANK, "ceilings": rates}
+    report |= {"sources": sources, "rows": [], "profiles": {}, "progress": clock.lines}
+
+    def keep(row: Row) -> None:
+        report["rows"].append(asdict(row))
+        save(report)
 
     def add(
         architecture: Architecture, tasks: int, dtype: torch.dtype, variants: Sequence[str], **options: Any
@@ -995,14 +1004,14 @@ def run(quick: bool) -> dict[str, Any]:
         sources[architecture.name] = vision_transformer(TINY.name)[1]
         try:
             for row in case_rows(architecture, tasks, device, dtype, variants, rates, clock, **options):
-                rows.append(row)
+                keep(row)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:300]
             title = f"{architecture.name}, K = {tasks}"
             clock.say(f"{title}: {reason}")
             wrong = not isinstance(error, torch.cuda.OutOfMemoryError)
             failed = Row(STEP, title, str(dtype).removeprefix("torch."), "all", FAILED, 0.0, not wrong, "", tasks)
-            rows.append(replace(failed, model=architecture.name, reason=reason))
+            keep(replace(failed, model=architecture.name, reason=reason))
         # the exception and the generator held what they had made
         _free(device)
 
@@ -1018,36 +1027,10 @@ def run(quick: bool) -> dict[str, Any]:
                 options: dict[str, Any] = {"data_free": architecture is MODELS[0] and tasks == 8}
                 options["profiles"] = profiles if tasks == 8 else None
                 add(architecture, tasks, torch.bfloat16, _variants(device, tasks), **options)
-    report: dict[str, Any] = {
-        "quick": quick,
-        "batch": BATCH,
-        "classes": CLASSES,
-        "rank": RANK,
-        "ceilings": rates,
-        "sources": sources,
-        "rows": [asdict(row) for row in rows],
-    }
     missed = {goal["model"] for goal in goals(report) if goal["status"] == "not met"}
     report["profiles"] = {model: found for model, found in profiles.items() if model in missed}
-    clock.say("the grid of layers")
-    try:
-        report["layers"] = _layers(quick)
-        report["rows"] += [row for row in report["layers"]["rows"] if not row["matched"]]
-    except Exception as error:
-        # the steps above are not to be lost
-        reason = f"{type(error).__name__}: {error}"[:300]
-        clock.say(f"the grid of layers: {reason}")
-        report["rows"].append(
-            asdict(Row("grid of layers", "all", "all", "all", FAILED, 0.0, False, "", 0)) | {"reason": reason}
-        )
     clock.say("done")
-    report["progress"] = clock.lines
     return report
-
-
-def _layers(quick: bool) -> dict[str, Any]:
-    found: dict[str, Any] = importlib.import_module("benchmarks.layers").run(quick)
-    return found
 
 
 def _row(
@@ -1055,7 +1038,6 @@ def _row(
 ) -> dict[str, Any]:
     """The row of eight tasks that was asked for; one without figures if there is none."""
     for row in report["rows"]:
-        # the grid of layers has rows without a model
         key = (row["op"], row.get("model"), row.get("tasks"), row.get("dtype"), row.get("variant"))
         if key == (op, model, 8, dtype, variant) and row["matched"]:
             found: dict[str, Any] = row
@@ -1131,7 +1113,7 @@ def goals_markdown(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The goals, a table for each model and K, profiles where a goal was missed, and the grid of layers."""
+    """The goals, a table for each model and K, and profiles where a goal was missed."""
     rates = report["ceilings"]
     own = [row for row in report["rows"] if row["op"] in (STEP, DATA_FREE)]
     lines = ["A rehearsal: these figures measure nothing.", ""] if report["quick"] else []
@@ -1164,9 +1146,6 @@ def markdown(report: Mapping[str, Any]) -> str:
             name = k["kernel"].replace("|", "\\|")
             name = name if len(name) <= 80 else f"{name[:79]}…"
             lines.append(f"| `{name}` | {k['calls']} | {k['ms']:.3f} | {k['share']:.1%} |")
-    layers = report.get("layers")
-    if layers is not None:
-        lines += ["", importlib.import_module("benchmarks.layers").markdown(layers).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -1190,7 +1169,7 @@ def _cells(row: Mapping[str, Any], limit: float | None) -> str:
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """A picture for each model, time of a step and peak memory over K, and the pictures of the grid of layers."""
+    """A picture for each model: time of a step and peak memory over K."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -1222,6 +1201,4 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
             path = folder / f"training-{model.lower().replace('/', '-').replace(' ', '-')}.png"
             figure.savefig(path)
         written.append(path)
-    if report.get("layers") is not None:
-        written += importlib.import_module("benchmarks.layers").draw(report["layers"], folder)
     return written

@@ -1120,8 +1120,8 @@ class Strategies:
         self.times[Point("preference", layer.n, layer.d, 0, _rank(layer))] = times
 
     def _both(self, bench: Bench, case: layers.Case, name: str, rows: int) -> tuple[float, float]:
-        truth, plain = layers._truth(case, name, rows)
-        variants = layers._variants(case, name, rows)
+        truth, plain = layers.truth(case, name, rows)
+        variants = layers.variants(case, name, rows)
 
         def fault(found: Sequence[Tensor]) -> str | None:
             error = relative_error(found, truth)

@@ -1,0 +1,182 @@
+"""Measuring unit by unit: what is there already is not measured again, and what would take too long is not begun."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, TypeAlias
+
+from benchmarks.common.record import LACKING, Record
+
+# of a figure that is not finite or not there: JSON has no NaN
+FAILED = 1e30
+Rows: TypeAlias = Iterable[Any]
+
+
+class Lost(RuntimeError):
+    """The GPU no longer answers: nothing after this can be measured in this process."""
+
+
+class Unavailable(Exception):
+    """Something cannot be measured on this machine, which is nobody's fault; the message says why."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error in at most 300 characters of one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+
+
+@dataclass
+class Session:
+    """One run: its record, when it has to end, and what is wanted of it.
+
+    ``until``: on ``clock``, seconds. ``grace``: how many times its estimate a unit may take before whoever watches the
+    run gives it up. ``wanted``: whether a unit's key is asked for.
+    """
+
+    record: Record
+    until: float = float("inf")
+    clock: Callable[[], float] = time.monotonic
+    say: Callable[[str], None] = print
+    wanted: Callable[[str], bool] = lambda key: True
+    synchronize: Callable[[], None] = lambda: None
+    grace: float = 4.0
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.clock()
+
+    @property
+    def left(self) -> float:
+        """Seconds until the run has to end."""
+        return self.until - self.clock()
+
+    def tell(self, line: str) -> None:
+        """Say a line with the time since the start and the time left."""
+        ahead = "" if self.until == float("inf") else f", {max(self.left, 0):4.0f} s left"
+        self.say(f"[{self.clock() - self.start:4.0f} s{ahead}] {line}")
+
+    def open(self, key: str) -> bool:
+        """Tell whether a unit is asked for and not measured yet."""
+        return self.wanted(key) and key not in self.record.data["units"]
+
+    def measure(self, key: str, function: Callable[[], Rows], seconds: float) -> None:
+        """Measure a unit and save its rows, unless it is there already or time does not suffice.
+
+        Whatever goes wrong inside becomes a row that says so: running out of memory is a result, any other error is
+        wrong. ``function`` gives rows, dataclasses or mappings; ``seconds`` is what it should take on a large GPU.
+
+        Raises:
+            Lost: the GPU does not answer after an error.
+        """
+        if not self.open(key):
+            return
+        if seconds > self.left:
+            self.record.missed(key)
+            self.tell(f"{key}: not begun, it takes about {seconds:.0f} s")
+            return
+        self.record.begin(key, self.grace * seconds + 60, self.clock())
+        begin, state, rows = self.clock(), "done", list[Mapping[str, Any]]()
+        try:
+            rows = [as_row(row) for row in function()]
+        except Unavailable as error:
+            state, rows = LACKING, [failure(str(error), matched=True)]
+        except Exception as error:
+            short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+            rows = [failure("out of memory" if short else one_line(error), matched=short)]
+            # what the frames hold must go before anything else is made
+            error.__traceback__ = None
+            self._answers(key, error)
+        self.record.add(key, rows, self.clock() - begin, state)
+        for row in rows:
+            self.tell(describe(key, row))
+        gc.collect()
+
+    def _answers(self, key: str, error: Exception) -> None:
+        try:
+            self.synchronize()
+        except Exception as lost:
+            self.record.add(key, [failure(one_line(error), matched=False)], 0.0)
+            raise Lost(one_line(lost)) from error
+
+
+def as_row(row: Any) -> dict[str, Any]:
+    """A row as JSON has it; figures that are not finite are :data:`FAILED`."""
+    found: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+    return {name: _finite(value) for name, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return FAILED
+    return value
+
+
+def failure(reason: str, *, matched: bool) -> dict[str, Any]:
+    """A row without figures."""
+    return {"variant": "all", "matched": matched, "ms": None, "reason": reason}
+
+
+def describe(key: str, row: Mapping[str, Any]) -> str:
+    """One line about a row."""
+    about: list[str] = []
+    if row.get("ms") is not None:
+        about.append(f"{row['ms']:.4g} ms" if row["ms"] < 10 else f"{row['ms']:.1f} ms")
+    if row.get("value") is not None:
+        about.append(f"{row['value']:.4g} {row.get('unit_of_value', '')}".strip())
+    if row.get("cache"):
+        about.append(str(row["cache"]))
+    if row.get("matched") is False:
+        about.append(f"WRONG: error {row.get('error', FAILED):.2e}")
+    if row.get("reason"):
+        about.append(str(row["reason"]))
+    variant = str(row.get("variant", ""))
+    name = key if not variant or key.endswith(f"/{variant}") else f"{key}: {variant}"
+    return f"{name}: {', '.join(about) or 'right'}"
+
+
+@contextlib.contextmanager
+def frozen_garbage() -> Any:
+    """Leave out of garbage collection what is there now: captures collect, thousands of times."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class Once:
+    """A value made when it is first asked for, kept until :meth:`drop`; a failure is remembered and raised again."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._made, self._error = make, list[Any](), list[Exception]()
+
+    def __call__(self) -> Any:
+        if self._error:
+            raise self._error[0].with_traceback(None)
+        if not self._made:
+            try:
+                self._made.append(self._make())
+            except Exception as error:
+                error.__traceback__ = None
+                self._error.append(error)
+                raise
+        return self._made[0]
+
+    def drop(self) -> None:
+        """Let go of the value and of a failure."""
+        self._made.clear()
+        self._error.clear()
+
+
+def chosen(keys: Sequence[str] | None) -> Callable[[str], bool]:
+    """Tell which units are asked for: those whose group is one of ``keys``, all if that is None."""
+    if keys is None:
+        return lambda key: True
+    groups = frozenset(keys)
+    return lambda key: key.partition("/")[0] in groups

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.goals``: what the project aims at on a GPU, measured in order of value until time is up."""

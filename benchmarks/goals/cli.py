@@ -1,0 +1,150 @@
+"""The command line of ``python -m benchmarks.goals``: it starts, watches and ends the process that measures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.common.record import COMPLETE, Record, RecordError
+from benchmarks.common.supervisor import EXIT_UNUSABLE, supervise
+from benchmarks.goals import table
+from benchmarks.goals.groups import GROUPS, NAMES, SUITE
+
+DESCRIPTION = """\
+Measure what the project aims at on this GPU, in order of value, until time is up.
+
+The results file is written again, whole, after every row. When the time limit or a signal comes, a kernel hangs, memory
+ends or the GPU stops answering, what was measured stays, and --resume goes on from it. A row has a time only if its
+output was right in this very run. Figures of two cards never get into one file."""
+
+EPILOG = """\
+groups, in order of value (about how long on an H100):
+{groups}
+
+exit codes:
+  0        everything was measured and right
+  1        something was wrong or failed: its rows have no time and say why
+  2        nothing can be measured here: no GPU, another card than the file's, wrong arguments
+  3        the time limit came first: --resume FILE goes on
+  128 + N  signal N came first (SIGTERM: 143, Ctrl-C: 130): --resume FILE goes on
+
+examples:
+  python -m benchmarks.goals --minutes 8                     on a GPU; writes benchmarks/results/goals-<gpu>-<date>.json
+  python -m benchmarks.goals --minutes 5 --resume FILE       what FILE does not have yet, into the same file
+  python -m benchmarks.goals --only reductions served-layers
+  python -m benchmarks.goals --quick                         a rehearsal on any machine: tiny shapes, measures nothing
+"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    lines = "\n".join(f"  {group.name:<14} {group.about} ({group.seconds:.0f} s)" for group in GROUPS)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.goals",
+        description=DESCRIPTION,
+        epilog=EPILOG.format(groups=lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="end after that long, all included (default: 8)")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="GROUP", help="these groups, after the ceilings")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a results file of this card")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results; see above)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, interpreted without a GPU: a rehearsal")
+    chosen = parser.parse_args(arguments)
+    if not 0 < chosen.minutes <= 24 * 60:
+        parser.error(f"--minutes: expected more than 0 and at most a day, got {chosen.minutes:g}")
+    return chosen
+
+
+def default_path(quick: bool, date: str) -> Path:
+    """Where results go: named after the card, a rehearsal's into a folder for temporary files."""
+    if quick:
+        return Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-goals-{date}.json"
+    name = results.gpu_name_of_driver() or "gpu"
+    return results.RESULTS / f"goals-{name}-{date}.json"
+
+
+def open_record(chosen: argparse.Namespace, command: Sequence[str]) -> Record:
+    """Begin a results file, or open the one to go on from.
+
+    Raises:
+        RecordError: the file to go on from is not one, or ``--out`` names a file that is there.
+    """
+    header = results.header(command)
+    if chosen.resume is None:
+        path = chosen.out or default_path(chosen.quick, header["date"])
+        if chosen.out is None and not chosen.quick:
+            path = results.unused(path)
+        record = Record.new(path, {**header, "suite": SUITE, "quick": chosen.quick})
+    else:
+        record = Record.read(chosen.resume, SUITE)
+        if bool(record.data.get("quick")) != chosen.quick:
+            kind = "a rehearsal" if record.data.get("quick") else "a measurement"
+            raise RecordError(f"{chosen.resume}: --quick: expected as in the file, which is {kind}")
+        record.resume()
+        if chosen.out is not None:
+            record.path = chosen.out
+    record.data["runs"].append({**header, "minutes": chosen.minutes})
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    chosen = parse(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    start = time.monotonic()
+    try:
+        record = open_record(chosen, ["python -m benchmarks.goals", *given])
+        # there before anything is measured: from here on there is a file to go on from
+        record.write()
+    except (RecordError, OSError) as error:
+        print(f"goals: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    print(f"results go to {record.path}", flush=True)
+    command = ["-m", "benchmarks.goals.worker", "--out", str(record.path)]
+    command += ["--quick"] if chosen.quick else []
+    command += ["--only", *chosen.only] if chosen.only else []
+
+    def finish(found: Record) -> None:
+        run: dict[str, Any] = found.data["runs"][-1]
+        run |= {"clocks_after": results.clocks(), "seconds": round(time.monotonic() - start, 1)}
+        found.data["goals"] = [vars(goal) for goal in table.goals(found.data)]
+
+    had_rows = bool(record.data["rows"])
+    outcome = supervise(record.path, SUITE, command, 60 * chosen.minutes, finish)
+    if outcome.code == EXIT_UNUSABLE and not had_rows and not Record.read(record.path, SUITE).data["rows"]:
+        # nothing can be measured here, so there is no result
+        record.path.unlink(missing_ok=True)
+        return outcome.code
+    print(last_lines(Record.read(record.path, SUITE), outcome.ended, chosen.only or NAMES), flush=True)
+    return outcome.code
+
+
+def last_lines(record: Record, ended: str, wanted: Sequence[str] = NAMES) -> str:
+    """What is said when all is over: faults, the table of goals, and how to go on."""
+    data = record.data
+    lines = [f"WRONG {row['unit']}: {row['variant']}: {row.get('reason') or 'wrong output'}" for row in record.wrong]
+    clocks = data["runs"][-1].get("clocks_after") or {}
+    lines += ["clocks at the end: " + (", ".join(f"{name} {value}" for name, value in clocks.items() if value) or "–")]
+    commits = list(dict.fromkeys(run["commit"] for run in data["runs"]))
+    if len(commits) > 1:
+        lines.append(f"rows of several commits: {', '.join(commits)}")
+    lines += ["", table.text(data), ""]
+    lines.append(f"{len(data['units'])} units measured, ended by: {ended}")
+    begun = {key.partition("/")[0] for key in data["units"]}
+    left = [*data["not_reached"], *(f"all of {name}" for name in wanted if name not in begun)]
+    if ended != COMPLETE and left:
+        lines.append(f"not reached: {'; '.join(left)}")
+    if data["quick"]:
+        lines.append("a rehearsal: none of these figures is a measurement")
+    if ended != COMPLETE:
+        quick = " --quick" if data["quick"] else ""
+        lines.append(f"to go on: python -m benchmarks.goals{quick} --resume {record.path}")
+    return "\n".join([*lines, str(record.path)])

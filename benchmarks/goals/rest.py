@@ -1,0 +1,14 @@
+"""What is left when the rest is measured: few bytes, a data-free run, and the layer grid point by point."""
+
+from __future__ import annotations
+
+from benchmarks import layers
+from benchmarks.goals import training
+from benchmarks.goals.context import Context
+
+
+def measure(context: Context) -> None:
+    """Measure what has the least value for the time it takes, as far as time goes."""
+    training.few_bytes(context)
+    for point in layers.grid_points(context.quick, context.device):
+        context.session.measure(f"rest/layer grid/{point.name}", point.rows, 1.0)

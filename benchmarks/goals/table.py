@@ -1,0 +1,313 @@
+"""The table of goals: what was aimed at, what was measured beside it in the same run, and whether that is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
+GIB = 2**30
+# names of variants, as benchmarks.training and benchmarks.serving_baselines have them; neither is imported for a table
+AUTO, ALL = "auto", "auto, all tasks at once"
+ONCE = "merged once per step, autograd"
+ADAMERGING = "layer-wise AdaMerging's computation"
+STEP_LIMIT = "limit: merged beforehand, dW of the linear weights, CUDA graph"
+ENGINE, REMERGE = "engine", "merge again for each request"
+MODELS = ("ViT-L/14", "ViT-B/32")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line: ``measured`` and ``of_bound`` are texts, empty where there is nothing to say."""
+
+    goal: str
+    against: str
+    to_reach: str
+    measured: str
+    of_bound: str
+    status: str
+
+
+class Rows:
+    """The rows of a record that are right and timed, by unit and by variant."""
+
+    def __init__(self, rows: Sequence[Row], quick: bool = False) -> None:
+        # a rehearsal's figures are nobody's
+        self.all = [] if quick else list(rows)
+        self.timed = [row for row in self.all if row.get("matched") and row.get("ms")]
+
+    def of(self, unit: str, *variants: str) -> Row | None:
+        """The fastest row of ``variants`` (all, if none is named) of a unit, or of the units below it."""
+        found = [
+            row
+            for row in self.timed
+            if (row["unit"] == unit or row["unit"].startswith(f"{unit}/"))
+            and (not variants or row["variant"] in variants)
+        ]
+        return min(found, key=lambda row: row["ms"], default=None)
+
+    def ms(self, unit: str, *variants: str) -> float | None:
+        """Its milliseconds."""
+        row = self.of(unit, *variants)
+        return None if row is None else float(row["ms"])
+
+    def why(self, unit: str) -> str:
+        """Why a unit has no time, if that is known."""
+        whole_group = f"{unit.partition('/')[0]}/all"
+        for row in self.all:
+            own = row["unit"] in (unit, whole_group) or row["unit"].startswith(f"{unit}/")
+            if own and row.get("ms") is None and row.get("reason"):
+                return str(row["reason"])
+        return ""
+
+    def ceiling(self, name: str) -> float | None:
+        """A ceiling of this run."""
+        found = (row["value"] for row in self.all if row["unit"].startswith("ceilings/") and row["variant"] == name)
+        return next(found, None)
+
+
+def _step(model: str, batch: int = 32) -> str:
+    group = "training-L14" if model == "ViT-L/14" else "training-B32"
+    return f"{group}/{model}, batch {batch}"
+
+
+def _judged(goal: str, against: str, to_reach: str, value: str | None, met: bool, why: str, bound: str = "") -> Goal:
+    if value is None:
+        return Goal(goal, against, to_reach, why, "", NOT_MEASURED)
+    return Goal(goal, against, to_reach, value, bound, MET if met else NOT_MET)
+
+
+def _of_bound(row: Row | None) -> str:
+    return "" if row is None or not row.get("bound_ms") else f"{row['ms'] / row['bound_ms']:.2f}×"
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def _times(value: float | None, digits: int = 3) -> str | None:
+    return None if value is None else f"{value:.{digits}f}×"
+
+
+def _serving(rows: Rows) -> list[Goal]:
+    unit = "serving/ViT-L/14, batch 32"
+    ours, why = rows.of(unit, ENGINE), rows.why(unit)
+    limits = [row["variant"] for row in rows.timed if row["unit"] == unit and row["variant"].startswith("limit")]
+    plain = rows.ms(unit, *limits) if limits else None
+    graphs = [name for name in limits if name.endswith("CUDA graph")]
+    ratio = _ratio(rows.ms(unit, ENGINE), rows.ms(unit, *graphs) if graphs else plain)
+    goal = "serving ViT-L/14, 32 preferences, as a user calls it"
+    found = [
+        _judged(goal, "one plain merged model under a CUDA graph", "≤ 1.03×", _times(ratio), _le(ratio, 1.03), why)
+    ]
+    again = _ratio(rows.ms(unit, REMERGE, f"{REMERGE}, CUDA graph"), rows.ms(unit, ENGINE))
+    found.append(_judged("the same", "merging again per request", "≥ 10×", _times(again, 1), (again or 0) >= 10, why))
+    held = None if ours is None or not ours.get("models") else float(ours["models"])
+    text = None if held is None else f"{held:.4f} models"
+    found.append(_judged("the same", "memory of weights", "≤ 1.01 models", text, _le(held, 1.01), why))
+    unit = "served-layers/block"
+    for cache in ("cold", "warm"):
+        ratio = _ratio(rows.ms(unit, f"a served block, {cache}"), rows.ms(unit, f"the plain block, {cache}"))
+        met, text = _le(ratio, 1.05), _times(ratio)
+        found.append(_judged(f"a served block, {cache} cache", "the plain block", "≤ 1.05×", text, met, rows.why(unit)))
+    return found
+
+
+def _le(value: float | None, most: float) -> bool:
+    return value is not None and value <= most
+
+
+def _training(rows: Rows) -> list[Goal]:
+    found = []
+    for model, most in (("ViT-L/14", 1.05), ("ViT-B/32", 1.15)):
+        unit = _step(model)
+        ours, limit = rows.of(unit, AUTO), rows.ms(unit, STEP_LIMIT)
+        ratio, why = _ratio(rows.ms(unit, AUTO), limit), rows.why(unit)
+        against = "frozen merged linears + full dW products, one graph"
+        title = f"training step {model}"
+        found.append(_judged(title, against, f"≤ {most}×", _times(ratio), _le(ratio, most), why, _of_bound(ours)))
+        if model == "ViT-B/32":
+            ratio = _ratio(rows.ms(unit, ALL), limit)
+            found.append(_judged(f"{title}, all tasks at once", against, "≤ 0.9×", _times(ratio), _le(ratio, 0.9), why))
+    for model in MODELS:
+        unit = _step(model)
+        ours, once = rows.of(unit, AUTO), rows.of(unit, ONCE)
+        text, met = None, False
+        if ours is not None and once is not None:
+            ratio = ours["ms"] / once["ms"]
+            text, met = f"{ratio:.3f}×", ratio < 1
+            share = _extra_memory(ours, once)
+            if share is not None:
+                text, met = f"{text} at {share:.2f} of its extra memory", met and share < 0.6
+        against = "merge once a step with autograd"
+        found.append(_judged(f"training step {model}", against, "faster, < 0.6 of its extra memory", text, met, ""))
+    for model in MODELS:
+        found += _layer_wise(rows, model)
+    return found
+
+
+def _extra_memory(ours: Row, other: Row) -> float | None:
+    """Peak bytes beyond what is held between steps, ours over the other's."""
+    if not all(row.get("peak_bytes") and row.get("resident_bytes") for row in (ours, other)):
+        return None
+    extra = [row["peak_bytes"] - row["resident_bytes"] for row in (ours, other)]
+    return float(extra[0] / extra[1]) if extra[1] > 0 else None
+
+
+def _layer_wise(rows: Rows, model: str) -> list[Goal]:
+    unit = _step(model)
+    ours, same = rows.of(unit, AUTO), rows.of(unit, ADAMERGING)
+    text, met = None, False
+    if ours is not None and same is not None:
+        ratio = ours["ms"] / same["ms"]
+        text, met = f"{ratio:.3f}×", ratio <= 1.05
+        if ours.get("peak_bytes") and same.get("peak_bytes"):
+            share = ours["peak_bytes"] / same["peak_bytes"]
+            text, met = f"{text} at {share:.2f} of the memory", met and share <= 1 / 3
+    title, against = f"training step {model}", "layer-wise AdaMerging computation, bfloat16"
+    why = rows.why(f"{unit}/{ADAMERGING}")
+    found = [_judged(title, against, "≤ 1.05× at ≤ 1/3 of the memory", text, met, why)]
+    against, text, met, whys = f"{against.rpartition(',')[0]}, its own float32", None, False, []
+    for batch in (32, 16, 8):
+        key = f"float32/{model}, batch {batch}"
+        wide = rows.of(f"{key}/{ADAMERGING}, float32")
+        mine = ours if batch == 32 else rows.of(f"{key}/{AUTO}")
+        if wide is not None and mine is not None:
+            ratio = wide["ms"] / mine["ms"]
+            text, met = f"{ratio:.1f}× at {batch} images", ratio >= 3
+            break
+        if rows.why(f"{key}/{ADAMERGING}, float32"):
+            whys.append(f"{batch} images: {rows.why(f'{key}/{ADAMERGING}, float32')}")
+    if text is not None and whys:
+        text += f" ({'; '.join(whys)})"
+    return [*found, _judged(title, against, "≥ 3× as fast", text, met, "; ".join(whys))]
+
+
+def _reductions(rows: Rows) -> list[Goal]:
+    copy = rows.ceiling("copy")
+    layers = list(dict.fromkeys(row["layer"] for row in rows.timed if row["unit"].startswith("reductions/")))
+    shares, gradients = dict[str, float](), dict[str, tuple[float, str]]()
+    for layer in layers:
+        unit = f"reductions/{layer}"
+        reduction = rows.of(unit, "reduction of dW")
+        if reduction is not None and copy:
+            shares[layer] = reduction["bytes"] / copy / (reduction["ms"] * 1e-3)
+        library, ours = rows.of(unit, "the library's dW"), rows.of(unit, "weight gradient, auto")
+        if library is not None and ours is not None and reduction is not None and copy:
+            # of the K + 1 weights that the reduction reads, dW is not counted here
+            task_vectors = reduction["bytes"] * reduction["tasks"] / (reduction["tasks"] + 1)
+            least = library["ms"] + 1e3 * task_vectors / copy
+            gradients[layer] = ours["ms"] / least, _of_bound(ours)
+    worst = min(shares, key=lambda layer: shares[layer], default=None)
+    text = None if worst is None else f"{shares[worst]:.0%} ({worst}; {len(shares)} layers)"
+    met = worst is not None and shares[worst] >= 0.8
+    bound = "" if worst is None else f"{1 / shares[worst]:.2f}×"
+    goal = "reduction of dW"
+    found = [_judged(goal, "bytes over measured bandwidth", "≥ 80 %", text, met, rows.why("reductions"), bound)]
+    slowest = max(gradients, key=lambda layer: gradients[layer][0], default=None)
+    text = None if slowest is None else f"{gradients[slowest][0]:.2f}× ({slowest}; {len(gradients)} layers)"
+    met = slowest is not None and gradients[slowest][0] <= 1.15
+    bound = "" if slowest is None else gradients[slowest][1]
+    against = "(library's dW measured) + τ bytes / bandwidth"
+    return [*found, _judged("weight gradient of a layer", against, "≤ 1.15×", text, met, "", bound)]
+
+
+def _few_bytes(rows: Rows) -> list[Goal]:
+    unit, found = _step("ViT-L/14"), []
+    unlimited = rows.ms(unit, AUTO)
+    candidates = [row for key in (unit, "rest/ViT-L/14, batch 32") for row in rows.timed if row["unit"].startswith(key)]
+    candidates = [row for row in candidates if row["variant"] in (AUTO, "streamed", "fused") and row.get("peak_bytes")]
+    for gib, most in ((6.0, 1.10), (3.5, 1.45)):
+        fitting = [row for row in candidates if row["peak_bytes"] <= gib * GIB]
+        text, met = None, False
+        if unlimited and fitting:
+            best = min(fitting, key=lambda row: row["ms"])
+            ratio = best["ms"] / unlimited
+            text, met = f"{ratio:.2f}× ({best['variant']}, {best['peak_bytes'] / GIB:.1f} GiB)", ratio <= most
+        elif unlimited and candidates:
+            least = min(candidates, key=lambda row: row["peak_bytes"])
+            text = f"the least is {least['peak_bytes'] / GIB:.1f} GiB ({least['variant']})"
+        goal = f"ViT-L/14 under {gib:g} GiB"
+        found.append(_judged(goal, "its unlimited step", f"≤ {most:.2f}×", text, met, ""))
+    return found
+
+
+def _runs(rows: Rows) -> list[Goal]:
+    found = []
+    for model, seconds, to_reach in (("ViT-B/32", 90.0, "≤ 90 s"), ("ViT-L/14", 1500.0, "≤ 25 min")):
+        ours = rows.of(_step(model), AUTO, ALL)
+        taken = None if ours is None else ours.get("run_seconds")
+        text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant'] if ours else ''})"
+        found.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, _le(taken, seconds), ""))
+    free = rows.of("rest/ViT-B/32/data-free run")
+    taken = None if free is None else free.get("run_seconds")
+    how = "" if free is None else "measured" if free.get("run_measured") else "computed from the step"
+    text = None if taken is None else f"{taken:.1f} s, {how}"
+    return [*found, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, _le(taken, 10.0), "")]
+
+
+def _grid(rows: Rows) -> list[Goal]:
+    points: dict[str, dict[str, float]] = {}
+    for row in rows.timed:
+        if row["unit"].startswith("rest/layer grid/"):
+            points.setdefault(row["unit"], {})[row["variant"]] = row["ms"]
+    ratios = {
+        unit.removeprefix("rest/layer grid/"): ms["auto"] / min(ms["fused"], ms["streamed"])
+        for unit, ms in points.items()
+        if {"auto", "fused", "streamed"} <= set(ms)
+    }
+    worst = max(ratios, key=lambda name: ratios[name], default=None)
+    text = None if worst is None else f"{ratios[worst]:.2f}× ({worst}; {len(ratios)} points)"
+    met = worst is not None and ratios[worst] <= 1.15
+    return [_judged("`auto` on the layer grid", "best strategy", "≤ 1.15× everywhere", text, met, "")]
+
+
+def _one_image(rows: Rows) -> list[Goal]:
+    unit = "serving/ViT-L/14, batch 1"
+    limits = [row["variant"] for row in rows.timed if row["unit"] == unit and row["variant"].startswith("limit")]
+    ratio = _ratio(rows.ms(unit, ENGINE), rows.ms(unit, *limits) if limits else None)
+    goal = "one image, 257 rows, unseen preference"
+    return [_judged(goal, "plain model", "≤ 1.10×", _times(ratio), _le(ratio, 1.10), rows.why(unit))]
+
+
+SECTIONS: tuple[Callable[[Rows], list[Goal]], ...] = (
+    _serving,
+    _training,
+    _reductions,
+    _few_bytes,
+    _runs,
+    _grid,
+    _one_image,
+)
+
+
+def goals(report: Mapping[str, Any]) -> list[Goal]:
+    """Judge every goal by the rows of a record; a rehearsal's are not measured."""
+    rows = Rows(report.get("rows", ()), bool(report.get("quick")))
+    return [goal for section in SECTIONS for goal in section(rows)]
+
+
+COLUMNS = ("goal", "measured against", "to reach", "measured", "over the bound", "")
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table of goals, and what was wrong."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
+    for goal in goals(report):
+        cells = (goal.goal, goal.against, goal.to_reach, goal.measured, goal.of_bound, goal.status)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def goals_markdown(report: Mapping[str, Any]) -> str:
+    """The table of goals, for documents."""
+    return markdown(report)
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The table of goals for a terminal: columns of equal width."""
+    lines = [COLUMNS, *((g.goal, g.against, g.to_reach, g.measured, g.of_bound, g.status) for g in goals(report))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

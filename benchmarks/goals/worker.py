@@ -1,0 +1,141 @@
+"""``python -m benchmarks.goals.worker``: the process that measures; :mod:`benchmarks.goals.cli` watches it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.record import Record, RecordError
+from benchmarks.common.session import Lost, Session, Unavailable, chosen
+from benchmarks.common.supervisor import EXIT_COMPLETE, EXIT_LOST, EXIT_UNUSABLE
+from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
+
+
+def triton_key() -> str | None:
+    """The first 16 digits of the SHA-256 of Triton's own key: which compiler a cached kernel is good for."""
+    try:
+        from triton.runtime.cache import triton_key as key
+    except ImportError:
+        try:
+            from triton.compiler.compiler import triton_key as key
+        except ImportError:
+            return None
+    return hashlib.sha256(key().encode()).hexdigest()[:16]
+
+
+def environment(quick: bool) -> dict[str, Any]:
+    """Where the run takes place, with what must be the same in every run of one file."""
+    from benchmarks import results
+
+    found = results.machine()
+    return {**found, "triton_key": triton_key(), "quick": quick}
+
+
+def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:
+    """What is said before anything is measured."""
+    card = where["gpu"] or f"no GPU ({where['cpu']})"
+    lines = [
+        f"GPU          {card}",
+        f"driver       {where.get('driver') or '–'}",
+        f"torch        {where['torch']}, Python {where['python']}",
+        f"Triton       {where['triton']}",
+        f"triton_key   {where['triton_key']}",
+        "clocks       " + ", ".join(f"{name} {value}" for name, value in clocks.items() if value),
+    ]
+    if where["quick"]:
+        lines.append("a rehearsal: tiny shapes, nothing here is a measurement")
+    return lines
+
+
+def measure_groups(session: Session, wanted: Sequence[Group], context: Any, load: Callable[[str], Any]) -> None:
+    """Measure groups in their order; one that needs what is not installed says so and is passed over."""
+    for group in wanted:
+        module, _, name = group.function.partition(":")
+        try:
+            function = getattr(load(module), name)
+        except ImportError as error:
+            reason = f"not measured, for want of {error.name}"
+
+            def lacking(reason: str = reason) -> Any:
+                raise Unavailable(reason)
+
+            session.measure(f"{group.name}/all", lacking, 0)
+            continue
+        session.tell(f"{group.name}: {group.about}")
+        function(context)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure into a record that is there; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.goals.worker", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True, help="time.monotonic at which to be done")
+    parser.add_argument("--only", nargs="+", choices=NAMES)
+    parser.add_argument("--quick", action="store_true")
+    wanted = parser.parse_args(arguments)
+    if wanted.quick:
+        # before a kernel is imported: without a GPU a rehearsal interprets them
+        _interpret_without_gpu()
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not wanted.quick:
+        print("goals: expected a CUDA GPU that torch sees, got none (--quick rehearses on the CPU)", file=sys.stderr)
+        return EXIT_UNUSABLE
+    from benchmarks import results
+
+    record = Record.read(wanted.out, SUITE)
+    record.resume()
+    where, clocks = environment(wanted.quick), results.clocks()
+    try:
+        record.identify(where)
+    except RecordError as error:
+        print(f"goals: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    record.data["runs"][-1].setdefault("clocks_before", clocks)
+    record.write()
+    print("\n".join(first_lines(where, clocks)), flush=True)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    session = Session(
+        record,
+        wanted.until,
+        say=lambda line: print(line, flush=True),
+        wanted=chosen(wanted.only and ["ceilings", *wanted.only]),
+        synchronize=torch.cuda.synchronize if on_gpu else (lambda: None),
+    )
+    from benchmarks.goals.context import Context
+
+    gc.collect()
+    # captures may collect garbage, hundreds of times: what was imported need not be looked through
+    gc.freeze()
+    context = Context(session, device, wanted.quick)
+    groups = [group for group in GROUPS if wanted.only is None or group.name in ("ceilings", *wanted.only)]
+    try:
+        measure_groups(session, groups, context, lambda name: importlib.import_module(f"benchmarks.goals.{name}"))
+    except Lost as error:
+        print(f"goals: the GPU no longer answers: {error}", file=sys.stderr)
+        return EXIT_LOST
+    return EXIT_COMPLETE
+
+
+def _interpret_without_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        # small matrices: a second thread costs more than it brings
+        torch.set_num_threads(1)
+        # masked rows of a tile are 0/0 in the interpreter
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
