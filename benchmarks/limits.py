@@ -1,8 +1,8 @@
 """``python -m benchmarks.limits``: write ``benchmarks/limits.md``, what each layer and each model costs at the least.
 
 Operations and bytes are counted by :mod:`pmkernels.costs`; a bound is the larger of their two times at a GPU's rates,
-a predicted time is the sum over the kernels that a strategy launches. Measured figures are taken from the newest
-committed results file of that GPU and appear nowhere else: what has none says "not measured".
+a predicted time is the sum over the kernels that a strategy launches (:mod:`benchmarks.predictions`). Measured figures
+are taken from the newest committed results file of that GPU and appear nowhere else: what has none says "not measured".
 """
 
 from __future__ import annotations
@@ -12,101 +12,31 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import predictions, results
 from benchmarks.kernels import RANK, Layer
+from benchmarks.predictions import BATCH as BATCH
+from benchmarks.predictions import DEVICES, GROUPS, TASKS, Prediction, problem, rates_of
+from benchmarks.predictions import KIND as KIND
+from benchmarks.predictions import LANGUAGE_MODEL as LANGUAGE_MODEL
+from benchmarks.predictions import TOWERS as TOWERS
+from benchmarks.predictions import Tower as Tower
+from benchmarks.predictions import has_low_rank as has_low_rank
+from benchmarks.predictions import predicted as predicted
 from pmkernels import costs, dispatch
-from pmkernels.costs import Bound, Pass, Problem, Rates
+from pmkernels.costs import Bound, Rates
 
 PAGE = Path(__file__).parent / "limits.md"
-KIND = "16-bit"
-TASKS = (2, 4, 8)
-BATCH = 32
-# name of a configuration file -> title, architecture
-DEVICES = {"nvidia-h200": ("NVIDIA H200", "sm_90"), "nvidia-rtx-a6000": ("NVIDIA RTX A6000", "sm_86")}
 # operation of pmkernels.costs -> as results files call it
 OPERATIONS = {"forward": "forward", "dx": "dx", "weight_grad": "weight gradient", "merge": "merge"}
 NOT_MEASURED = "not measured"
 # optimiser steps of the published runs
 STEPS = {2: 2000, 8: 4000}
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision transformer: MLPs of four widths, ``tokens`` with the class token, patches of ``patch``² pixels."""
-
-    name: str
-    width: int
-    blocks: int
-    tokens: int
-    patch: int
-    output: int
-
-    def block_layers(self, items: int) -> tuple[Layer, ...]:
-        """The four projections of a block, for that many images."""
-        shapes = (("in-projection", 3, 1), ("out-projection", 1, 1), ("MLP fc", 4, 1), ("MLP proj", 1, 4))
-        width = self.width
-        return tuple(Layer(f"{self.name} {name}", n * width, d * width, items, self.tokens) for name, n, d in shapes)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole tower: products, biases, normalisations and embeddings."""
-        width = self.width
-        ends = width * (3 * self.patch**2 + 1 + self.tokens + 4 + self.output)
-        return self.blocks * (12 * width**2 + 13 * width) + ends
-
-
-TOWERS = (Tower("ViT-B/32", 768, 12, 50, 32, 512), Tower("ViT-L/14", 1024, 24, 257, 14, 768))
-LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))
-GROUPS: dict[str, tuple[Layer, ...]] = {
-    **{f"{tower.name}, {BATCH} images": tower.block_layers(BATCH) for tower in TOWERS},
-    "One image": tuple(layer for tower in TOWERS for layer in tower.block_layers(1)),
-    "A 4096×4096 projection of a 7B language model": LANGUAGE_MODEL,
-}
-
-
-def has_low_rank(layer: str) -> bool:
-    """Whether A·C(γ)·Bᵀ is part of the layer: attention's projections; the language model's is taken as one."""
-    return "MLP" not in layer
-
-
-def problem(layer: Layer, tasks: int) -> Problem:
-    """``layer`` as :mod:`pmkernels.costs` counts it."""
-    rank = RANK if has_low_rank(layer.name) else 0
-    return Problem(layer.items * layer.tokens, layer.n, layer.d, tasks, rank, KIND)
-
-
-def configuration_file(gpu: str) -> str:
-    """The configuration file that a GPU of that name would take: its own, its architecture's, or the default one."""
-    arch = DEVICES[gpu][1] if gpu in DEVICES else ""
-    files = dispatch.config_files()
-    return next((name for name in (gpu, arch) if name in files), "default")
-
-
-def rates_of(gpu: str) -> Rates:
-    """The rates of a GPU of :data:`pmkernels.costs.GPUS`, measured ones where its configuration file has them."""
-    return replace(costs.GPUS[gpu], **dispatch.read_rates(dispatch.config_files()[configuration_file(gpu)]))
-
-
-def predicted(
-    operation: str,
-    strategy: str,
-    counted: Problem,
-    gpu: str,
-    *,
-    cached: bool = False,
-    configuration: str | None = None,
-) -> float:
-    """Seconds that ``strategy`` should take on a GPU of :data:`pmkernels.costs.GPUS`, with the tiles of its kernel.
-
-    ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
-    """
-    name = configuration or configuration_file(gpu)
-    return dispatch.predicted_seconds(name, rates_of(gpu), operation, strategy, counted, cached=cached)
-
+# task vectors of the goals, and how far a predicted time may be off
+GOAL_TASKS, UNCERTAINTY = 8, 0.25
+GOAL_DEVICES = ("nvidia-h200", "nvidia-h100-80gb-hbm3")
 
 # (layer, rows, operation, tasks) -> variant -> milliseconds
 Figures = dict[tuple[str, int, str, int], dict[str, float]]
@@ -128,14 +58,14 @@ def file_name(gpu: str) -> str:
 
 
 def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Rows of the kernels suite and of the training suite's layer grid, where a report has them."""
+    """Rows of the kernels suite and of the layer grid, its own suite or (before) the training suite's."""
     kernels = suites.get("kernels", {})
     for row in kernels.get("rows", ()):
         if kernels["rank"] == RANK:
             yield {**row, "tasks": kernels["tasks"]}
-    grid = suites.get("training", {}).get("layers", {})
-    if grid.get("rank") == RANK:
-        yield from grid.get("rows", ())
+    for grid in (suites.get("training", {}).get("layers", {}), suites.get("layers", {})):
+        if grid.get("rank") == RANK:
+            yield from grid.get("rows", ())
 
 
 def measured(gpu: str) -> tuple[Figures, list[str]]:
@@ -170,94 +100,6 @@ def compiled(arch: str) -> tuple[Path, list[dict[str, Any]]] | None:
     return newest
 
 
-@dataclass(frozen=True)
-class Product:
-    """A product of a step and how often it comes: ``dx`` is false where nothing before it learns."""
-
-    problem: Problem
-    times: int
-    dx: bool = True
-
-
-def products(tower: Tower, tasks: int) -> list[Product]:
-    """Every product with a merged weight in one task's forward: patch embedding, blocks, final projection."""
-    patches = Problem(BATCH * (tower.tokens - 1), tower.width, 3 * tower.patch**2, tasks, 0, KIND)
-    final = Problem(BATCH, tower.output, tower.width, tasks, 0, KIND)
-    blocks = [Product(problem(layer, tasks), tower.blocks) for layer in tower.block_layers(BATCH)]
-    return [Product(patches, 1, dx=False), *blocks, Product(final, 1)]
-
-
-def attention(tower: Tower) -> list[Pass]:
-    """QKᵀ and AV of all blocks for one task, forward and backward, as flash attention moves bytes.
-
-    Forward: two products; Q, K, V read, the output written. Backward: four products (the recomputed scores are not
-    counted); Q, K, V, output and its gradient read, three gradients written.
-    """
-    rows = BATCH * tower.tokens
-    product, tensor = 2.0 * rows * tower.tokens * tower.width, 2.0 * rows * tower.width
-    forward = Pass("attention", products=2 * product, memory=4 * tensor)
-    backward = Pass("attention backward", products=4 * product, memory=8 * tensor)
-    return [forward, backward] * tower.blocks
-
-
-@dataclass(frozen=True)
-class Step:
-    """Seconds of one optimiser step (all tasks, forward and backward), and its operations."""
-
-    operations: float
-    limit: float
-    bound: float
-    predicted_limit: float
-    predicted: dict[str, float]
-
-
-def step(tower: Tower, tasks: int, gpu: str) -> Step:
-    """The limit, the bound and the predictions of a training step of ``tasks`` tasks on ``gpu``."""
-    rates = rates_of(gpu)
-    scores = attention(tower)
-    operations = tasks * sum(kernel.products for kernel in scores)
-    attended = tasks * sum(Bound(k.products, k.memory).seconds(rates, KIND) for k in scores)
-    limit = bound = attended
-    ideal = cached = streamed = fused = tasks * costs.seconds(scores, rates, KIND)
-    together = [replace(k, products=tasks * k.products, memory=tasks * k.memory) for k in scores]
-    at_once = costs.seconds(together, rates, KIND)
-    for product in products(tower, tasks):
-        p, times = product.problem, product.times
-        # forward, dx and dW on a merged weight read or write the same: one weight, x and y
-        plain = costs.bound("forward", p, cached=True)
-        one = plain.seconds(rates, KIND)
-        gemm = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
-        with_weight = 2 if product.dx else 1
-        operations += tasks * times * (with_weight + 1) * plain.operations
-        limit += tasks * times * (with_weight + 1) * one
-        gradient = costs.bound("weight_grad", p).seconds(rates, KIND)
-        bound += times * (costs.bound("merge", p).seconds(rates, KIND) + tasks * (with_weight * one + gradient))
-        ideal += tasks * times * (with_weight + 1) * gemm
-        gradient = min(predicted("weight_grad", name, p, gpu) for name in ("fused", "streamed"))
-        merge = predicted("merge", "streamed", p, gpu)
-        cached += times * (merge + tasks * (with_weight * gemm + gradient))
-        whole = replace(p, rows=tasks * p.rows)
-        products_of_all = costs.seconds(costs.passes("forward", "streamed", whole, cached=True), rates, KIND)
-        gradient_of_all = min(predicted("weight_grad", name, whole, gpu) for name in ("fused", "streamed"))
-        at_once += times * (merge + with_weight * products_of_all + gradient_of_all)
-        for_x = ("forward", "dx") if product.dx else ("forward",)
-        streamed += tasks * times * (sum(predicted(op, "streamed", p, gpu) for op in for_x) + gradient)
-        fused += (
-            tasks
-            * times
-            * (sum(predicted(op, "fused", p, gpu) for op in for_x) + predicted("weight_grad", "fused", p, gpu))
-        )
-    found = {"cached": cached, "all at once": at_once, "streamed": streamed, "fused": fused}
-    return Step(operations, limit, bound, ideal, found)
-
-
-def memory(tower: Tower, tasks: int) -> dict[str, float]:
-    """Bytes of weights that a step holds by strategy: W0, K task vectors, and what is merged."""
-    held = 2.0 * (tasks + 1) * tower.parameters
-    largest = 2.0 * max(p.problem.n * p.problem.d for p in products(tower, tasks))
-    return {"cached": held + 2.0 * tower.parameters, "streamed": held + largest, "fused": held}
-
-
 def figure(value: float) -> str:
     """Three digits, no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -287,8 +129,6 @@ def _lines(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
 
 
 def _introduction() -> list[str]:
-    block_m = {d: dispatch.lookup(configuration_file(d), "linear", KIND, 8192, RANK, True).block_m for d in DEVICES}
-    tiles = sorted(set(block_m.values()))
     rates = [
         [
             f"{title} ({arch})",
@@ -309,20 +149,31 @@ Generated by `python -m benchmarks.limits` (`--check` compares) from the counts 
 [`results`](results). Do not edit.
 
 Everything is bfloat16 with r = {RANK} on attention's projections and λ on every tensor. **A time in italics is
-*predicted*, not measured**, and a bound is arithmetic. What was measured is named after its file; the rest says
-“{NOT_MEASURED}”.
+*predicted*, not measured**, and ±{UNCERTAINTY:.0%}; a bound is arithmetic, no kernel is faster at the rates below. What
+was measured is named after its file; the rest says “{NOT_MEASURED}”. Two GPUs never stand in one table of times.
 
 ## Rates
 
 A GPU does this much in a second at best, in 10¹² operations or bytes. *16-bit* is products on tensor cores, *float32*
 other arithmetic, *memory* device memory and *L2* its cache; *launch* is what a kernel costs besides, in µs. Assumed
 rates come from the vendor's figures, measured ones from a tuned configuration file."""
-    assumed = f"""\
-Predictions assume besides that our products of tiles reach {costs.KERNEL_EFFICIENCY:.0%} of the tensor cores' rate and
-the library's all of it, that every block of {" or ".join(map(str, tiles))} rows reads all of W0 and τ again through L2,
-and that a kernel's operations and bytes overlap."""
     columns = ["GPU", "16-bit", "float32", "memory", "L2", "launch", "rates"]
-    return [introduction, *table(columns, rates), assumed, ""]
+    return [introduction, *table(columns, rates), *_forms()]
+
+
+def _forms() -> list[str]:
+    introduction = """\
+No kernel reaches all of them. Predictions take these shares of the tensor cores' rate and of the bytes per second, by
+the form of a kernel, until a results file says what is reached. A kernel's operations and bytes overlap, kernels do
+not."""
+    rows = [
+        [name, form.source, f"{form.product_efficiency:.0%}", f"{form.memory_efficiency:.0%}"]
+        for name, form in costs.FORMS.items()
+    ]
+    more = """\
+Every block of rows of a fused forward reads all of W0 and τ again through L2. A fused weight gradient has one program
+on a multiprocessor at a time, and reduces its tile of dW after it has multiplied."""
+    return [introduction, *table(["form", "where the shares come from", "products", "bytes"], rows, 2), more, ""]
 
 
 def _counts() -> list[str]:
@@ -354,7 +205,37 @@ def _counts() -> list[str]:
             )
         columns = ["layer", "N×D", "operation", "GFLOP", *(f"MB, K = {tasks}" for tasks in TASKS), "MB, cached"]
         lines += [f"### Counts: {group}", *table(columns, rows, text=3)]
-    return lines
+    return [*lines, *_gradient_counts()]
+
+
+def db_bytes(tower: Tower) -> float:
+    """Add up the bytes of dy that db reads once more in a block and task, by the library's sum over rows."""
+    gradients = (problem(layer, GOAL_TASKS, bias=True) for layer in tower.block_layers(BATCH))
+    return sum(kernel.cache for p in gradients for kernel in costs.bias_sums(p, 0.0))
+
+
+def _gradient_counts() -> list[str]:
+    introduction = f"""\
+### Counts: what a weight gradient moves besides its product
+
+MB of a weight gradient through a dW in memory (*streamed*), K = {GOAL_TASKS}, {BATCH} images, beyond what its product
+reads and writes. The reduction reads dW (from L2 where half of that has room for it) and every τ, and writes partial
+sums of P, Q and dλ, which another launch reads. db = Σ dy reads dy once more, in a launch of its own. None of this is
+part of a bound but τ."""
+    rows = []
+    for tower in TOWERS:
+        cells = []
+        for layer in tower.block_layers(BATCH):
+            p = problem(layer, GOAL_TASKS, bias=True)
+            tiles = dispatch.lookup("default", "merge_grad", KIND, 1, p.rank, True)
+            partial = p.partials(tiles.block_n, tiles.block_d)
+            cells.append([p.weight, p.tasks * p.weight, partial, partial, p.output])
+            rows.append([_layer_name(layer), *(figure(value / 1e6) for value in cells[-1])])
+        whole = [sum(column) for column in zip(*cells, strict=True)]
+        assert whole[-1] == db_bytes(tower)
+        rows.append([f"**{tower.name}, a block and task**", *(f"**{figure(value / 1e6)}**" for value in whole)])
+    columns = ["layer", "dW read", "τ read", "partial sums written", "read again", "dy read again for db"]
+    return [introduction, *table(columns, rows)]
 
 
 def _bound_of(bound: Bound, rates: Rates) -> tuple[str, str]:
@@ -414,19 +295,26 @@ def _device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
             ]
             columns = ["layer", "operation", "bound", "by", "*fused*", "*streamed*", "measured"]
             columns += ["bound, cached", "*cached*", "measured, cached"]
-            lines += [f"**K = {tasks}**, µs", *table(columns, rows, text=2)]
+            lines += _folded(f"**K = {tasks}**, µs", table(columns, rows, text=2), tasks < GOAL_TASKS)
     return lines
+
+
+def _folded(title: str, lines: list[str], folded: bool) -> list[str]:
+    """A table under its title, folded away where it is one of many."""
+    if not folded:
+        return [title, *lines]
+    return ["<details>", f"<summary>{title.replace('**', '')}</summary>", *lines, "</details>", ""]
 
 
 def served_line(layer: Layer, gpu: str) -> list[str]:
     """A folded layer at a preference per image, in µs: its bound and predictions beside those of the plain layer."""
     rates = rates_of(gpu)
-    p = replace(problem(layer, 0), per_row=True)
+    p = problem(layer, 0, per_row=True)
     bound = costs.served_seconds(p, rates.products(KIND), rates.memory)
     plain = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
     ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
-    cells = [figure(1e6 * seconds) for seconds in (bound, plain, *ways.values())]
-    return [_layer_name(layer), *cells, f"{min(ways.values()) / plain:.2f}×"]
+    cells = [f"*{figure(1e6 * seconds)}*" for seconds in (plain, *ways.values())]
+    return [_layer_name(layer), figure(1e6 * bound), *cells, f"*{min(ways.values()) / plain:.2f}×*"]
 
 
 def _device_served(gpu: str, title: str) -> list[str]:
@@ -445,6 +333,19 @@ def _device_served(gpu: str, title: str) -> list[str]:
         "The bound counts x twice: Bᵀx comes before t·Aᵀ. Predicted: *plain*, a library's product with merged weights; "
         "*fused*, one kernel; *streamed*, a kernel that writes [x \\| t] and the library's product. µs",
         *table(columns, [served_line(layer, gpu) for layer in served]),
+        "A whole block and model, with attention and the rest of the network:",
+        *table(
+            ["model", "images", "*a served block over the plain*", "*a served model over the plain*"], _served(gpu), 1
+        ),
+    ]
+
+
+def _served(gpu: str) -> list[list[str]]:
+    ways = (predictions.block_kernels, predictions.forward_kernels)
+    return [
+        [tower.name, str(items), *(_over(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)]
+        for tower in TOWERS
+        for items in (1, BATCH)
     ]
 
 
@@ -484,9 +385,9 @@ def _device_models(gpu: str, title: str) -> list[str]:
     for tower in TOWERS:
         rows = []
         for tasks in TASKS:
-            found = step(tower, tasks, gpu)
+            found = predictions.step(tower, tasks, gpu)
             steps = STEPS.get(tasks)
-            run = f"{steps} steps: *{figure(steps * found.predicted['cached'])} s*" if steps else "–"
+            run = f"{steps} steps: *{figure(steps * found.predicted['cached'].seconds)} s*" if steps else "–"
             rows.append(
                 [
                     str(tasks),
@@ -494,16 +395,135 @@ def _device_models(gpu: str, title: str) -> list[str]:
                     figure(found.limit * 1e3),
                     figure(found.bound * 1e3),
                     f"{found.bound / found.limit:.3f}×",
-                    f"*{figure(found.predicted_limit * 1e3)}*",
-                    *(f"*{figure(seconds * 1e3)}*" for seconds in found.predicted.values()),
-                    *(f"*{found.predicted[name] / found.predicted_limit:.2f}×*" for name in ("cached", "all at once")),
+                    f"*{figure(found.predicted_limit.seconds * 1e3)}*",
+                    *(f"*{figure(way.seconds * 1e3)}*" for way in found.predicted.values()),
+                    *(f"*{found.ratio(way):.2f}×*" for way in ("cached", "all at once")),
                     run,
                 ]
             )
         columns = ["K", "TFLOP", "limit", "bound", "bound ÷ limit", "*limit*", "*cached*", "*all at once*"]
         columns += ["*streamed*", "*fused*", "*cached ÷ limit*", "*all at once ÷ limit*", "*run, cached*"]
         lines += [f"### {title}: a training step of {tower.name}, ms", *table(columns, rows, 0)]
+        lines += _parts(tower, gpu, title)
     return lines
+
+
+def _parts(tower: Tower, gpu: str, title: str) -> list[str]:
+    """Where the milliseconds of a predicted step go."""
+    found = predictions.step(tower, GOAL_TASKS, gpu)
+    once = predictions.prediction(predictions.once_kernels(tower, GOAL_TASKS, gpu), gpu)
+    ways = (found.predicted_limit, found.predicted["cached"], found.predicted["all at once"], once)
+    rows = [
+        [part, *(f"*{figure(way.parts[part] * 1e3)}*" if part in way.parts else "–" for way in ways)]
+        for part in predictions.PARTS
+        if any(part in way.parts for way in ways)
+    ]
+    limit = found.predicted_limit
+    rows += [
+        ["**all**", *(f"*{figure(way.seconds * 1e3)}*" for way in ways)],
+        ["÷ limit", *(f"*{way.seconds / limit.seconds:.3f}×*" for way in ways)],
+        [
+            "÷ limit, products and attention alone",
+            *(f"*{way.counted_alone / limit.counted_alone:.3f}×*" for way in ways),
+        ],
+        ["launches", *(f"{way.launches:,}" for way in ways)],
+    ]
+    columns = [
+        f"{title}, {tower.name}, K = {GOAL_TASKS}, ms",
+        "*limit*",
+        "*cached*",
+        "*all at once*",
+        "*merged once, autograd*",
+    ]
+    return ["Of which:", *table(columns, rows)]
+
+
+def _ratio(value: float, off: float, digits: int = 2) -> str:
+    """Write a predicted ratio, and what it may be where it is so much more or less."""
+    return f"*{value:.{digits}f}× ({value - off:.{digits}f}–{value + off:.{digits}f})*"
+
+
+def _over(ours: Prediction, other: Prediction, digits: int = 2) -> str:
+    """Write the ratio of two predictions; parts that are alike in both are off alike."""
+    return _ratio(ours.seconds / other.seconds, UNCERTAINTY * ours.apart(other) / other.seconds, digits)
+
+
+def _seconds(value: float) -> str:
+    return f"*{figure(value)} s ({figure(value * (1 - UNCERTAINTY))}–{figure(value * (1 + UNCERTAINTY))})*"
+
+
+def _extremes(values: Iterable[float]) -> tuple[float, float]:
+    found = sorted(values)
+    return found[0], found[-1]
+
+
+def _share(least: float, most: float) -> str:
+    return f"*{least:.0%}–{most:.0%} ({least / (1 + UNCERTAINTY):.0%}–{most / (1 - UNCERTAINTY):.0%})*"
+
+
+def goal_lines(gpu: str) -> list[list[str]]:
+    """Goal, what is to be reached, what is predicted on that GPU, and what that counts."""
+    small, large = TOWERS
+    steps = {tower.name: predictions.step(tower, GOAL_TASKS, gpu) for tower in TOWERS}
+    in_a_step = (
+        "products, attention, the rest of the network, merge, reduction, partial sums, db, own gradients of norms"
+    )
+    forward = "products, widening, attention and the rest of the network; no copies of images, no host"
+    whole, block = (
+        _over(*predictions.served_and_plain(kernels, large, BATCH, gpu), 3)
+        for kernels in (predictions.forward_kernels, predictions.block_kernels)
+    )
+    lines = [
+        [f"serving {large.name}, {BATCH} preferences ÷ one plain merged model", "≤ 1.03×", whole, forward],
+        [f"a served block of {large.name} ÷ the plain block", "≤ 1.05×", block, "the same of one block"],
+    ]
+    for tower, way, aim in (
+        (large, "cached", "≤ 1.05×"),
+        (small, "cached", "≤ 1.15×"),
+        (small, "all at once", "≤ 0.9×"),
+        (large, "all at once", "–"),
+    ):
+        name = f"training step {tower.name}{', all tasks at once' if way != 'cached' else ''} ÷ limit"
+        lines.append([name, aim, _over(steps[tower.name].predicted[way], steps[tower.name].predicted_limit), in_a_step])
+    for tower in (large, small):
+        once = predictions.prediction(predictions.once_kernels(tower, GOAL_TASKS, gpu), gpu)
+        ratio = _over(steps[tower.name].predicted["cached"], once)
+        counted = "as above; that one adds up K dW and reduces once, in PyTorch's own kernels; no host"
+        lines.append([f"training step {tower.name} ÷ merged once with autograd", "< 1×", ratio, counted])
+    for tower in (large, small):
+        shares = _extremes(predictions.reduction_share(one, GOAL_TASKS, gpu) for one in tower.block_layers(BATCH))
+        counted = (
+            "dW and every τ once over bandwidth, over the reduction and its partial sums, smallest and largest layer"
+        )
+        lines.append([f"reduction of dW, layers of {tower.name}", "≥ 80 %", _share(*shares), counted])
+    for tower in (large, small):
+        for bias in (False, True):
+            layers = tower.block_layers(BATCH)
+            ratios = _extremes(predictions.weight_gradient_ratio(one, GOAL_TASKS, gpu, bias=bias) for one in layers)
+            text = " to ".join(_ratio(value, UNCERTAINTY * abs(value - 1)) for value in ratios)
+            counted = "dW, reduction, partial sums" + (" and db" if bias else "") + ", over dW and the bytes of τ"
+            lines.append(
+                [f"weight gradient, layers of {tower.name}{', with db' if bias else ''}", "≤ 1.15×", text, counted]
+            )
+    for tower, aim in ((small, "≤ 90 s"), (large, "≤ 1500 s")):
+        seconds = STEPS[GOAL_TASKS] * steps[tower.name].predicted["cached"].seconds
+        lines.append(
+            [f"{STEPS[GOAL_TASKS]} steps, {tower.name}", aim, _seconds(seconds), "as a step; no images read, no host"]
+        )
+    ratio = _over(*predictions.served_and_plain(predictions.forward_kernels, large, 1, gpu))
+    lines.append([f"one image of {large.name}, unseen preference ÷ plain model", "≤ 1.10×", ratio, forward])
+    return lines
+
+
+def _device_goals(gpu: str, title: str) -> list[str]:
+    introduction = f"""\
+### {title}: the goals, predicted
+
+K = {GOAL_TASKS}, {BATCH} images unless said. Each figure in italics is **predicted** from counted kernels for this GPU
+alone, none is measured. It is ±{UNCERTAINTY:.0%}, in brackets: of a ratio, ±{UNCERTAINTY:.0%} of what the parts of the
+two differ by, because what is alike in both is off alike. Not predicted are the steps under 6 and 3.5 GiB, the
+layer-wise AdaMerging computation, data-free runs, and how well `auto` chooses: they hang on what is not counted."""
+    return [introduction, *table(["goal", "to reach", "*predicted*", "counted"], goal_lines(gpu), 4)]
 
 
 def _models() -> list[str]:
@@ -511,7 +531,7 @@ def _models() -> list[str]:
         [tower.name, str(tasks), f"{tower.parameters / 1e6:.1f}", *(f"{held / 1e9:.2f}" for held in bytes_.values())]
         for tower in TOWERS
         for tasks in TASKS
-        for bytes_ in [memory(tower, tasks)]
+        for bytes_ in [predictions.memory(tower, tasks)]
     ]
     introduction = f"""\
 ## Whole models: what is counted
@@ -523,18 +543,25 @@ A training step is the forward and backward of K tasks, {BATCH} images each, one
   token ({BATCH} rows). Each has a forward, a dx and a weight gradient.
 - **Attention itself**: QKᵀ and AV are 2·M·tokens·E operations each, twice that backward (recomputed scores are not
   counted). Bytes are those of flash attention: Q, K, V and the output, with their gradients backward.
-- **Not counted**, neither in the limit nor in ours: normalisations, GELU, softmax, residuals, biases, heads, entropies,
-  the optimiser, reading images. They take the same time in both, so the ratio to the limit of a true step is nearer to
-  1, and a true run is longer.
-- **limit**: the same network with weights merged beforehand and frozen, plus a full weight-gradient product per layer:
-  the sum of bounds; *in italics* with launches.
-- **bound**: ours at the least. W(γ) is assembled once per step and kept, and every task's weight gradient reads K task
-  vectors where the limit writes one dW.
+- **The rest of the network**, in predictions alone and the same in the limit and in ours: two normalisations, one
+  activation, two residual sums of a block, their backwards, and the gradients of q, k and v joined.
+- **Ours besides**: W(γ) merged once a step; of every weight gradient the reduction of dW against τ, A and B, its
+  partial sums written and read again, and **db, which reads dy once more** ({db_bytes(TOWERS[1]) / 1e6:.1f} MB a block
+  and task of {TOWERS[1].name}); the gradients of the normalisations' own weights and biases, which the limit has not.
+- **Not counted**: embeddings, the first and last normalisation, heads, entropies, all biases and norms merged and their
+  dλ (a launch a step, two a task), the tensor norm, a task's gradient put into one row, the optimiser, images, Python.
+- **limit**: the same network with weights merged beforehand and frozen, plus a full weight-gradient product per layer,
+  in one graph: the sum of bounds of products and attention; *in italics* what is predicted of it, launches and the
+  rest of the network with it.
+- **bound**: ours at the least, products and attention alone. W(γ) is assembled once per step and kept, and every task's
+  weight gradient reads K task vectors where the limit writes one dW.
 - ***cached***, ***streamed***, ***fused***: predicted. *cached* assembles once per step, *streamed* for every forward
-  and dx, *fused* inside every product. The first two take the faster weight gradient, *fused* its own.
+  and dx, *fused* inside every product. The first two take the weight gradient that `auto` takes, *fused* its own.
 - ***all at once***: as *cached*, with `tasks_at_once: all`: products of K times the rows and one weight gradient for
   all tasks, which reads the task vectors once, at the activations of K tasks. The limit stays that of task by task.
-- ***run, cached***: a learning run of as many steps as were published for so many tasks: counted products alone.
+- ***merged once, autograd***: the baseline of two more models of memory. One product of λ with all τ merges, every
+  task's dW is added in place, one product reduces them.
+- ***run, cached***: a learning run of as many steps as were published for so many tasks: what a step counts, alone.
 
 Memory of weights during a step, in GB (10⁹ bytes). Activations, the learned parameters and the optimiser's state come
 on top."""
@@ -543,30 +570,36 @@ on top."""
 
 COLUMNS = """\
 - **bound** and **by**: no kernel is faster at these rates, because of its operations or because of its bytes.
-- ***fused***, ***streamed***: predicted. *fused* assembles W(γ) inside the product (weight gradient: dW stays in
-  registers); *streamed* goes through a scratch tensor (W(γ), or dW) and the library's product.
+- ***fused***, ***streamed***: predicted, without db. *fused* assembles W(γ) inside the product (weight gradient: dW
+  stays in registers); *streamed* goes through a scratch tensor (W(γ), or dW) and the library's product.
 - **measured**: the fastest measured strategy, its name, and its ratio to the bound.
 - **cached**: bound, prediction and measurement where W(γ) was assembled before and is only read."""
 
 
 def page() -> str:
     """The whole page."""
-    lines = [*_introduction(), *_counts(), *_models()]
-    for gpu, (title, arch) in DEVICES.items():
+    lines = [*_introduction(), *_models()]
+    for gpu, (title, _) in DEVICES.items():
+        lines += [f"## {title}: goals and steps", ""]
+        lines += _device_goals(gpu, title) if gpu in GOAL_DEVICES else []
+        lines += _device_models(gpu, title)
+    lines += _counts()
+    for gpu, (title, _) in DEVICES.items():
         figures, sources = measured(gpu)
         names = ", ".join(f"[`{name}`](results/{name})" for name in sources)
         lines += [
-            f"## {title}",
+            f"## {title}: layers",
             "",
             f"Measured: {names or 'nothing yet on this GPU'}.",
             "",
             COLUMNS,
             "",
-            *_device_models(gpu, title),
             *_device_layers(gpu, title, figures),
             *_device_served(gpu, title),
-            *_device_compiled(arch),
         ]
+    lines += ["## Compiled kernels", ""]
+    for arch in dict.fromkeys(arch for _, arch in DEVICES.values()):
+        lines += _device_compiled(arch)
     return "\n".join(lines).rstrip() + "\n"
 
 

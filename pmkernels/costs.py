@@ -260,7 +260,7 @@ def served_seconds(problem: Problem, operations: float, bandwidth: float) -> flo
     )
 
 
-def _from_memory(again: float, touched: float, cache_bytes: float) -> float:
+def from_memory(again: float, touched: float, cache_bytes: float) -> float:
     """Bytes of ``again`` that are read from device memory, because with all that was ``touched`` L2 has no room."""
     return 0.0 if 2 * touched <= cache_bytes else again
 
@@ -274,7 +274,7 @@ def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
     return [
         Pass(
             "partial sums",
-            memory=_from_memory(partial, partial, cache_bytes),
+            memory=from_memory(partial, partial, cache_bytes),
             cache=partial,
             form="partial sums",
             programs=1 + blocks,
@@ -282,12 +282,12 @@ def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
     ]
 
 
-def _bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
+def bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
     """db = Σ dy by the library, which reads dy once more after the product of dW and its reduction."""
     if not p.bias:
         return []
     touched = p.activations + (p.tasks + 1) * p.weight
-    sums = Pass("column sums", memory=_from_memory(p.output, touched, cache_bytes), cache=p.output, form="column sums")
+    sums = Pass("column sums", memory=from_memory(p.output, touched, cache_bytes), cache=p.output, form="column sums")
     return [sums, *_casts(p)]
 
 
@@ -318,7 +318,7 @@ def passes(
     low_rank = 0 if p.per_row else p.rank
     # an element of τ is converted and multiplied, one of the low-rank term multiplied for each r
     assembly = p.n * p.d * (4.0 * p.tasks + 2.0 * low_rank)
-    again = _from_memory(p.weight, p.weight, cache_bytes)
+    again = from_memory(p.weight, p.weight, cache_bytes)
     gemm = Pass("product", products=p.product, memory=p.weight + p.activations)
     second = replace(gemm, memory=again + p.activations)
     merge = Pass("merge", simple=assembly, memory=(p.tasks + 2) * p.weight, form="merge")
@@ -345,7 +345,7 @@ def passes(
     if operation == "preference":
         x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)
         if strategy == "streamed":
-            kept = _from_memory(wide, wide, cache_bytes)
+            kept = from_memory(wide, wide, cache_bytes)
             longer = p.product * (p.d + p.rank) / p.d
             return [
                 Pass(
@@ -379,7 +379,7 @@ def passes(
                 cache=task_vectors + p.weight,
                 form="reduction",
             )
-            return [gemm, reduction, *_partial_sums(p, partial, cache_bytes), *_bias_sums(p, cache_bytes)]
+            return [gemm, reduction, *_partial_sums(p, partial, cache_bytes), *bias_sums(p, cache_bytes)]
         partial = p.partials(block_n, block_d, splits)
         # programs of their own read dy once more for db
         bias = p.output if p.bias else 0.0

@@ -1,0 +1,367 @@
+"""Layers and whole models counted: their bounds, and what :mod:`pmkernels.costs` predicts of steps and of serving.
+
+A step or a forward is a list of kernels, each with how often it is launched; its seconds are their sum, one after the
+other. What :data:`PARTS` names can be added up by part. Nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks.kernels import RANK, Layer
+from pmkernels import costs, dispatch
+from pmkernels.costs import Bound, Pass, Problem, Rates
+
+KIND = "16-bit"
+TASKS = (2, 4, 8)
+BATCH = 32
+# name of a configuration file -> title, architecture
+DEVICES = {
+    "nvidia-h200": ("NVIDIA H200", "sm_90"),
+    "nvidia-h100-80gb-hbm3": ("NVIDIA H100 80GB HBM3", "sm_90"),
+    "nvidia-rtx-a6000": ("NVIDIA RTX A6000", "sm_86"),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer: MLPs of four widths, ``tokens`` with the class token, patches of ``patch``² pixels."""
+
+    name: str
+    width: int
+    blocks: int
+    tokens: int
+    patch: int
+    output: int
+
+    def block_layers(self, items: int) -> tuple[Layer, ...]:
+        """The four projections of a block, for that many images."""
+        shapes = (("in-projection", 3, 1), ("out-projection", 1, 1), ("MLP fc", 4, 1), ("MLP proj", 1, 4))
+        width = self.width
+        return tuple(Layer(f"{self.name} {name}", n * width, d * width, items, self.tokens) for name, n, d in shapes)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole tower: products, biases, normalisations and embeddings."""
+        width = self.width
+        ends = width * (3 * self.patch**2 + 1 + self.tokens + 4 + self.output)
+        return self.blocks * (12 * width**2 + 13 * width) + ends
+
+
+TOWERS = (Tower("ViT-B/32", 768, 12, 50, 32, 512), Tower("ViT-L/14", 1024, 24, 257, 14, 768))
+LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))
+GROUPS: dict[str, tuple[Layer, ...]] = {
+    **{f"{tower.name}, {BATCH} images": tower.block_layers(BATCH) for tower in TOWERS},
+    "One image": tuple(layer for tower in TOWERS for layer in tower.block_layers(1)),
+    "A 4096×4096 projection of a 7B language model": LANGUAGE_MODEL,
+}
+
+
+def has_low_rank(layer: str) -> bool:
+    """Whether A·C(γ)·Bᵀ is part of the layer: attention's projections; the language model's is taken as one."""
+    return "MLP" not in layer
+
+
+def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = False) -> Problem:
+    """``layer`` as :mod:`pmkernels.costs` counts it."""
+    rank = RANK if has_low_rank(layer.name) else 0
+    return Problem(layer.items * layer.tokens, layer.n, layer.d, tasks, rank, KIND, per_row, bias)
+
+
+@functools.cache
+def configuration_file(gpu: str) -> str:
+    """The configuration file that a GPU of that name would take: its own, its architecture's, or the default one."""
+    arch = DEVICES[gpu][1] if gpu in DEVICES else ""
+    files = dispatch.config_files()
+    return next((name for name in (gpu, arch) if name in files), "default")
+
+
+@functools.cache
+def rates_of(gpu: str) -> Rates:
+    """The rates of a GPU of :data:`pmkernels.costs.GPUS`, measured ones where its configuration file has them."""
+    return replace(costs.GPUS[gpu], **dispatch.read_rates(dispatch.config_files()[configuration_file(gpu)]))
+
+
+def predicted(
+    operation: str,
+    strategy: str,
+    counted: Problem,
+    gpu: str,
+    *,
+    cached: bool = False,
+    configuration: str | None = None,
+) -> float:
+    """Seconds that ``strategy`` should take on a GPU of :data:`pmkernels.costs.GPUS`, with the tiles of its kernel.
+
+    ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
+    """
+    name = configuration or configuration_file(gpu)
+    return dispatch.predicted_seconds(name, rates_of(gpu), operation, strategy, counted, cached=cached)
+
+
+def choice(operation: str, counted: Problem, gpu: str) -> str:
+    """Name the strategy that ``auto`` takes where nothing was measured; it does not know whether there is a bias."""
+    known = replace(counted, bias=False)
+    return min(("streamed", "fused"), key=lambda strategy: predicted(operation, strategy, known, gpu))
+
+
+# a kernel and how often it is launched
+Kernels = Iterable[tuple[int, Pass]]
+
+# part of a step or of a forward -> the kernels of pmkernels.costs, and of this module, that it consists of
+PARTS = {
+    "products": ("product", "dW from rows", "fused", "sum"),
+    "attention": ("attention", "attention backward"),
+    "the rest of the network": ("normalisation", "activation", "sum of two", "q, k and v joined"),
+    "merge": ("merge",),
+    "reduction of dW": ("reduction",),
+    "partial sums": ("partial sums",),
+    "db": ("column sums", "cast of db"),
+    "normalisations' own gradients": ("gradients of a normalisation",),
+    "dW added up": ("dW added up",),
+    "widening": ("widen",),
+}
+_PART_OF = {name: part for part, names in PARTS.items() for name in names}
+REST = "the rest of the network"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds by part, in the order of :data:`PARTS`, and launches."""
+
+    parts: dict[str, float]
+    launches: int
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def counted_alone(self) -> float:
+        """Without the rest of the network, which takes the same time however weights are merged."""
+        return self.seconds - self.parts.get(REST, 0.0)
+
+    def apart(self, other: Prediction) -> float:
+        """Add up by how many seconds each part differs from that of another."""
+        names = self.parts.keys() | other.parts.keys()
+        return sum(abs(self.parts.get(name, 0.0) - other.parts.get(name, 0.0)) for name in names)
+
+
+def prediction(kernels: Kernels, gpu: str) -> Prediction:
+    """Add up what kernels should take on a GPU, one after the other."""
+    rates, found, launches = rates_of(gpu), dict.fromkeys(PARTS, 0.0), 0
+    for times, kernel in kernels:
+        found[_PART_OF[kernel.name]] += times * kernel.seconds(rates, KIND)
+        launches += times * kernel.launches
+    return Prediction({part: seconds for part, seconds in found.items() if seconds}, launches)
+
+
+def of_operation(
+    operation: str, strategy: str, counted: Problem, gpu: str, times: int, *, cached: bool = False
+) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels of an operation of a layer, each launched so many times."""
+    name = configuration_file(gpu)
+    for kernel in dispatch.predicted_passes(name, rates_of(gpu), operation, strategy, counted, cached=cached):
+        yield times, kernel
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a step and how often it comes: ``dx`` is false where nothing before it learns."""
+
+    problem: Problem
+    times: int
+    dx: bool = True
+
+
+def products(tower: Tower, tasks: int, items: int = BATCH) -> list[Product]:
+    """Every product with a merged weight in one forward: patch embedding, blocks, final projection."""
+    patches = Problem(items * (tower.tokens - 1), tower.width, 3 * tower.patch**2, tasks, 0, KIND)
+    final = Problem(items, tower.output, tower.width, tasks, 0, KIND)
+    blocks = [Product(problem(layer, tasks, bias=True), tower.blocks) for layer in tower.block_layers(items)]
+    return [Product(patches, 1, dx=False), *blocks, Product(final, 1)]
+
+
+def attention(tower: Tower, items: int = BATCH) -> list[Pass]:
+    """QKᵀ and AV of a block, forward and backward, as flash attention moves bytes.
+
+    Forward: two products; Q, K, V read, the output written. Backward: four products (the recomputed scores are not
+    counted); Q, K, V, output and its gradient read, three gradients written.
+    """
+    rows = items * tower.tokens
+    product, tensor = 2.0 * rows * tower.tokens * tower.width, 2.0 * rows * tower.width
+    forward = Pass("attention", products=2 * product, memory=4 * tensor, form="attention")
+    backward = Pass("attention backward", products=4 * product, memory=8 * tensor, form="attention")
+    return [forward, backward]
+
+
+# kernel, times a block, and in tensors [rows, width]: read as the kernel before left it, read from long ago, written
+REST_FORWARD = (("normalisation", 2, 1, 0, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 0, 4))
+REST_BACKWARD = (
+    ("normalisation", 2, 1, 1, 1),
+    ("sum of two", 2, 1, 1, 1),
+    ("activation", 1, 4, 4, 4),
+    ("q, k and v joined", 1, 3, 0, 3),
+)
+# of their weight and bias, where those learn
+OF_NORMS = (("gradients of a normalisation", 2, 1, 1, 0),)
+
+
+def beside(
+    lines: Iterable[tuple[str, int, int, int, int]], tower: Tower, items: int, gpu: str
+) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels of a block that are no products, as eager PyTorch launches them."""
+    tensor, cache_bytes = 2.0 * items * tower.tokens * tower.width, rates_of(gpu).cache_bytes
+    for name, times, near, far, written in lines:
+        memory = costs.from_memory(near * tensor, (near + written) * tensor, cache_bytes) + (far + written) * tensor
+        whole = (near + far + written) * tensor
+        yield times, Pass(name, memory=memory, cache=whole, form="tensor by tensor")
+
+
+def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Iterator[tuple[int, Pass]]:
+    """Yield attention and the rest of all blocks, forward and backward; ``own``: normalisations learn."""
+    for kernel in attention(tower, items):
+        yield times * tower.blocks, kernel
+    for lines in (REST_FORWARD, REST_BACKWARD, *((OF_NORMS,) if own else ())):
+        for count, kernel in beside(lines, tower, items, gpu):
+            yield times * tower.blocks * count, kernel
+
+
+def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels of a step of the limit: frozen merged linear layers, and a full dW of each."""
+    for product in products(tower, tasks):
+        times = tasks * product.times * (3 if product.dx else 2)
+        yield from of_operation("forward", "streamed", product.problem, gpu, times, cached=True)
+    yield from _of_blocks(tower, BATCH, gpu, tasks, own=False)
+
+
+WAYS = ("cached", "all at once", "streamed", "fused")
+
+
+def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels of a step of ours, in one of :data:`WAYS`."""
+    repeat, items = (1, tasks * BATCH) if way == "all at once" else (tasks, BATCH)
+    for product in products(tower, tasks, items):
+        p, times = product.problem, product.times
+        if way in ("streamed", "fused"):
+            for operation in ("forward", "dx") if product.dx else ("forward",):
+                yield from of_operation(operation, way, p, gpu, repeat * times)
+        else:
+            yield from of_operation("merge", "streamed", p, gpu, times)
+            count = repeat * times * (2 if product.dx else 1)
+            yield from of_operation("forward", "streamed", p, gpu, count, cached=True)
+        gradient = "fused" if way == "fused" else choice("weight_grad", p, gpu)
+        yield from of_operation("weight_grad", gradient, p, gpu, repeat * times)
+    yield from _of_blocks(tower, items, gpu, repeat, own=True)
+
+
+def once_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels of a step that merges once with autograd: the baseline of two more models of memory.
+
+    The τ are added up by one product of λ and reduced by one; dW of each task but the first is added in place.
+    """
+    for product in products(tower, tasks):
+        p, times = product.problem, product.times
+        yield from of_operation("forward", "streamed", p, gpu, tasks * times * (3 if product.dx else 2), cached=True)
+        for kernel in costs.bias_sums(p, rates_of(gpu).cache_bytes):
+            yield tasks * times, kernel
+        yield times, Pass("merge", memory=(tasks + 1) * p.weight, form="tensor by tensor")
+        # W0, and the low-rank term
+        yield times * (2 if p.rank else 1), Pass("merge", memory=3 * p.weight, form="tensor by tensor")
+        yield (tasks - 1) * times, Pass("dW added up", memory=3 * p.weight, form="tensor by tensor")
+        yield times, Pass("reduction", memory=(tasks + 1) * p.weight, form="tensor by tensor")
+        if p.rank:
+            yield 2 * times, Pass("reduction", memory=p.weight, form="tensor by tensor")
+    yield from _of_blocks(tower, BATCH, gpu, tasks, own=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step (all tasks, forward and backward): operations, bounds in seconds, and predictions.
+
+    ``limit`` and ``bound`` count products and attention alone; predictions count the rest of the network too.
+    """
+
+    operations: float
+    limit: float
+    bound: float
+    predicted_limit: Prediction
+    predicted: dict[str, Prediction]
+
+    def ratio(self, way: str) -> float:
+        """Divide the prediction of one of :data:`WAYS` by that of the limit, task by task."""
+        return self.predicted[way].seconds / self.predicted_limit.seconds
+
+
+@functools.cache
+def step(tower: Tower, tasks: int, gpu: str) -> Step:
+    """The limit, the bound and the predictions of a training step of ``tasks`` tasks on ``gpu``."""
+    rates = rates_of(gpu)
+    scores = attention(tower) * tower.blocks
+    operations = tasks * sum(kernel.products for kernel in scores)
+    limit = bound = tasks * sum(Bound(k.products, k.memory).seconds(rates, KIND) for k in scores)
+    for product in products(tower, tasks):
+        p, times = product.problem, product.times
+        # forward, dx and dW on a merged weight read or write the same: one weight, x and y
+        plain = costs.bound("forward", p, cached=True)
+        one = plain.seconds(rates, KIND)
+        with_weight = 2 if product.dx else 1
+        operations += tasks * times * (with_weight + 1) * plain.operations
+        limit += tasks * times * (with_weight + 1) * one
+        gradient = costs.bound("weight_grad", p).seconds(rates, KIND)
+        bound += times * (costs.bound("merge", p).seconds(rates, KIND) + tasks * (with_weight * one + gradient))
+    found = {way: prediction(step_kernels(tower, tasks, gpu, way), gpu) for way in WAYS}
+    return Step(operations, limit, bound, prediction(limit_kernels(tower, tasks, gpu), gpu), found)
+
+
+def memory(tower: Tower, tasks: int) -> dict[str, float]:
+    """Bytes of weights that a step holds by strategy: W0, K task vectors, and what is merged."""
+    held = 2.0 * (tasks + 1) * tower.parameters
+    largest = 2.0 * max(p.problem.n * p.problem.d for p in products(tower, tasks))
+    return {"cached": held + 2.0 * tower.parameters, "streamed": held + largest, "fused": held}
+
+
+def block_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Iterator[tuple[int, Pass]]:
+    """Yield the forward of one block; ``served``: folded, with a preference per image."""
+    for layer in tower.block_layers(items):
+        p = problem(layer, 0, per_row=True)
+        if served and p.rank:
+            yield from of_operation("preference", choice("preference", p, gpu), p, gpu, 1)
+        else:
+            yield from of_operation("forward", "streamed", p, gpu, 1, cached=True)
+    yield 1, attention(tower, items)[0]
+    yield from beside(REST_FORWARD, tower, items, gpu)
+
+
+def forward_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Iterator[tuple[int, Pass]]:
+    """Yield the forward of a whole tower, of merged weights or ``served``."""
+    patches, *_, final = products(tower, 0, items)
+    for product in (patches, final):
+        yield from of_operation("forward", "streamed", product.problem, gpu, 1, cached=True)
+    for times, kernel in block_kernels(tower, items, gpu, served):
+        yield tower.blocks * times, kernel
+
+
+def served_and_plain(
+    kernels: Callable[[Tower, int, str, bool], Kernels], tower: Tower, items: int, gpu: str
+) -> tuple[Prediction, Prediction]:
+    """Predict what is served and what is plain: of :func:`block_kernels` or :func:`forward_kernels`."""
+    return prediction(kernels(tower, items, gpu, True), gpu), prediction(kernels(tower, items, gpu, False), gpu)
+
+
+def reduction_share(layer: Layer, tasks: int, gpu: str) -> float:
+    """Divide bytes over bandwidth by the predicted seconds of the reduction of a dW with its partial sums."""
+    p, rates = problem(layer, tasks), rates_of(gpu)
+    kernels = dispatch.predicted_passes(configuration_file(gpu), rates, "weight_grad", "streamed", p)
+    reduction = [kernel for kernel in kernels if kernel.name in ("reduction", "partial sums")]
+    return (tasks + 1) * p.weight / rates.memory / costs.seconds(reduction, rates, KIND)
+
+
+def weight_gradient_ratio(layer: Layer, tasks: int, gpu: str, *, bias: bool) -> float:
+    """Divide the predicted weight gradient of ``auto`` by the library's dW and the bytes of τ over bandwidth."""
+    p, rates = problem(layer, tasks, bias=bias), rates_of(gpu)
+    product = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
+    return predicted("weight_grad", choice("weight_grad", p, gpu), p, gpu) / (product + tasks * p.weight / rates.memory)
