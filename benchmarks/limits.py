@@ -410,15 +410,19 @@ def _device_models(gpu: str, title: str) -> list[str]:
 
 def _parts(tower: Tower, gpu: str, title: str) -> list[str]:
     """Where the milliseconds of a predicted step go."""
-    found = predictions.step(tower, GOAL_TASKS, gpu)
-    once = predictions.prediction(predictions.once_kernels(tower, GOAL_TASKS, gpu), gpu)
-    ways = (found.predicted_limit, found.predicted["cached"], found.predicted["all at once"], once)
+    kernels = [
+        list(predictions.limit_kernels(tower, GOAL_TASKS, gpu)),
+        *(list(predictions.step_kernels(tower, GOAL_TASKS, gpu, way)) for way in ("cached", "all at once")),
+        list(predictions.once_kernels(tower, GOAL_TASKS, gpu)),
+    ]
+    ways = [predictions.prediction(each, gpu) for each in kernels]
+    full = [predictions.prediction(predictions.at_full_rate(each), gpu).seconds for each in kernels]
     rows = [
         [part, *(f"*{figure(way.parts[part] * 1e3)}*" if part in way.parts else "–" for way in ways)]
         for part in predictions.PARTS
         if any(part in way.parts for way in ways)
     ]
-    limit = found.predicted_limit
+    limit = ways[0]
     rows += [
         ["**all**", *(f"*{figure(way.seconds * 1e3)}*" for way in ways)],
         ["÷ limit", *(f"*{way.seconds / limit.seconds:.3f}×*" for way in ways)],
@@ -426,6 +430,7 @@ def _parts(tower: Tower, gpu: str, title: str) -> list[str]:
             "÷ limit, products and attention alone",
             *(f"*{way.counted_alone / limit.counted_alone:.3f}×*" for way in ways),
         ],
+        ["÷ limit, all at the memory's full rate", *(f"*{seconds / full[0]:.3f}×*" for seconds in full)],
         ["launches", *(f"{way.launches:,}" for way in ways)],
     ]
     columns = [

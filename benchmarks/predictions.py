@@ -159,6 +159,12 @@ def prediction(kernels: Kernels, gpu: str) -> Prediction:
     return Prediction({part: seconds for part, seconds in found.items() if seconds}, launches)
 
 
+def at_full_rate(kernels: Kernels) -> Iterator[tuple[int, Pass]]:
+    """Yield the kernels as if those that are bound by memory reached its full rate, whatever their form."""
+    for times, kernel in kernels:
+        yield times, replace(kernel, form="library product") if kernel.memory_efficiency < 1 else kernel
+
+
 def of_operation(
     operation: str, strategy: str, counted: Problem, gpu: str, times: int, *, cached: bool = False
 ) -> Iterator[tuple[int, Pass]]:
