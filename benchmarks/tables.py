@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from benchmarks.results import RESULTS
 from benchmarks.run import GPU_SUITES, SUITES_OF_BOTH, suite_module
 
+# in a file of its own, because it is a run of its own
+GOALS = "goals"
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = (
@@ -26,8 +29,9 @@ def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
-        there = "suites" if suite in report.get("suites", {}) else "suite" if report.get("suite") == suite else None
-        if not report.get("quick") and there and on_gpu in (None, there == "suites"):
+        there = suite in report.get("suites", {}) or report.get("suite") == suite
+        where = bool(report.get("environment", {}).get("gpu"))
+        if not report.get("quick") and there and on_gpu in (None, where):
             found.append((report["date"], path))
     return max(found)[1] if found else None
 
@@ -40,29 +44,35 @@ def block(name: str, to_root: str = "") -> str:
     suite, _, part = name.partition("_")
     if suite in SUITES_OF_BOTH:
         return "\n".join(_block(suite, part, on_gpu, to_root) for on_gpu in (True, False))
-    return _block(suite, part, suite in GPU_SUITES, to_root)
+    return _block(suite, part, suite in (*GPU_SUITES, GOALS), to_root)
+
+
+def _module(suite: str) -> Any:
+    return importlib.import_module("benchmarks.goals.table") if suite == GOALS else suite_module(suite)
 
 
 def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
     path = newest(suite, on_gpu)
     if path is None:
         if on_gpu:
+            command = "make gpu-goals" if suite == GOALS else "make gpu"
             said = (
-                "Times on a GPU: **not measured** yet. `make gpu` measures them and writes the file they come from.\n"
+                f"Times on a GPU: **not measured** yet. `{command}` measures them and writes the file they come from.\n"
             )
             # what is aimed at can be shown before it is measured
             nothing = {"rows": [], "device": "cuda"}
-            return f"{suite_module(suite).goals_markdown(nothing)}\n{said}" if part == "goals" else said
+            goals = suite == GOALS or part == "goals"
+            return f"{_module(suite).goals_markdown(nothing)}\n{said}" if goals else said
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]
     hardware = where["gpu"] if on_gpu else where["cpu"]
-    figures = report["suites"][suite] if on_gpu else report
+    figures = report["suites"][suite] if suite in report.get("suites", {}) else report
     source = (
         f"From [`{path.name}`]({to_root}benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
         f"torch {where['torch']}).\n"
     )
-    made = getattr(suite_module(suite), f"{part}_markdown" if part else "markdown")(figures)
+    made = getattr(_module(suite), f"{part}_markdown" if part else "markdown")(figures)
     return f"{made}\n{source}"
 
 
@@ -86,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if study is not None:
         for picture in suite_module("digits").draw(json.loads(study.read_text()), ROOT / "docs" / "study"):
             print(picture)
-    training = newest("training")
-    if training is not None:
-        figures = json.loads(training.read_text())["suites"]["training"]
-        for picture in suite_module("training").draw(figures, ROOT / "docs" / "training"):
-            print(picture)
+    for suite in ("training", "layers"):
+        path = newest(suite, True)
+        if path is not None:
+            figures = json.loads(path.read_text())["suites"][suite]
+            for picture in suite_module(suite).draw(figures, ROOT / "docs" / "training"):
+                print(picture)
     for on_gpu in (True, False):
         serving = newest("serving", on_gpu)
         if serving is not None:

@@ -4,6 +4,9 @@ What is written is ``pmkernels/configs/<gpu>.json``: the rates of the GPU, launc
 than what the library has, and the faster strategy of each layer where the cost model would take the other one. A
 configuration has a time only if the compiler accepts it without spilling and its outputs, in memory that was filled
 with NaN, match float64; before it is taken it is checked again on the ranks, K, types and sizes it will be used for.
+
+In order of value: what the hot path launches (the reduction of dW, the widening, the served layer, the merge), then the
+strategies of ViT-L/14 and ViT-B/32, then the rest. What `python -m benchmarks.budget` would refuse is never timed.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ from pmkernels.kernels import weight_grad as weight_grad_kernels
 from pmkernels.reference import preference_core
 
 CONFIGS = Path(dispatch.__file__).parent / "configs"
-TUNED = ("linear", "weight_grad", "merge", "merge_grad", "preference", "widen", "shrink", "factor_grad")
+# what the goals' hot path launches, first of all
+HOT = ("merge_grad", "widen", "preference", "merge")
+TUNED = (*HOT, "linear", "weight_grad", "shrink", "factor_grad")
 OPS = (*TUNED, "strategies")
 # candidates of a group, how many of them are timed on every layer, how many of those are checked beforehand
 MOST, FINALISTS, CHECKED = 24, 5, 2
@@ -62,8 +67,9 @@ TOLERANCE, LINE_TOLERANCE = kernels.TOLERANCE, 2 * kernels.TOLERANCE
 ROUNDS = 2
 # milliseconds of repetitions: before a time, for one time
 WARMUP, REPETITIONS = 2, 8
-# of the time budget: by when the 16-bit products are tuned, and by when strategies are measured
-FIRST_SHARE, STRATEGY_SHARE = 0.65, 0.92
+# of the time budget, in this order: the hot operations, the strategies of the transformers, the other operations, the
+# strategies of the other layers
+HOT_SHARE, STRATEGY_SHARE, OTHERS_SHARE, REST_SHARE = 0.4, 0.25, 0.3, 0.05
 # what relative_error says of a result that is not finite, and the microseconds of a strategy that is wrong
 FAILED = 1e30
 NOT_REACHED = "not reached"
@@ -775,10 +781,11 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
     """
     among = TINY_LAYERS if quick else sorted(layers.LAYERS, key=lambda layer: "ViT-L" not in layer.name)
     wanted: list[list[tuple[str, str, int | None, int | None]]] = [
+        [("merge_grad", "16-bit", None, None)],
+        [("widen", "16-bit", None, 32), *(("preference", "16-bit", rows, 32) for rows in PREFERENCE_ROWS)],
+        [("merge", "16-bit", None, None)],
         [("linear", "16-bit", rows, None) for rows in ROWS],
         [("weight_grad", "16-bit", None, None), ("weight_grad", "16-bit", 512, None)],
-        [("merge", "16-bit", None, None), ("merge_grad", "16-bit", None, None)],
-        [*(("preference", "16-bit", rows, 32) for rows in PREFERENCE_ROWS), ("widen", "16-bit", None, 32)],
         [("shrink", "16-bit", None, 32), ("factor_grad", "16-bit", None, 32)],
     ]
     for kind in ("tf32", "float32"):
@@ -786,9 +793,10 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
             [(op, kind, rows, None) for op, rows in (("linear", None), ("linear", 128), ("weight_grad", None))]
         )
     if quick:
-        # one line of each op
-        others = [batch[0] for batch in wanted[1:5]] + [batch[-1] for batch in wanted[2:5]]
-        wanted = [[("linear", "16-bit", 32, None)], others]
+        # one line of each op, the hot ones first
+        lines = {line[0]: line for batch in reversed(wanted) for line in reversed(batch)}
+        rest = [line for op, line in lines.items() if op not in (*HOT, "linear")]
+        wanted = [[lines[op] for op in HOT], [("linear", "16-bit", 32, None)], rest]
     found = []
     for batch in wanted:
         found.append([group(target, *line, among, previous, quick) for line in batch if line[0] in ops])
@@ -1381,9 +1389,6 @@ def _tune(chosen: argparse.Namespace, compiler: Compiler, command: Sequence[str]
     start = time.monotonic()
     end = start + 60 * chosen.minutes
 
-    def at(share: float) -> float:
-        return start + share * (end - start)
-
     def say(line: str) -> None:
         now = time.monotonic()
         print(f"[{now - start:4.0f} s, {max(end - now, 0):4.0f} s left] {line}", flush=True)
@@ -1427,18 +1432,35 @@ def _tune(chosen: argparse.Namespace, compiler: Compiler, command: Sequence[str]
             with active(target.name):
                 tune(batch, bench, now + (until - now) * len(batch) / left, say)
 
+    def measure_strategies(among: Sequence[Layer], until: float) -> None:
+        text = json.dumps(file())
+        compiler.target = replace(target, name=name, text=text)
+        with active(name, text):
+            _measure_strategies(strategies, bench, among, chosen.quick, until, say)
+        compiler.target = target
+
     wanted = batches if set(chosen.ops) & set(TUNED) else []
-    later = ("preference", "widen", "shrink", "factor_grad")
-    first = [batch for batch in wanted if batch[0].kind == "16-bit" and batch[0].op not in later]
+    hot = [batch for batch in wanted if batch[0].kind == "16-bit" and batch[0].op in HOT]
+    others = [batch for batch in wanted if batch not in hot]
+    among = TINY_LAYERS if chosen.quick else layers.LAYERS
+    # ViT-L/14 before ViT-B/32
+    transformers = [layer for layer in among if layer.tokens > 1]
+    transformers.sort(key=lambda layer: layer.tokens, reverse=True)
+    phases: list[tuple[float, Callable[[float], None]]] = []
+    if hot:
+        phases.append((HOT_SHARE, lambda until: tune_batches(hot, until)))
+    if "strategies" in chosen.ops:
+        phases.append((STRATEGY_SHARE, lambda until: measure_strategies(transformers, until)))
+    if others:
+        phases.append((OTHERS_SHARE, lambda until: tune_batches(others, until)))
+    if "strategies" in chosen.ops:
+        no_transformers = [layer for layer in among if layer not in transformers]
+        phases.append((REST_SHARE, lambda until: measure_strategies(no_transformers, until)))
     try:
-        tune_batches(first, at(FIRST_SHARE))
-        if "strategies" in chosen.ops:
-            text = json.dumps(file())
-            compiler.target = replace(target, name=name, text=text)
-            with active(name, text):
-                _measure_strategies(strategies, bench, chosen.quick, at(STRATEGY_SHARE), say)
-            compiler.target = target
-        tune_batches([batch for batch in wanted if batch not in first], end)
+        for number, (share, phase) in enumerate(phases):
+            now, later = time.monotonic(), sum(other for other, _ in phases[number:])
+            # what an earlier phase leaves is for those after it
+            phase(now + share / later * (end - now))
     except Lost as error:
         untuned.append(f"everything after the GPU was lost: {error}")
     untuned += strategies.missing
@@ -1476,11 +1498,16 @@ def _tune(chosen: argparse.Namespace, compiler: Compiler, command: Sequence[str]
 
 
 def _measure_strategies(
-    strategies: Strategies, bench: Bench, quick: bool, until: float, say: Callable[[str], None]
+    strategies: Strategies,
+    bench: Bench,
+    among: Sequence[Layer],
+    quick: bool,
+    until: float,
+    say: Callable[[str], None],
 ) -> None:
-    """Every layer with every K, all of their kernels compiled ahead."""
+    """Every one of these layers with every K, all of their kernels compiled ahead."""
     powers, tasks = ((1,), (2,)) if quick else (layers.POWERS, TASKS)
-    todo = list(itertools.product(tasks, TINY_LAYERS if quick else layers.LAYERS))
+    todo = list(itertools.product(tasks, among))
     for count, layer in todo:
         bench.compiler.submit(None, strategy_cases(layer, count, powers))
     for count, layer in todo:
@@ -1488,7 +1515,7 @@ def _measure_strategies(
             bench.compiler.fault(None, case, until)
         strategies.measure(bench, layer, count, powers, until)
         say(f"strategies of {layer.name}, K = {count}")
-    served = [layer for layer in (TINY_LAYERS if quick else layers.LAYERS) if _rank(layer)]
+    served = [layer for layer in among if _rank(layer)]
     for layer in served:
         bench.compiler.submit(None, _both_kernels(layer, powers))
     for layer in served:
