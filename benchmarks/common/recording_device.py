@@ -1,15 +1,16 @@
 """A CUDA GPU that is not there: tensors say that they lie on it, have shapes and no memory, and nothing is computed.
 
 What runs on the CPU is really computed; what runs on ``cuda`` gets shapes, strides and types only (by PyTorch's meta
-kernels). Reading such a tensor gives zeros, and True where a test asks whether two are equal, except that a few numbers
-(preferences, offsets, labels) are kept and computed beside it, as code reads and checks them. Operators of this library
-run their real Python, down to the launch.
+kernels). Reading a number of it gives 1, and whether two are equal True, except that a few numbers (preferences,
+offsets, labels) are kept and computed beside their tensor, as code reads and checks them. Operators of this library run
+their real Python, down to the launch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SMALL = 4096
 # random numbers on the CPU from so many on are zeros: nothing that is recorded depends on them
 MANY = 2**16
-# where the memory of every tensor begins, as the caching allocator aligns it
+# where memory begins
 ADDRESS = 2**40
 DEVICE = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -36,8 +37,9 @@ aten = torch.ops.aten
 UNWRITTEN = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 RANDOM = {aten.randn, aten.rand, aten.randn_like, aten.rand_like, aten.randint}
 FILLS = {aten.normal_, aten.uniform_, aten.random_, aten.exponential_, aten.erfinv_}
-# what an operator in place does to a shape has to be done
+# what these do in place to a shape has to be done
 RESHAPES = {aten.resize_, aten.set_, aten.t_, aten.transpose_, aten.squeeze_, aten.unsqueeze_, aten.as_strided_}
+_IS_META, _DEVICE = torch._C.TensorBase.is_meta.__get__, torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -57,97 +59,28 @@ GPUS = {
 }
 
 
-class OnGpu(Tensor):
-    """A tensor on the absent GPU: a shape without memory; ``values``: its contents on the CPU where they are few."""
-
-    values: Tensor | None
-    # NB: PyTorch's C++ sees the meta device, which needs no driver and no streams; Python sees cuda
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, like: Tensor, values: Tensor | None = None) -> OnGpu:
-        made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            like.shape,
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=like.dtype,
-            device="meta",
-        )
-        made.values = values
-        return made
-
-    device = property(lambda self: DEVICE)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_meta = property(lambda self: False)  # type: ignore[assignment]
-
-    def get_device(self) -> int:
-        return 0
-
-    def data_ptr(self) -> int:
-        return ADDRESS + self.storage_offset() * self.element_size()
-
-    def untyped_storage(self) -> Any:
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride(), strict=True))
-        count = self.storage_offset() + last + 1 if self.numel() else 0
-        return SimpleNamespace(
-            data_ptr=self.data_ptr, nbytes=lambda: count * self.element_size(), device=DEVICE, _cdata=id(self)
-        )
-
-    def tolist(self) -> Any:
-        return self.cpu().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        if not force:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        return self.detach().cpu().numpy()
-
-    def record_stream(self, stream: Any) -> None:
-        return None
-
-    def __repr__(self, *_: Any, **__: Any) -> str:
-        return f"OnGpu(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnGpu:
-        if id(self) in memo:
-            return memo[id(self)]
-        with torch.no_grad():
-            made = self.detach().clone().requires_grad_(self.requires_grad)
-        made.__dict__.update({name: value for name, value in self.__dict__.items() if name != "values"})
-        memo[id(self)] = made
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return execute(func, args, kwargs or {})
+def absent(value: Any) -> bool:
+    """Whether a value is a tensor of the GPU that is not there: to PyTorch's C++ it is on the meta device, which wants
+    neither driver nor streams."""
+    return isinstance(value, Tensor) and _IS_META(value)
 
 
-def _known(tensor: OnGpu) -> Tensor | None:
+def _known(tensor: Tensor) -> Tensor | None:
     """The values of a tensor where they are known and nobody has given it another shape since."""
-    values: Tensor | None = tensor.__dict__.get("values")
+    values: Tensor | None = tensor.__dict__.get("_values")
     return values if values is not None and values.shape == tensor.shape else None
 
 
 def contents(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU: its values where they are known, else zeros, or True."""
-    if not isinstance(tensor, OnGpu):
+    """A tensor on the CPU: its values where they are known, else ones and True; zeros where it is large or integers."""
+    if not absent(tensor):
         return tensor
     values = _known(tensor)
     if values is not None:
         return values.clone()
-    if tensor.dtype == torch.bool:
-        return torch.ones(tensor.shape, dtype=torch.bool)
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).zero_()
-
-
-def _shape_of(tensor: Tensor) -> Tensor:
-    """The same on the meta device, where PyTorch computes shapes."""
-    shape, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset()
-    if not offset:
-        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta")
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if tensor.numel() else -1
-    memory = torch.empty(offset + last + 1, dtype=tensor.dtype, device="meta")
-    return memory.as_strided(shape, stride, offset)
+    if tensor.numel() > MANY or not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return torch.ones(tensor.shape, dtype=tensor.dtype)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -155,108 +88,162 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
     found = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found.append(value)
+            found.append(args[place] if place < len(args) else kwargs.get(argument.name))
     return found
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: Any, read: Callable[[Tensor], Any] = _known) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return _known(value) if isinstance(value, OnGpu) else value
+    return read(value) if absent(value) else value
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, torch.Generator):
+        return None
+    if isinstance(value, Tensor) and value.ndim and not _IS_META(value):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
 
 
 def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """One operator of PyTorch: on the GPU that is not there if it has to do with it, else on the CPU."""
-    definition = OPDEFS.get(func._schema.name)
-    flat = pytree.arg_tree_leaves(*args, **kwargs)
-    on_gpu = [leaf for leaf in flat if isinstance(leaf, OnGpu)]
+    leaves = pytree.arg_tree_leaves(*args, **kwargs)
+    on_gpu = [leaf for leaf in leaves if absent(leaf)]
     device = kwargs.get("device")
-    to_gpu = device is not None and torch.device(device).type == "cuda"
-    if definition is not None and (on_gpu or to_gpu):
+    to = None if device is None else torch.device(device).type
+    packet = func.overloadpacket
+    if not on_gpu and to not in ("cuda", "meta"):
+        return _cpu(func, packet, args, kwargs)
+    definition = OPDEFS.get(func._schema.name)
+    if definition is not None and func.namespace != "prims":
         with Mode():
             return definition._init_fn(*args, **kwargs)
-    packet = func.overloadpacket
-    if not on_gpu and not to_gpu:
-        return _cpu(func, packet, args, kwargs)
     if packet is aten._local_scalar_dense:
         return contents(args[0]).item()
     if packet is aten.equal:
-        known = [leaf if not isinstance(leaf, OnGpu) else _known(leaf) for leaf in args]
-        return all(k is None for k in known) or all(k is not None for k in known) and torch.equal(*known)
-    if packet is aten.is_pinned:
-        return False
-    if packet in (aten._to_copy, aten.copy_) and not to_gpu:
-        if packet is aten.copy_ and not isinstance(args[0], OnGpu):
-            return args[0].copy_(contents(args[1]))
-        if packet is aten._to_copy and device is not None and torch.device(device).type == "cpu":
-            return contents(args[0]).to(kwargs.get("dtype") or args[0].dtype)
-    return _absent(func, packet, args, kwargs, on_gpu)
+        known = [_known(leaf) if absent(leaf) else leaf for leaf in args]
+        return any(value is None for value in known) or torch.equal(*known)
+    if packet is aten._to_copy and to == "cpu":
+        return contents(args[0]).to(kwargs.get("dtype") or args[0].dtype)
+    if packet is aten.copy_ and not absent(args[0]):
+        return args[0].copy_(contents(args[1]))
+    return _shapes(func, packet, args, kwargs, leaves, on_gpu)
 
 
 def _cpu(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if packet in FILLS and args[0].numel() > MANY:
         return args[0]
     if packet in RANDOM:
-        size = next((a for a in args if isinstance(a, (list, tuple, torch.Size))), None)
-        count = args[0].numel() if isinstance(args[0], Tensor) else functools.reduce(lambda a, b: a * b, size or (), 1)
-        if count > MANY:
-            with torch.no_grad():
-                kwargs = {k: v for k, v in kwargs.items() if k in ("dtype", "layout", "device", "memory_format")}
-                return (
-                    torch.zeros_like(args[0], **kwargs) if isinstance(args[0], Tensor) else torch.zeros(size, **kwargs)
-                )
+        like = args[0] if isinstance(args[0], Tensor) else None
+        size = like.shape if like is not None else next(a for a in args if isinstance(a, (list, tuple)))
+        if math.prod(size) > MANY:
+            given = {k: v for k, v in kwargs.items() if k in ("dtype", "layout", "device", "memory_format")}
+            return torch.zeros(size, **given) if like is None else torch.zeros_like(like, **given)
     return func(*args, **kwargs)
 
 
-def _absent(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any], on_gpu: Sequence[OnGpu]) -> Any:
-    """Shapes by the meta kernels; values too where all of them are known and few."""
+def _few_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The result where every value is known: None where it is not, or cannot be computed."""
+    try:
+        return func(*pytree.tree_map(_on_cpu, tuple(args)), **pytree.tree_map(_on_cpu, kwargs))
+    except Exception:
+        return None
+
+
+# what an operator returns for arguments of those shapes: types, shapes and strides
+_CACHE: dict[Any, Any] = {}
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape, leaf.stride()
+    return type(leaf), leaf
+
+
+def _shapes(
+    func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any], on_gpu: list[Tensor]
+) -> Any:
+    """Shapes by PyTorch's meta kernels; values too where all of them are known and few."""
     values = None
-    few = all(_known(leaf) is not None for leaf in on_gpu) and packet not in UNWRITTEN
-    if few and len(on_gpu) <= 16:
-        with contextlib.suppress(Exception):
-            values = func(*pytree.tree_map(_on_cpu, tuple(args)), **pytree.tree_map(_on_cpu, kwargs))
-    writes = _written(func, args, kwargs)
-    if writes and packet not in RESHAPES:
-        if values is None:
-            for target in pytree.tree_leaves(writes):
-                if isinstance(target, OnGpu):
-                    target.values = None
-        returned = [result for result in func._schema.returns]
-        if all(result.alias_info is not None and result.alias_info.is_write for result in returned):
+    if packet not in UNWRITTEN and len(on_gpu) <= 16 and all(_known(leaf) is not None for leaf in on_gpu):
+        values = _few_values(func, args, kwargs)
+    writes, returns = _written(func, args, kwargs), func._schema.returns
+    if writes:
+        for target in pytree.tree_leaves(writes) if values is None else ():
+            if absent(target):
+                target._values = None
+        if packet not in RESHAPES and all(r.alias_info is not None and r.alias_info.is_write for r in returns):
             given = [target for target in writes if target is not None]
-            return None if not returned else given[0] if len(returned) == 1 else tuple(given)
+            return None if not returns else given[0] if len(returns) == 1 else tuple(given)
+    if not writes and all(result.alias_info is None for result in returns):
+        made = _remembered(func, args, kwargs, leaves)
+    else:
+        made = _computed(func, args, kwargs)
+    if values is not None:
+        for result, value in zip(pytree.tree_leaves(made), pytree.tree_leaves(values), strict=False):
+            if isinstance(result, Tensor) and isinstance(value, Tensor) and value.numel() <= SMALL:
+                result._values = value  # type: ignore[attr-defined]
+    return made
 
-    def shape(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        if isinstance(value, torch.Generator):
-            return None
-        if isinstance(value, OnGpu) or (isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim):
-            return _shape_of(value)
-        return value
 
+def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in kwargs.items() if name != "pin_memory"}
-    made = func(*pytree.tree_map(shape, tuple(args)), **pytree.tree_map(shape, given))
-    if packet in RESHAPES:
-        args[0].data = OnGpu(made)
-        args[0].values = values
-        return args[0]
-    shapes, spec = pytree.tree_flatten(made)
-    known = pytree.tree_leaves(values) if values is not None else [None] * len(shapes)
-    if len(known) != len(shapes):
-        known = [None] * len(shapes)
-    results = []
-    for result, value in zip(shapes, known, strict=True):
-        if isinstance(result, Tensor):
-            fits = isinstance(value, Tensor) and value.shape == result.shape and value.numel() <= SMALL
-            result = OnGpu(result, value if fits else None)
-        results.append(result)
-    return pytree.tree_unflatten(results, spec)
+    try:
+        with _Inside():
+            return func(*pytree.tree_map(_on_meta, tuple(args)), **pytree.tree_map(_on_meta, given))
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "meta" not in str(error).lower():
+            raise
+        # a shape that depends on values: what there is instead of them decides
+        read = functools.partial(_on_cpu, read=contents)
+        made = func(*pytree.tree_map(read, tuple(args)), **pytree.tree_map(read, given))
+        return pytree.tree_map_only(Tensor, _on_meta, made)
+
+
+def _remembered(func: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]) -> Any:
+    """What a function returns, computed once for arguments of one kind."""
+    try:
+        key = (func, tuple(map(_signature, leaves)), tuple(kwargs), len(args), tuple(map(_length, args)))
+        found = _CACHE.get(key)
+    except TypeError:
+        return _computed(func, args, kwargs)
+    if found is None:
+        made = _computed(func, args, kwargs)
+        results, spec = pytree.tree_flatten(made)
+        plain = all(isinstance(result, Tensor) and not result.storage_offset() for result in results)
+        if plain and len(_CACHE) < 100_000:
+            _CACHE[key] = [(r.shape, r.stride(), r.dtype) for r in results], spec
+        return made
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in found[0]]
+    return pytree.tree_unflatten(made, found[1])
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (list, tuple)) else -1
+
+
+_LOCAL = threading.local()
+
+
+class _Inside:
+    """Within: a tensor says that it is on the meta device, as PyTorch's own shape functions have to know."""
+
+    def __enter__(self) -> None:
+        _LOCAL.inside = getattr(_LOCAL, "inside", 0) + 1
+
+    def __exit__(self, *_: Any) -> None:
+        _LOCAL.inside -= 1
+
+
+def _says_cuda(tensor: Tensor) -> bool:
+    return _IS_META(tensor) and not getattr(_LOCAL, "inside", 0)
 
 
 class Mode(TorchDispatchMode):
-    """Sees the operators that have no tensor of the GPU yet: those that make one."""
+    """Sees every operator of PyTorch."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return execute(func, args, kwargs or {})
@@ -388,11 +375,7 @@ def _indexed(value: Any) -> Any:
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``Tensor.to`` that takes a tensor on the absent GPU for what it says it is."""
-    other = args[0] if args else kwargs.get("other")
-    if isinstance(other, OnGpu):
-        args = (other.device, other.dtype, *args[1:])
-        kwargs = {name: value for name, value in kwargs.items() if name != "other"}
+    """``Tensor.to`` that asks no driver which GPU is meant."""
     return _TO(self, *map(_indexed, args), **{name: _indexed(value) for name, value in kwargs.items()})
 
 
@@ -401,9 +384,10 @@ def _made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(make)
     def made(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
-        if isinstance(data, OnGpu) and make.__name__ != "tensor":
-            return _to(data, **{k: v for k, v in {"device": device, **kwargs}.items() if v is not None})
-        data = contents(data) if isinstance(data, OnGpu) else data
+        if absent(data):
+            given = {"device": device, **kwargs}
+            moved = _to(data, **{name: value for name, value in given.items() if value is not None})
+            return moved.detach().clone() if make.__name__ == "tensor" else moved
         if _indexed(device) != DEVICE:
             return make(data, *args, device=device, **({"requires_grad": True} if requires_grad else {}), **kwargs)
         return _to(make(data, *args, **kwargs), DEVICE).requires_grad_(requires_grad)
@@ -411,7 +395,32 @@ def _made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
-_TO = Tensor.to
+def _storage_address(self: torch.UntypedStorage) -> int:
+    """The address of a tensor's memory: no two alike on the absent GPU, aligned as the caching allocator aligns."""
+    return ADDRESS + (self._cdata << 8) if self.device.type == "meta" else _STORAGE_ADDRESS(self)
+
+
+def _data_ptr(self: Tensor) -> int:
+    if not _IS_META(self):
+        return _ADDRESS(self)
+    return _storage_address(self.untyped_storage()) + self.storage_offset() * self.element_size()
+
+
+def _numpy(self: Tensor, *, force: bool = False) -> Any:
+    if _IS_META(self) and not force:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+    return _NUMPY(contents(self), force=force)
+
+
+def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
+    if _IS_META(self):
+        return f"tensor(..., device='{DEVICE}', size={tuple(self.shape)}, dtype={self.dtype})"
+    return _REPR(self, tensor_contents=tensor_contents)
+
+
+_REPR = Tensor.__repr__
+_TO, _TOLIST, _NUMPY, _ADDRESS = Tensor.to, Tensor.tolist, Tensor.numpy, Tensor.data_ptr
+_STORAGE_ADDRESS = torch.UntypedStorage.data_ptr
 _RUN = threading.Thread.run
 
 
@@ -429,9 +438,18 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         mock.patch.object(torch, "Generator", _Generator),
         mock.patch.object(Tensor, "to", _to),
         mock.patch.object(Tensor, "cuda", lambda self, *_, **__: _to(self, DEVICE)),
-        mock.patch.object(Tensor, "type_as", lambda self, other: _to(self, other)),
         mock.patch.object(Tensor, "pin_memory", lambda self, *_: self.clone()),
         mock.patch.object(Tensor, "is_pinned", lambda self, *_: False),
+        mock.patch.object(Tensor, "device", property(lambda self: DEVICE if _says_cuda(self) else _DEVICE(self))),
+        mock.patch.object(Tensor, "is_cuda", property(_says_cuda)),
+        mock.patch.object(Tensor, "is_meta", property(lambda self: _IS_META(self) and not _says_cuda(self))),
+        mock.patch.object(Tensor, "get_device", lambda self: 0 if _IS_META(self) else -1),
+        mock.patch.object(Tensor, "data_ptr", _data_ptr),
+        mock.patch.object(Tensor, "tolist", lambda self: _TOLIST(contents(self))),
+        mock.patch.object(Tensor, "numpy", _numpy),
+        mock.patch.object(Tensor, "__repr__", _repr),
+        mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
+        mock.patch.object(torch.UntypedStorage, "data_ptr", _storage_address),
         mock.patch.object(threading.Thread, "run", _run),
         mock.patch.object(torch.accelerator, "current_stream", lambda *_: _Stream()),
     ]
