@@ -18,13 +18,14 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP := $(STAMP)
 endif
 
-.PHONY: help setup demo test lint budget gpu tune pages clean
+.PHONY: help setup demo test lint budget gpu gpu-goals tune pages clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
+	@echo "make gpu-goals MINUTES=8   on a CUDA GPU: what we aim at, in order of value, until time is up; elsewhere a rehearsal"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
 	@echo "make tune    on a CUDA GPU: measure launches and strategies for it, write pmkernels/configs (ten minutes)"
 	@echo "make pages   write committed results into the README, docs/ and benchmarks/limits.md"
@@ -70,6 +71,14 @@ gpu: $(GPU_SETUP)
 	parallel=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 6"); \
 		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
+
+# MINUTES in all; OUT=file, RESUME=file, GOALS_ARGS="--only reductions". Where there is no CUDA GPU it is a rehearsal.
+MINUTES ?= 8
+REHEARSE := $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),,--quick)
+gpu-goals: $(GPU_SETUP)
+	@$(if $(REHEARSE),echo "no CUDA GPU here: a rehearsal with tiny shapes that measures nothing",:)
+	$(GPU_PYTHON) -m benchmarks.goals --minutes $(MINUTES) $(REHEARSE) $(if $(RESUME),--resume $(RESUME)) \
+		$(if $(OUT),--out $(OUT)) $(GOALS_ARGS)
 
 tune: $(GPU_SETUP)
 	$(GPU_PYTHON) -m benchmarks.tune $(TUNE_ARGS)
