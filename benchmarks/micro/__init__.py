@@ -1,0 +1,1 @@
+"""Microbenchmarks of each operation for pytest-benchmark: ``pytest benchmarks/micro --benchmark-only``."""
