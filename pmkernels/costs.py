@@ -110,7 +110,8 @@ FORMS: dict[str, Form] = {
     "partial sums": Form(1.0, 0.9, "assumed until measured: a few programs, each adds its parts in a fixed order"),
     "column sums": Form(1.0, 0.8, "assumed until measured: the library's sum over rows"),
     "widen": Form(1.0, 0.9, "assumed until measured: a pipeline of tiles that are loaded, stored and multiplied"),
-    "assembly in the product": Form(0.7, 1.0, "assumed until measured: tiles of W are put together between products"),
+    "assembly in the product": Form(0.7, 0.9, "assumed until measured: tiles of W are put together between products"),
+    "product with t": Form(0.7, 1.0, "assumed until measured: one pipeline of tiles for W·xᵀ and Bᵀxᵀ"),
     "dW from rows": Form(0.7, 1.0, "assumed until measured: a pipeline of tiles; 242 registers a thread", alone=True),
 }
 
@@ -363,7 +364,7 @@ def passes(
             products=2.0 * row_blocks * block_m * p.d * (p.n + math.ceil(p.n / block_n) * p.rank),
             memory=p.weight + p.factors + p.activations + partial,
             cache=row_blocks * p.weight + math.ceil(p.n / block_n) * x,
-            form="assembly in the product",
+            form="product with t",
             programs=row_blocks * math.ceil(p.n / block_n) * splits,
         )
         return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
