@@ -26,6 +26,7 @@ from pareto_merging.parametrize import (
     set_lambda,
 )
 from pareto_merging.preferences import get_preference, preference, set_preference
+from pareto_merging.stored import remember_stored
 from pareto_merging.training import MergingTask, learn_pareto_set
 from pareto_merging.workspace import load_models
 
@@ -56,6 +57,7 @@ __all__ = [
     "parametrize",
     "preference",
     "read_head",
+    "remember_stored",
     "save_folded",
     "save_pareto_set",
     "set_lambda",

@@ -96,7 +96,7 @@ class Comparison:
 
     @cached_property
     def problem(self) -> Problem:
-        """The weights and images, loaded once."""
+        """The weights as they are stored, and the images, loaded once."""
         return Problem(
             self.workspace.pretrained(),
             # the methods read every tensor many times

@@ -28,11 +28,12 @@ from pareto_merging.preprocessing import (
     Preprocess,
     PreprocessName,
     check_density,
+    extremes,
     make_preprocess,
     pieces_of,
-    wide_dtype,
     widest,
 )
+from pareto_merging.stored import Differences, Precision, PretrainedWeights, forget_stored, rounded
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
@@ -77,10 +78,16 @@ def parametrize(
     parameter whose task vectors are all zero stores none. It starts at the equal preference, with the low-rank term at
     zero.
 
+    Precision: W_k and W0 are taken as they are given, whatever the two dtypes, subtracted in float32 (float64 where one
+    of them is), and τ_k is rounded to the dtype of ``pretrained`` once. A module in 16 bits that was made of a wider
+    one has lost W0 as stored; that of :func:`load_models` remembers where it is, and your own does after
+    :func:`remember_stored`. W0's own rounding is in no task vector (:mod:`pareto_merging.stored` says why).
+
     Memory: beside ``pretrained`` and what the result holds, one tensor of one copy at a time, as its mapping gave it,
-    and pieces of a megabyte. So with lazy mappings and ``copy=False`` building takes K + 1 models and one tensor. A
-    ``preprocess`` adds, for one parameter at a time, its K task vectors in float32 and what the function makes of them
-    (about 4·K tensors in all under ``"ties"``, 2·K under ``"dare"``).
+    and pieces of a megabyte. So with lazy mappings and ``copy=False`` building takes K + 1 models and one tensor. Where
+    task vectors are rounded, "one tensor" is three of its shape: W0 and one W_k as stored, and what rounding changed,
+    in bfloat16. A ``preprocess`` adds, for one parameter at a time, its K task vectors in float32 and what the function
+    makes of them (about 4·K tensors in all under ``"ties"``, 2·K under ``"dare"``).
 
     Args:
         pretrained: the module all copies started from.
@@ -127,10 +134,11 @@ def parametrize(
     if "pretrained" in names:
         raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
     rank = rank if core == "tensor" else len(names)
+    as_stored, precision = PretrainedWeights(model), Precision()
     apply = preprocess if callable(preprocess) else None
     if not callable(preprocess):
         parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
-        apply = make_preprocess(preprocess, density, seed, parameters, copies)
+        apply = make_preprocess(preprocess, density, seed, parameters, copies, as_stored)
     state = ParetoState(
         names,
         equal_preference(len(names)),
@@ -154,7 +162,11 @@ def parametrize(
     lambdas: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         plans = [
-            _plan(model, group, tensor, copies, rank, low_rank, generator, hashers, apply, core)
+            _plan(
+                *(model, group, tensor, copies, rank, low_rank, generator, hashers, apply, core),
+                as_stored=as_stored,
+                precision=precision,
+            )
             for group, tensor in tensors
             if isinstance(tensor, nn.Parameter)
         ]
@@ -172,7 +184,7 @@ def parametrize(
     # what is above changes nothing in the model
     with unchanged_on_error(model, buffers=not copy and buffers == "average"):
         with torch.no_grad():
-            _merge_buffers(tensors, copies, buffers, hashers)
+            _merge_buffers(tensors, copies, buffers, hashers, as_stored)
         for module, attributes in owners.values():
             convert(module, attributes, state)
         prepare_transformers(model)
@@ -187,7 +199,8 @@ def parametrize(
         device = next((t.device for t in model.state_dict().values()), state.gamma.device)
         state.gamma = state.gamma.to(device)
         state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
-    return model
+        state.stored_dtypes, state.rounding_error = precision.dtypes(), precision.relative_error
+    return forget_stored(model)
 
 
 @contextlib.contextmanager
@@ -322,7 +335,7 @@ def check_copies(
         if not isinstance(name, str):
             raise TypeError(f"finetuned: expected task names that are strings, got {name!r}")
     copies = {name: _tensors(source) for name, source in finetuned.items()}
-    tensors = [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
+    tensors = named_tensors(model)
     _check_same_tensors(copies, tensors)
     return copies, tensors
 
@@ -365,6 +378,11 @@ def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:
     """The shapes that a mapping says its tensors have, if it does."""
     shapes = getattr(source, "shapes", None)
     return shapes if isinstance(shapes, Mapping) else None
+
+
+def named_tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every tensor of a module's state dict once, with all the names it has there."""
+    return [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
 
 
 def _lookup(model: nn.Module, name: str) -> Tensor:
@@ -436,12 +454,13 @@ def _plan(
     hashers: Mapping[str, TensorDigest],
     preprocess: Preprocess | None,
     core: Core,
+    *,
+    as_stored: PretrainedWeights,
+    precision: Precision,
 ) -> dict[str, Any]:
     """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
     plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
-    if hashers:
-        hashers["pretrained"].add(names[0], weight)
-    task_vectors = _task_vectors(names, weight, copies, hashers, preprocess)
+    task_vectors = task_vectors_of(names, weight, as_stored, copies, precision, preprocess, hashers)
     if task_vectors is not None:
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
@@ -481,36 +500,49 @@ def _malloc_trim() -> Any:
         return None
 
 
-def _task_vectors(
+def task_vectors_of(
     names: Sequence[str],
     weight: Tensor,
+    as_stored: PretrainedWeights,
     copies: Mapping[str, Mapping[str, Tensor]],
-    hashers: Mapping[str, TensorDigest],
-    preprocess: Preprocess | None,
+    precision: Precision,
+    preprocess: Preprocess | None = None,
+    hashers: Mapping[str, TensorDigest] | None = None,
 ) -> Tensor | None:
-    """τ of one parameter, [K, *shape] in its dtype and on its device; None where they are all zero."""
+    """τ of one parameter, [K, *shape] in the dtype and on the device of ``weight``; None where they are all zero.
+
+    Args:
+        names: all it has. weight: it in the module; ``as_stored`` gives it as stored. precision: what is counted into.
+    """
+    hashers = hashers or {}
+    base = as_stored(names, weight)
+    precision.count("pretrained", as_stored.dtype(names, base), base.numel())
+    if hashers:
+        hashers["pretrained"].add(names[0], base)
     if not weight.is_floating_point():
         for task, weights in copies.items():
-            _subtract(names, weight, task, weights, hashers.get(task), None)
+            _subtract(names, weight, task, weights, hashers.get(task), precision, None)
         return None
     dtype = weight.dtype
     if preprocess is not None:
         # what is compared with a threshold is not rounded to 16 bits before
         found = (_tensor(weights, _present(names, weights)[0], task).dtype for task, weights in copies.items())
-        dtype = widest([dtype, *found])
+        dtype = widest([dtype, base.dtype, *found])
     task_vectors, is_zero = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device), True
-    for task_vector, (task, weights) in zip(task_vectors, copies.items(), strict=True):
-        _subtract(names, weight, task, weights, hashers.get(task), task_vector)
+    differences = Differences(base, task_vectors)
+    for number, (task, weights) in enumerate(copies.items()):
+        _subtract(names, weight, task, weights, hashers.get(task), precision, (differences, number))
         if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
             _give_back_free_memory()
-        low, high = _extremes(task_vector)
+        low, high = extremes(task_vectors[number])
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(
                 f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
             )
         is_zero = is_zero and low == high == 0
+    differences.add_to(precision)
     if preprocess is not None:
-        return _preprocessed(preprocess, names[0], task_vectors, weight)
+        return _preprocessed(preprocess, names[0], task_vectors, weight, precision)
     return None if is_zero else task_vectors
 
 
@@ -520,9 +552,10 @@ def _subtract(
     task: str,
     weights: Mapping[str, Tensor],
     hasher: TensorDigest | None,
-    task_vector: Tensor | None,
+    precision: Precision,
+    target: tuple[Differences, int] | None,
 ) -> None:
-    """Write one parameter of one copy minus ``weight`` to ``task_vector``, rounded once; no task vector, no difference.
+    """Write one parameter of one copy minus W0 to its place in ``target``, rounded once; no target, no difference.
 
     What was read is let go on return.
 
@@ -532,18 +565,17 @@ def _subtract(
     """
     present = _present(names, weights)
     value, weight = _read(weights, present[0], task, weight), weight.detach()
+    precision.count(task, value.dtype, value.numel())
     # what a dict has is in memory anyway
     by_digest = len(present) > 1 and isinstance(weights, LazyTensors)
     digest = tensor_digest(value) if hasher is not None or by_digest else ""
     if hasher is not None:
         hasher.parts[names[0]] = digest
-    if task_vector is None:
-        if not _equal(value, weight):
-            raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
-    else:
-        wide = wide_dtype(task_vector, weight, value)
-        for index in pieces_of(weight.shape):
-            torch.sub(value[index].to(weight.device, wide), weight[index].to(wide), out=task_vector[index])
+    if target is not None:
+        differences, number = target
+        differences.write(number, value)
+    elif not _equal(value, weight):
+        raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
     del value
     for other in present[1:]:
         # in a lazy mapping two of them are held only where the bits differ, which may still be the same numbers (-0.0)
@@ -561,23 +593,16 @@ def _equal(value: Tensor, other: Tensor) -> bool:
     return all(torch.equal(value[index].to(other.device), other[index]) for index in pieces_of(other.shape))
 
 
-def _extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest number, NaN if there is one, 0 and 0 if there are none: no mask of the tensor's size,
-    as isfinite() makes, and any() on the CPU."""
-    if not tensor.numel():
-        return 0.0, 0.0
-    low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
-    return low, high
-
-
-def _preprocessed(preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor) -> Tensor | None:
+def _preprocessed(
+    preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor, precision: Precision
+) -> Tensor | None:
     """On the device and in the dtype of ``weight``, with memory of its own for every number; None if all are zero."""
     result = preprocess(name, task_vectors)
     if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
-    result = result.detach().to(weight).contiguous()
-    low, high = _extremes(result)
+    result = rounded(result, weight, precision)
+    low, high = extremes(result)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
     return None if low == high == 0 else result
@@ -612,13 +637,14 @@ def _merge_buffers(
     copies: Mapping[str, Mapping[str, Tensor]],
     buffers: str,
     hashers: Mapping[str, TensorDigest],
+    as_stored: PretrainedWeights,
 ) -> None:
     for names, tensor in tensors:
         is_averaged = buffers == "average" and tensor.is_floating_point()
         if isinstance(tensor, nn.Parameter) or not (hashers or is_averaged):
             continue
         if hashers:
-            hashers["pretrained"].add(names[0], tensor)
+            hashers["pretrained"].add(names[0], as_stored(names, tensor))
         wide = torch.promote_types(tensor.dtype, torch.float32)
         total = torch.zeros_like(tensor, dtype=wide) if is_averaged else None
         for task, weights in copies.items():

@@ -52,6 +52,9 @@ class ParetoState:
     vectors: dict[int, Tensor] | None = None
     factors: dict[int, Tensor] | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    # of the pretrained weights and of each task, the dtypes they are stored in; ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ at equal λ
+    stored_dtypes: dict[str, str] = field(default_factory=dict)
+    rounding_error: float = 0.0
 
     @property
     def kernel_strategy(self) -> str:

@@ -19,9 +19,16 @@ from torch import Tensor
 Preprocess: TypeAlias = Callable[[str, Tensor], Tensor]
 PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
 NAMES: tuple[str, ...] = ("none", "ties", "dare")
+# (all names of a tensor of a module, the tensor) -> it as it is stored: see pareto_merging.stored
+AsStored: TypeAlias = Callable[[Sequence[str], Tensor], Tensor]
 
 # tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model
 CHUNK = 1 << 18
+
+
+def as_it_is(names: Sequence[str], tensor: Tensor) -> Tensor:
+    """The tensor itself: where the module's weights are those that are stored."""
+    return tensor
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -50,6 +57,15 @@ def pieces_of(shape: Sequence[int]) -> Iterator[tuple[slice | int, ...]]:
     for place in itertools.product(*(range(size) for size in shape[:dim])):
         for start in range(0, shape[dim], rows):
             yield (*place, slice(start, start + rows))
+
+
+def extremes(tensor: Tensor) -> tuple[float, float]:
+    """The least and the greatest number, NaN if there is one, 0 and 0 if there are none: no mask of the tensor's size,
+    as isfinite() makes, and any() on the CPU."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
+    return low, high
 
 
 def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
@@ -130,9 +146,17 @@ class Ties:
 
     @classmethod
     def of(
-        cls, base: Sequence[tuple[Sequence[str], Tensor]], copies: Mapping[str, Mapping[str, Tensor]], density: float
+        cls,
+        base: Sequence[tuple[Sequence[str], Tensor]],
+        copies: Mapping[str, Mapping[str, Tensor]],
+        density: float,
+        as_stored: AsStored = as_it_is,
     ) -> Ties:
-        """The thresholds of K fine-tuned copies: ``base`` as (all names of a tensor, the pretrained tensor)."""
+        """Find the thresholds of K fine-tuned copies.
+
+        Args:
+            base: (all names of a tensor, the pretrained tensor). as_stored: gives such a tensor as it is stored.
+        """
         check_density(density)
         kept = [(names, tensor) for names, tensor in base if tensor.is_floating_point()]
 
@@ -142,14 +166,15 @@ class Ties:
         # that of all copies together, in which the differences are compared with the thresholds later; a lazy mapping
         # reads a tensor for each, and none is held while the next is read
         wide = [
-            widest([tensor.dtype, *(value(names, copy).dtype for copy in copies.values())]) for names, tensor in kept
+            widest([as_stored(names, tensor).dtype, *(value(names, copy).dtype for copy in copies.values())])
+            for names, tensor in kept
         ]
 
         def pieces(weights: Mapping[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
             return lambda: (
                 piece
                 for (names, tensor), dtype in zip(kept, wide, strict=True)
-                for piece in differences(tensor, value(names, weights), dtype)
+                for piece in differences(as_stored(names, tensor), value(names, weights), dtype)
             )
 
         return cls([trim_threshold(pieces(weights), density, task) for task, weights in copies.items()])
@@ -204,12 +229,13 @@ def make_preprocess(
     seed: int,
     base: Sequence[tuple[Sequence[str], Tensor]],
     copies: Mapping[str, Mapping[str, Tensor]],
+    as_stored: AsStored = as_it_is,
 ) -> Preprocess | None:
-    """The preprocessing called ``name``; TIES looks at all copies once for its thresholds."""
+    """The preprocessing called ``name``; TIES looks at all copies once for its thresholds, as :meth:`Ties.of`."""
     if name == "none":
         return None
     if name == "ties":
-        return Ties.of(base, copies, density)
+        return Ties.of(base, copies, density, as_stored)
     if name == "dare":
         return Dare(density, seed)
     raise ValueError(f"preprocess: expected {', '.join(NAMES)} or a function, got {name!r}")

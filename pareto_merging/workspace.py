@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.modules import set_strategy
 from pareto_merging.parametrize import parametrize
+from pareto_merging.preprocessing import extremes
+from pareto_merging.stored import StoredTensors, remember_stored
 from pareto_merging.training import MergingTask
 
 
@@ -274,27 +277,40 @@ class Workspace:
         check_tensors(path, found.shapes, expected)
         return found
 
-    def load(self, path: Path | str) -> Mapping[str, Tensor]:
-        """One checkpoint's tensors on the run's device and in its dtype, each read when it is asked for."""
-        found = self._fitting(path, self.skeleton())
-        return _Placed(found, self.checkpoint(self.encoder_config.pretrained), self.device, self.dtype)
+    def load(self, path: Path | str) -> StoredTensors:
+        """One checkpoint's tensors as stored, on the run's device, each read when it is asked for."""
+        found, pretrained = self._fitting(path, self.skeleton()), self.checkpoint(self.encoder_config.pretrained)
+        return StoredTensors(found, self.device, {"proj": pretrained} if "proj" in pretrained else None)
 
     def encoder(self, path: Path | str) -> nn.Module:
-        """The plain encoder with the weights of one checkpoint: one model of memory, and one tensor at a time."""
+        """The plain encoder with the weights of one checkpoint, rounded to the run's dtype.
+
+        One model of memory, and one tensor at a time. It remembers them as stored: :func:`remember_stored`.
+        """
         tensors, model = self.load(path), self.skeleton()
-        model.load_state_dict(dict(tensors), assign=True)
+        rounded = {name: self._rounded(name, tensors, path) for name in tensors}
+        model.load_state_dict(rounded, assign=True)
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             # what the module computes for itself when it is made
             model = encoders.build(self.encoder_description).to(self.device, self.dtype)
-            model.load_state_dict(dict(tensors))
-        return model
+            model.load_state_dict(rounded)
+        return remember_stored(model, tensors)
+
+    def _rounded(self, name: str, tensors: Mapping[str, Tensor], path: Path | str) -> Tensor:
+        """One tensor in the run's dtype; UserError if that does not hold its numbers."""
+        tensor = tensors[name]
+        rounded = tensor.to(self.dtype)
+        if rounded.dtype != tensor.dtype and not all(map(math.isfinite, extremes(rounded))):
+            largest = max(map(abs, extremes(tensor)))
+            raise UserError(f"{path}: expected numbers that {self.config.dtype} holds, got {largest:g} in {name}")
+        return rounded
 
     def pretrained(self) -> nn.Module:
         """The pretrained encoder."""
         return self.encoder(self.encoder_config.pretrained)
 
-    def finetuned(self) -> dict[str, Mapping[str, Tensor]]:
-        """The fine-tuned weights by task name."""
+    def finetuned(self) -> dict[str, StoredTensors]:
+        """The fine-tuned weights by task name, as stored."""
         return {name: self.load(task.checkpoint) for name, task in self.task_configs.items()}
 
     def pareto_model(self) -> nn.Module:
@@ -394,18 +410,20 @@ def load_models(
     quick_gelu: bool | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "auto",
-) -> tuple[nn.Module, dict[str, Mapping[str, Tensor]]]:
+) -> tuple[nn.Module, dict[str, StoredTensors]]:
     """A pretrained encoder and its fine-tuned copies from checkpoints of any format: what :func:`parametrize` takes.
 
     Args:
         pretrained: a file, a folder, a hub id (``openai/clip-vit-base-patch32``) or ``open_clip:NAME/TAG``.
         finetuned: likewise, by task name.
         quick_gelu: for checkpoints that do not say it themselves, such as bare state dicts; default: GELU.
-        dtype: of the weights. device: ``auto`` is a CUDA GPU where there is one.
+        dtype: of the module, and so of a model that is made of it. device: ``auto`` is a CUDA GPU where there is one.
 
     Returns:
-        The module, and for each task a mapping that reads a tensor from its file when it is asked for it: with
-        ``parametrize(*load_models(…), copy=False)`` a Pareto model takes K + 1 models of memory and one tensor.
+        The module, and for each task a mapping that reads a tensor from its file, as it is stored there, when it is
+        asked for it. The module's weights are rounded to ``dtype``, but it remembers where they are as stored, so that
+        every task vector is rounded once (:mod:`pareto_merging.stored`). With ``parametrize(*load_models(…),
+        copy=False)`` a Pareto model takes K + 1 models of memory and one tensor.
 
     Raises:
         UserError: a checkpoint cannot be read, or does not belong to the pretrained one.
@@ -423,29 +441,6 @@ def load_models(
     if workspace.assumption:
         warnings.warn(workspace.assumption, stacklevel=2)
     return workspace.pretrained(), workspace.finetuned()
-
-
-class _Placed(Mapping[str, Tensor]):
-    """A checkpoint's tensors on a device, in a dtype; ``proj`` of the pretrained one where it has none."""
-
-    def __init__(self, own: Checkpoint, pretrained: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self._own, self._pretrained, self._device, self._dtype = own, pretrained, device, dtype
-        self.shapes = dict(own.shapes)
-        if "proj" in pretrained:
-            self.shapes.setdefault("proj", pretrained.shapes["proj"])
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._own[name] if name in self._own else self._pretrained[name]
-        return tensor.to(self._device, self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
 
 
 def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:

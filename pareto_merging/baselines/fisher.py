@@ -27,7 +27,7 @@ from pareto_merging.baselines.per_task import check_number, chosen_images, each_
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.modes import eval_mode
-from pareto_merging.parametrize import Weights
+from pareto_merging.parametrize import Weights, check_copies
 from pareto_merging.progress import progress_bar
 from pareto_merging.training import MergingTask
 
@@ -92,11 +92,12 @@ def _sums(
     numerator: dict[str, Tensor] = {}
     denominator: dict[str, Tensor] = {}
     norms = []
+    copies, _ = check_copies(pretrained, finetuned)
     for task, model, tensors in each_finetuned(pretrained, finetuned, tasks):
         fisher = diagonal_fisher(model, tasks[task], name=f"task {task}", **how)
         norm = math.hypot(*(float(torch.linalg.vector_norm(f, dtype=torch.float64)) for f in fisher.values()))
         norms.append(norm)
-        for names, value in tensors:
+        for names, _ in tensors:
             found = next((name for name in names if name in fisher), None)
             if found is None:
                 continue
@@ -107,6 +108,8 @@ def _sums(
             if names[0] not in denominator:
                 numerator[names[0]], denominator[names[0]] = torch.zeros_like(f), torch.zeros_like(f)
             denominator[names[0]] += f
+            # as stored: the working copy has them in its own dtype
+            value = next(copies[task][name] for name in names if name in copies[task]).detach()
             numerator[names[0]] += f.mul_(value.to(f))
     return numerator, denominator, norms
 

@@ -5,7 +5,6 @@ As an answer to a preference: the fine-tuned model of the task that γ wants mos
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from pareto_merging.baselines.interface import Merged, task_names
 from pareto_merging.parametrize import Weights, check_copies
 from pareto_merging.preprocessing import CHUNK
+from pareto_merging.stored import copy_of
 
 
 def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:
     """Nothing is merged: ``at(γ)`` is a copy of the fine-tuned model of the task with the largest γ_k, bit by bit.
+
+    In the dtype of ``pretrained``: weights that are stored in a wider one are rounded once.
 
     Raises ValueError as :func:`parametrize`, and ``at`` for numbers that are not finite.
     """
@@ -26,7 +28,7 @@ def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Wei
     @torch.no_grad()
     def at(gamma: Tensor) -> nn.Module:
         task = list(copies)[int(gamma.argmax())]
-        model = copy.deepcopy(pretrained)
+        model = copy_of(pretrained)
         _, tensors = check_copies(model, {task: copies[task]})
         for names, tensor in tensors:
             tensor.copy_(next(copies[task][name] for name in names if name in copies[task]))

@@ -7,7 +7,6 @@ learning + preference" is one such run per γ.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,9 +20,10 @@ from pareto_merging.data.sources import labelled_stream
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.modes import eval_mode
-from pareto_merging.parametrize import Weights
+from pareto_merging.parametrize import Weights, named_tensors
 from pareto_merging.preferences import Preference, check_preference, equal_preference
 from pareto_merging.progress import progress_bar
+from pareto_merging.stored import PretrainedWeights, copy_of
 
 
 def merge(
@@ -42,7 +42,8 @@ def merge(
     """A copy of ``pretrained`` trained on all tasks together; of ``finetuned`` only the task names are used.
 
     AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics
-    fixed. Weights are trained in float32, whatever they are stored in.
+    fixed. Weights are trained in float32 (float64 where ``pretrained`` is), from the pretrained ones as stored, and
+    rounded to the dtype of ``pretrained`` once at the end.
 
     Args:
         training: by task name, labelled images and the frozen head. steps, batch_size: per step, a batch of every task.
@@ -57,10 +58,13 @@ def merge(
     if missing:
         raise ValueError(f"training: expected labelled images of every task, got none of {', '.join(missing)}")
     weights = equal_preference(len(names)) if gamma is None else check_preference(gamma, names, per_item=False)
-    model = copy.deepcopy(pretrained)
+    model, as_stored = copy_of(pretrained), PretrainedWeights(pretrained)
     stored = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    names_by_tensor = {id(tensor): group for group, tensor in named_tensors(model)}
     for tensor, dtype in stored:
-        tensor.data = tensor.data.float() if dtype in (torch.float16, torch.bfloat16) else tensor.data
+        if dtype in (torch.float16, torch.bfloat16):
+            wide = as_stored(names_by_tensor.get(id(tensor), ()), tensor)
+            tensor.data = wide.to(tensor.device, torch.float32, copy=True)
     parameters = [p.requires_grad_(True) for p in model.parameters() if p.is_floating_point()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     streams = [

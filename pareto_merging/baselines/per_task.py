@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from pareto_merging.baselines.interface import task_names
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.parametrize import Weights, check_copies
+from pareto_merging.stored import copy_of
 from pareto_merging.training import MergingTask
 
 
@@ -24,10 +24,11 @@ def each_finetuned(
 ) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
     """Each task, a working copy of ``pretrained`` with its fine-tuned weights, and its (names of a tensor, tensor).
 
-    One working copy for all: it holds a task's weights until the next is asked for. Raises ValueError as
+    One working copy for all: it holds a task's weights, rounded to the dtype of ``pretrained``, until the next is asked
+    for. Raises ValueError as
     :func:`parametrize`, and for tasks other than those of the copies or without images.
     """
-    model = copy.deepcopy(pretrained)
+    model = copy_of(pretrained)
     copies, tensors = check_copies(model, finetuned)
     check_tasks(tasks, task_names(finetuned))
     for task, weights in copies.items():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.parametrize import Weights
+from pareto_merging.stored import copy_of
 
 
 def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:
     """A copy of ``pretrained``; of ``finetuned`` only the task names are used."""
-    return one_model(copy.deepcopy(pretrained), finetuned)
+    return one_model(copy_of(pretrained), finetuned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from pareto_merging.parametrize import Weights, check_copies
 from pareto_merging.preprocessing import CHUNK, wide_dtype
+from pareto_merging.stored import PretrainedWeights, copy_of
 
 # (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]; pieces come in order
 Combine = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -25,7 +25,9 @@ def merge_tensors(
     """A copy of ``pretrained`` in which every floating-point parameter is put together by ``combine``, piece by piece.
 
     A piece is at most CHUNK // K consecutive numbers of one tensor with its K task vectors, in float32 (float64 where
-    the weights are), so that beside the models there is never as much as one more of their larger tensors. Of
+    the weights are), so that beside the models there is never as much as one more of their larger tensors; where the
+    copies are lazy mappings, one tensor of each of them is read at a time. W0 and W_k are taken as they are stored
+    (:mod:`pareto_merging.stored`), and the result is rounded to the dtype of ``pretrained`` once. Of
     floating-point buffers the result has the average of the copies', weighted with ``gamma`` [K] where it is given:
     other combinations can make batch norm's variances negative. Tensors that are not floating point are the pretrained
     ones. Raises ValueError as :func:`parametrize`, and for numbers that are not finite.
@@ -34,19 +36,20 @@ def merge_tensors(
     def average(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
         return base + (taus.mean(dim=0) if gamma is None else gamma.to(taus) @ taus)
 
-    merged = copy.deepcopy(pretrained)
+    merged, as_stored = copy_of(pretrained), PretrainedWeights(pretrained)
     copies, aliases = check_copies(merged, finetuned)
     size = max(1, CHUNK // len(copies))
     for names, tensor in aliases:
         if not tensor.is_floating_point():
             continue
         values = [weights[next(name for name in names if name in weights)].detach() for weights in copies.values()]
-        wide = wide_dtype(tensor, *values)
+        stored = as_stored(names, tensor).reshape(-1)
+        wide = wide_dtype(tensor, stored, *values)
         merge_piece = combine if isinstance(tensor, nn.Parameter) else average
         flat, values = tensor.detach().reshape(-1), [value.reshape(-1) for value in values]
         result = flat if flat.data_ptr() == tensor.data_ptr() else torch.empty_like(flat)
         for start in range(0, flat.numel(), size):
-            base = flat[start : start + size].to(wide)
+            base = stored[start : start + size].to(flat.device, wide)
             taus = torch.empty((len(values), len(base)), dtype=wide, device=base.device)
             for tau, value in zip(taus, values, strict=True):
                 tau.copy_(value[start : start + size]).sub_(base)

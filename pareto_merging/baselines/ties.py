@@ -19,6 +19,7 @@ from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.parametrize import Weights, check_copies
 from pareto_merging.preprocessing import Ties
+from pareto_merging.stored import PretrainedWeights
 
 
 def merge(
@@ -39,7 +40,7 @@ def merge(
         raise ValueError(f"combine: expected mean or sum, got {combine!r}")
     copies, tensors = check_copies(pretrained, finetuned)
     parameters = [(names, tensor) for names, tensor in tensors if isinstance(tensor, nn.Parameter)]
-    ties = Ties.of(parameters, copies, density)
+    ties = Ties.of(parameters, copies, density, PretrainedWeights(pretrained))
 
     def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
         kept = ties(name, taus)
