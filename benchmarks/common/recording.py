@@ -131,9 +131,9 @@ class Launches:
         for launch in other:
             self.calls[launch] = self.calls.get(launch, 0) + 1
 
-    def write(self, path: Path) -> None:
-        """Write the launches to a JSON file."""
-        path.write_text(json.dumps({"gpu": self.gpu, "launches": [asdict(launch) for launch in self]}, indent=0))
+    def write(self, path: Path, **notes: Any) -> None:
+        """Write the launches to a JSON file, and what else there is to say."""
+        path.write_text(json.dumps({"gpu": self.gpu, **notes, "launches": [asdict(launch) for launch in self]}))
 
 
 def read(path: Path) -> Launches:
