@@ -95,6 +95,8 @@ MODELS = (
     Architecture("ViT-B/32", "vit_base_patch32_clip_224", 224, 32, 768, 12, 12, 512),
     Architecture("ViT-L/14", "vit_large_patch14_clip_224", 224, 14, 1024, 24, 16, 768),
 )
+# a step over the limit under a CUDA graph, at most
+STEP_GOALS = {"ViT-B/32": 1.15, "ViT-L/14": 1.05}
 TINY = Architecture("tiny ViT", "vit_base_patch32_clip_224", 8, 4, 32, 2, 2, 8)
 SOURCES = ("open_clip", "timm", "torchvision")
 
@@ -1053,16 +1055,17 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, str]]:
         status = "not measured" if measured is None else "met" if met else "not met"
         found.append({"model": model, "goal": goal, "measured": measured or reason or "", "status": status})
 
-    for model in (architecture.name for architecture in MODELS):
+    for model, most in STEP_GOALS.items():
         ours, limit = _row(report, model, AUTO), _row(report, model, LIMIT_GRAPH)
         wide, same = _row(report, model, ADAMERGING, "float32"), _row(report, model, ADAMERGING)
         text, met = None, False
         if ours["ms"] and limit["ms"]:
             ratio, together = ours["ms"] / limit["ms"], _row(report, model, ALL)["ms"]
-            text, met = f"{ratio:.2f}×", ratio <= 1.10
+            text, met = f"{ratio:.2f}×", ratio <= most
             if together:
                 text += f" ({together / limit['ms']:.2f}× with all tasks at once)"
-        add(model, "a step within 1.10× the limit under a CUDA graph", text, met, ours["reason"] or limit["reason"])
+        goal = f"a step within {most:.2f}× the limit under a CUDA graph"
+        add(model, goal, text, met, ours["reason"] or limit["reason"])
         text, met = None, False
         if ours["ms"] and same["ms"] and ours["peak_bytes"] and same["peak_bytes"]:
             ratio, share = ours["ms"] / same["ms"], ours["peak_bytes"] / same["peak_bytes"]

@@ -113,32 +113,32 @@ def test_the_worst_choice_and_the_crossover_are_reported() -> None:
     rows = [
         *made_up(1, limit=0.01, fused=0.02, streamed=0.05, auto=0.03, cached=0.01),
         *made_up(64, limit=0.01, fused=0.03, streamed=0.05, auto=0.03, cached=0.01),
-        *made_up(1024, limit=0.1, fused=0.4, streamed=0.2, auto=0.21, cached=0.1),
+        *made_up(512, limit=0.1, fused=0.4, streamed=0.2, auto=0.21, cached=0.1),
         *made_up(16384, limit=0.1, fused=4.0, streamed=0.2, auto=0.2, cached=0.1),
     ]
     gpu = "nvidia-h200"
     report: dict[str, Any] = {"rank": 16, "gpu": gpu, "rates": gpu, "rows": rows, "skipped": []}
     found = layers.ratios(report)
-    assert [entry["rows"] for entry in found][:2] == [1, 1024]
+    assert [entry["rows"] for entry in found][:2] == [1, 512]
     assert [round(entry["ratio"], 3) for entry in found] == [1.5, 1.05, 1.0, 1.0]
     assert found[0]["best"] == "fused" and found[1]["best"] == "streamed"
     report["crossovers"] = layers.crossovers(rows, gpu, "default")
     (entry,) = report["crossovers"]
-    assert entry["measured"] == 1024
-    assert entry["predicted"] in (64, 1024, 16384), "at one row nothing is cheaper than reading everything once"
+    assert entry["measured"] == 512
+    assert entry["predicted"] in (64, 512, 16384), "at one row nothing is cheaper than reading everything once"
     report["crossovers"] += [{**entry, "op": op} for op in ("dx", "weight gradient")]
     text = layers.markdown(report)
     assert "| forward | 4 | 3 | 1.50× | 7B projection, K = 8, M = 1 | streamed | fused |" in text
-    assert f"| 7B projection | 8 | 1024 ({entry['predicted']}) |" in text
-    assert "| 7B projection | 8 | 1024 | 100.0 | 4.00× | 2.00× | 1.00× | 2.10× |" in text
+    assert f"| 7B projection | 8 | 512 ({entry['predicted']}) |" in text
+    assert "| 7B projection | 8 | 512 | 100.0 | 4.00× | 2.00× | 1.00× | 2.10× |" in text
 
 
-def test_the_grid_has_the_powers_of_two_and_the_models_own_rows() -> None:
-    assert len(layers.LAYERS) == 9
+def test_the_grid_has_five_powers_of_two_and_the_models_own_rows() -> None:
+    assert len(layers.LAYERS) == 9 and len(layers.POWERS) == 5
     own = {"ViT-B/32": 1600, "ViT-L/14": 8224}
     for layer in layers.LAYERS:
         rows = layers.grid(layer, layers.POWERS)
-        assert rows[0] == 1 and rows[-1] == 16384
+        assert [m for m in rows if not m & (m - 1)] == list(layers.POWERS)
         assert [m for m in rows if m & (m - 1)] == [own[name] for name in own if layer.name.startswith(name)]
 
 
