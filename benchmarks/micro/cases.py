@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernels import TOLERANCE, Layer, relative_error
-from benchmarks.limits import BATCH, LANGUAGE_MODEL, TOWERS, Tower
+from benchmarks.predictions import BATCH, LANGUAGE_MODEL, TOWERS, Tower
 from pmkernels import dispatch
 from pmkernels.costs import Bound, Problem
 

@@ -38,9 +38,9 @@ import torch
 
 from benchmarks import results
 from benchmarks.kernels import LOGITS, RANK, TASKS
-from benchmarks.limits import TOWERS, rates_of
 from benchmarks.micro import cases
-from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint
+from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint, Variant
+from benchmarks.predictions import TOWERS, has_low_rank, rates_of
 from pmkernels import STRATEGIES, costs, dispatch
 
 # calls before the first that is timed: compilation, the library's choices, clocks
@@ -127,7 +127,9 @@ AXES = {
         "--rows", number(1), "M", "rows of x (default: those of one image and, on a GPU, of the layer's batch)", "rows"
     ),
     "K": Axis("--tasks", number(1), "K", f"task vectors (default: {TASKS})", "K"),
-    "r": Axis("--ranks", number(0), "R", f"ranks of the low-rank term, 0: there is none (default: {RANK})", "r"),
+    "r": Axis(
+        "--ranks", number(0), "R", f"ranks of the low-rank term, 0: there is none (default: {RANK}, in MLPs 0)", "r"
+    ),
     "dtype": Axis(
         "--dtypes",
         one_of(tuple(DTYPES)),
@@ -154,12 +156,13 @@ def default_values(axis: str, chosen: dict[str, Any], on_gpu: bool) -> Sequence[
     if axis == "rows":
         layer = cases.find_layer(chosen["layer"])
         return (layer.tokens, layer.items * layer.tokens) if on_gpu else (layer.tokens,)
+    if axis == "r":
+        return (RANK if has_low_rank(chosen["layer"]) else 0,)
     return {
         "layer": tuple(name for name in cases.LAYERS if name.endswith("in-projection")),
         "tower": tuple(TOWER_NAMES),
         "logits": tuple(f"{rows}x{classes}" for rows, classes in (LOGITS if on_gpu else LOGITS[:2])),
         "K": (TASKS,),
-        "r": (RANK,),
         "dtype": ("bfloat16",) if on_gpu else ("float32",),
         "strategy": STRATEGIES,
     }[axis]
@@ -287,6 +290,17 @@ def rounds_of(seconds: float, config: pytest.Config) -> int:
     return max(config.getoption("benchmark_min_rounds"), min(fitting, MOST_ROUNDS))
 
 
+def finished(run: Variant, device: torch.device) -> Callable[[], None]:
+    """Return a function that calls ``run`` and waits until a GPU has done it."""
+
+    def call() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Measure:
     """Return the function that checks a case and times it."""
@@ -294,13 +308,7 @@ def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -
     def run(case: Case) -> None:
         benchmark.group = case.group
         error, plain = case.check()
-
-        def call() -> None:
-            case.run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        seconds = 0.0
+        call, seconds = finished(case.run, device), 0.0
         for _ in range(WARM_UP):
             start = time.perf_counter()
             call()
