@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = (
     README,
-    *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md", "own_models.md")),
+    *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md", "own_models.md", "gpu.md")),
 )
 
 
