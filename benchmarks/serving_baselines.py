@@ -117,7 +117,8 @@ def build_case(
             if not bool(parameter.any()):
                 # a bias that is zero hides that it is missing
                 nn.init.normal_(parameter, std=0.05)
-    plain = plain.to(dtype)
+    # there at once: eight differences of a large model take long on a CPU
+    plain = plain.to(device, dtype)
     weights = plain.state_dict()
     copies = {f"task_{k + 1}": weights for k in range(TASKS)}
     folded = fold(parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False)).eval()
@@ -126,12 +127,12 @@ def build_case(
         for _, module in pareto_modules(folded):
             for attribute in module.pareto_names:
                 part = Projection.of(module, attribute)
-                part.G.normal_(generator=generator)
+                part.G.copy_(torch.randn(part.G.shape, generator=generator))
                 term = part.A @ part.G[:, :, 0] @ part.B.t()
                 part.G.mul_(share * part.weight.float().norm() / term.norm())
     file = folder / f"{name.lower().replace('/', '-').replace(' ', '-')}.safetensors"
     save_folded(folded, file, encoder=encoder)
-    return Case(name, folded.to(device), file, dtype, device)
+    return Case(name, folded, file, dtype, device)
 
 
 def preferences(count: int) -> Tensor:

@@ -530,6 +530,8 @@ class Limit:
 
     def close(self) -> None:
         self.graph = None
+        # its memory is nobody's but its own
+        self.plain.cpu()
 
 
 @dataclass
