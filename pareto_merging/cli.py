@@ -118,11 +118,11 @@ def train(
     """
     from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
-    from pareto_merging.runs import SET_NAME, train_run
+    from pareto_merging.runs import SET_NAME, describe_precision, train_run
 
     settings = read_config(config)
     try:
-        _, result = train_run(settings, out, resume=resume, progress=not quiet, on_warning=_warn)
+        model, result = train_run(settings, out, resume=resume, progress=not quiet, on_warning=_warn)
     except Interrupted as stop:
         again = shlex.join(["pareto-merging", "train", str(config), "--out", str(out), "--resume"])
         print(f"pareto-merging: {stop}; go on with: {again}", file=sys.stderr)
@@ -132,6 +132,7 @@ def train(
         task.evaluation is not None for task in (settings.tasks.values() if isinstance(settings.tasks, dict) else ())
     )
     after = f"evaluate {shlex.quote(str(out))}" if has_images else f"export {shlex.quote(str(out))} --preference equal"
+    print(describe_precision(model))
     done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
     print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging {after}")
 
@@ -389,16 +390,22 @@ def plan(
     config: ConfigFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")] = False,
 ) -> None:
-    """Count parameters and bytes by kind, before any weight is loaded."""
+    """Count parameters and bytes by kind, before anything is loaded.
+
+    It says in which dtype every checkpoint is stored, and what rounding
+    the task vectors to the dtype of the run costs: the relative error of
+    Σλτ. For that a 16-bit run's checkpoints are read, tensor by tensor;
+    otherwise headers are.
+    """
     from pareto_merging.config import read_config
     from pareto_merging.plan import plan_run
     from pareto_merging.tables import print_table
     from pareto_merging.workspace import Workspace
 
     workspace = Workspace(read_config(config))
-    rows = plan_run(workspace)
+    rows = plan_run(workspace, progress=not as_json)
     if as_json:
-        print(json.dumps([vars(row) for row in rows]))
+        print(json.dumps([{key: value for key, value in vars(row).items() if value is not None} for row in rows]))
         return
     steps = workspace.config.method.steps_for(len(workspace.task_names))
     title = f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}"

@@ -460,7 +460,12 @@ def _plan(
 ) -> dict[str, Any]:
     """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
     plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
-    task_vectors = task_vectors_of(names, weight, as_stored, copies, precision, preprocess, hashers)
+    base = as_stored(names, weight)
+    precision.count("pretrained", as_stored.dtype(names, base), base.numel())
+    if hashers:
+        hashers["pretrained"].add(names[0], base)
+    task_vectors = task_vectors_of(names, weight, base, copies, precision, preprocess, hashers)
+    del base
     if task_vectors is not None:
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
@@ -503,7 +508,7 @@ def _malloc_trim() -> Any:
 def task_vectors_of(
     names: Sequence[str],
     weight: Tensor,
-    as_stored: PretrainedWeights,
+    base: Tensor,
     copies: Mapping[str, Mapping[str, Tensor]],
     precision: Precision,
     preprocess: Preprocess | None = None,
@@ -512,13 +517,9 @@ def task_vectors_of(
     """τ of one parameter, [K, *shape] in the dtype and on the device of ``weight``; None where they are all zero.
 
     Args:
-        names: all it has. weight: it in the module; ``as_stored`` gives it as stored. precision: what is counted into.
+        names: all it has. weight, base: it in the module, and as stored. precision: what is counted into.
     """
     hashers = hashers or {}
-    base = as_stored(names, weight)
-    precision.count("pretrained", as_stored.dtype(names, base), base.numel())
-    if hashers:
-        hashers["pretrained"].add(names[0], base)
     if not weight.is_floating_point():
         for task, weights in copies.items():
             _subtract(names, weight, task, weights, hashers.get(task), precision, None)

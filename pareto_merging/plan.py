@@ -1,30 +1,50 @@
-"""What a run will need, counted from the architecture alone: parameters and bytes by kind."""
+"""What a run will need, counted from the architecture: parameters and bytes by kind; and what rounding costs it."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from pareto_merging.checkpoints.readers import Checkpoint
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import lambda_group, wants_low_rank
-from pareto_merging.workspace import Workspace
+from pareto_merging.parametrize import check_copies, lambda_group, task_vectors_of, wants_low_rank
+from pareto_merging.preprocessing import make_preprocess, widest
+from pareto_merging.progress import progress_bar
+from pareto_merging.stored import Precision, describe_dtypes, percent, summarize_dtypes
+from pareto_merging.workspace import Workspace, user_errors
+
+# reading less than this takes no time worth a progress bar
+LONG = 1 << 29
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One kind of memory: how many numbers, how many bytes, and what it is."""
+    """One kind of memory: how many numbers, how many bytes, and what it is.
+
+    Attributes:
+        dtypes: of rows about checkpoints, the dtypes that each is stored in. relative_error: of the row about rounding.
+    """
 
     kind: str
     parameters: int
     bytes: int
     note: str
+    dtypes: dict[str, str] | None = None
+    relative_error: float | None = None
 
 
-def plan_run(workspace: Workspace) -> list[PlanRow]:
-    """Count what the run holds, without reading a weight; activations and the library's own memory are not in it.
+def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
+    """Count what the run holds; activations and the library's own memory are not in it.
 
-    Tensors that turn out equal in all copies store no task vectors, so those rows are upper bounds.
+    Tensors that turn out equal in all copies store no task vectors, so those rows are upper bounds. Of checkpoints only
+    headers are read, except where the run rounds task vectors: what that costs is computed tensor by tensor. Files that
+    are not there (where the architecture is given) are no error, but leave that open.
     """
     method, tasks = workspace.config.method, len(workspace.task_configs)
     model = workspace.skeleton(only_shapes=True)
@@ -70,4 +90,69 @@ def plan_run(workspace: Workspace) -> list[PlanRow]:
     rows.append(("Pareto set file", kept, wide, "on disk"))
     rows.append(("checkpoint", kept + 2 * learned, wide, "on disk, during training"))
     rows.append(("folded file", frozen + buffers, narrow, "on disk, and what a server holds, plus A, B and G"))
-    return [PlanRow(kind, count, count * size, note) for kind, count, size, note in rows]
+    counted = [PlanRow(kind, count, count * size, note) for kind, count, size, note in rows]
+    return counted + _precision_rows(workspace, progress)
+
+
+def _precision_rows(workspace: Workspace, progress: bool) -> list[PlanRow]:
+    """The dtypes that the checkpoints are stored in, and the relative error of Σλτ in the dtype of the run."""
+    sources: dict[str, Path | str] = {"pretrained": workspace.encoder_config.pretrained}
+    sources |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
+    opened: dict[str, Checkpoint] = {}
+    missing: list[str] = []
+    for name, source in sources.items():
+        try:
+            opened[name] = workspace.checkpoint(source)
+        except UserError as error:
+            missing.append(str(error))
+    rows = []
+    for kind, names in (("pretrained checkpoint", ["pretrained"]), ("fine-tuned checkpoints", list(sources)[1:])):
+        found = {name: _numbers(opened[name]) for name in names if name in opened}
+        dtypes = {name: describe_dtypes(numbers) for name, numbers in found.items()}
+        note = summarize_dtypes(list(dtypes.values())) if dtypes else ""
+        if len(found) < len(names):
+            note = f"{note}; {len(names) - len(found)} not there" if note else "not there"
+        count = sum(sum(numbers.values()) for numbers in found.values())
+        size = sum(count * dtype.itemsize for numbers in found.values() for dtype, count in numbers.items())
+        rows.append(PlanRow(kind, count, size, f"on disk: {note}", dtypes))
+    return [*rows, _rounding_row(workspace, list(opened.values()), missing, progress)]
+
+
+def _rounding_row(workspace: Workspace, opened: list[Checkpoint], missing: list[str], progress: bool) -> PlanRow:
+    kind, dtype = "rounding of τ", workspace.config.dtype
+    if missing:
+        return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: not known ({missing[0]})")
+    if widest([workspace.dtype, *(d for found in opened for d in found.dtypes.values())]) == workspace.dtype:
+        return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: none", relative_error=0.0)
+    size = sum(count * d.itemsize for found in opened for d, count in _numbers(found).items())
+    with user_errors():
+        error = _rounding(workspace, progress and size >= LONG).relative_error
+    return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: {percent(error)}", relative_error=error)
+
+
+def _numbers(found: Checkpoint) -> Counter[torch.dtype]:
+    numbers: Counter[torch.dtype] = Counter()
+    for name, shape in found.shapes.items():
+        numbers[found.dtypes[name]] += math.prod(shape)
+    return numbers
+
+
+@torch.no_grad()
+def _rounding(workspace: Workspace, progress: bool) -> Precision:
+    """The task vectors of one parameter after another, made as the run makes them, and let go."""
+    method, model = workspace.config.method, workspace.skeleton()
+    stored = workspace.load(workspace.encoder_config.pretrained)
+    copies, tensors = check_copies(model, workspace.finetuned())
+    parameters = [(names, tensor) for names, tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+    def as_stored(names: Sequence[str], tensor: Tensor) -> Tensor:
+        return stored[next(name for name in names if name in stored)]
+
+    apply = make_preprocess(method.preprocess, method.density, method.seed, parameters, copies, as_stored)
+    precision = Precision()
+    with progress_bar("reading", len(parameters), enabled=progress) as advance:
+        for number, (names, parameter) in enumerate(parameters, start=1):
+            base = as_stored(names, parameter)
+            task_vectors_of(names, base.to(workspace.dtype), base, copies, precision, apply)
+            advance(number, names[0])
+    return precision

@@ -1,7 +1,7 @@
 """A run folder: what is in it, how it is started, resumed and opened again.
 
 config.yaml            the configuration, every default written out, paths absolute
-log.jsonl              one line per step and event
+log.jsonl              one line per step and event; the first says how weights are stored and what rounding costs
 checkpoint.safetensors what --resume goes on from
 pareto_set.safetensors the result
 evaluation.*           what `evaluate` measured last, and its pictures
@@ -32,6 +32,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.modules import set_strategy
 from pareto_merging.preferences import check_preference, pareto_state
 from pareto_merging.reports import write_comparison
+from pareto_merging.stored import percent, summarize_dtypes
 from pareto_merging.threads import one_thread
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.workspace import Workspace, user_errors
@@ -163,6 +164,14 @@ def train_run(
     }
     save_pareto_set(model, folder / SET_NAME, preset=config.method.preset, training=training)
     return model, result
+
+
+def describe_precision(model: nn.Module) -> str:
+    """Say in one line how a Pareto model's weights are stored, and what rounding its task vectors changed."""
+    state = pareto_state(model)
+    finetuned = summarize_dtypes([state.stored_dtypes[name] for name in state.task_names])
+    text = f"stored: pretrained {state.stored_dtypes['pretrained']}, fine-tuned {finetuned}"
+    return f"{text}; rounding of τ: {percent(state.rounding_error)} of Σλτ" if state.rounding_error else text
 
 
 def _check_task_vectors(model: nn.Module, on_warning: Callable[[str], None] | None) -> None:

@@ -447,7 +447,13 @@ class Learner:
         write_text(path, "".join(line + "\n" for line in kept))
         self._log = path.open("a", buffering=1, encoding="utf-8")
         event = {"event": "resumed", "step": first} if first else {"event": "started", "step": 0}
-        self.log({**event, "steps": self.total, "remaining": self.total - first})
+        state = pareto_state(self.model)
+        weights = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "stored": state.stored_dtypes,
+            "rounding_error": state.rounding_error,
+        }
+        self.log({**event, "steps": self.total, "remaining": self.total - first, **weights})
 
     def log(self, entry: Mapping[str, Any]) -> None:
         if self._log is not None:
