@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,8 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # a tensor with at most so many elements keeps its values beside it
 SMALL = 4096
-# random numbers on the CPU from so many on are zeros: nothing that is recorded depends on them
+# random numbers on the CPU from so many on are all the same, but not those of the call before: nothing that is recorded
+# depends on them, but on whether a copy of a model differs from it
 MANY = 2**16
+_CONSTANTS = itertools.cycle(n / 1000 for n in range(1, 98))
 # where memory begins
 ADDRESS = 2**40
 DEVICE = torch.device("cuda", 0)
@@ -135,13 +139,14 @@ def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def _cpu(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if packet in FILLS and args[0].numel() > MANY:
-        return args[0]
+        return args[0].fill_(next(_CONSTANTS))
     if packet in RANDOM:
         like = args[0] if isinstance(args[0], Tensor) else None
         size = like.shape if like is not None else next(a for a in args if isinstance(a, (list, tuple)))
         if math.prod(size) > MANY:
             given = {k: v for k, v in kwargs.items() if k in ("dtype", "layout", "device", "memory_format")}
-            return torch.zeros(size, **given) if like is None else torch.zeros_like(like, **given)
+            made = torch.empty(size, **given) if like is None else torch.empty_like(like, **given)
+            return made.fill_(next(_CONSTANTS))
     return func(*args, **kwargs)
 
 
@@ -335,7 +340,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
             "get_device_properties": properties,
             "is_bf16_supported": True,
             "mem_get_info": (gpu.memory, gpu.memory),
-            "memory_stats": {},
+            "memory_stats": defaultdict(int),
             "current_stream": stream,
             "default_stream": stream,
             "graph_pool_handle": (0, 1),
@@ -347,7 +352,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
     zero = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
     nothing = "_lazy_init init synchronize empty_cache reset_peak_memory_stats _sleep set_device manual_seed"
     found |= {name: of(0) for name in zero.split()} | {name: of(None) for name in f"{nothing} manual_seed_all".split()}
-    found |= {name: _Stream for name in ("Stream", "Event", "CUDAGraph", "graph", "stream", "StreamContext")}
+    found |= dict.fromkeys(("Stream", "Event", "CUDAGraph", "graph", "stream", "StreamContext"), _Stream)
     found |= {
         "default_generators": (_Generator(DEVICE),),
         "get_rng_state": lambda *_: torch.get_rng_state(),
@@ -439,7 +444,7 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         mock.patch.object(Tensor, "to", _to),
         mock.patch.object(Tensor, "cuda", lambda self, *_, **__: _to(self, DEVICE)),
         mock.patch.object(Tensor, "pin_memory", lambda self, *_: self.clone()),
-        mock.patch.object(Tensor, "is_pinned", lambda self, *_: False),
+        mock.patch.object(Tensor, "is_pinned", return_value=False),
         mock.patch.object(Tensor, "device", property(lambda self: DEVICE if _says_cuda(self) else _DEVICE(self))),
         mock.patch.object(Tensor, "is_cuda", property(_says_cuda)),
         mock.patch.object(Tensor, "is_meta", property(lambda self: _IS_META(self) and not _says_cuda(self))),
@@ -448,12 +453,12 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         mock.patch.object(Tensor, "tolist", lambda self: _TOLIST(contents(self))),
         mock.patch.object(Tensor, "numpy", _numpy),
         mock.patch.object(Tensor, "__repr__", _repr),
-        mock.patch.object(Tensor, "record_stream", lambda self, stream: None),
+        mock.patch.object(Tensor, "record_stream", return_value=None),
         mock.patch.object(torch.UntypedStorage, "data_ptr", _storage_address),
         mock.patch.object(threading.Thread, "run", _run),
         # what a compiled function launches is what it launches without being compiled
         mock.patch.object(torch, "compile", lambda model=None, **_: (lambda f: f) if model is None else model),
-        mock.patch.object(torch.accelerator, "current_stream", lambda *_: _Stream()),
+        mock.patch.object(torch.accelerator, "current_stream", return_value=_Stream()),
     ]
     patches += [
         mock.patch.object(torch, name, _made_here(getattr(torch, name)))

@@ -3,8 +3,8 @@
     python -m pytest tests/gpu -m "gpu and smoke" --assert=plain -p benchmarks.common.recording_plugin \\
         --record-launches launches.json --record-gpu nvidia-h200
 
-Nothing is computed (:mod:`benchmarks.common.recording`), so nothing can be compared: what a test asserts is evaluated and
-let pass. A test that stops all the same, because it reads what only a GPU has, is recorded up to there and listed.
+Nothing is computed (:mod:`benchmarks.common.recording`), so nothing can be compared: what a test asserts is evaluated
+and let pass. A test that stops all the same, because it reads what only a GPU has, is recorded up to there and listed.
 """
 
 from __future__ import annotations

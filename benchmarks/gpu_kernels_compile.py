@@ -1,0 +1,215 @@
+"""``python -m benchmarks.gpu_kernels_compile``: compile recorded launches for sm_90 by the Triton installed here.
+
+Runs under the Python and Triton of the machine that the kernels go to, which need torch and triton and nothing else.
+``--verify ARCHIVE`` unpacks an archive into an empty cache instead and asks for every launch again, with a compiler
+that refuses to compile: all of them have to be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ARCHITECTURE = 90
+# the launches, for the processes that are forked
+_LAUNCHES: list[Any] = []
+
+
+def _clean_environment(cache: Path) -> None:
+    """Triton's variables as a GPU machine has them, which is none but the cache's folder."""
+    for name in [name for name in os.environ if name.startswith(("TRITON_", "LLVM_"))]:
+        del os.environ[name]
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+
+
+class _Driver:
+    """Says that there is a GPU of one architecture; Triton compiles for it and nothing is launched."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _driver() -> Iterator[None]:
+    import triton
+
+    before = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
+    triton.runtime.driver.set_active(_Driver())
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = before
+
+
+class _Built:
+    """A module in C that was built and not loaded, as there is no driver to load it with."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def _compile(number: int) -> dict[str, Any]:
+    """Compile one launch, and its launcher where it has one of its own."""
+    launch, start = _LAUNCHES[number], time.perf_counter()
+    try:
+        kernel = launch.compile()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return {"fault": f"{launch.name}: {lines[0][:200]}"}
+    entry = Path(next(iter(kernel.metadata_group.values()))).parent.name
+    return {"entry": entry, "launchers": _launchers(kernel), "seconds": time.perf_counter() - start}
+
+
+def _launchers(kernel: Any) -> list[str]:
+    """Build what a first launch would have gcc build, if its key is the same on every machine: entries of the cache."""
+    from triton.runtime import build
+
+    if not hasattr(build, "compile_module_from_src") or hasattr(build, "compile_module_from_file"):
+        return []
+    from triton.backends.nvidia import driver
+
+    built: list[str] = []
+
+    def load(name: str, path: str) -> _Built:
+        built.append(Path(path).parent.name)
+        return _Built()
+
+    with mock.patch.object(build, "_load_module_from_path", load):
+        if not isinstance(getattr(driver.CudaUtils, "instance", None), driver.CudaUtils):
+            driver.CudaUtils()
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+    return built
+
+
+def _empty_libcuda(folder: Path) -> Path:
+    """A library by the name of the driver's, to link with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "libcuda.so.1"
+    if not library.exists():
+        compiler = os.environ.get("CC", "gcc")
+        command = [compiler, "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def about() -> dict[str, Any]:
+    """The Triton and the Python here."""
+    import triton
+
+    return {"triton": triton.__version__, "python": f"cp{sysconfig.get_config_var('py_version_nodot')}"}
+
+
+def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, Any]:
+    """Compile on ``jobs`` processes into ``folder``/cache; returns the index that is written beside it."""
+    from benchmarks.gpu_kernels import triton_key
+
+    os.environ["TRITON_LIBCUDA_PATH"] = str(_empty_libcuda(folder.parent / "libcuda"))
+    _LAUNCHES[:] = launches
+    results = []
+    with _driver(), ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        done = pool.map(_compile, range(len(launches)), chunksize=1)
+        results = list(_progress(done, len(launches)))
+    faults = [result["fault"] for result in results if "fault" in result]
+    made = [result for result in results if "fault" not in result]
+    kernels = sorted({result["entry"] for result in made})
+    launchers = sorted({entry for result in made for entry in result["launchers"]})
+    found = {**about(), "kernels": len(kernels), "launchers": len(launchers), "arch": f"sm_{ARCHITECTURE}"}
+    index = {"key": triton_key(), "about": found, "entries": [*kernels, *launchers], "faults": faults}
+    temporary = folder / "index.tmp"
+    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    temporary.replace(folder / "index.json")
+    return index
+
+
+def _progress(done: Iterator[Any], count: int) -> Iterator[Any]:
+    """A line with the time left, every few seconds or in place."""
+    start = time.monotonic()
+    said = 0.0
+    for number, result in enumerate(done, 1):
+        now = time.monotonic()
+        if now - said > (0.2 if sys.stderr.isatty() else 15) or number == count:
+            said, left = now, (now - start) / number * (count - number)
+            line = f"{about()['triton']}: {number} of {count} kernels, {left:.0f} s left"
+            print(f"\r{line}   " if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr, end="" if sys.stderr.isatty() and number < count else "\n", flush=True)
+        yield result
+
+
+def verify(archive: Path, launches: Sequence[Any]) -> tuple[int, list[str]]:
+    """How many launches an unpacked archive answers, and what is wrong with the others."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    from benchmarks.gpu_kernels import unpack
+
+    report = unpack(archive)
+    if not report.agrees:
+        return 0, [str(report)]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LookupError("not in the cache")
+
+    faults = []
+    with _driver(), mock.patch.object(CUDABackend, "add_stages", refuse):
+        for launch in launches:
+            try:
+                if not launch.compile().asm["cubin"]:
+                    faults.append(f"{launch.name}: an empty cubin")
+            except Exception as error:
+                faults.append(f"{launch.name}: {error}")
+    return len(launches) - len(faults), faults
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 1 if a kernel does not compile or is not found."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels_compile", description=__doc__)
+    parser.add_argument(
+        "--launches", type=Path, nargs="+", required=True, help="files of benchmarks.gpu_kernels_record"
+    )
+    parser.add_argument("--folder", type=Path, help="write cache/ and index.json there")
+    parser.add_argument("--verify", type=Path, metavar="ARCHIVE", help="look every launch up in an archive")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    chosen = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as empty:
+        cache = Path(empty) if chosen.folder is None else chosen.folder.absolute() / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        _clean_environment(cache)
+        from benchmarks.common.recording import Launches, read
+
+        launches = Launches()
+        for path in chosen.launches:
+            launches.add(read(path))
+        if chosen.verify is not None:
+            found, faults = verify(chosen.verify, list(launches))
+            print(f"Triton {about()['triton']}: {found} of {len(launches)} launches found in {chosen.verify}")
+        else:
+            index = compile_all(list(launches), chosen.folder.absolute(), chosen.jobs)
+            faults = index["faults"]
+            print(f"Triton {about()['triton']}: {index['about']['kernels']} kernels, {len(faults)} faults")
+    for fault in faults:
+        print(f"FAULT {fault}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
