@@ -18,7 +18,7 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP := $(STAMP)
 endif
 
-.PHONY: help setup demo test lint budget gpu gpu-goals tune pages clean
+.PHONY: help setup demo test lint budget gpu gpu-goals gpu-kernels tune pages clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
 	@echo "make gpu-goals MINUTES=8   on a CUDA GPU: what we aim at, in order of value, until time is up; elsewhere a rehearsal"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
+	@echo "make gpu-kernels   without a GPU: what goals and gpu-smoke launch, compiled for the machine GPU_MACHINE_PYTHON says"
 	@echo "make tune    on a CUDA GPU: measure launches and strategies for it, write pmkernels/configs (ten minutes)"
 	@echo "make pages   write committed results into the README, docs/ and benchmarks/limits.md"
 	@echo "make clean   remove the environments and caches"
@@ -80,6 +81,35 @@ gpu-goals: $(GPU_SETUP)
 	$(GPU_PYTHON) -m benchmarks.goals --minutes $(MINUTES) $(REHEARSE) $(if $(RESUME),--resume $(RESUME)) \
 		$(if $(OUT),--out $(OUT)) $(GOALS_ARGS)
 
+# The Python and torch of the GPU machine (`make gpu-kernels GPU_MACHINE_PYTHON=/path/to/python3.12`): torch brings its
+# Triton, 3.6.0; the newest Triton is put beside it.
+GPU_MACHINE_PYTHON ?= python3.12
+GPU_MACHINE_TORCH ?= 2.11.0
+KERNELS ?= runs/gpu/kernels.tar.xz
+KERNELS_VENV := .venv-gpu-kernels
+KERNELS_STAMP := $(KERNELS_VENV)/.installed-$(GPU_MACHINE_TORCH)
+KERNELS_WORK := runs/gpu-kernels
+NEWEST := $(CURDIR)/$(KERNELS_VENV)/newest-triton
+KERNELS_COMPILE := $(KERNELS_VENV)/bin/python -m benchmarks.gpu_kernels_compile
+
+$(KERNELS_STAMP):
+	@command -v "$(GPU_MACHINE_PYTHON)" > /dev/null || { echo "GPU_MACHINE_PYTHON: expected the Python of the GPU" \
+		"machine's version, got $(GPU_MACHINE_PYTHON), which is not found" >&2; exit 2; }
+	test -x $(KERNELS_VENV)/bin/python || $(GPU_MACHINE_PYTHON) -m venv $(KERNELS_VENV)
+	$(KERNELS_VENV)/bin/python -m pip install --quiet 'torch==$(GPU_MACHINE_TORCH)' numpy
+	$(KERNELS_VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(NEWEST) triton
+	@touch $@
+
+# recorded in our environment, compiled and looked up in the GPU machine's, by its own Triton and by the newest
+gpu-kernels: $(STAMP) $(KERNELS_STAMP)
+	$(BIN)/python -m benchmarks.gpu_kernels_record --folder $(KERNELS_WORK)
+	$(KERNELS_COMPILE) --launches $(KERNELS_WORK)/launches-*.json --folder $(KERNELS_WORK)/own
+	PYTHONPATH=$(NEWEST) $(KERNELS_COMPILE) --launches $(KERNELS_WORK)/launches-*.json --folder $(KERNELS_WORK)/newest
+	$(BIN)/python -m benchmarks.gpu_kernels --out $(KERNELS) \
+		--pack $(KERNELS_WORK)/own/index.json $(KERNELS_WORK)/newest/index.json
+	$(KERNELS_COMPILE) --launches $(KERNELS_WORK)/launches-*.json --verify $(KERNELS)
+	PYTHONPATH=$(NEWEST) $(KERNELS_COMPILE) --launches $(KERNELS_WORK)/launches-*.json --verify $(KERNELS)
+
 tune: $(GPU_SETUP)
 	$(GPU_PYTHON) -m benchmarks.tune $(TUNE_ARGS)
 
@@ -88,4 +118,4 @@ pages: $(STAMP)
 	$(BIN)/python -m benchmarks.limits
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) $(KERNELS_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
