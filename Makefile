@@ -18,7 +18,13 @@ GPU_PYTHON := $(BIN)/python
 GPU_SETUP := $(STAMP)
 endif
 
-.PHONY: help setup demo test lint budget gpu gpu-goals gpu-kernels tune pages clean
+# what `make gpu-smoke` writes; seconds that one test may take
+JUNIT ?= runs/gpu/smoke.xml
+SECONDS_EACH ?= 60
+# with one workspace of a fixed size, cuBLAS gives the same bits each time
+GPU_PYTEST := CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu
+
+.PHONY: help setup demo test lint budget gpu gpu-smoke gpu-repeat gpu-sanitize gpu-goals gpu-kernels tune pages clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
@@ -27,6 +33,9 @@ help:
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
 	@echo "make gpu-goals MINUTES=8   on a CUDA GPU: what we aim at, in order of value, until time is up; elsewhere a rehearsal"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
+	@echo "make gpu-smoke     on a CUDA GPU: its most telling tests on all cores (two minutes), JUNIT=$(JUNIT)"
+	@echo "make gpu-repeat    on a CUDA GPU: every shipped configuration 200 times, the same bits each time (two minutes)"
+	@echo "make gpu-sanitize  on a CUDA GPU: compute-sanitizer over the four main kernels"
 	@echo "make gpu-kernels   without a GPU: what goals and gpu-smoke launch, compiled for the machine GPU_MACHINE_PYTHON says"
 	@echo "make tune    on a CUDA GPU: measure launches and strategies for it, write pmkernels/configs (ten minutes)"
 	@echo "make pages   write committed results into the README, docs/ and benchmarks/limits.md"
@@ -70,16 +79,29 @@ gpu: $(GPU_SETUP)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "expected a CUDA GPU that torch sees, got none" >&2; exit 2; }
 	parallel=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n 6"); \
-		CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu -m gpu $$parallel $(PYTEST_ARGS); status=$$?; \
+		$(GPU_PYTEST) -m "gpu and not repeat and not sanitize" $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
 
-# MINUTES in all; OUT=file, RESUME=file, GOALS_ARGS="--only reductions". Where there is no CUDA GPU it is a rehearsal.
+# MINUTES in all; GOALS_FILE=file, RESUME=file, GOALS_ARGS="--only reductions". Where there is no CUDA GPU it is a rehearsal.
 MINUTES ?= 8
 REHEARSE := $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),,--quick)
 gpu-goals: $(GPU_SETUP)
 	@$(if $(REHEARSE),echo "no CUDA GPU here: a rehearsal with tiny shapes that measures nothing",:)
 	$(GPU_PYTHON) -m benchmarks.goals --minutes $(MINUTES) $(REHEARSE) $(if $(RESUME),--resume $(RESUME)) \
-		$(if $(OUT),--out $(OUT)) $(GOALS_ARGS)
+		$(if $(GOALS_FILE),--out $(GOALS_FILE)) $(GOALS_ARGS)
+
+gpu-smoke: $(GPU_SETUP)
+	options=$$($(GPU_PYTHON) tests/gpu/options.py $(SECONDS_EACH)) || exit 2; \
+		$(GPU_PYTEST) -m "gpu and smoke" $$options --junit-xml=$(JUNIT) $(PYTEST_ARGS)
+
+gpu-repeat: $(GPU_SETUP)
+	options=$$($(GPU_PYTHON) tests/gpu/options.py $(SECONDS_EACH)) || exit 2; \
+		$(GPU_PYTEST) -m "gpu and repeat" $$options $(PYTEST_ARGS)
+
+# one process: a second one would only share the GPU that the sanitizer slows down
+gpu-sanitize: $(GPU_SETUP)
+	$(GPU_PYTHON) tests/gpu/options.py > /dev/null || exit 2
+	$(GPU_PYTEST) -m "gpu and sanitize" $(PYTEST_ARGS)
 
 # The Python and torch of the GPU machine (`make gpu-kernels GPU_MACHINE_PYTHON=/path/to/python3.12`): torch brings its
 # Triton, 3.6.0; the newest Triton is put beside it.

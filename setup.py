@@ -59,6 +59,8 @@ setup(
             "httpx>=0.28",
             "pytest>=9.2",
             "pytest-benchmark>=5.3",
+            # a limit for each GPU test: a kernel that hangs would hold the machine
+            "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
             "transformers>=5.23",
         ],

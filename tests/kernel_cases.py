@@ -185,3 +185,28 @@ def note_parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(dispatch, "splits_of_d", noted_d)
     monkeypatch.setattr(dispatch, "splits_of_rows", noted_rows)
     return seen
+
+
+def configurations() -> dict[str, tuple[str, dispatch.Entry]]:
+    """Every line of every shipped configuration file: a name for it -> the file and the line."""
+    lines = [(name, entry) for name, text in dispatch.config_files().items() for entry in dispatch.read_entries(text)]
+    return {f"{name}: {entry.op} {i}": (name, entry) for i, (name, entry) in enumerate(lines)}
+
+
+def use_configuration(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Launch with that line wherever it fits, and note its op each time; skip on another architecture than its own."""
+    major, minor = torch.cuda.get_device_capability()
+    meant_for = dispatch.architectures(dispatch.config_files()[name])
+    if meant_for and f"sm_{major}{minor}" not in meant_for:
+        pytest.skip(f"for {', '.join(meant_for)}")
+    lookup, used = dispatch.lookup, []
+
+    def with_entry(file: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
+        if entry.fits(op, dtype, rows, rank, aligned):
+            used.append(op)
+            return entry.config
+        return lookup(file, op, dtype, rows, rank, aligned)
+
+    monkeypatch.setattr(dispatch, "lookup", with_entry)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if entry.dtype == "tf32" else "ieee"
+    return used

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, check_linear, check_served, exactly, folded, gradients, linear_arguments
+from kernel_cases import (
+    LOW_RANK,
+    check_linear,
+    check_served,
+    configurations,
+    exactly,
+    folded,
+    gradients,
+    linear_arguments,
+    use_configuration,
+)
 from smoke import smoke
 from torch import Tensor
 
@@ -120,32 +127,13 @@ def _check_twice(values: dict[str, Tensor], strategy: str) -> None:
         assert error <= 2 * allowed + 1e-6 * float(value.norm()), f"{name}: {error:.3g}, plain PyTorch {allowed:.3g}"
 
 
-def _configurations() -> list[tuple[str, dispatch.Entry]]:
-    return [(name, entry) for name, text in dispatch.config_files().items() for entry in dispatch.read_entries(text)]
-
-
 @smoke(2, name=("sm_90",))
-@pytest.mark.parametrize(
-    ("name", "entry"),
-    _configurations(),
-    ids=[f"{name}: {entry.op} {i}" for i, (name, entry) in enumerate(_configurations())],
-)
+# sixty kernels, compiled one after the other
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("name", "entry"), configurations().values(), ids=configurations())
 def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line of each file gives right results wherever it is used, whatever GPU it was tuned on."""
-    major, minor = torch.cuda.get_device_capability()
-    meant_for = dispatch.architectures(dispatch.config_files()[name])
-    if meant_for and f"sm_{major}{minor}" not in meant_for:
-        pytest.skip(f"for {', '.join(meant_for)}")
-    lookup, used = dispatch.lookup, []
-
-    def with_entry(file: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
-        if entry.fits(op, dtype, rows, rank, aligned):
-            used.append(op)
-            return entry.config
-        return lookup(file, op, dtype, rows, rank, aligned)
-
-    monkeypatch.setattr(dispatch, "lookup", with_entry)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if entry.dtype == "tf32" else "ieee"
+    used = use_configuration(name, entry, monkeypatch)
     types = {"16-bit": (torch.bfloat16, torch.float16), "any": (torch.bfloat16, torch.float32)}
     shapes = {True: [(256, 320)], False: [(131, 77)], None: [(256, 320), (131, 77)]}[entry.aligned]
     rows, rank = min(entry.max_rows or 300, 300), min(entry.max_rank or dispatch.MAX_RANK, dispatch.MAX_RANK)
@@ -403,40 +391,3 @@ def test_large_offsets() -> None:
     far = torch.empty(2 * stride + 8, dtype=torch.float16, device="cuda").as_strided((3, 8), (stride, 1))
     values["weight"] = far.copy_(values["weight"])
     assert torch.equal(pmkernels.pareto_linear(**values, strategy="fused"), expected)
-
-
-SANITIZED = """
-import torch, pmkernels
-torch.manual_seed(0)
-for n, d, m, gamma in ((70, 67, 33, ()), (64, 128, 64, (64,))):
-    tensors = dict(
-        weight=torch.randn(n, d), task_vectors=torch.randn(3, n, d), lam=torch.randn(3), A=torch.randn(n, 5),
-        G=torch.randn(5, 5, 3), B=torch.randn(d, 5), gamma=torch.rand(*gamma, 3), x=torch.randn(m, d))
-    tensors = {k: v.cuda().requires_grad_(k not in ("weight", "task_vectors")) for k, v in tensors.items()}
-    y = pmkernels.pareto_linear(**tensors, strategy="fused")
-    pmkernels.softmax_entropy(y, strategy="fused").sum().backward()
-    tensors.pop("x")
-    if not gamma:
-        pmkernels.merge_weight(**tensors, strategy="fused").sum().backward()
-torch.cuda.synchronize()
-print("finished")
-"""
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not installed")
-    try:
-        done = subprocess.run(
-            [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{tool} took more than four minutes")
-    if "finished" not in done.stdout and done.returncode != 9:
-        pytest.skip(f"{tool} does not run here: {(done.stdout + done.stderr)[-300:]}")
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
