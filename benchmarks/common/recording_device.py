@@ -469,5 +469,11 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
             stack.enter_context(patch)
         forget()
         stack.callback(forget)
+        # a parameter that moves to a GPU stays the parameter that it is
+        stack.callback(
+            torch.__future__.set_swap_module_params_on_conversion,
+            torch.__future__.get_swap_module_params_on_conversion(),
+        )
+        torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(Mode())
         yield
