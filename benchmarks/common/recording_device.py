@@ -15,7 +15,7 @@ import math
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +27,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# a tensor with at most so many elements keeps its values beside it
-SMALL = 4096
+# a tensor with at most so many elements keeps its values beside it, as this attribute
+SMALL, VALUES = 4096, "_values_on_cpu"
 # random numbers on the CPU from so many on are all the same, but not those of the call before: nothing that is recorded
 # depends on them, but on whether a copy of a model differs from it
 MANY = 2**16
@@ -71,7 +71,7 @@ def absent(value: Any) -> bool:
 
 def _known(tensor: Tensor) -> Tensor | None:
     """The values of a tensor where they are known and nobody has given it another shape since."""
-    values: Tensor | None = tensor.__dict__.get("_values")
+    values: Tensor | None = tensor.__dict__.get(VALUES)
     return values if values is not None and values.shape == tensor.shape else None
 
 
@@ -87,13 +87,48 @@ def contents(tensor: Tensor) -> Tensor:
     return torch.ones(tensor.shape, dtype=tensor.dtype)
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that an operator writes to."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[place] if place < len(args) else kwargs.get(argument.name))
+@dataclass(frozen=True)
+class _Schema:
+    """Of an operator: which arguments it writes to, whether it returns those alone, and whether it returns views."""
+
+    writes: tuple[tuple[int, str], ...]
+    returned: int
+    only_written: bool
+    new: bool
+
+    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments that are written to, of those given."""
+        found = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
+        return [value for value in found if value is not None]
+
+
+@functools.cache
+def _schema(func: Any) -> _Schema:
+    arguments, returns = func._schema.arguments, func._schema.returns
+    writes = [(n, a.name) for n, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = all(result.alias_info is not None and result.alias_info.is_write for result in returns)
+    new = not writes and all(result.alias_info is None for result in returns)
+    return _Schema(tuple(writes), len(returns), bool(writes) and written, new)
+
+
+def _leaves(values: Iterable[Any]) -> list[Any]:
+    """Arguments with those of lists; operators nest no deeper."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found += value
+        else:
+            found.append(value)
     return found
+
+
+def _map(
+    function: Callable[[Any], Any], values: Sequence[Any], named: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    def one(value: Any) -> Any:
+        return [function(item) for item in value] if isinstance(value, (list, tuple)) else function(value)
+
+    return [one(value) for value in values], {name: one(value) for name, value in named.items()}
 
 
 def _on_cpu(value: Any, read: Callable[[Tensor], Any] = _known) -> Any:
@@ -114,7 +149,7 @@ def _on_meta(value: Any) -> Any:
 
 def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """One operator of PyTorch: on the GPU that is not there if it has to do with it, else on the CPU."""
-    leaves = pytree.arg_tree_leaves(*args, **kwargs)
+    leaves = _leaves([*args, *kwargs.values()])
     on_gpu = [leaf for leaf in leaves if absent(leaf)]
     device = kwargs.get("device")
     to = None if device is None else torch.device(device).type
@@ -128,8 +163,8 @@ def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if packet is aten._local_scalar_dense:
         return contents(args[0]).item()
     if packet is aten.equal:
-        known = [_known(leaf) if absent(leaf) else leaf for leaf in args]
-        return any(value is None for value in known) or torch.equal(*known)
+        one, other = (_known(leaf) if absent(leaf) else leaf for leaf in args)
+        return one is None or other is None or torch.equal(one, other)
     if packet is aten._to_copy and to == "cpu":
         return contents(args[0]).to(kwargs.get("dtype") or args[0].dtype)
     if packet is aten.copy_ and not absent(args[0]):
@@ -153,7 +188,8 @@ def _cpu(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
 def _few_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The result where every value is known: None where it is not, or cannot be computed."""
     try:
-        return func(*pytree.tree_map(_on_cpu, tuple(args)), **pytree.tree_map(_on_cpu, kwargs))
+        args, kwargs = _map(_on_cpu, args, kwargs)
+        return func(*args, **kwargs)
     except Exception:
         return None
 
@@ -175,22 +211,20 @@ def _shapes(
     values = None
     if packet not in UNWRITTEN and len(on_gpu) <= 16 and all(_known(leaf) is not None for leaf in on_gpu):
         values = _few_values(func, args, kwargs)
-    writes, returns = _written(func, args, kwargs), func._schema.returns
-    if writes:
-        for target in pytree.tree_leaves(writes) if values is None else ():
+    schema = _schema(func)
+    if schema.writes:
+        targets = schema.written(args, kwargs)
+        for target in _leaves(targets) if values is None else ():
             if absent(target):
-                target._values = None
-        if packet not in RESHAPES and all(r.alias_info is not None and r.alias_info.is_write for r in returns):
-            given = [target for target in writes if target is not None]
-            return None if not returns else given[0] if len(returns) == 1 else tuple(given)
-    if not writes and all(result.alias_info is None for result in returns):
-        made = _remembered(func, args, kwargs, leaves)
-    else:
-        made = _computed(func, args, kwargs)
+                target.__dict__[VALUES] = None
+        if schema.only_written and packet not in RESHAPES:
+            return None if not schema.returned else targets[0] if schema.returned == 1 else tuple(targets)
+    made = _remembered(func, args, kwargs, leaves) if schema.new else _computed(func, args, kwargs)
     if values is not None:
-        for result, value in zip(pytree.tree_leaves(made), pytree.tree_leaves(values), strict=False):
+        results, known = ([one] if isinstance(one, Tensor) else pytree.tree_leaves(one) for one in (made, values))
+        for result, value in zip(results, known, strict=False):
             if isinstance(result, Tensor) and isinstance(value, Tensor) and value.numel() <= SMALL:
-                result._values = value  # type: ignore[attr-defined]
+                result.__dict__[VALUES] = value
     return made
 
 
@@ -198,13 +232,15 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     try:
         with _Inside():
-            return func(*pytree.tree_map(_on_meta, tuple(args)), **pytree.tree_map(_on_meta, given))
+            there, named = _map(_on_meta, args, given)
+            return func(*there, **named)
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "meta" not in str(error).lower():
             raise
         # a shape that depends on values: what there is instead of them decides
         read = functools.partial(_on_cpu, read=contents)
-        made = func(*pytree.tree_map(read, tuple(args)), **pytree.tree_map(read, given))
+        there, named = _map(read, args, given)
+        made = func(*there, **named)
         return pytree.tree_map_only(Tensor, _on_meta, made)
 
 
@@ -300,7 +336,7 @@ class _Generator(_GENERATOR):
     """A generator of random numbers; the GPU's is one of the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
-        made: _Generator = _GENERATOR.__new__(cls, device="cpu")
+        made: _Generator = _GENERATOR.__new__(cls, device="cpu")  # type: ignore[call-arg]
         return made
 
 
@@ -408,7 +444,7 @@ def _storage_address(self: torch.UntypedStorage) -> int:
 def _data_ptr(self: Tensor) -> int:
     if not _IS_META(self):
         return _ADDRESS(self)
-    return _storage_address(self.untyped_storage()) + self.storage_offset() * self.element_size()
+    return _storage_address(self.untyped_storage()) + int(self.storage_offset()) * self.element_size()
 
 
 def _numpy(self: Tensor, *, force: bool = False) -> Any:
@@ -420,7 +456,7 @@ def _numpy(self: Tensor, *, force: bool = False) -> Any:
 def _repr(self: Tensor, *, tensor_contents: Any = None) -> str:
     if _IS_META(self):
         return f"tensor(..., device='{DEVICE}', size={tuple(self.shape)}, dtype={self.dtype})"
-    return _REPR(self, tensor_contents=tensor_contents)
+    return _REPR(self, tensor_contents=tensor_contents)  # type: ignore[call-arg]
 
 
 _REPR = Tensor.__repr__

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.recording import GPUS, Launches, recording
+from benchmarks.common.recording import Launches, recording
+from benchmarks.common.recording_device import GPUS
 
 
 class _Passing(ast.NodeTransformer):
