@@ -465,7 +465,10 @@ def _plan(
     if hashers:
         hashers["pretrained"].add(names[0], base)
     task_vectors = task_vectors_of(names, weight, base, copies, precision, preprocess, hashers)
-    del base
+    if base.data_ptr() != weight.data_ptr():
+        del base
+        if weight.numel() >= LARGE:
+            _give_back_free_memory()
     if task_vectors is not None:
         plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):

@@ -41,19 +41,22 @@ def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def pieces_of(shape: Sequence[int]) -> Iterator[tuple[slice | int, ...]]:
+def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | int, ...]]:
     """Indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
+
+    ``parts``: of at most CHUNK // ``parts`` numbers, for work with several temporaries.
 
     Views even where the tensor is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty.
     """
     if not math.prod(shape):
         return
+    size = max(1, CHUNK // parts)
     # whole rows along the first dimension whose rows fit
-    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= CHUNK), None)
+    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= size), None)
     if dim is None:
         yield ()
         return
-    rows = CHUNK // math.prod(shape[dim + 1 :])
+    rows = size // math.prod(shape[dim + 1 :])
     for place in itertools.product(*(range(size) for size in shape[:dim])):
         for start in range(0, shape[dim], rows):
             yield (*place, slice(start, start + rows))

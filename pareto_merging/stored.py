@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from pareto_merging.preprocessing import pieces_of, wide_dtype
 
 _ATTRIBUTE = "pareto_stored"
+# pieces of a megabyte in float32 are cut into as many, for there are some temporaries of each
+PARTS = 4
 
 
 def remember_stored(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -197,16 +199,19 @@ class Differences:
         if not is_exact and self._rounding is None:
             # 8 bits of each number give the norm of the sum to a hundred-thousandth
             self._rounding = torch.zeros_like(task_vector, dtype=torch.bfloat16)
-        for index in pieces_of(base.shape):
-            piece = value[index].to(task_vector.device, wide) - base[index].to(task_vector.device, wide)
-            task_vector[index] = piece
-            if self._rounding is not None and not is_exact:
-                self._rounding[index] += task_vector[index].to(wide).sub_(piece)
+        for index in pieces_of(base.shape, PARTS):
+            operands = (tensor[index].to(task_vector.device, wide) for tensor in (value, base))
+            if is_exact or self._rounding is None:
+                torch.sub(*operands, out=task_vector[index])
+                continue
+            exact = torch.sub(*operands)
+            task_vector[index] = exact
+            self._rounding[index] += task_vector[index].to(wide).sub_(exact)
 
     def add_to(self, precision: Precision) -> None:
         """Count what rounding cost, after the last task vector."""
         if self._rounding is not None:
-            for index in pieces_of(self.base.shape):
+            for index in pieces_of(self.base.shape, PARTS):
                 error = self._rounding[index].to(wide_dtype(self.task_vectors))
                 total = -error
                 for task_vector in self.task_vectors:

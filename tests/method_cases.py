@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.modules import pareto_modules
 from pareto_merging.training import MergingTask
 
 
@@ -69,6 +70,16 @@ def assert_state(model: nn.Module, expected: Mapping[str, Tensor], rtol: float =
             atol=atol,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def parts_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (W0, τ [K, *shape]) of each parameter of a Pareto model that has task vectors."""
+    return {
+        f"{prefix}.{name}" if prefix else name: (module._parameters[name].detach(), parts["task_vectors"].detach())
+        for prefix, module in pareto_modules(model)
+        for name in module.pareto_names
+        if (parts := module.pareto_parts(name))["task_vectors"] is not None
+    }
 
 
 def parameter_task_vectors(pretrained: nn.Module, finetuned: Sequence[nn.Module]) -> dict[str, list[Tensor]]:
