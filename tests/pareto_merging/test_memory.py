@@ -142,7 +142,9 @@ def test_building_takes_k_plus_one_models_and_one_tensor(
     model = sum(sizes) * getattr(torch, dtype).itemsize
     assert found["stored"] - found["learned"] == (TASKS + 1) * model
     extra = found["peak"] - found["stored"]
-    assert extra <= ONE_TENSOR[dtype] * max(sizes) + SLACK, f"{extra / 2**20:.1f} MiB beside the {found['stored'] / 2**20:.1f} stored"
+    assert extra <= ONE_TENSOR[dtype] * max(sizes) + SLACK, (
+        f"{extra / 2**20:.1f} MiB beside the {found['stored'] / 2**20:.1f} stored"
+    )
     # memory that was there before would not have been seen
     assert extra >= 0
 
