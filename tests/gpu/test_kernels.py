@@ -20,6 +20,7 @@ from kernel_cases import (
     folded,
     gradients,
     linear_arguments,
+    served,
     use_configuration,
 )
 from smoke import smoke
@@ -127,8 +128,14 @@ def _check_twice(values: dict[str, Tensor], strategy: str) -> None:
         assert error <= 2 * allowed + 1e-6 * float(value.norm()), f"{name}: {error:.3g}, plain PyTorch {allowed:.3g}"
 
 
+# which checks launch a kernel of that configuration
+OPS_OF_LAYERS = ("linear", "weight_grad", "shrink", "factor_grad", "core_grad", "preference_grad", "sum")
+OPS_OF_SERVED_LAYERS = ("preference", "widen", "sum")
+OPS_OF_MERGES = ("merge", "merge_grad", "flat", "vectors", "sum")
+
+
 @smoke(2, name=("sm_90",))
-# sixty kernels, compiled one after the other
+# up to a hundred kernels, compiled one after the other
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("name", "entry"), configurations().values(), ids=configurations())
 def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,20 +146,32 @@ def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypat
     rows, rank = min(entry.max_rows or 300, 300), min(entry.max_rank or dispatch.MAX_RANK, dispatch.MAX_RANK)
     for dtype in types.get(entry.dtype, (torch.float32,)):
         for n, d in shapes:
-            # one row is a size that Triton compiles for
-            for count, per_row in ((rows, False), (rows, True), (1, False)):
-                gamma_lead = (count,) if per_row else ()
-                values = linear_arguments(
-                    (count,), n, d, tasks=8, rank=rank, gamma_lead=gamma_lead, dtype=dtype, device="cuda"
-                )
-                _check_layer(values, entry.dtype == "tf32")
-            _check_layer({**values, "lam": values["lam"].detach()}, entry.dtype == "tf32")
-            for count, strategy in itertools.product((rows, 1), ("fused", "streamed")):
-                of_rows = folded((count,), n, d, tasks=8, rank=rank, gamma_lead=(count,), dtype=dtype, device="cuda")
-                if entry.dtype != "tf32":
-                    check_served(of_rows, strategy=strategy)
-            _check_merges(n, d, rank, dtype, entry.dtype == "tf32")
+            if entry.op in OPS_OF_LAYERS:
+                _check_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
+            if entry.op in OPS_OF_SERVED_LAYERS:
+                _check_served_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
+            if entry.op in OPS_OF_MERGES:
+                _check_merges(n, d, rank, dtype, entry.dtype == "tf32")
     assert entry.op in used
+
+
+def _check_layers(rows: int, n: int, d: int, rank: int, dtype: torch.dtype, tf32: bool) -> None:
+    """Many rows and one, which is a size that Triton compiles for; one preference or one for each row; a frozen λ."""
+    for count, gamma_lead in ((rows, ()), (rows, (rows,)), (1, ())):
+        values = linear_arguments((count,), n, d, tasks=8, rank=rank, gamma_lead=gamma_lead, dtype=dtype, device="cuda")
+        _check_layer(values, tf32)
+    _check_layer({**values, "lam": values["lam"].detach()}, tf32)
+
+
+def _check_served_layers(rows: int, n: int, d: int, rank: int, dtype: torch.dtype, tf32: bool) -> None:
+    """Many rows and one, which is a size that Triton compiles for; each with its own preference."""
+    for count, strategy in itertools.product((rows, 1), ("fused", "streamed")):
+        values = folded((count,), n, d, tasks=8, rank=rank, gamma_lead=(count,), dtype=dtype, device="cuda")
+        if not tf32:
+            check_served(values, strategy=strategy)
+            continue
+        y, truth = served(values, strategy=strategy), reference.pareto_linear(**exactly(values))
+        assert float((y.double() - truth).norm() / truth.norm()) < 2e-3
 
 
 def _check_merges(n: int, d: int, rank: int, dtype: torch.dtype, tf32: bool) -> None:
