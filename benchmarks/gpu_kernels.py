@@ -15,11 +15,11 @@ variables such as ``TRITON_DEBUG``. Where the checkout lies does not matter: its
 and in no key. An entry has the cubin, its metadata, and the group file that names both; the stages before the cubin are
 left out, as nothing reads them at run time (``kernel.asm["ptx"]`` is a KeyError for a kernel that came from here).
 
-Triton 3.6.0 also compiles a launcher in C per signature, and its driver's module, by gcc at the first launch: half a
-second to a second each. Their key is their source and the platform, their file's name says for which Python they are,
-and they look for the GPU's driver when they are loaded: so they are built here against an empty ``libcuda`` and packed
-too. Newer Tritons launch every kernel through one module, whose key holds the folders of that machine: it is compiled
-there, once.
+Triton 3.6.0 also has gcc compile a launcher per signature, and its driver's module, at a first launch: 0.25 to 0.3 s of
+one core each, 61 of them for the 277 kernels of the smoke tests. Their key is their source and the platform, their
+file's name says for which Python they are, and they look for the GPU's driver when they are loaded: so they are built
+here against a stand-in for ``libcuda`` and packed too; one that does not load is compiled again there. Newer Tritons
+launch every kernel through one module, whose key holds the folders of that machine: it is compiled there, once.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -102,14 +103,20 @@ def _launchers(kernel: Any) -> list[str]:
     return built
 
 
-def _empty_libcuda(folder: Path) -> Path:
-    """A library by the name of the driver's, to link with."""
+def _stand_in_libcuda(folder: Path) -> Path:
+    """A library by the name of the driver's, to link with: with every function that Triton's sources call, as a linker
+    drops a library that gives it nothing, and then nobody would look for the driver."""
+    from triton.backends.nvidia import driver
+
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "libcuda.so.1"
-    if not library.exists():
-        compiler = os.environ.get("CC", "gcc")
-        command = [compiler, "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-        subprocess.run(command, check=True)
+    backend = Path(driver.__file__).parent
+    text = "".join(path.read_text(encoding="utf-8") for path in (backend / "driver.py", backend / "driver.c"))
+    names = sorted(set(re.findall(r"\b(cu[A-Z][A-Za-z0-9_]*)\s*\(", text)))
+    source, library = folder / "libcuda.c", folder / "libcuda.so.1"
+    source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in names))
+    compiler = os.environ.get("CC", "gcc")
+    command = [compiler, "-shared", "-fPIC", "-w", str(source), "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+    subprocess.run(command, check=True)
     return folder
 
 
@@ -124,7 +131,7 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
     """Compile on ``jobs`` processes into ``folder``/cache; returns the index that is written beside it."""
     from benchmarks.gpu_kernels import triton_key
 
-    os.environ["TRITON_LIBCUDA_PATH"] = str(_empty_libcuda(folder.parent / "libcuda"))
+    os.environ["TRITON_LIBCUDA_PATH"] = str(_stand_in_libcuda(folder / "libcuda"))
     _LAUNCHES[:] = launches
     results = []
     with _driver(), ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
