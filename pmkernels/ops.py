@@ -255,8 +255,15 @@ def pareto_linear_backward(
                 else:
                     dC = low_rank_kernels.core_grad(u, s, groups.gamma, dy.dtype, limit)[..., 0]
                     found.update(_core_gradients(dC, G, gamma, need_G, need_gamma))
-    names = ("x", "lam", "A", "G", "B", "gamma", "bias")
-    return [found[name] if name in found else dy.new_empty(0) for name in names]
+    return _in_order(found, dy, x=dy, lam=lam, A=A, G=G, B=B, gamma=gamma, bias=bias)
+
+
+def _in_order(found: dict[str, Tensor], placeholder: Tensor, **tensors: OptionalTensor) -> list[Tensor]:
+    """Return the gradients in the order and the dtypes of ``tensors``, an empty tensor where none was found."""
+    return [
+        found[name].to(tensor.dtype) if tensor is not None and name in found else placeholder.new_empty(0)
+        for name, tensor in tensors.items()
+    ]
 
 
 def _column_sums(dy: Tensor) -> Tensor:
@@ -296,7 +303,7 @@ def _from_products(
     if P is None and Q is None:
         return found
     if G is None or gamma is None:
-        return {name: product for name, product in (("A", P), ("B", Q)) if product is not None}
+        return {name: _packed(product) for name, product in (("A", P), ("B", Q)) if product is not None}
     assert A is not None
     core = preference_core(G, gamma)
     if Q is not None:
@@ -307,6 +314,12 @@ def _from_products(
         if need_G or need_gamma:
             found.update(_core_gradients(A.t() @ P, G, gamma, need_G, need_gamma))
     return found
+
+
+def _packed(product: Tensor) -> Tensor:
+    """Return a product as its fake lies in memory: a rank that is no multiple of 16 is cut out of one that is."""
+    rows_follow = product.stride(0) == product.shape[1]
+    return product if rows_follow else product.clone(memory_format=torch.contiguous_format)
 
 
 def _core_gradients(dC: Tensor, G: Tensor, gamma: Tensor, need_G: bool, need_gamma: bool) -> dict[str, Tensor]:
@@ -452,7 +465,7 @@ def merge_weight_backward(
         if reduced.d_lam is not None:
             found["lam"] = reduced.d_lam
         found.update(_from_products(reduced.P, reduced.Q, A, G, gamma, need_A, need_G, need_gamma))
-    return [found[name] if name in found else d_weight.new_empty(0) for name in ("lam", "A", "G", "B", "gamma")]
+    return _in_order(found, d_weight, lam=lam, A=A, G=G, B=B, gamma=gamma)
 
 
 @merge_weight_backward.register_fake
