@@ -82,15 +82,21 @@ gpu: $(GPU_SETUP)
 		$(GPU_PYTEST) -m "gpu and not repeat and not sanitize" $$parallel $(PYTEST_ARGS); status=$$?; \
 		$(GPU_PYTHON) -m benchmarks.run --suite all $(BENCHMARK_ARGS) || status=$$?; exit $$status
 
+# kernels that `make gpu-kernels` compiled go into Triton's cache, if they are here and of this Triton
+KERNELS ?= runs/gpu/kernels.tar.xz
+UNPACK = $(if $(REHEARSE),,$(if $(wildcard $(KERNELS)),-$(GPU_PYTHON) -m benchmarks.gpu_kernels --unpack $(KERNELS)))
+
 # MINUTES in all; GOALS_FILE=file, RESUME=file, GOALS_ARGS="--only reductions". Where there is no CUDA GPU it is a rehearsal.
 MINUTES ?= 8
 REHEARSE := $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),,--quick)
 gpu-goals: $(GPU_SETUP)
+	$(UNPACK)
 	@$(if $(REHEARSE),echo "no CUDA GPU here: a rehearsal with tiny shapes that measures nothing",:)
 	$(GPU_PYTHON) -m benchmarks.goals --minutes $(MINUTES) $(REHEARSE) $(if $(RESUME),--resume $(RESUME)) \
 		$(if $(GOALS_FILE),--out $(GOALS_FILE)) $(GOALS_ARGS)
 
 gpu-smoke: $(GPU_SETUP)
+	$(UNPACK)
 	options=$$($(GPU_PYTHON) tests/gpu/options.py $(SECONDS_EACH)) || exit 2; \
 		$(GPU_PYTEST) -m "gpu and smoke" $$options --junit-xml=$(JUNIT) $(PYTEST_ARGS)
 
@@ -107,7 +113,6 @@ gpu-sanitize: $(GPU_SETUP)
 # Triton, 3.6.0; the newest Triton is put beside it.
 GPU_MACHINE_PYTHON ?= python3.12
 GPU_MACHINE_TORCH ?= 2.11.0
-KERNELS ?= runs/gpu/kernels.tar.xz
 KERNELS_VENV := .venv-gpu-kernels
 KERNELS_STAMP := $(KERNELS_VENV)/.installed-$(GPU_MACHINE_TORCH)
 KERNELS_WORK := runs/gpu-kernels

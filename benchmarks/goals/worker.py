@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import importlib
 import os
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_kernels
 from benchmarks.common.record import Record, RecordError
 from benchmarks.common.session import Lost, Session, Unavailable, chosen
 from benchmarks.common.supervisor import EXIT_COMPLETE, EXIT_LOST, EXIT_UNUSABLE
@@ -20,15 +20,11 @@ from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
 
 
 def triton_key() -> str | None:
-    """The first 16 digits of the SHA-256 of Triton's own key: which compiler a cached kernel is good for."""
+    """Tell which compiler a cached kernel is good for; None without Triton."""
     try:
-        from triton.runtime.cache import triton_key as key
+        return gpu_kernels.triton_key()
     except ImportError:
-        try:
-            from triton.compiler.compiler import triton_key as key
-        except ImportError:
-            return None
-    return hashlib.sha256(key().encode()).hexdigest()[:16]
+        return None
 
 
 def environment(quick: bool) -> dict[str, Any]:

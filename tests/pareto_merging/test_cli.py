@@ -121,9 +121,10 @@ def test_plan_counts_without_loading(tmp_path: Path, capsys: pytest.CaptureFixtu
     large.write_text(
         yaml.safe_dump({"encoder": {"architecture": "ViT-L-14", "pretrained": "x"}, "tasks": {"a": task, "b": task}})
     )
-    start = time.monotonic()
+    start = time.process_time()
     assert run("plan", large) == 0
-    assert time.monotonic() - start < 60
+    # of this process, however busy the machine is
+    assert time.process_time() - start < 60
     assert "303,966,208" in capsys.readouterr().out
 
 

@@ -163,10 +163,10 @@ def test_hostile_names_and_numbers_take_no_time() -> None:
     arch._known()
     hostile = {f"transformer.resblocks.{i}.ln_1.weight": [2**31 - 1] for i in range(0, 9999, 2)}
     hostile |= {f"transformer.resblocks.{'9' * i}.ln_1.weight": [1] for i in range(5, 2000)}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError):
         from_shapes({**expected_shapes(SMALL), **hostile}, heads=4)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
