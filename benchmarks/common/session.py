@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
-from benchmarks.common.record import LACKING, Record
+from benchmarks.common.record import DONE, LACKING, Record
 
 # of a figure that is not finite or not there: JSON has no NaN
 FAILED = 1e30
 Rows: TypeAlias = Iterable[Any]
+# an import of these that fails is a fault
+OURS = ("benchmarks", "pareto_merging", "pmkernels")
 
 
 class Lost(RuntimeError):
@@ -80,21 +82,27 @@ class Session:
             self.tell(f"{key}: not begun, it takes about {seconds:.0f} s")
             return
         self.record.begin(key, self.grace * seconds + 60, self.clock())
-        begin, state, rows = self.clock(), "done", list[Mapping[str, Any]]()
+        begin, state, rows = self.clock(), DONE, list[Mapping[str, Any]]()
         try:
             rows = [as_row(row) for row in function()]
-        except Unavailable as error:
-            state, rows = LACKING, [failure(str(error), matched=True)]
         except Exception as error:
-            short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-            rows = [failure("out of memory" if short else one_line(error), matched=short)]
-            # what the frames hold must go before anything else is made
-            error.__traceback__ = None
-            self._answers(key, error)
+            rows, state = self._failed(key, error)
         self.record.add(key, rows, self.clock() - begin, state)
         for row in rows:
             self.tell(describe(key, row))
         gc.collect()
+
+    def _failed(self, key: str, error: Exception) -> tuple[list[Mapping[str, Any]], str]:
+        """What goes into the record instead of figures: rows and the unit's state."""
+        lacking = lacking_here(error)
+        if lacking is not None:
+            return [failure(lacking, matched=True)], LACKING
+        short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+        reason = "out of memory" if short else one_line(error)
+        # what the frames hold must go before anything else is made
+        error.__traceback__ = None
+        self._answers(key, error)
+        return [failure(reason, matched=short)], DONE
 
     def _answers(self, key: str, error: Exception) -> None:
         try:
@@ -102,6 +110,15 @@ class Session:
         except Exception as lost:
             self.record.add(key, [failure(one_line(error), matched=False)], 0.0)
             raise Lost(one_line(lost)) from error
+
+
+def lacking_here(error: Exception) -> str | None:
+    """Say what is not installed or cannot be had here; None for any other error, and for packages of ours."""
+    if isinstance(error, Unavailable):
+        return str(error)
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
+        return f"not measured, for want of {error.name}" if error.name else f"not measured: {error}"
+    return None
 
 
 def as_row(row: Any) -> dict[str, Any]:

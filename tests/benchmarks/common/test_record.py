@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.record import DONE, Record, RecordError, write_json
+from benchmarks.common.record import DONE, LACKING, Record, RecordError, write_json
 
 HEADER = {"suite": "made-up", "command": "c", "commit": "abc", "date": "2026-01-02", "quick": False}
 WHERE = {"gpu": "A", "driver": "1", "torch": "2", "triton": "3", "triton_key": "k", "quick": False}
@@ -47,6 +47,8 @@ def test_going_on_forgets_how_it_ended_and_keeps_what_was_measured(tmp_path: Pat
     path = tmp_path / "results.json"
     record = made(path)
     record.missed("group/three")
+    record.add("group/lacking", [{"variant": "all", "matched": True}], 0.0, LACKING)
+    record.begin("group/two", 10.0, 3.0)
     again = Record.read(path, "made-up")
     assert again.data["running"]["unit"] == "group/two" and again.data["not_reached"] == ["group/three"]
     again.resume()

@@ -76,13 +76,17 @@ def test_memory_that_ends_is_a_result_and_any_other_error_is_wrong(session: Sess
     session.measure("group/memory", lambda: fails(torch.cuda.OutOfMemoryError("CUDA out of memory")), 1.0)
     session.measure("group/error", lambda: fails(ValueError("x: expected\n a b")), 1.0)
     session.measure("group/lacking", lambda: fails(Unavailable("for want of a package")), 1.0)
+    session.measure("group/import", lambda: fails(ModuleNotFoundError("No module", name="open_clip.model")), 1.0)
+    session.measure("group/ours", lambda: fails(ImportError("cannot import name", name="pmkernels.ops")), 1.0)
     session.measure("group/after", lambda: [RIGHT], 1.0)
-    memory, error, lacking, after = session.record.data["rows"]
+    memory, error, lacking, missing, ours, after = session.record.data["rows"]
+    assert (missing["matched"], missing["reason"]) == (True, "not measured, for want of open_clip.model")
+    assert (ours["matched"], ours["reason"]) == (False, "ImportError: cannot import name")
     assert (memory["matched"], memory["reason"]) == (True, "out of memory")
     assert (error["matched"], error["reason"]) == (False, "ValueError: x: expected a b")
     assert (lacking["matched"], lacking["reason"]) == (True, "for want of a package")
     assert session.record.data["units"]["group/lacking"]["state"] == LACKING
-    assert after["ms"] == 1.0 and [row["unit"] for row in session.record.wrong] == ["group/error"]
+    assert after["ms"] == 1.0 and [row["unit"] for row in session.record.wrong] == ["group/error", "group/ours"]
 
 
 def test_a_gpu_that_does_not_answer_ends_the_session(session: Session) -> None:
