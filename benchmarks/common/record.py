@@ -80,7 +80,7 @@ class Record:
         return cls(path, {"not_reached": [], "running": None, "ended": RUNNING, **data})
 
     def resume(self) -> None:
-        """Forget how the earlier run ended: what it did not measure, or could not for want of a package, is tried now."""
+        """Forget how the earlier run ended: what it did not measure, also for want of a package, is tried now."""
         units = {key: unit for key, unit in self.data["units"].items() if unit.get("state") != LACKING}
         rows = [row for row in self.data["rows"] if isinstance(row, dict) and row.get("unit") in units]
         self.data |= {"units": units, "rows": rows, "not_reached": [], "running": None, "ended": RUNNING}
