@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="record also what is up to date")
     parser.add_argument("--one", choices=SOURCES, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    from benchmarks.common.recording_device import GPUS
+    from benchmarks.common.recording_cuda import GPUS
 
     gpus = chosen.gpu or list(GPUS)
     if chosen.one:

@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.common.recording_device import GPUS, Gpu, absent_gpu
+from benchmarks.common.recording_cuda import GPUS, Gpu, absent_gpu
 
 # what a recorded value says it is
 Encoded = dict[str, Any]

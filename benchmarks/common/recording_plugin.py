@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from benchmarks.common.recording import Launches, recording
-from benchmarks.common.recording_device import GPUS
+from benchmarks.common.recording_cuda import GPUS
 
 
 class _Passing(ast.NodeTransformer):
