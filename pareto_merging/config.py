@@ -189,7 +189,8 @@ class RunConfig(_Strict):
     method: MethodSettings = Field(default_factory=lambda: MethodSettings.model_validate({}))
     device: str = Field("auto", description="auto: a CUDA GPU where there is one, otherwise the CPU")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the frozen weights and the images"
+        "float32",
+        description="of the frozen weights and the images; task vectors are made of weights as stored and rounded once",
     )
     strategy: Literal["auto", "cached", "fused", "streamed", "eager"] = Field(
         "auto",
