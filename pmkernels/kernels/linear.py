@@ -80,7 +80,8 @@ def linear_fwd_kernel(
     x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if PER_ROW:
-        for r0 in range(0, R, 16):
+        # its loads are too few to be worth a pipeline
+        for r0 in tl.range(0, R, 16, num_stages=1):
             r = r0 + tl.arange(0, 16)
             left = tl.load(
                 left_ptr + n[:, None] * left_stride_n + r[None, :] * left_stride_r,

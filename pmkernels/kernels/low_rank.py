@@ -66,7 +66,8 @@ def shrink_kernel(
     if MIX:
         t = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
         groups = (m // rows_per_group).to(tl.int64)
-        for k in range(K):
+        # a product in flight would read registers that the next round writes
+        for k in tl.range(0, K, num_stages=1):
             core = tl.load(
                 core_ptr + r[:, None] * core_stride_in + r[None, :] * core_stride_out + k * core_stride_k,
                 mask=(r[:, None] < R) & (r[None, :] < R),

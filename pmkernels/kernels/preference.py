@@ -3,10 +3,13 @@
 W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK]. There are two ways to compute y, and in
 both the low-rank part is in the float32 sum before y is rounded:
 
-- few rows: one kernel. t is linear in x, so a tile of y needs only the tiles of x it reads anyway: beside W·xᵀ it
-  adds up s = Bᵀxᵀ, and the product A·t last. That holds for any part of D too, which is split over several programs
+- few rows: one kernel. t is linear in x, so a tile of y needs only the tiles of x it reads anyway: beside x·Wᵀ it
+  adds up s = x·B, and the product t·Aᵀ last. That holds for any part of D too, which is split over several programs
   where there are few tiles; each adds the low-rank part of its own columns.
 - many rows: one kernel writes [x | t] and the library multiplies it by ``wide``: a product RANK columns longer.
+
+x is the left operand of both products: s has RANK columns and 64 rows, so on sm_90 it is a wgmma as well. With Bᵀ on
+the left it was an mma.sync of 16 rows, beside which ptxas serialises every wgmma of the loop (its advisory C7515).
 
 γ is [groups, K] and row m belongs to group m // rows_per_group.
 """
@@ -38,17 +41,18 @@ def mixed(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """t = Σ_k γ_k G[:, :, k]·s: s and t are [RANK, BLOCK_M], one column a row of x; groups, valid [BLOCK_M]."""
+    """t = Σ_k γ_k s·G[:, :, k]ᵀ: s and t are [BLOCK_M, RANK], one row a row of x; groups, valid [BLOCK_M]."""
     r = tl.arange(0, RANK)
     t = tl.zeros(s.shape, dtype=tl.float32)
-    for k in range(K):
+    # a product in flight would read registers that the next round writes
+    for k in tl.range(0, K, num_stages=1):
         core = tl.load(
-            core_ptr + r[:, None] * core_stride_out + r[None, :] * core_stride_in + k * core_stride_k,
+            core_ptr + r[:, None] * core_stride_in + r[None, :] * core_stride_out + k * core_stride_k,
             mask=(r[:, None] < R) & (r[None, :] < R),
             other=0.0,
-        )  # [RANK out, RANK in]
+        )  # [RANK in, RANK out]
         gamma = tl.load(gamma_ptr + groups * K + k, mask=valid, other=0.0)  # [BLOCK_M]
-        t = tl.dot(core, s * gamma[None, :], acc=t, input_precision=PRECISION)
+        t = tl.dot(s * gamma[:, None], core, acc=t, input_precision=PRECISION)
     return t
 
 
@@ -101,23 +105,23 @@ def preference_linear_kernel(
         end = tl.minimum(first + d_per_split, D)
         y_ptr += split.to(tl.int64) * M * N
     x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    s = tl.zeros((RANK, BLOCK_M), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    s = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for d0 in tl.range(first, end, BLOCK_D, num_stages=STAGES):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         x = tl.load(
-            x_ptr + x_rows[None, :] + d[:, None] * x_stride_d, mask=(m[None, :] < M) & (d[:, None] < D), other=0.0
-        ).to(COMPUTE)  # [BLOCK_D, BLOCK_M]
+            x_ptr + x_rows[:, None] + d[None, :] * x_stride_d, mask=(m[:, None] < M) & (d[None, :] < D), other=0.0
+        ).to(COMPUTE)  # [BLOCK_M, BLOCK_D]
         w = tl.load(
-            wide_ptr + n[:, None] * wide_stride_n + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0
-        ).to(COMPUTE)  # [BLOCK_N, BLOCK_D]
+            wide_ptr + n[None, :] * wide_stride_n + d[:, None], mask=(n[None, :] < N) & (d[:, None] < D), other=0.0
+        ).to(COMPUTE)  # [BLOCK_D, BLOCK_N]
         right = tl.load(
-            right_ptr + r[:, None] * right_stride_r + d[None, :] * right_stride_d,
-            mask=(r[:, None] < R) & (d[None, :] < D),
+            right_ptr + d[:, None] * right_stride_d + r[None, :] * right_stride_r,
+            mask=(d[:, None] < D) & (r[None, :] < R),
             other=0.0,
-        ).to(COMPUTE)  # [RANK, BLOCK_D]
-        acc = tl.dot(w, x, acc=acc, input_precision=PRECISION)
-        s = tl.dot(right, x, acc=s, input_precision=PRECISION)
+        ).to(COMPUTE)  # [BLOCK_D, RANK]
+        acc = tl.dot(x, w, acc=acc, input_precision=PRECISION)
+        s = tl.dot(x, right, acc=s, input_precision=PRECISION)
     groups = (m // rows_per_group).to(tl.int64)
     t = mixed(
         s,
@@ -132,15 +136,15 @@ def preference_linear_kernel(
         K,
         RANK,
         RANK_PRECISION,
-    )  # [RANK, BLOCK_M]
-    left = tl.load(wide_ptr + n[:, None] * wide_stride_n + D + r[None, :], mask=n[:, None] < N, other=0.0)
-    acc = tl.dot(left.to(tl.float32), t, acc=acc, input_precision=RANK_PRECISION)
+    )  # [BLOCK_M, RANK]
+    left = tl.load(wide_ptr + n[None, :] * wide_stride_n + D + r[:, None], mask=n[None, :] < N, other=0.0)
+    acc = tl.dot(t, left.to(tl.float32), acc=acc, input_precision=RANK_PRECISION)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        y_ptr + m[None, :].to(tl.int64) * N + n[:, None],
+        y_ptr + m[:, None].to(tl.int64) * N + n[None, :],
         acc.to(y_ptr.dtype.element_ty),
-        mask=(m[None, :] < M) & (n[:, None] < N),
+        mask=(m[:, None] < M) & (n[None, :] < N),
     )
 
 
@@ -223,19 +227,19 @@ def widen_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
-    out_ptr += m[None, :].to(tl.int64) * out_stride_m
-    s = tl.zeros((RANK, BLOCK_M), dtype=tl.float32)
+    out_ptr += m[:, None].to(tl.int64) * out_stride_m
+    s = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for d0 in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
-        inside = (m[None, :] < M) & (d[:, None] < D)
-        x = tl.load(x_ptr + x_rows[None, :] + d[:, None] * x_stride_d, mask=inside, other=0.0)  # [BLOCK_D, BLOCK_M]
-        tl.store(out_ptr + d[:, None], x, mask=inside)
+        inside = (m[:, None] < M) & (d[None, :] < D)
+        x = tl.load(x_ptr + x_rows[:, None] + d[None, :] * x_stride_d, mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+        tl.store(out_ptr + d[None, :], x, mask=inside)
         right = tl.load(
-            right_ptr + r[:, None] * right_stride_r + d[None, :] * right_stride_d,
-            mask=(r[:, None] < R) & (d[None, :] < D),
+            right_ptr + d[:, None] * right_stride_d + r[None, :] * right_stride_r,
+            mask=(d[:, None] < D) & (r[None, :] < R),
             other=0.0,
-        )  # [RANK, BLOCK_D]
-        s = tl.dot(right.to(COMPUTE), x.to(COMPUTE), acc=s, input_precision=PRECISION)
+        )  # [BLOCK_D, RANK]
+        s = tl.dot(x.to(COMPUTE), right.to(COMPUTE), acc=s, input_precision=PRECISION)
     groups = (m // rows_per_group).to(tl.int64)
     t = mixed(
         s,
@@ -250,8 +254,8 @@ def widen_kernel(
         K,
         RANK,
         RANK_PRECISION,
-    )  # [RANK, BLOCK_M], zero from row R on
-    tl.store(out_ptr + D + r[:, None], t.to(out_ptr.dtype.element_ty), mask=m[None, :] < M)
+    )  # [BLOCK_M, RANK], zero from column R on
+    tl.store(out_ptr + D + r[None, :], t.to(out_ptr.dtype.element_ty), mask=m[:, None] < M)
 
 
 def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
