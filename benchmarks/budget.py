@@ -5,6 +5,10 @@ would make is recorded and compiled for each architecture (ptxas and cuobjdump c
 if a kernel needs more shared memory than the architecture has, spills registers to local memory (STL/LDL), lacks a
 tensor-core instruction where a 16-bit product is meant to use one, or if a shipped configuration is never launched.
 
+On Hopper three faults more, of asynchronous products (wgmma): ptxas says that it serialises them; shared memory may be
+written behind a wait with no barrier between the warpgroups; a left operand in registers stays pending, and ptxas is
+older than 13.3. :mod:`benchmarks.common.sass` and :mod:`benchmarks.common.ptx` say why each is one.
+
 A compiled kernel depends on types, K, the configuration, and on which sizes and strides are 1 or multiples of 16: the
 other sizes do not change the code, so the shapes below stand for all of theirs.
 """
@@ -12,6 +16,8 @@ other sizes do not change the code, so the shapes below stand for all of theirs.
 from __future__ import annotations
 
 import argparse
+import functools
+import io
 import itertools
 import os
 import re
@@ -21,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,9 +37,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 import pmkernels
 from benchmarks import results
+from benchmarks.common import ptx, sass
 from pmkernels import dispatch
 from pmkernels.kernels import preference
 
@@ -359,26 +367,27 @@ def measure(launch: Launch, arch: Architecture) -> Cost:
     cost = Cost(launch.kernel.__name__, launch.case, launch.dtype, launch.configuration, arch.name)
     triton.runtime.driver.set_active(_Compiler(arch.capability))
     try:
-        compiled = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
+        with _assembler_log() as log:
+            compiled = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
     except Exception as error:
         cost.faults.append(f"does not compile: {str(error).strip().splitlines()[0][:160]}")
         return cost
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        sass, usage = (
+        code, usage = (
             subprocess.run([_tool("cuobjdump"), option, binary], capture_output=True, text=True, check=True).stdout
             for option in ("-sass", "--dump-resource-usage")
         )
 
     def count(pattern: str) -> int:
-        return len(re.findall(rf"\b(?:{pattern})\b", sass))
+        return len(re.findall(rf"\b(?:{pattern})\b", code))
 
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
     cost.registers, cost.shared = int(found[1]), int(compiled.metadata.shared)
     cost.spills = count("STL|LDL")
-    cost.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, flags=re.MULTILINE))
+    cost.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, flags=re.MULTILINE))
     wide, narrow = count(arch.tensor_core), count("HMMA|HGMMA")
     cost.tensor_core, cost.ffma, cost.loads = narrow, count("FFMA"), count("LDG|LDGSTS")
     cost.warps = launch.options["num_warps"]
@@ -395,8 +404,63 @@ def measure(launch: Launch, arch: Architecture) -> Cost:
             cost.faults.append(f"no {arch.tensor_core} instruction")
         if cost.kernel in NARROW_PRODUCTS and not narrow:
             cost.faults.append("no tensor-core instruction")
+    if "wgmma.mma_async" in compiled.asm["ptx"]:
+        cost.faults += _faults_of_wgmma(launch, arch, compiled.asm["ptx"], code, log.getvalue())
     cost.seconds = round(time.perf_counter() - start, 2)
     return cost
+
+
+@contextmanager
+def _assembler_log() -> Iterator[io.StringIO]:
+    """Catch what ptxas prints while Triton runs it; Triton throws that away where nothing failed."""
+    knobs, log = triton.knobs.nvidia, io.StringIO()
+    before = knobs.dump_ptxas_log
+    knobs.dump_ptxas_log = True
+    try:
+        with redirect_stdout(log):
+            yield log
+    finally:
+        knobs.dump_ptxas_log = before
+
+
+def _faults_of_wgmma(launch: Launch, arch: Architecture, text: str, code: str, log: str) -> list[str]:
+    """Say what is wrong with a kernel's wgmma, from its PTX, its machine code and what ptxas printed."""
+    if "ptxas info" not in log:
+        # the kernel came from Triton's cache: the same PTX again, by Triton's own call and with its flags
+        backend = triton.compiler.make_backend(GPUTarget("cuda", arch.capability, 32))
+        with _assembler_log() as again:
+            backend.make_cubin(text, {}, backend.parse_options(launch.options), arch.capability)
+        log = again.getvalue()
+    functions = sass.parse(code)
+    mixed = [where for function in functions for where in sass.mixed_loops(function)]
+    faults = []
+    for reason in ptx.serialised(log):
+        if "register resources" in reason:
+            faults.append(f"ptxas serialises wgmma ({reason}): take smaller tiles or more warps")
+        elif mixed:
+            faults.append(f"ptxas serialises wgmma ({reason}; {mixed[0]}): give every product of it 64 rows")
+        else:
+            faults.append(f"ptxas serialises wgmma ({reason}): take fewer stages")
+    missing = [one for function in functions for one in sass.missing_barriers(function, launch.options["num_warps"])]
+    if missing:
+        faults.append(
+            f"shared memory is written after a wgmma wait without a barrier ({len(missing)}×, first {missing[0]}), "
+            "another warpgroup may still read it: take 4 warps or fewer stages"
+        )
+    version = _assembler_version(arch.capability)
+    pending = ptx.pending_operands(text) if version < ptx.KEEPS_OPERANDS else []
+    if pending:
+        faults.append(
+            f"a wgmma with a register operand stays pending ({pending[0]}), and ptxas {version[0]}.{version[1]} may "
+            "reuse the register (until 13.3): take fewer stages"
+        )
+    return faults
+
+
+@functools.cache
+def _assembler_version(capability: int) -> tuple[int, int]:
+    major, minor, *_ = get_ptxas(capability).version.split(".")
+    return int(major), int(minor)
 
 
 _LAUNCHES: list[Launch] = []

@@ -105,9 +105,10 @@ def pending_operands(text: str) -> list[str]:
     found: dict[int, str] = {}
     for place, states in enumerate(before):
         statement = statements[place]
-        if _WAIT.match(statement.text):
+        wait = _WAIT.match(statement.text)
+        if wait is not None:
             for product in {one for state in step(place, states) for group in state[:-1] for one in group}:
-                found.setdefault(product, f"wait_group {_WAIT.match(statement.text)[1]} in line {statement.line}")
+                found.setdefault(product, f"wait_group {wait[1]} in line {statement.line}")
             continue
         defined = _defined(statement.text)
         if defined:

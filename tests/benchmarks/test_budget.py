@@ -65,6 +65,50 @@ sys.exit(7)
 """
 
 
+WGMMA = """
+import sys
+sys.path.insert(0, "tests/benchmarks")
+import faulty_kernels, torch, triton
+from benchmarks import budget
+half, single = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
+
+def faults(kernel, outputs, version=None, **options):
+    options = {"num_warps": 4, "num_stages": 3, "STAGES": 3, "BLOCK": 64, **options}
+    arguments = (half, half, single if "loops" in kernel else half, *[single] * outputs, 1024)
+    launch = budget.Launch(getattr(faulty_kernels, kernel), "a test", "bfloat16", "", arguments, options, "")
+    if version is not None:
+        budget._assembler_version = lambda capability: version
+    return budget.measure(launch, budget.ARCHITECTURES["sm_90"]).faults
+
+for attempt in ("compiled", "from Triton's cache"):
+    (serialised,) = faults("mixed_kernel", 2, (12, 9))
+    assert serialised.startswith("ptxas serialises wgmma (C7515: non wgmma instructions defining"), serialised
+    assert "HMMA beside 4 HGMMA in the loop at 0x" in serialised, serialised
+    assert faults("product_kernel", 1, SCALED=False) == []
+    assert faults("product_kernel", 1, SCALED=True, STAGES=1) == []
+    *_, pending = faults("product_kernel", 1, SCALED=True)
+    assert pending.startswith("a wgmma with a register operand stays pending (wgmma in line "), pending
+    assert "ptxas 12.9 may reuse the register (until 13.3)" in pending, pending
+    assert not any("stays pending" in fault for fault in faults("product_kernel", 1, (13, 3), SCALED=True))
+    assert faults("two_loops_kernel", 2, (12, 9)) == []
+    found = faults("two_loops_kernel", 2, BLOCK=128, num_warps=8)
+    # Triton 3.9 puts the barrier there
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        (unguarded,) = found
+        assert unguarded.startswith("shared memory is written after a wgmma wait without a barrier ("), unguarded
+        assert "LDGSTS" in unguarded and "WARPGROUP.DEPBAR" in unguarded and "take 4 warps" in unguarded, unguarded
+    else:
+        assert found == [], found
+sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+def test_wgmma_that_is_serialised_unguarded_or_left_pending_is_a_fault() -> None:
+    done = run(WGMMA)
+    assert done.returncode == 7, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_what_spills_overflows_or_is_never_launched_is_a_fault() -> None:
     done = run(BROKEN)
