@@ -1,7 +1,7 @@
 """A run folder: what is in it, how it is started, resumed and opened again.
 
 config.yaml            the configuration, every default written out, paths absolute
-log.jsonl              one line per step and event; the first says how weights are stored and what rounding costs
+log.jsonl              one line per step and event; "weights" says how they are stored and what rounding costs
 checkpoint.safetensors what --resume goes on from
 pareto_set.safetensors the result
 evaluation.*           what `evaluate` measured last, and its pictures

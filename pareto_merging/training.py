@@ -449,11 +449,14 @@ class Learner:
         event = {"event": "resumed", "step": first} if first else {"event": "started", "step": 0}
         state = pareto_state(self.model)
         weights = {
+            "event": "weights",
+            "step": first,
             "dtype": str(self.dtype).removeprefix("torch."),
             "stored": state.stored_dtypes,
             "rounding_error": state.rounding_error,
         }
-        self.log({**event, "steps": self.total, "remaining": self.total - first, **weights})
+        self.log({**event, "steps": self.total, "remaining": self.total - first})
+        self.log(weights)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         if self._log is not None:
