@@ -80,9 +80,9 @@ class Row:
     """One model in one format; memory in MiB, times in seconds, None where it did not come to that.
 
     ``files_bytes``: of all K + 1 checkpoints. ``build_peak_mib``: the rise while the Pareto model was built;
-    ``build_models``: that, in models of the storage dtype. ``tensor_mib``: the largest tensor, as its file has it and,
-    where that is another dtype, as it is stored. ``bound_mib``: K + 1 models and one such tensor; ``within``: whether
-    the rise less ``learned_mib``, the learned parameters, is at most that and :data:`SLACK_MIB`.
+    ``build_models``: that, in models of the storage dtype. ``tensor_mib``: the largest tensor, as its file has it; where
+    that is another dtype, of W0 and of one copy, and what rounding changed. ``bound_mib``: K + 1 models and one such
+    tensor; ``within``: whether the rise less ``learned_mib``, the learned parameters, is at most that and :data:`SLACK_MIB`.
     ``step_peak_mib``, ``export_peak_mib``, ``peak_mib``: of the whole process. ``bit_equal``: all three exports as this
     library reads them. ``features``: the largest of the merged module's; ``…_error``: the largest difference from them.
     """
@@ -421,8 +421,10 @@ def measure(folder: Path) -> None:
     pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
     numbers = [tensor.numel() for tensor in workspace.skeleton().state_dict().values()]
     size = sum(numbers) * workspace.dtype.itemsize
-    # read in the file's dtype, and then in the run's
-    tensor = max(numbers) * sum(dtype.itemsize for dtype in {*pretrained.dtypes.values(), workspace.dtype})
+    # W_k as its file has it; where task vectors are rounded, W0 as well, and what that changed in the run's dtype
+    stored = max(dtype.itemsize for dtype in pretrained.dtypes.values())
+    rounded = any(dtype != workspace.dtype for dtype in pretrained.dtypes.values())
+    tensor = max(numbers) * (2 * stored + workspace.dtype.itemsize if rounded else stored)
     before = resident()
     model, seconds, peak = measured(workspace.pareto_model)
     learned = sum(parameter.nbytes for parameter in learned_parameters(model).values())
