@@ -80,9 +80,10 @@ class Row:
     """One model in one format; memory in MiB, times in seconds, None where it did not come to that.
 
     ``files_bytes``: of all K + 1 checkpoints. ``build_peak_mib``: the rise while the Pareto model was built;
-    ``build_models``: that, in models of the storage dtype. ``tensor_mib``: the largest tensor, as its file has it; where
+    ``build_models``: that, in models of the storage dtype. ``tensor_mib``: the largest tensor as its file has it; where
     that is another dtype, of W0 and of one copy, and what rounding changed. ``bound_mib``: K + 1 models and one such
-    tensor; ``within``: whether the rise less ``learned_mib``, the learned parameters, is at most that and :data:`SLACK_MIB`.
+    tensor; ``within``: whether the rise less ``learned_mib``, the learned parameters, is at most that and
+    :data:`SLACK_MIB`.
     ``step_peak_mib``, ``export_peak_mib``, ``peak_mib``: of the whole process. ``bit_equal``: all three exports as this
     library reads them. ``features``: the largest of the merged module's; ``…_error``: the largest difference from them.
     """
