@@ -22,10 +22,6 @@ class Lost(RuntimeError):
     """The GPU no longer answers: nothing after this can be measured in this process."""
 
 
-class Unavailable(Exception):
-    """Something cannot be measured on this machine, which is nobody's fault; the message says why."""
-
-
 def one_line(error: BaseException) -> str:
     """An error in at most 300 characters of one line."""
     text = " ".join(str(error).split())
@@ -92,6 +88,14 @@ class Session:
             self.tell(describe(key, row))
         gc.collect()
 
+    def lacks(self, key: str, error: ImportError) -> None:
+        """Note a unit that cannot be measured because something is not installed."""
+
+        def rows() -> Rows:
+            raise error
+
+        self.measure(key, rows, 0.0)
+
     def _failed(self, key: str, error: Exception) -> tuple[list[Mapping[str, Any]], str]:
         """What goes into the record instead of figures: rows and the unit's state."""
         lacking = lacking_here(error)
@@ -113,9 +117,7 @@ class Session:
 
 
 def lacking_here(error: Exception) -> str | None:
-    """Say what is not installed or cannot be had here; None for any other error, and for packages of ours."""
-    if isinstance(error, Unavailable):
-        return str(error)
+    """Say what is not installed here; None for any other error, and for packages of ours."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
         return f"not measured, for want of {error.name}" if error.name else f"not measured: {error}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,11 @@ class Row:
     p80: float | None = None
     graph: bool = False
     reason: str | None = None
+
+
+def suite(name: str) -> Any:
+    """Import ``benchmarks.NAME`` when it is needed: a machine may lack what it needs, which is then a unit's reason."""
+    return importlib.import_module(f"benchmarks.{name}")
 
 
 def fill_times(row: Row, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> Row:

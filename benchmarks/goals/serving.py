@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks import limits
 from benchmarks import serving_layers as projections
-from benchmarks.common.session import Once, Unavailable
-from benchmarks.goals.context import Context, Row, dtype_name
+from benchmarks.common.session import Once
+from benchmarks.goals.context import Context, Row, dtype_name, suite
 from benchmarks.kernels import TOLERANCE, Layer, relative_error
 from benchmarks.layers import captured, rounded
 from benchmarks.serving_layers import COLD, WARM, Effort, quantiles, replay_times
@@ -30,19 +30,6 @@ EFFORT, QUICK_EFFORT = Effort(100, 100, 0.0), Effort(2, 2, 0.0, flushed=0)
 MODEL_EFFORT = Effort(100, 200, 1.5)
 
 
-def _suite() -> Any:
-    """benchmarks.serving.
-
-    Raises:
-        Unavailable: it needs what is not installed here.
-    """
-    try:
-        from benchmarks import serving
-    except ImportError as error:
-        raise Unavailable(f"not measured, for want of {error.name}") from error
-    return serving
-
-
 def _tower(context: Context) -> limits.Tower:
     return projections.TINY if context.quick else next(tower for tower in limits.TOWERS if tower.name == MODEL)
 
@@ -53,10 +40,10 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _make_case(context: Context) -> Any:
-    suite = _suite()
-    name, encoder = (suite.TINY, suite.TINY_ENCODER) if context.quick else (MODEL, suite.ENCODERS[MODEL])
+    serving = suite("serving")
+    name, encoder = (serving.TINY, serving.TINY_ENCODER) if context.quick else (MODEL, serving.ENCODERS[MODEL])
     dtype = context.dtype if context.on_gpu else torch.float32
-    return suite.baselines.build_case(name, encoder, Path(_folder().name), dtype, context.device)
+    return serving.baselines.build_case(name, encoder, Path(_folder().name), dtype, context.device)
 
 
 # the folded model is one for both groups, and goes when the second is through
@@ -91,7 +78,7 @@ def _blocks(context: Context, case: baselines.Case, effort: Effort) -> Iterator[
 
     tower, items = _tower(context), 3 if context.quick else BATCH
     with torch.no_grad():
-        gammas = _suite().baselines.preferences(items)[0].to(context.device)
+        gammas = suite("serving_baselines").preferences(items)[0].to(context.device)
         generator = torch.Generator().manual_seed(4)
         x = torch.randn(items, tower.tokens, tower.width, generator=generator).to(context.device, case.dtype)
         exact = _middle_block(_with_preferences(copy.deepcopy(case.folded).double(), gammas.double()))(x.double())
@@ -155,20 +142,18 @@ def engine(context: Context) -> None:
 
 def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str, Any]]:
     """The engine as a user calls it, new preferences with every call, from the host."""
-    suite, case = _suite(), made()
-    from pareto_merging import encoders
-
-    ways = suite.baselines
-    encoder = suite.TINY_ENCODER if context.quick else suite.ENCODERS[MODEL]
-    size = encoders.image_size(encoder)
-    effort = suite.QUICK_EFFORT if context.quick else MODEL_EFFORT
+    serving, case = suite("serving"), made()
+    ways = serving.baselines
+    encoder = serving.TINY_ENCODER if context.quick else serving.ENCODERS[MODEL]
+    size = serving.encoders.image_size(encoder)
+    effort = serving.QUICK_EFFORT if context.quick else MODEL_EFFORT
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         images = torch.randn(batch, 3, size, size, generator=generator).to(case.device, case.dtype)
         drawn = ways.preferences(count)
         # the plain model has the first preference for all
-        truth = suite.Truth.of(case, images, drawn[0], sorted({1, count}))
-        cell = suite.Cell.make(case, images, drawn, truth, count)
+        truth = serving.Truth.of(case, images, drawn[0], sorted({1, count}))
+        cell = serving.Cell.make(case, images, drawn, truth, count)
         for name in (ways.LIMIT, ways.LIMIT_LINEAR, ways.ENGINE, ways.REMERGE):
             cell.add(name, functools.partial(ways.VARIANTS[name], case, cell.requests[0]))
         if context.on_gpu:

@@ -8,30 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.common.session import Once, Unavailable
-from benchmarks.goals.context import Context, as_training_rates
+from benchmarks.common.session import Once
+from benchmarks.goals.context import Context, as_training_rates, suite
 
 if TYPE_CHECKING:
     # it needs pydantic
-    from benchmarks import training
+    from benchmarks.training import Row
 
 TASKS, BATCH = 8, 32
 FEWER = (16, 8)
 # seconds of timed steps of each variant
 SECONDS = 1.0
-
-
-def _suite() -> Any:
-    """benchmarks.training.
-
-    Raises:
-        Unavailable: it needs what is not installed here.
-    """
-    try:
-        from benchmarks import training
-    except ImportError as error:
-        raise Unavailable(f"not measured, for want of {error.name}") from error
-    return training
 
 
 class Steps:
@@ -42,54 +29,54 @@ class Steps:
         self.made = Once(self._make)
 
     def _make(self) -> tuple[Any, Any, Any, Any]:
-        suite, context = _suite(), self.context
+        training, context = suite("training"), self.context
         if context.quick:
-            architecture, tasks, dtype, batch = suite.TINY, 2, torch.float32, 2
+            architecture, tasks, dtype, batch = training.TINY, 2, torch.float32, 2
         else:
-            architecture = next(one for one in suite.MODELS if one.name == self.model)
+            architecture = next(one for one in training.MODELS if one.name == self.model)
             tasks, dtype, batch = TASKS, context.dtype, self.batch
-        plain, case = suite.build_case(architecture, tasks, context.device, dtype, batch=batch)
-        truth, errors = suite.exact_gradient(case)
+        plain, case = training.build_case(architecture, tasks, context.device, dtype, batch=batch)
+        truth, errors = training.exact_gradient(case)
         return plain, case, truth, errors
 
-    def row(self, variant: str) -> Iterator[training.Row]:
+    def row(self, variant: str) -> Iterator[Row]:
         """One variant of :data:`benchmarks.training.VARIANTS`, AdaMerging's computation in the model's type."""
-        suite = _suite()
+        training = suite("training")
         plain, case, truth, errors = self.made()
         make: Callable[[], Any]
-        if variant in suite.OURS:
-            make = functools.partial(suite.Ours, case, *suite.OURS[variant])
-        elif variant in (suite.LIMIT, suite.LIMIT_GRAPH):
+        if variant in training.OURS:
+            make = functools.partial(training.Ours, case, *training.OURS[variant])
+        elif variant in (training.LIMIT, training.LIMIT_GRAPH):
             # without a GPU there are no graphs: a rehearsal runs it as it is
-            graph = variant == suite.LIMIT_GRAPH and self.context.on_gpu
-            make, truth, errors = functools.partial(suite.Limit, plain, case, graph), None, {}
+            graph = variant == training.LIMIT_GRAPH and self.context.on_gpu
+            make, truth, errors = functools.partial(training.Limit, plain, case, graph), None, {}
         else:
-            make = functools.partial(self.plainly, case, case.dtype, variant == suite.ADAMERGING)
-        yield self.finished(suite._blank(case, suite.STEP, variant, case.dtype), make, truth, errors, case)
+            make = functools.partial(self.plainly, case, case.dtype, variant == training.ADAMERGING)
+        yield self.finished(training._blank(case, training.STEP, variant, case.dtype), make, truth, errors, case)
 
-    def in_float32(self) -> Iterator[training.Row]:
+    def in_float32(self) -> Iterator[Row]:
         """AdaMerging's computation in float32; afterwards the case has no Pareto model any more."""
-        suite = _suite()
+        training = suite("training")
         _, case, truth, errors = self.made()
-        suite.widen(case)
-        row = suite._blank(case, suite.STEP, suite.ADAMERGING, torch.float32)
+        training.widen(case)
+        row = training._blank(case, training.STEP, training.ADAMERGING, torch.float32)
         yield self.finished(row, functools.partial(self.plainly, case, torch.float32, True), truth, errors, case)
 
     def plainly(self, case: Any, dtype: torch.dtype, together: bool) -> Any:
         """A step in plain PyTorch, merged in the way that is faster here."""
-        suite = _suite()
-        combine = suite.COMBINE[suite.fastest_combine(case)]
-        return suite.Plain(case, lambda part, gamma: suite.merged_plainly(part, gamma, combine), dtype, together)
+        training = suite("training")
+        combine = training.COMBINE[training.fastest_combine(case)]
+        return training.Plain(case, lambda part, gamma: training.merged_plainly(part, gamma, combine), dtype, together)
 
     def finished(self, row: Any, make: Callable[[], Any], truth: Any, errors: Any, case: Any) -> Any:
         """The row with its times, the batch it is of, and what follows from them."""
-        suite, context = _suite(), self.context
-        row = suite.measure(row, make, truth, errors, context.device, 0.05 if context.quick else SECONDS)
+        training, context = suite("training"), self.context
+        row = training.measure(row, make, truth, errors, context.device, 0.05 if context.quick else SECONDS)
         if row.ms is not None:
             batch = case.images[0].shape[0]
             row.images_per_second = 1e3 * case.tasks * batch / row.ms
             dtype = torch.float32 if row.dtype == "float32" else case.dtype
-            row.bound_ms = suite.bound_ms(case, as_training_rates(context.rates), dtype)
+            row.bound_ms = training.bound_ms(case, as_training_rates(context.rates), dtype)
             row.run_steps = case.settings.steps_for(case.tasks)
             row.run_seconds = row.run_steps * row.ms / 1e3
         return {**vars(row), "batch": self.batch}
@@ -108,22 +95,20 @@ class Steps:
 def _available(context: Context, group: str) -> Any:
     """benchmarks.training, or None where it cannot be imported, which is then a unit's reason."""
     try:
-        return _suite()
-    except Unavailable as error:
-        context.session.measure(f"{group}/all", functools.partial(_lacking, str(error)), 0)
+        return suite("training")
+    except ImportError as error:
+        context.session.lacks(f"{group}/all", error)
         return None
 
 
-def _lacking(reason: str) -> Iterator[Any]:
-    raise Unavailable(reason)
-
-
 def _steps(context: Context, group: str, model: str, seconds: float) -> None:
-    suite = _available(context, group)
-    if suite is None:
+    training = _available(context, group)
+    if training is None:
         return
     steps = Steps(context, model)
-    steps.measure(group, (suite.AUTO, suite.ALL, suite.ONCE, suite.LIMIT_GRAPH, suite.ADAMERGING), seconds)
+    steps.measure(
+        group, (training.AUTO, training.ALL, training.ONCE, training.LIMIT_GRAPH, training.ADAMERGING), seconds
+    )
     steps.close()
 
 
@@ -139,22 +124,22 @@ def vit_b_32(context: Context) -> None:
 
 def float32(context: Context) -> None:
     """Measure the layer-wise computation in float32; of fewer images beside ours, because memory may end before."""
-    suite = _available(context, "float32")
-    if suite is None:
+    training = _available(context, "float32")
+    if training is None:
         return
     for model, batch in (("ViT-B/32", BATCH), ("ViT-L/14", BATCH), *(("ViT-L/14", few) for few in FEWER)):
         steps = Steps(context, model, batch=batch)
         if batch != BATCH:
-            steps.measure("float32", (suite.AUTO,), 6)
-        key = f"float32/{model}, batch {batch}/{suite.ADAMERGING}, float32"
+            steps.measure("float32", (training.AUTO,), 6)
+        key = f"float32/{model}, batch {batch}/{training.ADAMERGING}, float32"
         context.session.measure(key, steps.in_float32, 15)
         steps.close()
 
 
 def few_bytes(context: Context) -> None:
     """Measure the strategies that keep no merged weights, and a whole data-free run."""
-    suite = _available(context, "rest")
-    if suite is None:
+    training = _available(context, "rest")
+    if training is None:
         return
     large = Steps(context, "ViT-L/14")
     large.measure("rest", ("streamed", "fused"), 8)
@@ -165,8 +150,8 @@ def few_bytes(context: Context) -> None:
 
 
 def _data_free(context: Context, steps: Steps) -> Iterator[Any]:
-    suite = _suite()
+    training = suite("training")
     _, case, _, _ = steps.made()
     seconds, number = (0.05, 3) if context.quick else (SECONDS, None)
-    row = suite.data_free_row(case, suite.Clock(), seconds, suite.LONGEST_RUN, number)
+    row = training.data_free_row(case, training.Clock(), seconds, training.LONGEST_RUN, number)
     yield {**vars(row), "batch": BATCH}

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import gpu_kernels
 from benchmarks.common.record import Record, RecordError
-from benchmarks.common.session import Lost, Session, Unavailable, chosen
+from benchmarks.common.session import Lost, Session, chosen
 from benchmarks.common.supervisor import EXIT_COMPLETE, EXIT_LOST, EXIT_UNUSABLE
 from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
 
@@ -58,12 +58,7 @@ def measure_groups(session: Session, wanted: Sequence[Group], context: Any, load
         try:
             function = getattr(load(module), name)
         except ImportError as error:
-            reason = f"not measured, for want of {error.name}"
-
-            def lacking(reason: str = reason) -> Any:
-                raise Unavailable(reason)
-
-            session.measure(f"{group.name}/all", lacking, 0)
+            session.lacks(f"{group.name}/all", error)
             continue
         session.tell(f"{group.name}: {group.about}")
         function(context)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.common.record import LACKING, Record
-from benchmarks.common.session import FAILED, Lost, Once, Session, Unavailable, chosen
+from benchmarks.common.session import FAILED, Lost, Once, Session, chosen
 
 RIGHT = {"variant": "a", "ms": 1.0, "matched": True}
 
@@ -75,7 +75,7 @@ def test_memory_that_ends_is_a_result_and_any_other_error_is_wrong(session: Sess
 
     session.measure("group/memory", lambda: fails(torch.cuda.OutOfMemoryError("CUDA out of memory")), 1.0)
     session.measure("group/error", lambda: fails(ValueError("x: expected\n a b")), 1.0)
-    session.measure("group/lacking", lambda: fails(Unavailable("for want of a package")), 1.0)
+    session.lacks("group/lacking", ImportError("expected timm or torchvision, got none"))
     session.measure("group/import", lambda: fails(ModuleNotFoundError("No module", name="open_clip.model")), 1.0)
     session.measure("group/ours", lambda: fails(ImportError("cannot import name", name="pmkernels.ops")), 1.0)
     session.measure("group/after", lambda: [RIGHT], 1.0)
@@ -84,7 +84,7 @@ def test_memory_that_ends_is_a_result_and_any_other_error_is_wrong(session: Sess
     assert (ours["matched"], ours["reason"]) == (False, "ImportError: cannot import name")
     assert (memory["matched"], memory["reason"]) == (True, "out of memory")
     assert (error["matched"], error["reason"]) == (False, "ValueError: x: expected a b")
-    assert (lacking["matched"], lacking["reason"]) == (True, "for want of a package")
+    assert (lacking["matched"], lacking["reason"]) == (True, "not measured: expected timm or torchvision, got none")
     assert session.record.data["units"]["group/lacking"]["state"] == LACKING
     assert after["ms"] == 1.0 and [row["unit"] for row in session.record.wrong] == ["group/error", "group/ours"]
 
