@@ -795,7 +795,7 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
     if quick:
         # one line of each op, the hot ones first
         lines = {line[0]: line for batch in reversed(wanted) for line in reversed(batch)}
-        rest = [line for op, line in lines.items() if op not in (*HOT, "linear")]
+        rest = [lines[op] for op in TUNED if op not in (*HOT, "linear")]
         wanted = [[lines[op] for op in HOT], [("linear", "16-bit", 32, None)], rest]
     found = []
     for batch in wanted:
