@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -85,25 +86,31 @@ RECORD: dict[str, Callable[[str, Path], None]] = {"smoke": smoke, "goals": goals
 
 
 def record(folder: Path, gpus: Sequence[str], sources: Sequence[str], again: bool = False) -> list[Path]:
-    """Record what is not there yet or was recorded of other sources; returns the files."""
+    """Record what is not there yet or was recorded of other sources, one process a core; returns the files."""
     from benchmarks.common.recording import read
     from benchmarks.common.recording_plugin import stopped
 
     folder.mkdir(parents=True, exist_ok=True)
-    now, files = digest(), []
-    for source, gpu in itertools.product(sources, gpus):
+    now = digest()
+
+    def up_to_date(source: str, gpu: str) -> Path:
         path, stamp = folder / f"launches-{source}-{gpu}.json", folder / f"launches-{source}-{gpu}.digest"
-        files.append(path)
-        fresh = path.exists() and stamp.exists() and stamp.read_text() == now
-        if again or not fresh:
-            start = time.monotonic()
-            print(f"recording {source} as on {gpu}", flush=True)
-            path.unlink(missing_ok=True)
-            command = [sys.executable, "-m", "benchmarks.gpu_kernels_record", "--folder", str(folder)]
-            command += ["--one", source, "--gpu", gpu]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            stamp.write_text(now)
-            print(f"  {time.monotonic() - start:.0f} s", flush=True)
+        if not again and path.exists() and stamp.exists() and stamp.read_text() == now:
+            return path
+        start = time.monotonic()
+        print(f"recording {source} as on {gpu}", flush=True)
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.gpu_kernels_record", "--folder", str(folder)]
+        subprocess.run([*command, "--one", source, "--gpu", gpu], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        stamp.write_text(now)
+        print(f"  {source}, {gpu}: {time.monotonic() - start:.0f} s", flush=True)
+        return path
+
+    # what takes longest first
+    jobs = sorted(itertools.product(sources, gpus), key=lambda job: job[0] == "smoke")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        files = list(pool.map(lambda job: up_to_date(*job), jobs))
+    for (source, gpu), path in zip(jobs, files, strict=True):
         whole, others = stopped(path)
         print(f"{source}, {gpu}: {len(read(path))} launches; {whole} recorded to their end, {len(others)} stopped")
         for name, why in others.items():
