@@ -1,7 +1,7 @@
 """``python -m benchmarks.budget``: compile every kernel as it would be launched, without a GPU, and check its cost.
 
 The public functions are called with the arguments listed in :func:`cases`, forward and backward, and every launch they
-would make is recorded and compiled for each architecture (ptxas and cuobjdump come with Triton). The exit code is 1
+would make is recorded and compiled for each architecture (ptxas and nvdisasm come with Triton). The exit code is 1
 if a kernel needs more shared memory than the architecture has, spills registers to local memory (STL/LDL), lacks a
 tensor-core instruction where a 16-bit product is meant to use one, or if a shipped configuration is never launched.
 
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -361,35 +362,69 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
+@dataclass
+class _Compiled:
+    """What the compiler made of a launch, and what ptxas said."""
+
+    cost: Cost
+    launch: Launch
+    kernel: Any
+    log: str
+
+
 def measure(launch: Launch, arch: Architecture) -> Cost:
     """Compile one launch for one architecture and read its machine code."""
+    return measure_all([launch], arch)[0]
+
+
+def measure_all(launches: Sequence[Launch], arch: Architecture) -> list[Cost]:
+    """Compile launches for one architecture and read their machine code, which is a third cheaper for many at once."""
+    compiled = [_compile(launch, arch) for launch in launches]
+    whole = [one for one in compiled if one.kernel is not None]
+    start = time.perf_counter()
+    codes = sass.disassemble([one.kernel.asm["cubin"] for one in whole], arch.capability, _tool("nvdisasm"))
+    share = (time.perf_counter() - start) / max(len(whole), 1)
+    for one, code in zip(whole, codes, strict=True):
+        start = time.perf_counter()
+        _read(one, arch, code)
+        one.cost.seconds = round(one.cost.seconds + share + time.perf_counter() - start, 2)
+    return [one.cost for one in compiled]
+
+
+def _compile(launch: Launch, arch: Architecture) -> _Compiled:
     start = time.perf_counter()
     cost = Cost(launch.kernel.__name__, launch.case, launch.dtype, launch.configuration, arch.name)
     triton.runtime.driver.set_active(_Compiler(arch.capability))
     try:
         with _assembler_log() as log:
-            compiled = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
+            kernel = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
     except Exception as error:
         cost.faults.append(f"does not compile: {str(error).strip().splitlines()[0][:160]}")
-        return cost
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        code, usage = (
-            subprocess.run([_tool("cuobjdump"), option, binary], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "--dump-resource-usage")
-        )
+        return _Compiled(cost, launch, None, "")
+    cost.seconds = time.perf_counter() - start
+    return _Compiled(cost, launch, kernel, log.getvalue())
 
-    def count(pattern: str) -> int:
-        return len(re.findall(rf"\b(?:{pattern})\b", code))
 
+def _registers(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(cubin)
+        binary.flush()
+        command = [_tool("cuobjdump"), "--dump-resource-usage", binary.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+)", usage)
     assert found is not None, usage
-    cost.registers, cost.shared = int(found[1]), int(compiled.metadata.shared)
-    cost.spills = count("STL|LDL")
-    cost.instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, flags=re.MULTILINE))
-    wide, narrow = count(arch.tensor_core), count("HMMA|HGMMA")
-    cost.tensor_core, cost.ffma, cost.loads = narrow, count("FFMA"), count("LDG|LDGSTS")
+    return int(found[1])
+
+
+def _read(compiled: _Compiled, arch: Architecture, code: sass.Function) -> None:
+    """Write down what a kernel takes and what is wrong with it."""
+    cost, launch, kernel = compiled.cost, compiled.launch, compiled.kernel
+    names = Counter(instruction.base for instruction in code.code)
+    cost.registers, cost.shared = _registers(kernel.asm["cubin"]), int(kernel.metadata.shared)
+    cost.spills = names["STL"] + names["LDL"]
+    cost.instructions = len(code.code)
+    cost.tensor_core, cost.ffma = names["HMMA"] + names["HGMMA"], names["FFMA"]
+    cost.loads = names["LDG"] + names["LDGSTS"]
     cost.warps = launch.options["num_warps"]
     cost.occupancy = round(occupancy(arch, cost.registers, cost.shared, cost.warps), 3)
     if cost.shared > arch.shared_per_program:
@@ -400,14 +435,12 @@ def measure(launch: Launch, arch: Architecture) -> Cost:
         cost.faults.append("no program fits on a multiprocessor")
     if launch.dtype in ("bfloat16", "float16"):
         multiplies = launch.options.get("FROM_ROWS", True)
-        if cost.kernel in WIDE_PRODUCTS and multiplies and not wide:
+        if cost.kernel in WIDE_PRODUCTS and multiplies and not names[arch.tensor_core]:
             cost.faults.append(f"no {arch.tensor_core} instruction")
-        if cost.kernel in NARROW_PRODUCTS and not narrow:
+        if cost.kernel in NARROW_PRODUCTS and not cost.tensor_core:
             cost.faults.append("no tensor-core instruction")
-    if "wgmma.mma_async" in compiled.asm["ptx"]:
-        cost.faults += _faults_of_wgmma(launch, arch, compiled.asm["ptx"], code, log.getvalue())
-    cost.seconds = round(time.perf_counter() - start, 2)
-    return cost
+    if "wgmma.mma_async" in kernel.asm["ptx"]:
+        cost.faults += _faults_of_wgmma(launch, arch, kernel.asm["ptx"], code, compiled.log)
 
 
 @contextmanager
@@ -423,7 +456,7 @@ def _assembler_log() -> Iterator[io.StringIO]:
         knobs.dump_ptxas_log = before
 
 
-def _faults_of_wgmma(launch: Launch, arch: Architecture, text: str, code: str, log: str) -> list[str]:
+def _faults_of_wgmma(launch: Launch, arch: Architecture, text: str, code: sass.Function, log: str) -> list[str]:
     """Say what is wrong with a kernel's wgmma, from its PTX, its machine code and what ptxas printed."""
     if "ptxas info" not in log:
         # the kernel came from Triton's cache: the same PTX again, by Triton's own call and with its flags
@@ -431,8 +464,7 @@ def _faults_of_wgmma(launch: Launch, arch: Architecture, text: str, code: str, l
         with _assembler_log() as again:
             backend.make_cubin(text, {}, backend.parse_options(launch.options), arch.capability)
         log = again.getvalue()
-    functions = sass.parse(code)
-    mixed = [where for function in functions for where in sass.mixed_loops(function)]
+    mixed = sass.mixed_loops(code)
     faults = []
     for reason in ptx.serialised(log):
         if "register resources" in reason:
@@ -441,7 +473,7 @@ def _faults_of_wgmma(launch: Launch, arch: Architecture, text: str, code: str, l
             faults.append(f"ptxas serialises wgmma ({reason}; {mixed[0]}): give every product of it 64 rows")
         else:
             faults.append(f"ptxas serialises wgmma ({reason}): take fewer stages")
-    missing = [one for function in functions for one in sass.missing_barriers(function, launch.options["num_warps"])]
+    missing = sass.missing_barriers(code, launch.options["num_warps"])
     if missing:
         faults.append(
             f"shared memory is written after a wgmma wait without a barrier ({len(missing)}×, first {missing[0]}), "
@@ -464,17 +496,19 @@ def _assembler_version(capability: int) -> tuple[int, int]:
 
 
 _LAUNCHES: list[Launch] = []
+# kernels that one process compiles and then reads together
+TOGETHER = 16
 
 
-def _measure(job: tuple[int, str]) -> Cost:
-    index, arch = job
-    return measure(_LAUNCHES[index], ARCHITECTURES[arch])
+def _measure(job: tuple[range, str]) -> list[Cost]:
+    places, arch = job
+    return measure_all([_LAUNCHES[place] for place in places], ARCHITECTURES[arch])
 
 
 def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list[Cost], list[str]]:
     """Every launch on every architecture that its configuration file is for, and what is wrong besides."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     costs: list[Cost] = []
     faults: list[str] = []
@@ -486,12 +520,17 @@ def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list
         launches, unused = record(name)
         faults += [f"configs/{name}.json: never launched: {entry}" for entry in unused]
         _LAUNCHES[:] = launches[:limit]
-        todo = [(index, arch) for arch in chosen for index in range(len(_LAUNCHES))]
+        places = range(len(_LAUNCHES))
+        todo = [(places[first : first + TOGETHER], arch) for arch in chosen for first in places[::TOGETHER]]
         # forked workers inherit the recorded launches
-        with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-            done = pool.map(_measure, todo, chunksize=4)
-            bar = track(done, f"compiling ({name})", len(todo), console=Console(stderr=True))
-            costs += list(bar)
+        with (
+            ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool,
+            Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress,
+        ):
+            bar = progress.add_task(f"compiling ({name})", total=len(places) * len(chosen))
+            for some in pool.map(_measure, todo):
+                costs += some
+                progress.advance(bar, len(some))
     return costs, faults
 
 

@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs, as ``cuobjdump -sass`` prints it: instructions, where they lead, loops, and lints.
+"""Machine code of NVIDIA GPUs, as Triton's nvdisasm prints it: instructions, where they lead, loops, and lints.
 
 A lint says what is wrong in words that name the instructions. Each follows all paths through the code, so a wait at the
 end of a loop's body meets the write at the beginning of the next round.
@@ -7,8 +7,12 @@ end of a loop's body meets the write at the beginning of the next round.
 from __future__ import annotations
 
 import re
+import struct
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 WARPS_PER_WARPGROUP = 4
@@ -71,7 +75,7 @@ class Function:
 
 
 def parse(text: str) -> list[Function]:
-    """Read what ``cuobjdump -sass`` printed; instructions before any ``Function :`` line belong to one without name."""
+    """Read what ``cuobjdump -sass`` or nvdisasm printed; without a line ``Function :`` it is one without name."""
     functions: list[tuple[str, list[Instruction]]] = []
     for line in text.splitlines():
         header = _FUNCTION.match(line)
@@ -85,6 +89,51 @@ def parse(text: str) -> list[Function]:
             address, guard, opcode, operands = match.groups()
             functions[-1][1].append(Instruction(int(address, 16), guard or "", opcode, operands))
     return [Function(name, tuple(code)) for name, code in functions]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """Return the instructions of a cubin's functions, which is an ELF file with a section ``.text.NAME`` for each."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<3H", cubin, 0x3A)
+    # of a section's header: its name's place among the names; its own place and length in the file
+    sections = [struct.unpack_from("<I20xQQ", cubin, headers + number * size) for number in range(count)]
+    names = sections[of_names][1]
+    return b"".join(
+        cubin[start : start + length] for name, start, length in sections if cubin[names + name :].startswith(b".text.")
+    )
+
+
+def disassemble(cubins: Sequence[bytes], capability: int, nvdisasm: str) -> list[Function]:
+    """Return the code of cubins for one architecture: one call for all, as each begins with 0.3 s of its own tables.
+
+    Addresses begin at 0 in each; the addresses that jumps name are moved as well, others (``BSSY``, ``RET``) are not.
+    """
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "code"
+        path.write_bytes(b"".join(codes))
+        command = [nvdisasm, "--binary", f"SM{capability}", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout if any(codes) else ""
+    parsed = [instruction for function in parse(text) for instruction in function.code]
+    found, place, start = [], 0, 0
+    for code in codes:
+        end, first = start + len(code), place
+        while place < len(parsed) and parsed[place].address < end:
+            place += 1
+        found.append(Function("", tuple(_moved(instruction, start) for instruction in parsed[first:place])))
+        start = end
+    if place < len(parsed) or not all(function.code for function in found):
+        raise ValueError(
+            f"nvdisasm: expected the code of {len(cubins)} kernels, got {place} of {len(parsed)} instructions"
+        )
+    return found
+
+
+def _moved(instruction: Instruction, start: int) -> Instruction:
+    operands, target = instruction.operands, instruction.target
+    if target is not None:
+        operands = f"{operands.rpartition('0x')[0]}{target - start:#x}" + (")" if operands.endswith(")") else "")
+    return replace(instruction, address=instruction.address - start, operands=operands)
 
 
 def successors(function: Function) -> list[list[int]]:
