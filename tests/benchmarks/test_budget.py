@@ -66,16 +66,19 @@ sys.exit(7)
 
 
 WGMMA = """
-import sys
+import dataclasses, subprocess, sys, tempfile
 sys.path.insert(0, "tests/benchmarks")
 import faulty_kernels, torch, triton
 from benchmarks import budget
+from benchmarks.common import sass
+launches = []
 half, single = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
 
 def faults(kernel, outputs, version=None, **options):
     options = {"num_warps": 4, "num_stages": 3, "STAGES": 3, "BLOCK": 64, **options}
     arguments = (half, half, single if "loops" in kernel else half, *[single] * outputs, 1024)
     launch = budget.Launch(getattr(faulty_kernels, kernel), "a test", "bfloat16", "", arguments, options, "")
+    launches.append(launch)
     if version is not None:
         budget._assembler_version = lambda capability: version
     return budget.measure(launch, budget.ARCHITECTURES["sm_90"]).faults
@@ -99,6 +102,23 @@ for attempt in ("compiled", "from Triton's cache"):
         assert "LDGSTS" in unguarded and "WARPGROUP.DEPBAR" in unguarded and "take 4 warps" in unguarded, unguarded
     else:
         assert found == [], found
+
+# many at once give what each gives by itself, as another disassembler of NVIDIA's prints it
+arch, some = budget.ARCHITECTURES["sm_90"], [launches[0], launches[1], launches[5], launches[0]]
+cubins = [budget._compile(launch, arch).kernel.asm["cubin"] for launch in some]
+together = sass.disassemble(cubins, 90, budget._tool("nvdisasm"))
+for cubin, code in zip(cubins, together, strict=True):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [budget._tool("cuobjdump"), "-sass", file.name]
+        (alone,) = sass.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    as_read = [[(i.address, i.guard, i.opcode, i.target) for i in one.code] for one in (code, alone)]
+    assert as_read[0] == as_read[1]
+    assert len(sass.loops(code)) == len(sass.loops(alone)) > 0
+    assert {i.operands for i in code.code if i.base == "BRA"} == {i.operands for i in alone.code if i.base == "BRA"}
+first, _, _, again = budget.measure_all(some, arch)
+assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0) and first.instructions > 100
 sys.exit(7)
 """
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -75,15 +77,22 @@ def test_files(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_replaces_only_an_earlier_demo(demo: Path, tmp_path: Path) -> None:
+def test_it_replaces_only_an_earlier_demo(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: Path, *_: Any) -> dict[str, Any]:
+        shutil.copytree(demo, folder, dirs_exist_ok=True)
+        return {**json.loads((folder / "report.json").read_text()), "settings": {"steps": 7}}
+
+    # what it computes is above
+    monkeypatch.setattr("pareto_merging.demo._run", run)
+    earlier = shutil.copytree(demo, tmp_path / "runs" / "run")
     with pytest.raises(UserError, match="existing folder"):
-        run_demo(demo, quick=True, progress=False)
+        run_demo(earlier, quick=True, progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="expected an earlier demo to replace"):
         run_demo(tmp_path / "mine", overwrite=True, quick=True, progress=False)
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    before = (demo / "report.json").read_text()
-    run_demo(demo, overwrite=True, quick=True, progress=False)
-    assert (demo / "report.json").read_text() != before
-    assert [path.name for path in demo.parent.iterdir()] == ["run"]
+    run_demo(earlier, overwrite=True, quick=True, progress=False)
+    assert json.loads((earlier / "report.json").read_text())["settings"] == {"steps": 7}
+    assert sorted(path.name for path in earlier.iterdir()) == sorted(path.name for path in demo.iterdir())
+    assert [path.name for path in earlier.parent.iterdir()] == ["run"]

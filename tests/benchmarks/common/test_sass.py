@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from benchmarks.common import sass
@@ -180,3 +182,12 @@ def test_products_of_a_warp_beside_wgmma() -> None:
         "one:", PRODUCT, "@P0 BRA <one>", "two:", "HMMA.1688.F32.TF32 R4, R8, R12, R4", "@P1 BRA <two>", "EXIT"
     )
     assert sass.mixed_loops(apart) == []
+
+
+def test_a_file_without_code_is_not_passed_over() -> None:
+    header = struct.pack("<16x24xQ10xHHH", 64, 64, 1, 0)
+    cubin = header.ljust(64, b"\0") + struct.pack("<I20xQQ24x", 0, 64, 0)
+    assert sass.machine_code(cubin) == b""
+    with pytest.raises(ValueError, match="expected the code of 1 kernels, got"):
+        sass.disassemble([cubin], 90, "nothing is run")
+    assert sass.disassemble([], 90, "nothing is run") == []
