@@ -168,7 +168,9 @@ def layer_rows(
     """F.linear, t·Aᵀ added to it by the library, and preference_linear in each strategy that runs here, with a cold and
     a warm cache."""
     values = layer_values(layer, dtype, device)
-    exact = reference.pareto_linear(**{name: v.double() for name, v in values.items()})
+    in_double = {name: v.double() for name, v in values.items()}
+    exact = reference.pareto_linear(**in_double)
+    exact_plain = F.linear(in_double["x"], in_double["weight"], in_double["bias"])
     plain_error = relative_error([reference.pareto_linear(**values)], [exact])
     x, weight, bias = values["x"], values["weight"], values["bias"]
     wide, low = pmkernels.widen_weight(weight, values["A"]), values["B"].to(dtype).t().contiguous().t()
@@ -206,10 +208,9 @@ def layer_rows(
         )
         rows.append(row)
         try:
-            if name != LIMIT:
-                row.error = rounded(relative_error([function()], [exact]))
-                row.matched = row.error <= TOLERANCE * plain_error + 1e-6
-                row.chosen = None if name == ADDED else _chosen(x, layer, name)
+            row.error = rounded(relative_error([function()], [exact_plain if name == LIMIT else exact]))
+            row.matched = row.error <= TOLERANCE * plain_error + 1e-6
+            row.chosen = None if name in (LIMIT, ADDED) else _chosen(x, layer, name)
             if row.matched:
                 graph = captured(lambda function=function: [function()]) if device.type == "cuda" else None  # type: ignore[misc]
                 ready[name] = function if graph is None else graph.replay

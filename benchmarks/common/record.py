@@ -1,7 +1,8 @@
-"""A results file that is whole after every unit of work: what was measured survives whatever ends the run.
+"""A results file that is whole after every row: what was measured survives whatever ends the run.
 
-A run consists of units, each with a key and one or more rows. The file is written anew, atomically, when a unit begins
-and when it is done, so that a kill at any moment leaves a file that a later run goes on from. Needs nothing but Python.
+A run consists of units, each with a key and one or more rows. The file is written anew, atomically, when a unit begins,
+after each of its rows and when it is done, so that a kill at any moment leaves a file with every row until then. The unit
+that was under way is measured again by a later run. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,18 @@ class Record:
 
     def begin(self, key: str, limit: float, now: float) -> None:
         """Note that a unit is under way, since ``now`` and for at most ``limit`` seconds (of time.monotonic)."""
+        self.data["rows"] = [row for row in self.data["rows"] if row["unit"] != key]
         self.data["running"] = {"unit": key, "since": now, "limit": limit}
         self.write()
 
-    def add(self, key: str, rows: Iterable[Mapping[str, Any]], seconds: float, state: str = DONE) -> None:
-        """Note a unit's rows and how long they took; the unit is not measured again."""
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Note one more row of a unit."""
+        self.data["rows"].append({"unit": key, **row})
+        self.write()
+
+    def close(self, key: str, seconds: float, state: str = DONE) -> None:
+        """Note that a unit has all its rows and how long they took; it is not measured again."""
         self.data["units"][key] = {"state": state, "seconds": round(seconds, 2)}
-        self.data["rows"] = [row for row in self.data["rows"] if row["unit"] != key]
-        self.data["rows"] += [{"unit": key, **row} for row in rows]
         self.data["running"] = None
         self.write()
 

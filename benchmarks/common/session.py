@@ -63,10 +63,10 @@ class Session:
         return self.wanted(key) and key not in self.record.data["units"]
 
     def measure(self, key: str, function: Callable[[], Rows], seconds: float) -> None:
-        """Measure a unit and save its rows, unless it is there already or time does not suffice.
+        """Measure a unit and save each row as it comes, unless it is there already or time does not suffice.
 
-        Whatever goes wrong inside becomes a row that says so: running out of memory is a result, any other error is
-        wrong. ``function`` gives rows, dataclasses or mappings; ``seconds`` is what it should take on a large GPU.
+        Whatever goes wrong inside becomes one more row that says so: running out of memory is a result, other errors
+        are wrong. ``function`` gives rows, dataclasses or mappings; ``seconds`` is what it should take on a large GPU.
 
         Raises:
             Lost: the GPU does not answer after an error.
@@ -78,15 +78,19 @@ class Session:
             self.tell(f"{key}: not begun, it takes about {seconds:.0f} s")
             return
         self.record.begin(key, self.grace * seconds + 60, self.clock())
-        begin, state, rows = self.clock(), DONE, list[Mapping[str, Any]]()
+        begin, state = self.clock(), DONE
         try:
-            rows = [as_row(row) for row in function()]
+            for row in function():
+                self._keep(key, as_row(row))
         except Exception as error:
-            rows, state = self._failed(key, error)
-        self.record.add(key, rows, self.clock() - begin, state)
-        for row in rows:
-            self.tell(describe(key, row))
+            failed, state = self._failed(key, error)
+            self._keep(key, failed)
+        self.record.close(key, self.clock() - begin, state)
         gc.collect()
+
+    def _keep(self, key: str, row: Mapping[str, Any]) -> None:
+        self.record.add(key, row)
+        self.tell(describe(key, row))
 
     def lacks(self, key: str, error: ImportError) -> None:
         """Note a unit that cannot be measured because something is not installed."""
@@ -96,23 +100,24 @@ class Session:
 
         self.measure(key, rows, 0.0)
 
-    def _failed(self, key: str, error: Exception) -> tuple[list[Mapping[str, Any]], str]:
-        """What goes into the record instead of figures: rows and the unit's state."""
+    def _failed(self, key: str, error: Exception) -> tuple[Mapping[str, Any], str]:
+        """What goes into the record instead of figures: a row and the unit's state."""
         lacking = lacking_here(error)
         if lacking is not None:
-            return [failure(lacking, matched=True)], LACKING
+            return failure(lacking, matched=True), LACKING
         short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
         reason = "out of memory" if short else one_line(error)
         # what the frames hold must go before anything else is made
         error.__traceback__ = None
         self._answers(key, error)
-        return [failure(reason, matched=short)], DONE
+        return failure(reason, matched=short), DONE
 
     def _answers(self, key: str, error: Exception) -> None:
         try:
             self.synchronize()
         except Exception as lost:
-            self.record.add(key, [failure(one_line(error), matched=False)], 0.0)
+            self.record.add(key, failure(one_line(error), matched=False))
+            self.record.close(key, 0.0)
             raise Lost(one_line(lost)) from error
 
 

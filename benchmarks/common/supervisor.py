@@ -3,7 +3,7 @@
 A kernel that hangs, an error that leaves the GPU unusable, a compiler that does not return to Python: none of them
 can be ended from within. So whoever starts a run is this process, which uses no GPU and imports no PyTorch. It ends
 the worker at the time limit or when it is told to stop, gives up a unit that takes far too long, starts a worker again
-that died, and finishes the results file, which the worker leaves whole after every unit.
+that died, and finishes the results file, which the worker leaves whole after every row.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def _watch(path: Path, suite: str, command: Sequence[str], until: float, say: Ca
             return Outcome("not usable here", EXIT_UNUSABLE)
         reason = why or f"its process ended with {_how(worker.returncode)}"
         if running is not None:
-            record.add(running["unit"], [failure(reason, matched=False)], 0.0)
+            record.add(running["unit"], failure(reason, matched=False))
+            record.close(running["unit"], 0.0)
         elif len(record.data["units"]) == measured:
             fruitless += 1
             if fruitless >= PATIENCE:

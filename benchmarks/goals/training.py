@@ -49,7 +49,8 @@ class Steps:
         elif variant in (training.LIMIT, training.LIMIT_GRAPH):
             # without a GPU there are no graphs: a rehearsal runs it as it is
             graph = variant == training.LIMIT_GRAPH and self.context.on_gpu
-            make, truth, errors = functools.partial(training.Limit, plain, case, graph), None, {}
+            make = functools.partial(training.Limit, plain, case, graph)
+            truth, errors = training.exact_losses(plain, case)
         else:
             make = functools.partial(self.plainly, case, case.dtype, variant == training.ADAMERGING)
         yield self.finished(training._blank(case, training.STEP, variant, case.dtype), make, truth, errors, case)

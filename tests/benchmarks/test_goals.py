@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import serving_baselines, tables, training
+from benchmarks import layers, serving_baselines, tables, training
+from benchmarks.common.record import Record
 from benchmarks.common.session import Session
-from benchmarks.goals import cli, table, worker
+from benchmarks.goals import cli, kernels, table, worker
+from benchmarks.goals.context import Context
 from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +50,8 @@ def test_a_rehearsal_killed_at_any_moment_is_gone_on_from(tmp_path: Path) -> Non
         said, errors = process.communicate()
         data = json.loads(out.read_text())
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, None: 0}[number], errors
-        assert all(row["unit"] in data["units"] for row in data["rows"])
+        begun = {*data["units"], *data["not_reached"], *([data["running"]["unit"]] if data["running"] else ())}
+        assert {row["unit"] for row in data["rows"]} <= begun
         kept = {key: unit["seconds"] for key, unit in data["units"].items()}
         assert seconds.items() <= kept.items(), "what was measured stays"
         seconds = kept
@@ -128,6 +132,23 @@ def test_a_group_that_needs_what_is_not_installed_is_passed_over(tmp_path: Path)
     first, second = session.record.data["rows"]
     assert first["reason"] == "not measured, for want of pydantic" and first["matched"]
     assert second["unit"] == "second/one"
+
+
+def test_the_librarys_own_products_are_compared_as_well(tmp_path: Path) -> None:
+    """What ours is set against has a time only if it was right."""
+    context = Context(Session(Record.new(tmp_path / "goals.json", {})), torch.device("cpu"), True)
+    context.session.record.data["rows"] = [
+        {"unit": "ceilings/rates", "variant": name, "value": 1e12} for name in ("copy", "bfloat16")
+    ]
+    with torch.no_grad():
+        case = layers.Case.make(layers.TINY_LAYERS[0], 2, 12, torch.float16, torch.device("cpu"))
+        (right,) = kernels._library(context, case)
+        assert right.matched and 0 < right.error < 2e-3 and right.ms is not None
+        product = Tensor.__matmul__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "__matmul__", lambda a, b: product(a, b) * (1.01 if a.dtype == torch.float16 else 1))
+            (wrong,) = kernels._library(context, case)
+    assert not wrong.matched and wrong.ms is None and wrong.reason == "wrong product"
 
 
 def test_every_groups_function_is_there() -> None:

@@ -86,6 +86,38 @@ def test_a_gradient_that_is_wrong_in_one_group_has_no_time(case: training.Case, 
     assert wrong.error == pytest.approx(1e-3, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_limit_that_leaves_a_task_out_has_no_time(dtype: torch.dtype) -> None:
+    plain, case = training.build_case(training.TINY, 2, CPU, dtype, batch=2)
+    truth, errors = training.exact_losses(plain, case)
+
+    class Replayed(training.Limit):
+        """As from a graph: the losses are where they were."""
+
+        tasks = 2
+
+        def step(self) -> None:
+            if not self.losses:
+                return super().step()
+            before = self.losses
+            super().step()
+            for old, new in zip(before[: self.tasks], self.losses, strict=False):
+                old.copy_(new)
+            self.losses = before
+
+    class Short(Replayed):
+        tasks = 1
+
+    def row(kind: type[training.Limit]) -> training.Row:
+        blank = training._blank(case, training.STEP, training.LIMIT, dtype)
+        return training.measure(blank, lambda: kind(plain, case, False), truth, errors, CPU, 0.0)
+
+    for right in (row(training.Limit), row(Replayed)):
+        assert right.matched and right.ms is not None and 0 < right.error < 0.02
+    short = row(Short)
+    assert not short.matched and short.ms is None and short.reason == "wrong loss"
+
+
 def test_images_of_the_wrong_task_are_noticed(case: training.Case) -> None:
     truth, plain = training.exact_gradient(case)
     swapped = copy.copy(case)

@@ -1,4 +1,4 @@
-"""Results files that are whole after every unit."""
+"""Results files that are whole after every row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ WHERE = {"gpu": "A", "driver": "1", "torch": "2", "triton": "3", "triton_key": "
 def made(path: Path) -> Record:
     record = Record.new(path, HEADER)
     record.identify(WHERE)
-    record.add("group/one", [{"variant": "a", "ms": 1.0, "matched": True}], 0.5)
+    record.begin("group/one", 10.0, 1.0)
+    record.add("group/one", {"variant": "a", "ms": 1.0, "matched": True})
+    record.close("group/one", 0.5)
     record.begin("group/two", 10.0, 3.0)
     return record
 
@@ -28,7 +30,11 @@ def test_a_file_is_there_after_every_step_and_whole(tmp_path: Path) -> None:
     assert data["running"] == {"unit": "group/two", "since": 3.0, "limit": 10.0}
     assert data["units"] == {"group/one": {"state": DONE, "seconds": 0.5}}
     assert data["rows"] == [{"unit": "group/one", "variant": "a", "ms": 1.0, "matched": True}]
-    record.add("group/two", [{"variant": "b", "ms": 2.0, "matched": False}], 0.25)
+    for variant, rows in (("b", 2), ("c", 3)):
+        record.add("group/two", {"variant": variant, "ms": 2.0, "matched": variant == "c"})
+        data = json.loads(path.read_text())
+        assert len(data["rows"]) == rows and data["running"]["unit"] == "group/two" and len(data["units"]) == 1
+    record.close("group/two", 0.25)
     assert json.loads(path.read_text())["running"] is None
     assert [row["variant"] for row in record.wrong] == ["b"]
     assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing is left beside it"
@@ -47,13 +53,17 @@ def test_going_on_forgets_how_it_ended_and_keeps_what_was_measured(tmp_path: Pat
     path = tmp_path / "results.json"
     record = made(path)
     record.missed("group/three")
-    record.add("group/lacking", [{"variant": "all", "matched": True}], 0.0, LACKING)
+    record.begin("group/lacking", 10.0, 2.0)
+    record.add("group/lacking", {"variant": "all", "matched": True})
+    record.close("group/lacking", 0.0, LACKING)
     record.begin("group/two", 10.0, 3.0)
+    record.add("group/two", {"variant": "b", "ms": 2.0, "matched": True})
     again = Record.read(path, "made-up")
     assert again.data["running"]["unit"] == "group/two" and again.data["not_reached"] == ["group/three"]
     again.resume()
     assert again.data["running"] is None and again.data["not_reached"] == []
-    assert list(again.data["units"]) == ["group/one"] and len(again.data["rows"]) == 1
+    assert list(again.data["units"]) == ["group/one"]
+    assert [row["unit"] for row in again.data["rows"]] == ["group/one"], "what was under way is measured again, whole"
     again.identify(WHERE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def test_a_unit_is_measured_once(session: Session) -> None:
     again = Session(Record.read(session.record.path, "made-up"), say=lambda line: None)
     again.measure("group/one", rows, 1.0)
     assert len(calls) == 1
+
+
+def test_rows_are_saved_as_they_come_and_stay_when_the_next_fails(session: Session) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield RIGHT
+        (saved,) = json.loads(session.record.path.read_text())["rows"]
+        assert saved == {"unit": "group/one", **RIGHT}
+        yield {**RIGHT, "variant": "b"}
+        raise ValueError("the third")
+
+    session.measure("group/one", rows, 1.0)
+    found = json.loads(session.record.path.read_text())
+    assert [(row["variant"], row["matched"]) for row in found["rows"]] == [("a", True), ("b", True), ("all", False)]
+    assert found["rows"][2]["reason"] == "ValueError: the third" and found["running"] is None
 
 
 def test_what_takes_longer_than_there_is_time_is_not_begun(session: Session, clock: Clock) -> None:
