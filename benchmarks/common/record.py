@@ -1,8 +1,8 @@
 """A results file that is whole after every row: what was measured survives whatever ends the run.
 
 A run consists of units, each with a key and one or more rows. The file is written anew, atomically, when a unit begins,
-after each of its rows and when it is done, so that a kill at any moment leaves a file with every row until then. The unit
-that was under way is measured again by a later run. Needs nothing but Python.
+after each of its rows and when it is done: a kill at any moment leaves a file with every row until then. What was under
+way is measured again by a later run. Needs nothing but Python.
 """
 
 from __future__ import annotations
