@@ -375,9 +375,9 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     }
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="serving-suite-") as folder:
         for model, layer in layers.projections(quick):
-            rows = layers.layer_rows(model, layer, dtype, device, layer_effort, rates)
-            report["rows"] += [asdict(row) for row in rows]
-            save(report)
+            for row in layers.layer_rows(model, layer, dtype, device, layer_effort, rates):
+                report["rows"].append(asdict(row))
+                save(report)
         clock.say("layers are measured")
         for name, its_batches in batches.items():
             encoder = TINY_ENCODER if quick else ENCODERS[name]

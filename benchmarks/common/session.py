@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,17 +160,6 @@ def describe(key: str, row: Mapping[str, Any]) -> str:
     variant = str(row.get("variant", ""))
     name = key if not variant or key.endswith(f"/{variant}") else f"{key}: {variant}"
     return f"{name}: {', '.join(about) or 'right'}"
-
-
-@contextlib.contextmanager
-def frozen_garbage() -> Any:
-    """Leave out of garbage collection what is there now: captures collect, thousands of times."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class Once:

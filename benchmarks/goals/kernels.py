@@ -179,9 +179,7 @@ def _bound_ms(context: Context, operations: float, moved: float) -> float:
 def _library(context: Context, case: layers.Case) -> Iterator[Row]:
     x, dy, layer = case.x, case.dy, case.layer
     operations, moved = 2.0 * x.shape[0] * layer.n * layer.d, 2.0 * (x.numel() + dy.numel() + layer.n * layer.d)
-    exact = dy.double().t() @ x.double()
-    # partial sums may be rounded to 16 bits as well
-    error, plain = relative_error([dy.t() @ x], [exact]), 2 * relative_error([exact.to(x.dtype)], [exact])
+    error, plain = layers.product_error(x, dy)
     right = error <= TOLERANCE * plain + 1e-6
     row = Row(layer.name, LIBRARY_DW, x.shape[0], dtype_name(x.dtype), error, plain, right, case.tasks, moved)
     row.reason = None if right else "wrong product"
