@@ -284,7 +284,7 @@ Gradient = dict[str, Tensor]
 
 
 class Runner(Protocol):
-    """One variant: a step, and the gradient at the same place."""
+    """One variant: a step, and what is judged of it: the gradient at the same place (a limit: its losses)."""
 
     warm_up: int
     notes: list[str]
@@ -990,11 +990,12 @@ def case_rows(
         yield done(measure(row, baseline(torch.float32, True), truth, errors, device, seconds))
     case.pareto, case.parts, case.learned = None, {}, {}
     del truth
-    for variant, graph in ((LIMIT, False), (LIMIT_GRAPH, True)):
-        if variant in variants and not (graph and device.type != "cuda"):
-            make = lambda graph=graph: Limit(plain, case, graph)  # noqa: E731
-            row = _blank(case, STEP, variant, dtype)
-            yield done(measure(row, make, *exact_losses(plain, case), device, seconds))
+    limits = [(LIMIT, False), *([(LIMIT_GRAPH, True)] if device.type == "cuda" else [])]
+    wanted = [(variant, graph) for variant, graph in limits if variant in variants]
+    losses = exact_losses(plain, case) if wanted else ({}, {})
+    for variant, graph in wanted:
+        make = lambda graph=graph: Limit(plain, case, graph)  # noqa: E731
+        yield done(measure(_blank(case, STEP, variant, dtype), make, *losses, device, seconds))
 
 
 def widen(case: Case) -> None:
