@@ -25,13 +25,13 @@ from PIL import Image
 
 from pareto_merging import reports
 from pareto_merging.baselines.registry import METHODS
-from pareto_merging.checkpoints.files import write_json
 from pareto_merging.comparison import Comparison, compare, summarize
 from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
 from pareto_merging.metrics import spearman, spread
 from pareto_merging.reports import answer, cell, markdown_table
-from pareto_merging.threads import one_thread
+from pareto_merging.system.files import write_json
+from pareto_merging.system.threads import one_thread
 from pareto_merging.workspace import Workspace
 
 EFFORT = 3

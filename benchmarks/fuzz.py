@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from pareto_merging.errors import UserError
-from pareto_merging.progress import progress_bar
+from pareto_merging.system.progress import progress_bar
 
 SECONDS, STALLED_SECONDS, MEMORY, LONGEST_MESSAGE = 1.0, 30.0, 512 * 2**20, 500
 KEPT_FINDINGS = 20
@@ -360,7 +360,7 @@ def _read_archive(path: Path) -> Answer:
 
 
 def _read_safetensors(path: Path) -> Answer:
-    from pareto_merging.checkpoints.files import SafetensorsFile
+    from pareto_merging.system.files import SafetensorsFile
 
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.shapes}

@@ -38,7 +38,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.parametrize import merge
 from pareto_merging.preferences import dirichlet, one_hot_preferences
 from pareto_merging.serving import Engine
-from pareto_merging.tables import print_table
+from pareto_merging.system.tables import print_table
 
 SECONDS_TO_ANSWER = 60.0
 # open at a time from one process: more would wait in the system's buffers, and some be reset there

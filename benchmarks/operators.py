@@ -22,7 +22,7 @@ from pareto_merging import MergingTask, MethodSettings, parametrize
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.gradient import TasksAtOnce
-from pareto_merging.modes import eval_mode
+from pareto_merging.system.modes import eval_mode
 from pareto_merging.training import Learner
 
 # of no work: views, and memory that nothing is written to

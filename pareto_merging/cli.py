@@ -150,12 +150,12 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy and entropy of a learned Pareto set on the held-out images, per task and preference."""
-    from pareto_merging.checkpoints.files import write_json
     from pareto_merging.evaluation import evaluate_preferences
     from pareto_merging.metrics import indicators
     from pareto_merging.preferences import parse_preferences
     from pareto_merging.reports import write_evaluation
     from pareto_merging.runs import open_run
+    from pareto_merging.system.files import write_json
     from pareto_merging.workspace import user_errors
 
     workspace, model = open_run(run)
@@ -240,7 +240,7 @@ def compare(
     from pareto_merging.errors import Interrupted
     from pareto_merging.reports import EXPLANATION, head, summary_rows
     from pareto_merging.runs import compare_run
-    from pareto_merging.tables import print_table
+    from pareto_merging.system.tables import print_table
 
     settings = read_config(config)
     try:
@@ -399,7 +399,7 @@ def plan(
     """
     from pareto_merging.config import read_config
     from pareto_merging.plan import plan_run
-    from pareto_merging.tables import print_table
+    from pareto_merging.system.tables import print_table
     from pareto_merging.workspace import Workspace
 
     workspace = Workspace(read_config(config))
@@ -518,7 +518,7 @@ def serve(
 
 def _print_scores(names: Sequence[str], gammas: Sequence[Tensor], scores: Sequence[Scores]) -> None:
     from pareto_merging.preferences import format_preference
-    from pareto_merging.tables import print_table
+    from pareto_merging.system.tables import print_table
 
     rows = [
         [format_preference(gamma.tolist()), *(f"{score.accuracy[name]:.1f}" for name in names), f"{score.average:.1f}"]

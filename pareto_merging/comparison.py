@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from pareto_merging.baselines import individual
 from pareto_merging.baselines.interface import Merged
 from pareto_merging.baselines.registry import METHODS, Choice, Method, Problem, check_needs
-from pareto_merging.checkpoints.files import write_json
 from pareto_merging.config import MethodSettings
-from pareto_merging.environment import measured
 from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.evaluation import agreement, choose_for_unseen, evaluate_model, predict
 from pareto_merging.metrics import hypervolume, indicators, spread, union_front
@@ -38,6 +36,8 @@ from pareto_merging.preferences import (
     parse_preferences,
     priority_preferences,
 )
+from pareto_merging.system.environment import measured
+from pareto_merging.system.files import write_json
 from pareto_merging.workspace import Workspace
 
 FORMAT = "pareto-comparison-result"

@@ -14,18 +14,18 @@ from typing import Any
 from rich.console import Console
 
 from pareto_merging import figures
-from pareto_merging.checkpoints.files import write_json, write_text
 from pareto_merging.checkpoints.pareto_set import save_pareto_set
 from pareto_merging.comparison import Comparison
 from pareto_merging.config import RunConfig
-from pareto_merging.environment import environment
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import evaluate_preferences
 from pareto_merging.metrics import hypervolume, non_dominated, spearman
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.runs import SET_NAME, check_new, train_run
-from pareto_merging.tables import print_table
-from pareto_merging.threads import one_thread
+from pareto_merging.system.environment import environment
+from pareto_merging.system.files import write_json, write_text
+from pareto_merging.system.tables import print_table
+from pareto_merging.system.threads import one_thread
 from pareto_merging.workspace import Workspace
 
 # The published preset, except that the runs are short: 150 steps instead of 4000 want a larger rate for λ.

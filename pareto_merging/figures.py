@@ -27,9 +27,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from pareto_merging.checkpoints.files import atomic_path
 from pareto_merging.metrics import non_dominated
 from pareto_merging.preferences import SUM_TOLERANCE
+from pareto_merging.system.files import atomic_path
 
 Array = NDArray[np.float64]
 Style: TypeAlias = dict[str, Any]

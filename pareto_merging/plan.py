@@ -15,8 +15,8 @@ from pareto_merging.checkpoints.readers import Checkpoint
 from pareto_merging.errors import UserError
 from pareto_merging.parametrize import check_copies, lambda_group, task_vectors_of, wants_low_rank
 from pareto_merging.preprocessing import make_preprocess, widest
-from pareto_merging.progress import progress_bar
 from pareto_merging.stored import Precision, describe_dtypes, percent, summarize_dtypes
+from pareto_merging.system.progress import progress_bar
 from pareto_merging.workspace import Workspace, user_errors
 
 # reading less than this takes no time worth a progress bar

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pareto_merging.checkpoints.files import read_metadata, read_tensors, write_tensors, write_text
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
-from pareto_merging.modes import eval_mode
 from pareto_merging.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import (
     check_preference,
@@ -34,7 +32,9 @@ from pareto_merging.preferences import (
     preference,
     sample_dirichlet,
 )
-from pareto_merging.progress import progress_bar
+from pareto_merging.system.files import read_metadata, read_tensors, write_tensors, write_text
+from pareto_merging.system.modes import eval_mode
+from pareto_merging.system.progress import progress_bar
 
 CHECKPOINT_NAME, LOG_NAME = "checkpoint.safetensors", "log.jsonl"
 # entropy and mean-prediction entropy are averaged over about this many steps before anything is said about them

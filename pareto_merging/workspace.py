@@ -20,13 +20,13 @@ from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
-from pareto_merging.devices import find_device
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.modules import set_strategy
 from pareto_merging.parametrize import parametrize
 from pareto_merging.preprocessing import extremes
 from pareto_merging.stored import StoredTensors, remember_stored
+from pareto_merging.system.devices import find_device
 from pareto_merging.training import MergingTask
 
 

@@ -1580,8 +1580,9 @@ MEMORY, SECONDS = 300 * 2**20, 4.0
 
 def open_fully(path: Path, how: str) -> str:
     """Read all that a case has, by the lowest reader that knows it and by the one that users call; says what it was."""
-    from pareto_merging.checkpoints import archives, files, modules, pickles, readers
+    from pareto_merging.checkpoints import archives, modules, pickles, readers
     from pareto_merging.errors import UserError
+    from pareto_merging.system import files
 
     if how == "machine":
         with path.open("rb") as stream:

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.files import file_stamp
 from pareto_merging.checkpoints.pickles import MAX_BYTES, Storage, StoredTensor, read_pickle
 from pareto_merging.errors import UserError
+from pareto_merging.system.files import file_stamp
 
 _CHUNK = 2**20
 _MAX_DIRECTORY, _MAX_ENTRIES = 2**24, 2**17

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.files import SafetensorsFile, write_tensors
 from pareto_merging.checkpoints.readers import is_head, is_safetensors, open_checkpoint, open_head
 from pareto_merging.data.heads import read_head
 from pareto_merging.errors import UserError
-from pareto_merging.progress import progress_bar
+from pareto_merging.system.files import SafetensorsFile, write_tensors
+from pareto_merging.system.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as shapes
-from pareto_merging.checkpoints.files import CHECKSUMS, checksums, sort_metadata, usual_mode
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.errors import UserError
+from pareto_merging.system.files import CHECKSUMS, checksums, sort_metadata, usual_mode
 
 HUGGING_FACE_WEIGHTS, HUGGING_FACE_CONFIG = "model.safetensors", "config.json"
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"

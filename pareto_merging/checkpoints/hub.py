@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pareto_merging.checkpoints.files import read_json
 from pareto_merging.errors import UserError
+from pareto_merging.system.files import read_json
 
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

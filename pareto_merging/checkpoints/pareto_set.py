@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging import encoders
-from pareto_merging.checkpoints.files import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
@@ -34,6 +33,7 @@ from pareto_merging.parametrize import (
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
 from pareto_merging.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.preprocessing import Preprocess
+from pareto_merging.system.files import read_metadata, read_shapes, read_tensors, write_tensors
 
 # 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1
 FORMAT_VERSION = 2

@@ -40,7 +40,6 @@ from pareto_merging.checkpoints.architecture import (
     preprocessing_from_open_clip,
 )
 from pareto_merging.checkpoints.archives import Archive, open_archive
-from pareto_merging.checkpoints.files import SafetensorsFile, known_as, parse_json, read_json
 from pareto_merging.checkpoints.modules import (
     attention_heads,
     find_tensors,
@@ -51,6 +50,7 @@ from pareto_merging.checkpoints.modules import (
 from pareto_merging.checkpoints.names import BLOCK_NAMES, Piece, block_and_rest, listed, text_pieces, vision_pieces
 from pareto_merging.checkpoints.pickles import Record, StoredTensor
 from pareto_merging.errors import UserError
+from pareto_merging.system.files import SafetensorsFile, known_as, parse_json, read_json
 
 _SHARD = re.compile(r"[\w-][\w.-]{0,180}\.(safetensors|bin|pt)", re.ASCII)
 # of a converted file's header

@@ -31,7 +31,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
 
-from pareto_merging.threads import one_thread
+from pareto_merging.system.threads import one_thread
 
 StateDict = dict[str, Tensor]
 

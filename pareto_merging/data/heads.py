@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.checkpoints.files import SafetensorsFile
 from pareto_merging.checkpoints.readers import is_safetensors, open_head
 from pareto_merging.errors import UserError
+from pareto_merging.system.files import SafetensorsFile
 
 
 class ZeroShotHead(nn.Module):

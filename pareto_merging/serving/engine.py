@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging import encoders
-from pareto_merging.checkpoints.files import read_shapes
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_folded_header
 from pareto_merging.data.heads import ZeroShotHead
-from pareto_merging.devices import find_device
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, part_name
 from pareto_merging.preferences import (
@@ -31,8 +29,10 @@ from pareto_merging.preferences import (
     parse_preference,
     parse_preferences,
 )
-from pareto_merging.progress import progress_bar
 from pareto_merging.serving.layers import serve_layers
+from pareto_merging.system.devices import find_device
+from pareto_merging.system.files import read_shapes
+from pareto_merging.system.progress import progress_bar
 from pmkernels.checks import no_autocast
 from pmkernels.graphs import capture, warm_up
 

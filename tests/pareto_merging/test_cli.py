@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from pareto_merging import encoders
 from pareto_merging.baselines.registry import METHODS
-from pareto_merging.checkpoints.files import read_metadata
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_header
 from pareto_merging.config import MethodSettings, read_config
 from pareto_merging.evaluation import evaluate_model
 from pareto_merging.preferences import set_preference
 from pareto_merging.runs import open_run
+from pareto_merging.system.files import read_metadata
 from pareto_merging.workspace import Workspace
 from pmkernels import dispatch
 

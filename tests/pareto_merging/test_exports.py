@@ -576,7 +576,8 @@ def test_a_full_disk_leaves_the_old_model_or_none(
 def test_an_interrupt_leaves_the_old_model(
     format: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pareto_merging.checkpoints import export, files
+    from pareto_merging.checkpoints import export
+    from pareto_merging.system import files
 
     out = tmp_path / ("out.safetensors" if format == "safetensors" else "out")
     options = ["--format", format, "--out", out, "--overwrite", "--quiet"]

@@ -20,7 +20,6 @@ import torch
 from helpers import randomize
 from torch import Tensor, nn
 
-from pareto_merging.checkpoints.files import read_tensors
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
@@ -30,6 +29,7 @@ from pareto_merging.modules import set_strategy
 from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
+from pareto_merging.system.files import read_tensors
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
 
 # those of these tests run twice, with the eager strategy and with the kernels
@@ -566,7 +566,7 @@ def test_damaged_checkpoints_are_one_clear_error(
 ) -> None:
     from safetensors.torch import save_file
 
-    from pareto_merging.checkpoints.files import read_metadata
+    from pareto_merging.system.files import read_metadata
 
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
     learn_pareto_set(model, task_set(2), method(), folder=tmp_path, progress=False)

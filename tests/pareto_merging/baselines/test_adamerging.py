@@ -13,10 +13,10 @@ from method_cases import assert_state, conv_net, entropy, image_tasks, parameter
 from torch import Tensor, nn
 
 from pareto_merging.baselines import adamerging, adamerging_preference, ties
-from pareto_merging.checkpoints.files import read_tensors
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.errors import Interrupted, TrainingError
+from pareto_merging.system.files import read_tensors
 from pareto_merging.training import MergingTask
 
 IMAGES, STEPS = 7, 6

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pareto_merging
-from pareto_merging.checkpoints import files
 from pareto_merging.checkpoints.pareto_set import (
     SET_FORMAT,
     load_folded,
@@ -25,6 +24,7 @@ from pareto_merging.checkpoints.pareto_set import (
 from pareto_merging.errors import UserError
 from pareto_merging.parametrize import fold, parametrize
 from pareto_merging.preferences import set_preference
+from pareto_merging.system import files
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pareto_merging import progress
+from pareto_merging.system import progress
 
 
 def test_plain_lines_with_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

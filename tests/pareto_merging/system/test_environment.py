@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from pareto_merging.environment import environment
+from pareto_merging.system.environment import environment
 
 
 def test_environment_is_json_with_versions() -> None:
@@ -18,7 +18,7 @@ def test_environment_is_json_with_versions() -> None:
 def test_measured_sees_memory() -> None:
     """In a process of its own: this one's allocator may serve 256 MiB from what earlier tests have left."""
     code = (
-        "from pareto_merging.environment import measured\n"
+        "from pareto_merging.system.environment import measured\n"
         "small, large = (measured(lambda: len(b'x' * size)) for size in (1, 256 * 2**20))\n"
         "assert large[0] == 256 * 2**20 and large[1] > 0\n"
         "print(large[2] - small[2])"
