@@ -40,7 +40,8 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks import results
-from pareto_merging import encoders, exports
+from pareto_merging import exports
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.pareto_set import save_pareto_set
 from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint

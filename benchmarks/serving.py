@@ -53,7 +53,8 @@ from benchmarks.serving_baselines import (
 )
 from benchmarks.serving_layers import FAILED, Effort, quantiles
 from benchmarks.training import Clock
-from pareto_merging import encoders, merge
+from pareto_merging import merge
+from pareto_merging.checkpoints import encoders
 
 OP = "serving"
 PREFERENCES = (1, 4, 32)

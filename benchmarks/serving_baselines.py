@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks.layers import free_memory
-from pareto_merging import ParetoAttention, encoders, fold, merge, parametrize, save_folded
+from pareto_merging import ParetoAttention, fold, merge, parametrize, save_folded
+from pareto_merging.checkpoints import encoders
 from pareto_merging.modules import ParetoModule, pareto_modules
 from pareto_merging.serving import Engine
 from pmkernels import reference

@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pareto_merging import encoders
-from pareto_merging.checkpoints import hub
+from pareto_merging.checkpoints import encoders, hub
 from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card, new_folder
 from pareto_merging.checkpoints.pareto_set import package_version, save_folded
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint

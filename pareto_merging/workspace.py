@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.data.heads import ZeroShotHead, read_head
@@ -109,7 +109,7 @@ class Workspace:
 
     @cached_property
     def encoder_description(self) -> dict[str, Any]:
-        """How to build the plain encoder: see :func:`pareto_merging.encoders.describe`.
+        """How to build the plain encoder: see :func:`.encoders.describe`.
 
         The configuration's architecture or else the pretrained checkpoint's; QuickGELU as the checkpoint says.
         """
@@ -191,7 +191,7 @@ class Workspace:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
-        """How image files become the encoder's input: see :func:`pareto_merging.encoders.default_preprocessing`.
+        """How image files become the encoder's input: see :func:`.encoders.default_preprocessing`.
 
         As the checkpoints say, where they do.
         """

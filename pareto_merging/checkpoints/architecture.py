@@ -208,7 +208,7 @@ def _check_heads(heads: int, width: int) -> None:
 
 
 def describe(architecture: Architecture) -> dict[str, Any]:
-    """Plain JSON for :func:`pareto_merging.encoders.build`: open_clip's model name where it is exactly that model's
+    """Plain JSON for :func:`.encoders.build`: open_clip's model name where it is exactly that model's
     vision transformer, else the arguments of VisionTransformer (``output_dim`` null without a projection).
 
     ``quick_gelu`` None is written as False.
@@ -246,13 +246,13 @@ _SIZES = {"image_size", "patch_size", "width", "layers", "heads", "head_width", 
 
 
 def from_description(description: Mapping[str, Any]) -> Architecture:
-    """The inverse of :func:`describe`, for any description that :func:`pareto_merging.encoders.build` takes.
+    """The inverse of :func:`describe`, for any description that :func:`.encoders.build` takes.
 
     Raises:
         UserError: no description of an encoder, or one that a plain CLIP cannot express (another pooling, layer scale,
             no ``ln_pre``, a timm model or a ResNet, …): names the setting.
     """
-    from pareto_merging import encoders
+    from pareto_merging.checkpoints import encoders
 
     quick_gelu = description.get("quick_gelu") or False
     if not isinstance(quick_gelu, bool):

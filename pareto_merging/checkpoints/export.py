@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as shapes
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import CHECKSUMS, checksums, sort_metadata, usual_mode
@@ -61,7 +61,7 @@ def export_hugging_face(
         tensors: the vision tower in open_clip's names (without ``visual.``); each is read once, and kept: one model
             of memory.
         folder: the new folder; what is above it is created.
-        encoder, preprocessing: as :mod:`pareto_merging.encoders` describes them.
+        encoder, preprocessing: as :mod:`pareto_merging.checkpoints.encoders` describes them.
         text: everything else of a whole CLIP in open_clip's names; nothing where there is no text tower.
         text_heads: its attention heads; default: one for every 64 features.
         card: the README.md; default: a short :func:`model_card`.
@@ -340,7 +340,7 @@ def model_card(
     """A README.md for the Hugging Face Hub: front matter it accepts, and what the model is, made of and loaded by.
 
     Args:
-        encoder: as :mod:`pareto_merging.encoders` describes it. has_text: it is a whole CLIP.
+        encoder: as :mod:`pareto_merging.checkpoints.encoders` describes it. has_text: it is a whole CLIP.
         preference: task -> weight. method: how it was merged, in words. rank: of the low-rank part.
         lambda_grouping: for what there is a learned λ each (tensor, block, …). version: of this package.
         library: what loads it; ``safetensors``: one file of the vision tower, called ``file_name``, whose images are

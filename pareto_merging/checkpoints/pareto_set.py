@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
@@ -266,9 +266,9 @@ def save_folded(
 
     Args:
         heads: task -> (class embeddings ``[classes, dim]``, logit scale): what turns features into predictions.
-        encoder: how to build the plain module again (the arguments of :func:`pareto_merging.encoders.build`).
+        encoder: how to build the plain module again (the arguments of :func:`.encoders.build`).
         preprocessing: how images become its input, where not as CLIP does it: as
-            :func:`pareto_merging.encoders.default_preprocessing` describes it.
+            :func:`.encoders.default_preprocessing` describes it.
     """
     folded = fold(model)
     state = pareto_state(folded)

@@ -197,7 +197,7 @@ class Checkpoint(CheckpointTensors):
 
     Attributes:
         format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip.
-        encoder: how to build the module (:func:`pareto_merging.encoders.build`); None where only ``names`` told what it
+        encoder: how to build the module (:func:`.encoders.build`); None where only ``names`` told what it
             is. ``quick_gelu`` in it is None where the checkpoint does not say.
         quick_gelu, heads: its activation and its attention heads; None where the checkpoint does not say.
         preprocessing: ``size``, ``mean`` and ``std`` of its images, or None.

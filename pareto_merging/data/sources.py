@@ -89,7 +89,7 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
     perhaps ``labels`` [n]; anything else is a folder of image files, resized, cropped and normalised.
 
     Args:
-        preprocessing: ``size``, ``mean`` and ``std``: :func:`pareto_merging.encoders.default_preprocessing`.
+        preprocessing: ``size``, ``mean`` and ``std``: :func:`.encoders.default_preprocessing`.
 
     Raises:
         UserError: nothing there, or not what was expected.

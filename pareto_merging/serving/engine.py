@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_folded_header
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
@@ -161,7 +161,7 @@ class Engine:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any] | None:
-        """How image files become the model's input (:func:`pareto_merging.encoders.default_preprocessing`); None where
+        """How image files become the model's input (:func:`.encoders.default_preprocessing`); None where
         the file does not know."""
         found = self._header.get("preprocessing")
         if found is not None:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.runs import open_run
 

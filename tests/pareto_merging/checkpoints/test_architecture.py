@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pareto_merging import encoders
 from pareto_merging.checkpoints import architecture as arch
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.architecture import (
     Architecture,
     check_hugging_face_config,

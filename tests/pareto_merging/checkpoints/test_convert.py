@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.data.heads import read_head

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
 from pareto_merging.checkpoints.pickles import ForbiddenGlobal

@@ -27,7 +27,7 @@ from helpers import noisy_copy, randomize
 from PIL import Image
 from torch import Tensor
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, save_folded
 from pareto_merging.cli import main
 from pareto_merging.parametrize import merge, parametrize

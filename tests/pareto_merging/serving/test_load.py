@@ -19,7 +19,7 @@ import torch
 from helpers import noisy_copy, randomize
 
 from benchmarks import load
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.pareto_set import save_folded
 from pareto_merging.parametrize import parametrize
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU
 
-from pareto_merging import encoders
+from pareto_merging.checkpoints import encoders
 from pareto_merging.errors import UserError
 
 SMALL = {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 8}
