@@ -43,10 +43,10 @@ from benchmarks import results
 from pareto_merging import exports
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
-from pareto_merging.checkpoints.pareto_set import save_pareto_set
 from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
 from pareto_merging.config import RunConfig, dump_config, read_config
-from pareto_merging.parametrize import learned_parameters, merge
+from pareto_merging.model.files import save_pareto_set
+from pareto_merging.model.parametrize import learned_parameters, merge
 from pareto_merging.preferences import parse_preferences
 from pareto_merging.runs import CONFIG_NAME, SET_NAME, open_run
 from pareto_merging.system.environment import measured

@@ -33,9 +33,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pareto_merging.checkpoints.pareto_set import load_folded, load_heads
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import merge
+from pareto_merging.model.files import load_folded, load_heads
+from pareto_merging.model.parametrize import merge
 from pareto_merging.preferences import dirichlet, one_hot_preferences
 from pareto_merging.serving import Engine
 from pareto_merging.system.tables import print_table

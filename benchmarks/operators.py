@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pareto_merging import MergingTask, MethodSettings, parametrize
+from pareto_merging import MergingTask, MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.gradient import TasksAtOnce
+from pareto_merging.model import parametrize
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.training import Learner
 

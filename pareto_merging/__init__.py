@@ -3,20 +3,20 @@
 W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, ICML 2025).
 """
 
-from pareto_merging.checkpoints.pareto_set import (
+from pareto_merging.checkpoints.readers import open_checkpoint
+from pareto_merging.config import MethodSettings
+from pareto_merging.data.heads import ZeroShotHead, read_head
+from pareto_merging.errors import Interrupted, TrainingError, UserError
+from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
+from pareto_merging.model.files import (
     load_folded,
     load_heads,
     load_pareto_set,
     save_folded,
     save_pareto_set,
 )
-from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.config import MethodSettings
-from pareto_merging.data.heads import ZeroShotHead, read_head
-from pareto_merging.errors import Interrupted, TrainingError, UserError
-from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
-from pareto_merging.modules import ParetoAttention, ParetoLinear, set_strategy
-from pareto_merging.parametrize import (
+from pareto_merging.model.modules import ParetoAttention, ParetoLinear, set_strategy
+from pareto_merging.model.parametrize import (
     fold,
     get_lambda,
     lambda_names,
@@ -25,8 +25,8 @@ from pareto_merging.parametrize import (
     parametrize,
     set_lambda,
 )
+from pareto_merging.model.stored import remember_stored
 from pareto_merging.preferences import get_preference, preference, set_preference
-from pareto_merging.stored import remember_stored
 from pareto_merging.training import MergingTask, learn_pareto_set
 from pareto_merging.workspace import load_models
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import pmkernels
 from pareto_merging.data.sources import labelled_batches
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import merge
+from pareto_merging.model.parametrize import merge
 from pareto_merging.preferences import pareto_state
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar

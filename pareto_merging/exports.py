@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pareto_merging.checkpoints import encoders, hub
 from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card, new_folder
-from pareto_merging.checkpoints.pareto_set import package_version, save_folded
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import learned_parameters, merge
+from pareto_merging.model.files import package_version, save_folded
+from pareto_merging.model.parametrize import learned_parameters, merge
 from pareto_merging.preferences import format_preference, pareto_state, parse_preferences
 from pareto_merging.runs import CONFIG_NAME, SET_NAME, check_new, open_run
 from pareto_merging.system.files import read_json, write_json, write_tensors, write_text
@@ -232,7 +232,7 @@ def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
 
 def _task_names(run: Path) -> Sequence[str]:
     """The tasks of a run before its models are loaded, so that a wrong preference is said at once."""
-    from pareto_merging.checkpoints.pareto_set import SET_FORMAT, read_header
+    from pareto_merging.model.files import SET_FORMAT, read_header
 
     if not (run / SET_NAME).is_file():
         # its own error says what is missing

@@ -4,7 +4,7 @@ The loss depends on the learned parameters only through S_1 … S_K and the clos
 backward, keep that task's small gradient, free its activations (a micro-step); then dL/dS_k from the K numbers S, and
 Σ_k (dL/dS_k)·∇S_k.
 
-Around that, what makes it fast: merged weights are kept for the K micro-steps (:mod:`pareto_merging.cache`), all biases
+Around that, what makes it fast: merged weights are kept for the K micro-steps (:mod:`.cache`), all biases
 and norms are merged in one launch and their λ differentiated in one, the images and γ lie at fixed places, and on a GPU
 the whole of it is captured once and replayed, so that Python launches one graph instead of thousands of kernels.
 """
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.cache import MergedWeights
 from pareto_merging.config import MethodSettings
-from pareto_merging.modules import ParetoModule, pareto_modules
+from pareto_merging.model.cache import MergedWeights
+from pareto_merging.model.modules import ParetoModule, pareto_modules
 from pareto_merging.objectives import (
     EntropyTerms,
     WeightDistance,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.cache import MergedWeights
+from pareto_merging.model.cache import MergedWeights
 
 Preference: TypeAlias = Tensor | Sequence[float] | Sequence[Sequence[float]] | Mapping[str, float]
 
@@ -42,7 +42,7 @@ class ParetoState:
     strategy: str = "auto"
     # bytes that kept merged weights may take, where the strategy keeps any
     memory_budget: int | None = None
-    # how γ becomes the r×r core of the low-rank term: see pareto_merging.modules.preference_core
+    # how γ becomes the r×r core of the low-rank term: see pareto_merging.model.modules.preference_core
     core: str = "tensor"
     # λ is used clamped to this range; set while AdaMerging's clamp is trained through
     lambda_range: tuple[float, float] | None = None

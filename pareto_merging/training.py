@@ -24,7 +24,7 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
-from pareto_merging.parametrize import TensorDigest, learned_parameters
+from pareto_merging.model.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import (
     check_preference,
     equal_preference,

@@ -22,10 +22,10 @@ from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.modules import set_strategy
-from pareto_merging.parametrize import parametrize
-from pareto_merging.preprocessing import extremes
-from pareto_merging.stored import StoredTensors, remember_stored
+from pareto_merging.model.modules import set_strategy
+from pareto_merging.model.parametrize import parametrize
+from pareto_merging.model.preprocessing import extremes
+from pareto_merging.model.stored import StoredTensors, remember_stored
 from pareto_merging.system.devices import find_device
 from pareto_merging.training import MergingTask
 
@@ -422,7 +422,7 @@ def load_models(
     Returns:
         The module, and for each task a mapping that reads a tensor from its file, as it is stored there, when it is
         asked for it. The module's weights are rounded to ``dtype``, but it remembers where they are as stored, so that
-        every task vector is rounded once (:mod:`pareto_merging.stored`). With ``parametrize(*load_models(…),
+        every task vector is rounded once (:mod:`pareto_merging.model.stored`). With ``parametrize(*load_models(…),
         copy=False)`` a Pareto model takes K + 1 models of memory and one tensor.
 
     Raises:

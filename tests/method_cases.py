@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.modules import pareto_modules
+from pareto_merging.model.modules import pareto_modules
 from pareto_merging.training import MergingTask
 
 

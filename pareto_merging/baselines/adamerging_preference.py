@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pareto_merging.baselines import adamerging
 from pareto_merging.baselines.interface import Merged, task_names
 from pareto_merging.config import MethodSettings
-from pareto_merging.parametrize import Weights
+from pareto_merging.model.parametrize import Weights
 from pareto_merging.training import MergingTask
 
 

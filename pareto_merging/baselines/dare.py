@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
-from pareto_merging.parametrize import Weights
-from pareto_merging.preprocessing import check_density, dare_generator, dare_mask
+from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.preprocessing import check_density, dare_generator, dare_mask
 
 
 def merge(

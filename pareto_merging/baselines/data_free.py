@@ -16,7 +16,7 @@ from torch import nn
 from pareto_merging.baselines import pareto
 from pareto_merging.baselines.interface import Merged
 from pareto_merging.config import MethodSettings
-from pareto_merging.parametrize import Weights
+from pareto_merging.model.parametrize import Weights
 
 
 def settings(**changes: Any) -> MethodSettings:

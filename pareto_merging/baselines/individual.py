@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.baselines.interface import Merged, task_names
-from pareto_merging.parametrize import Weights, check_copies
-from pareto_merging.preprocessing import CHUNK
-from pareto_merging.stored import copy_of
+from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.preprocessing import CHUNK
+from pareto_merging.model.stored import copy_of
 
 
 def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:

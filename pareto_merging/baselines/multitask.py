@@ -19,9 +19,9 @@ from pareto_merging.baselines.interface import task_names as names_of
 from pareto_merging.data.sources import labelled_stream
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.parametrize import Weights, named_tensors
+from pareto_merging.model.parametrize import Weights, named_tensors
+from pareto_merging.model.stored import PretrainedWeights, copy_of
 from pareto_merging.preferences import Preference, check_preference, equal_preference
-from pareto_merging.stored import PretrainedWeights, copy_of
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 

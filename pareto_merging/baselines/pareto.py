@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pareto_merging.baselines.interface import Merged, task_names
 from pareto_merging.config import MethodSettings
-from pareto_merging.parametrize import Weights, get_lambda, lambda_names, parametrize
-from pareto_merging.parametrize import merge as merge_at
-from pareto_merging.preprocessing import Preprocess
+from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
+from pareto_merging.model.parametrize import merge as merge_at
+from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.training import MergingTask, learn_pareto_set
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from pareto_merging.baselines.interface import Merged, one_model
-from pareto_merging.parametrize import Weights
-from pareto_merging.stored import copy_of
+from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.stored import copy_of
 
 
 def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:

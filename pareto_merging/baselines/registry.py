@@ -29,7 +29,7 @@ from pareto_merging.baselines import (
 from pareto_merging.baselines.interface import Merged, task_names
 from pareto_merging.config import MethodSettings
 from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.parametrize import Weights
+from pareto_merging.model.parametrize import Weights
 from pareto_merging.training import MergingTask
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]

@@ -39,7 +39,7 @@ from pareto_merging.baselines.per_task import (
 )
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.errors import UserError
-from pareto_merging.parametrize import Weights, check_copies
+from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 from pareto_merging.training import MergingTask

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.parametrize import Weights, check_copies
-from pareto_merging.preprocessing import CHUNK, wide_dtype
-from pareto_merging.stored import PretrainedWeights, copy_of
+from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.preprocessing import CHUNK, wide_dtype
+from pareto_merging.model.stored import PretrainedWeights, copy_of
 
 # (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]; pieces come in order
 Combine = Callable[[str, int, Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ def merge_tensors(
     A piece is at most CHUNK // K consecutive numbers of one tensor with its K task vectors, in float32 (float64 where
     the weights are), so that beside the models there is never as much as one more of their larger tensors; where the
     copies are lazy mappings, one tensor of each of them is read at a time. W0 and W_k are taken as they are stored
-    (:mod:`pareto_merging.stored`), and the result is rounded to the dtype of ``pretrained`` once. Of
+    (:mod:`pareto_merging.model.stored`), and the result is rounded to the dtype of ``pretrained`` once. Of
     floating-point buffers the result has the average of the copies', weighted with ``gamma`` [K] where it is given:
     other combinations can make batch norm's variances negative. Tensors that are not floating point are the pretrained
     ones. Raises ValueError as :func:`parametrize`, and for numbers that are not finite.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.streaming import merge_tensors
-from pareto_merging.parametrize import Weights, check_copies
-from pareto_merging.preprocessing import Ties
-from pareto_merging.stored import PretrainedWeights
+from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.preprocessing import Ties
+from pareto_merging.model.stored import PretrainedWeights
 
 
 def merge(

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, read_folded_header
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
-from pareto_merging.modules import LEARNED, part_name
+from pareto_merging.model.files import load_folded, load_heads, read_folded_header
+from pareto_merging.model.modules import LEARNED, part_name
 from pareto_merging.preferences import (
     Preference,
     check_preference,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.modules import LEARNED, ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.modules import LEARNED, ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
 
 
 @dataclass

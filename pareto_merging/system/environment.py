@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pareto_merging.checkpoints.pareto_set import package_version
+from pareto_merging.model.files import package_version
 
 
 def environment() -> dict[str, Any]:

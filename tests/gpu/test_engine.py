@@ -12,7 +12,7 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
 import pareto_merging
-from pareto_merging.checkpoints.pareto_set import save_folded
+from pareto_merging.model.files import save_folded
 from pareto_merging.serving import Engine
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,7 @@ from pareto_merging.evaluation import (
     mean_entropy,
     predict,
 )
-from pareto_merging.parametrize import merge, parametrize
+from pareto_merging.model.parametrize import merge, parametrize
 
 
 def tasks(labels: bool = True) -> dict[str, EvaluationTask]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pareto_merging.config import RunConfig
-from pareto_merging.parametrize import learned_parameters
+from pareto_merging.model.parametrize import learned_parameters
 from pareto_merging.plan import plan_run
 from pareto_merging.workspace import Workspace
 

@@ -15,7 +15,7 @@ from helpers import noisy_copy, randomize
 from torch import nn
 
 import pareto_merging.preferences as preferences
-from pareto_merging.parametrize import merge, parametrize
+from pareto_merging.model.parametrize import merge, parametrize
 from pareto_merging.preferences import (
     check_preference,
     dirichlet,

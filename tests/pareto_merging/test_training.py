@@ -25,9 +25,9 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.gradient import pareto_gradient
-from pareto_merging.modules import set_strategy
+from pareto_merging.model.modules import set_strategy
+from pareto_merging.model.parametrize import learned_parameters, parametrize
 from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
-from pareto_merging.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
 from pareto_merging.system.files import read_tensors
 from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
@@ -427,7 +427,7 @@ STOPPABLE = """
     from helpers import noisy_copy
     from open_clip.transformer import VisionTransformer
     from pareto_merging.errors import Interrupted
-    from pareto_merging.parametrize import learned_parameters, parametrize
+    from pareto_merging.model.parametrize import learned_parameters, parametrize
     from pareto_merging.training import learn_pareto_set
     from test_training import method, task_set
     torch.manual_seed(0)
@@ -537,7 +537,7 @@ def test_a_failed_first_update_leaves_no_moments(tiny_vit: nn.Module, copies: Co
 
 
 def test_an_unlearned_lambda_survives_a_resume(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
-    from pareto_merging.parametrize import get_lambda, set_lambda
+    from pareto_merging.model.parametrize import get_lambda, set_lambda
 
     settings = method(learn_lambda=False)
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)

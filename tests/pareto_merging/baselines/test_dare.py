@@ -9,7 +9,7 @@ from method_cases import assert_state, conv_net, parameter_task_vectors, state_o
 from torch import nn
 
 from pareto_merging.baselines import dare, streaming, task_arithmetic
-from pareto_merging.parametrize import merge, parametrize
+from pareto_merging.model.parametrize import merge, parametrize
 
 
 def test_each_entry_is_dropped_or_divided_by_the_density() -> None:

@@ -15,11 +15,11 @@ from method_cases import image_tasks, state_of
 from torch import Tensor, nn
 
 from pareto_merging.baselines import outer_product
-from pareto_merging.checkpoints.pareto_set import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.config import MethodSettings
-from pareto_merging.modules import preference_core
+from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
+from pareto_merging.model.modules import preference_core
+from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
 from pareto_merging.objectives import WeightDistance, tensor_norm
-from pareto_merging.parametrize import fold, learned_parameters, merge, parametrize
 from pareto_merging.preferences import set_preference
 from pareto_merging.training import learn_pareto_set
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pareto_merging import preprocessing
 from pareto_merging.baselines import (
     dare,
     individual,
@@ -28,6 +27,7 @@ from pareto_merging.baselines import (
     weight_averaging,
 )
 from pareto_merging.baselines.interface import Merged
+from pareto_merging.model import preprocessing
 
 GAMMA = [0.2, 0.5, 0.3]
 WEIGHT_ONLY: dict[str, Callable[..., Merged]] = {

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import pareto_merging
 import pmkernels
-from pareto_merging.checkpoints.pareto_set import save_folded
 from pareto_merging.errors import UserError
+from pareto_merging.model.files import save_folded
 from pareto_merging.serving import Engine
 from pareto_merging.serving import engine as engine_module
 from pareto_merging.serving.layers import ServedAttention, ServedLinear

@@ -28,9 +28,9 @@ from PIL import Image
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.pareto_set import load_folded, load_heads, save_folded
 from pareto_merging.cli import main
-from pareto_merging.parametrize import merge, parametrize
+from pareto_merging.model.files import load_folded, load_heads, save_folded
+from pareto_merging.model.parametrize import merge, parametrize
 from pareto_merging.serving import Engine
 from pareto_merging.serving.http import Server, Service, _bind
 from pareto_merging.serving.limits import Limits

@@ -20,8 +20,8 @@ from helpers import noisy_copy, randomize
 
 from benchmarks import load
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.pareto_set import save_folded
-from pareto_merging.parametrize import parametrize
+from pareto_merging.model.files import save_folded
+from pareto_merging.model.parametrize import parametrize
 
 TOLERANCE = 1e-3
 TASKS = ("left", "right", "up")

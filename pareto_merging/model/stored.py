@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.preprocessing import pieces_of, wide_dtype
+from pareto_merging.model.preprocessing import pieces_of, wide_dtype
 
 _ATTRIBUTE = "pareto_stored"
 # pieces of a megabyte in float32 are cut into as many, for there are some temporaries of each

@@ -19,12 +19,12 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging import preprocessing
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.pareto_set import load_pareto_set, save_pareto_set
 from pareto_merging.errors import UserError
-from pareto_merging.modules import ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
-from pareto_merging.parametrize import (
+from pareto_merging.model import preprocessing
+from pareto_merging.model.files import load_pareto_set, save_pareto_set
+from pareto_merging.model.modules import ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.parametrize import (
     TensorDigest,
     fold,
     get_lambda,

@@ -9,8 +9,8 @@ import torch
 from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
-from pareto_merging.modules import ParetoAttention, ParetoLinear
-from pareto_merging.parametrize import fold, merge, parametrize
+from pareto_merging.model.modules import ParetoAttention, ParetoLinear
+from pareto_merging.model.parametrize import fold, merge, parametrize
 from pareto_merging.preferences import set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pareto_merging.checkpoints import encoders
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
-from pareto_merging.modules import LEARNED, convert, pareto_modules, part_name
-from pareto_merging.parametrize import (
+from pareto_merging.model.modules import LEARNED, convert, pareto_modules, part_name
+from pareto_merging.model.parametrize import (
     CORES,
     INITIAL_SCALE,
     Weights,
@@ -30,9 +30,9 @@ from pareto_merging.parametrize import (
     prepare_transformers,
     unchanged_on_error,
 )
+from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
+from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
-from pareto_merging.preprocessing import NAMES as PREPROCESS_NAMES
-from pareto_merging.preprocessing import Preprocess
 from pareto_merging.system.files import read_metadata, read_shapes, read_tensors, write_tensors
 
 # 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1

@@ -15,16 +15,8 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.modules import LEARNED, ParetoModule, convert, pareto_modules, part_name, restore
-from pareto_merging.preferences import (
-    ParetoState,
-    Preference,
-    check_preference,
-    equal_preference,
-    pareto_state,
-    pareto_states,
-)
-from pareto_merging.preprocessing import (
+from pareto_merging.model.modules import LEARNED, ParetoModule, convert, pareto_modules, part_name, restore
+from pareto_merging.model.preprocessing import (
     Preprocess,
     PreprocessName,
     check_density,
@@ -33,7 +25,15 @@ from pareto_merging.preprocessing import (
     pieces_of,
     widest,
 )
-from pareto_merging.stored import Differences, Precision, PretrainedWeights, forget_stored, rounded
+from pareto_merging.model.stored import Differences, Precision, PretrainedWeights, forget_stored, rounded
+from pareto_merging.preferences import (
+    ParetoState,
+    Preference,
+    check_preference,
+    equal_preference,
+    pareto_state,
+    pareto_states,
+)
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
@@ -81,7 +81,7 @@ def parametrize(
     Precision: W_k and W0 are taken as they are given, whatever the two dtypes, subtracted in float32 (float64 where one
     of them is), and τ_k is rounded to the dtype of ``pretrained`` once. A module in 16 bits that was made of a wider
     one has lost W0 as stored; that of :func:`load_models` remembers where it is, and your own does after
-    :func:`remember_stored`. W0's own rounding is in no task vector (:mod:`pareto_merging.stored` says why).
+    :func:`remember_stored`. W0's own rounding is in no task vector (:mod:`pareto_merging.model.stored` says why).
 
     Memory: beside ``pretrained`` and what the result holds, one tensor of one copy at a time, as its mapping gave it,
     and pieces of a megabyte. So with lazy mappings and ``copy=False`` building takes K + 1 models and one tensor. Where

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pareto_merging
-from pareto_merging.checkpoints.pareto_set import (
+from pareto_merging.errors import UserError
+from pareto_merging.model.files import (
     SET_FORMAT,
     load_folded,
     load_pareto_set,
@@ -21,8 +22,7 @@ from pareto_merging.checkpoints.pareto_set import (
     save_folded,
     save_pareto_set,
 )
-from pareto_merging.errors import UserError
-from pareto_merging.parametrize import fold, parametrize
+from pareto_merging.model.parametrize import fold, parametrize
 from pareto_merging.preferences import set_preference
 from pareto_merging.system import files
 

@@ -14,13 +14,13 @@ from helpers import noisy_copy, randomize
 from method_cases import parameter_task_vectors, ties_in_loops
 from torch import Tensor, nn
 
-from pareto_merging import preprocessing
-from pareto_merging.checkpoints.pareto_set import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.errors import UserError
-from pareto_merging.modules import part_name
-from pareto_merging.parametrize import fold, merge, parametrize
+from pareto_merging.model import preprocessing
+from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
+from pareto_merging.model.modules import part_name
+from pareto_merging.model.parametrize import fold, merge, parametrize
+from pareto_merging.model.preprocessing import Dare, Ties, check_density, elect_sign, make_preprocess, trim_threshold
 from pareto_merging.preferences import set_preference
-from pareto_merging.preprocessing import Dare, Ties, check_density, elect_sign, make_preprocess, trim_threshold
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 

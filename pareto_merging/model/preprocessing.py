@@ -19,7 +19,7 @@ from torch import Tensor
 Preprocess: TypeAlias = Callable[[str, Tensor], Tensor]
 PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
 NAMES: tuple[str, ...] = ("none", "ties", "dare")
-# (all names of a tensor of a module, the tensor) -> it as it is stored: see pareto_merging.stored
+# (all names of a tensor of a module, the tensor) -> it as it is stored: see pareto_merging.model.stored
 AsStored: TypeAlias = Callable[[Sequence[str], Tensor], Tensor]
 
 # tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model

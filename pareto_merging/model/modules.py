@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.cache import MergedWeights
+from pareto_merging.model.cache import MergedWeights
 from pareto_merging.preferences import ParetoState, pareto_states
 from pmkernels.checks import autocast_enabled
 
@@ -295,7 +295,7 @@ class ParetoLinear(ParetoModule, nn.Linear):
         init_lambda: float = 0.3,
     ) -> ParetoLinear:
         """One layer from its pretrained form and K fine-tuned copies (or task name -> copy); ``rank`` 0: λ only."""
-        from pareto_merging.parametrize import parametrize
+        from pareto_merging.model.parametrize import parametrize
 
         model = parametrize(
             pretrained, finetuned, rank=rank, low_rank="all" if rank else "none", init_lambda=init_lambda
