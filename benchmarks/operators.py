@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pareto_merging import MergingTask, MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.gradient import TasksAtOnce
+from pareto_merging.learn.gradient import TasksAtOnce
+from pareto_merging.learn.training import Learner
 from pareto_merging.model import parametrize
 from pareto_merging.system.modes import eval_mode
-from pareto_merging.training import Learner
 
 # of no work: views, and memory that nothing is written to
 FREE = ("detach", "alias", "empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view")

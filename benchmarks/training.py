@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import ceilings, relative_error
 from pareto_merging import MergingTask, MethodSettings, learn_pareto_set, learned_parameters, set_strategy
-from pareto_merging.gradient import CudaGraphs, TasksAtOnce
+from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
+from pareto_merging.learn.objectives import scalarize
+from pareto_merging.learn.training import Learner
 from pareto_merging.model import parametrize
 from pareto_merging.model.modules import PARTS, pareto_modules
-from pareto_merging.objectives import scalarize
-from pareto_merging.training import Learner
 from pmkernels import costs, dispatch, reference
 from pmkernels.graphs import capture, warm_up
 

@@ -8,6 +8,7 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
+from pareto_merging.learn.training import MergingTask, learn_pareto_set
 from pareto_merging.model.files import (
     load_folded,
     load_heads,
@@ -27,7 +28,6 @@ from pareto_merging.model.parametrize import (
 )
 from pareto_merging.model.stored import remember_stored
 from pareto_merging.preferences import get_preference, preference, set_preference
-from pareto_merging.training import MergingTask, learn_pareto_set
 from pareto_merging.workspace import load_models
 
 __all__ = [

@@ -22,12 +22,12 @@ from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import extremes
 from pareto_merging.model.stored import StoredTensors, remember_stored
 from pareto_merging.system.devices import find_device
-from pareto_merging.training import MergingTask
 
 
 @contextlib.contextmanager

@@ -26,10 +26,10 @@ from pareto_merging.baselines.interface import Merged, one_model
 from pareto_merging.baselines.per_task import check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.errors import UserError
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
-from pareto_merging.training import MergingTask
 
 Labels: TypeAlias = Literal["expected", "sampled", "given"]
 

@@ -20,8 +20,8 @@ from torch import nn
 from pareto_merging.baselines import pareto
 from pareto_merging.baselines.interface import Merged
 from pareto_merging.config import MethodSettings
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.training import MergingTask
 
 
 def merge(

@@ -29,8 +29,8 @@ from pareto_merging.baselines import (
 from pareto_merging.baselines.interface import Merged, task_names
 from pareto_merging.config import MethodSettings
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.training import MergingTask
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]
 Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]

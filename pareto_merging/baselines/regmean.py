@@ -39,10 +39,10 @@ from pareto_merging.baselines.per_task import (
 )
 from pareto_merging.baselines.streaming import merge_tensors
 from pareto_merging.errors import UserError
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
-from pareto_merging.training import MergingTask
 
 _MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)

@@ -14,7 +14,7 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.training import MergingTask
+from pareto_merging.learn.training import MergingTask
 
 pytestmark = pytest.mark.gpu
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]

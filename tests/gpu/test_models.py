@@ -13,10 +13,10 @@ import pmkernels
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.learn.training import MergingTask, learn_pareto_set
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
 from pareto_merging.preferences import set_preference
-from pareto_merging.training import MergingTask, learn_pareto_set
 from pmkernels import reference
 
 pytestmark = pytest.mark.gpu

@@ -16,8 +16,8 @@ from pareto_merging.baselines import adamerging, adamerging_preference, ties
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.errors import Interrupted, TrainingError
+from pareto_merging.learn.training import MergingTask
 from pareto_merging.system.files import read_tensors
-from pareto_merging.training import MergingTask
 
 IMAGES, STEPS = 7, 6
 
@@ -182,7 +182,7 @@ def test_going_on_after_an_interruption_gives_the_same_bits(tmp_path: Path, monk
         return state_of(merged.model())
 
     whole = run()
-    from pareto_merging import training
+    from pareto_merging.learn import training
 
     step = training.Learner.step
     monkeypatch.setattr(training.Learner, "step", stopping_at(5, step))

@@ -15,7 +15,7 @@ from pareto_merging.baselines import fisher, weight_averaging
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.errors import UserError
-from pareto_merging.training import MergingTask
+from pareto_merging.learn.training import MergingTask
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

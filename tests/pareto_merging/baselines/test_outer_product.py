@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from pareto_merging.baselines import outer_product
 from pareto_merging.config import MethodSettings
+from pareto_merging.learn.objectives import WeightDistance, tensor_norm
+from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.model.modules import preference_core
 from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
-from pareto_merging.objectives import WeightDistance, tensor_norm
 from pareto_merging.preferences import set_preference
-from pareto_merging.training import learn_pareto_set
 
 # every test here runs twice: with the eager strategy and with the kernels
 pytestmark = pytest.mark.usefixtures("strategy")

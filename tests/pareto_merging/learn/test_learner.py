@@ -18,12 +18,12 @@ import pareto_merging as pm
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import Interrupted, TrainingError
-from pareto_merging.gradient import GradientOfStep, StepGradient
+from pareto_merging.learn.gradient import GradientOfStep, StepGradient
+from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, MergingTask, learn_pareto_set
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
 from pareto_merging.preferences import pareto_state
 from pareto_merging.system.files import read_tensors
-from pareto_merging.training import CHECKPOINT_NAME, Learner, MergingTask, learn_pareto_set
 
 TASKS = 3
 

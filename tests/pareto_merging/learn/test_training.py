@@ -24,13 +24,13 @@ from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.gradient import pareto_gradient
+from pareto_merging.learn.gradient import pareto_gradient
+from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
+from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import learned_parameters, parametrize
-from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.preferences import preference
 from pareto_merging.system.files import read_tensors
-from pareto_merging.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
 
 # those of these tests run twice, with the eager strategy and with the kernels
 with_kernels = pytest.mark.usefixtures("strategy")
@@ -428,7 +428,7 @@ STOPPABLE = """
     from open_clip.transformer import VisionTransformer
     from pareto_merging.errors import Interrupted
     from pareto_merging.model.parametrize import learned_parameters, parametrize
-    from pareto_merging.training import learn_pareto_set
+    from pareto_merging.learn.training import learn_pareto_set
     from test_training import method, task_set
     torch.manual_seed(0)
     vit = VisionTransformer(image_size=8, patch_size=4, width=32, layers=2, heads=2, mlp_ratio=2.0, output_dim=8)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
-from pareto_merging import gradient
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
-from pareto_merging.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
+from pareto_merging.learn import gradient
+from pareto_merging.learn.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
+from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.model.modules import pareto_modules, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
-from pareto_merging.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.preferences import pareto_state, preference
 
 TASKS = 3

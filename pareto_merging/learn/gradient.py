@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 import pmkernels
 from pareto_merging.config import MethodSettings
-from pareto_merging.model.cache import MergedWeights
-from pareto_merging.model.modules import ParetoModule, pareto_modules
-from pareto_merging.objectives import (
+from pareto_merging.learn.objectives import (
     EntropyTerms,
     WeightDistance,
     cosine_alignment,
@@ -32,6 +30,8 @@ from pareto_merging.objectives import (
     scalarize,
     tensor_norm,
 )
+from pareto_merging.model.cache import MergedWeights
+from pareto_merging.model.modules import ParetoModule, pareto_modules
 from pareto_merging.preferences import pareto_state
 from pmkernels.checks import autocast_enabled
 from pmkernels.graphs import capture, warm_up

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
-from pareto_merging.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
+from pareto_merging.learn.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
 from pareto_merging.model.parametrize import TensorDigest, learned_parameters
 from pareto_merging.preferences import (
     check_preference,

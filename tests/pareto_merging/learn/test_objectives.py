@@ -9,8 +9,7 @@ import torch
 from helpers import noisy_copy, randomize
 from torch import nn
 
-from pareto_merging.model.parametrize import fold, learned_parameters, parametrize
-from pareto_merging.objectives import (
+from pareto_merging.learn.objectives import (
     WeightDistance,
     cosine_alignment,
     entropy_terms,
@@ -21,6 +20,7 @@ from pareto_merging.objectives import (
     tchebycheff,
     tensor_norm,
 )
+from pareto_merging.model.parametrize import fold, learned_parameters, parametrize
 
 S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)
 GAMMA = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
