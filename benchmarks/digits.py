@@ -24,10 +24,10 @@ from typing import Any
 from PIL import Image
 
 from pareto_merging import reports
-from pareto_merging.baselines.registry import METHODS
 from pareto_merging.comparison import Comparison, compare, summarize
 from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.metrics import spearman, spread
 from pareto_merging.reports import answer, cell, markdown_table
 from pareto_merging.system.files import write_json

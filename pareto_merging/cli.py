@@ -193,7 +193,7 @@ def evaluate(
 
 def _methods_help() -> str:
     """Every method of `compare`, for --help."""
-    from pareto_merging.baselines.registry import METHODS
+    from pareto_merging.methods.registry import METHODS
 
     needs = {"weights": "", "images": " (needs unlabelled images)", "labels": " (needs labelled training images)"}
     lines = [f"{name}: {method.title}{needs[method.needs]}" for name, method in METHODS.items()]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pareto_merging import figures
-from pareto_merging.baselines.registry import METHODS
 from pareto_merging.comparison import accuracies, gammas, summarize
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.system.files import write_json, write_text
 
 # (key of the summary, column, factor, digits)

@@ -22,11 +22,11 @@ from typing import Any
 
 from torch import nn
 
-from pareto_merging.baselines.registry import METHODS
 from pareto_merging.comparison import EFFORT, compare, default_grid, evaluated_preferences, stored_results
 from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.errors import UserError
 from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.stored import percent, summarize_dtypes

@@ -197,7 +197,7 @@ class Dare:
     """Drop And REscale (Yu et al., ICML 2024): each entry is kept with probability ``density`` and divided by it.
 
     The draws depend on the seed, the parameter's name, the task and the place within it: the same on every device,
-    and the same as those of :mod:`pareto_merging.baselines.dare`.
+    and the same as those of :mod:`pareto_merging.methods.dare`.
     """
 
     def __init__(self, density: float, seed: int = 0) -> None:

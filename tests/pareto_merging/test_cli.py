@@ -20,10 +20,10 @@ import yaml
 from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
-from pareto_merging.baselines.registry import METHODS
 from pareto_merging.checkpoints import encoders
 from pareto_merging.config import MethodSettings, read_config
 from pareto_merging.evaluation import evaluate_model
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_folded, load_heads, read_header
 from pareto_merging.preferences import set_preference
 from pareto_merging.runs import open_run

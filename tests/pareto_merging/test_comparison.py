@@ -17,9 +17,6 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 from torch.utils.data import Dataset
 
-from pareto_merging.baselines import task_arithmetic_preference
-from pareto_merging.baselines.interface import Merged
-from pareto_merging.baselines.registry import METHODS
 from pareto_merging.comparison import (
     Comparison,
     _TimeLeft,
@@ -33,6 +30,9 @@ from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
 from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.evaluation import evaluate_model
+from pareto_merging.methods import task_arithmetic_preference
+from pareto_merging.methods.interface import Merged
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.preferences import one_hot_preferences
 from pareto_merging.runs import chosen_methods, compare_run
 from pareto_merging.workspace import Workspace, digits_files

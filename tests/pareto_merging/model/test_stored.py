@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging.baselines import fisher, registry
-from pareto_merging.baselines.registry import METHODS, Problem
 from pareto_merging.config import RunConfig, dump_config
+from pareto_merging.methods import fisher, registry
+from pareto_merging.methods.registry import METHODS, Problem
 from pareto_merging.model import preprocessing
 from pareto_merging.model.stored import PretrainedWeights, describe_dtypes, percent, summarize_dtypes
 from pareto_merging.plan import plan_run

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pareto_merging.baselines import (
+from pareto_merging.methods import (
     dare,
     individual,
     pretrained,
@@ -26,7 +26,7 @@ from pareto_merging.baselines import (
     ties,
     weight_averaging,
 )
-from pareto_merging.baselines.interface import Merged
+from pareto_merging.methods.interface import Merged
 from pareto_merging.model import preprocessing
 
 GAMMA = [0.2, 0.5, 0.3]

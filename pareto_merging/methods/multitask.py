@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.baselines.interface import Merged, one_model
-from pareto_merging.baselines.interface import task_names as names_of
 from pareto_merging.data.sources import labelled_stream
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.methods.interface import task_names as names_of
 from pareto_merging.model.parametrize import Weights, named_tensors
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 from pareto_merging.preferences import Preference, check_preference, equal_preference

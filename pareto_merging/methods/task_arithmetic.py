@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from pareto_merging.baselines.interface import Merged, one_model
-from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.parametrize import Weights
 
 

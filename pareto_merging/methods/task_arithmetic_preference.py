@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pareto_merging.baselines.interface import Merged, task_names
-from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.methods.interface import Merged, task_names
+from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.parametrize import Weights, check_copies
 
 

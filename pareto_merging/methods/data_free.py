@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from pareto_merging.baselines import pareto
-from pareto_merging.baselines.interface import Merged
 from pareto_merging.config import MethodSettings
+from pareto_merging.methods import pareto
+from pareto_merging.methods.interface import Merged
 from pareto_merging.model.parametrize import Weights
 
 

@@ -4,5 +4,5 @@
 method needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are
 keyword arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
 
-``pareto_merging.baselines.registry.METHODS`` has them all by name, with what there is to choose for each.
+``pareto_merging.methods.registry.METHODS`` has them all by name, with what there is to choose for each.
 """

@@ -9,7 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pareto_merging.baselines import (
+from pareto_merging.config import MethodSettings
+from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods import (
     adamerging,
     adamerging_preference,
     dare,
@@ -26,10 +29,7 @@ from pareto_merging.baselines import (
     ties,
     weight_averaging,
 )
-from pareto_merging.baselines.interface import Merged, task_names
-from pareto_merging.config import MethodSettings
-from pareto_merging.evaluation import EvaluationTask
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]

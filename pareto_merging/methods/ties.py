@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pareto_merging.baselines.interface import Merged, one_model
-from pareto_merging.baselines.streaming import merge_tensors
+from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.model.preprocessing import Ties
 from pareto_merging.model.stored import PretrainedWeights

@@ -8,7 +8,7 @@ from helpers import noisy_copy
 from method_cases import assert_state, conv_net, parameter_task_vectors, state_of
 from torch import nn
 
-from pareto_merging.baselines import dare, streaming, task_arithmetic
+from pareto_merging.methods import dare, streaming, task_arithmetic
 from pareto_merging.model.parametrize import merge, parametrize
 
 

@@ -14,10 +14,10 @@ from helpers import noisy_copy, randomize
 from method_cases import image_tasks, state_of
 from torch import Tensor, nn
 
-from pareto_merging.baselines import outer_product
 from pareto_merging.config import MethodSettings
 from pareto_merging.learn.objectives import WeightDistance, tensor_norm
 from pareto_merging.learn.training import learn_pareto_set
+from pareto_merging.methods import outer_product
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.model.modules import preference_core
 from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize

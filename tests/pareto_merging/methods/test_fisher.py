@@ -11,11 +11,11 @@ import torch
 from helpers import noisy_copy
 from torch import Tensor, nn
 
-from pareto_merging.baselines import fisher, weight_averaging
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.errors import UserError
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods import fisher, weight_averaging
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

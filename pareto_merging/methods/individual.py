@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.baselines.interface import Merged, task_names
+from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.model.preprocessing import CHUNK
 from pareto_merging.model.stored import copy_of

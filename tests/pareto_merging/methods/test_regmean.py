@@ -12,11 +12,11 @@ from helpers import noisy_copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.baselines import regmean
-from pareto_merging.baselines.regmean import GramRecorder, Rows
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.errors import UserError
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods import regmean
+from pareto_merging.methods.regmean import GramRecorder, Rows
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

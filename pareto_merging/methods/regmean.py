@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pareto_merging.baselines.interface import Merged, one_model
-from pareto_merging.baselines.per_task import (
+from pareto_merging.errors import UserError
+from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.methods.per_task import (
     check_count,
     check_number,
     chosen_images,
@@ -37,9 +39,7 @@ from pareto_merging.baselines.per_task import (
     image_of,
     to_model,
 )
-from pareto_merging.baselines.streaming import merge_tensors
-from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar

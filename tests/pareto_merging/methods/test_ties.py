@@ -10,7 +10,7 @@ from helpers import noisy_copy
 from method_cases import assert_state, conv_net, parameter_task_vectors, ties_in_loops
 from torch import nn
 
-from pareto_merging.baselines import task_arithmetic, ties, weight_averaging
+from pareto_merging.methods import task_arithmetic, ties, weight_averaging
 
 
 def test_worked_example() -> None:

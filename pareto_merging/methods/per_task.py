@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pareto_merging.baselines.interface import task_names
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods.interface import task_names
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.model.stored import copy_of
 

@@ -13,10 +13,10 @@ from method_cases import assert_state, conv_net, image_tasks, labelled_tasks, st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.baselines import multitask
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.methods import multitask
 
 
 def problem(net: nn.Module, count: int = 2) -> tuple[dict[str, nn.Module], dict[str, EvaluationTask]]:

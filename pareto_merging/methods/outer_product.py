@@ -17,10 +17,10 @@ from typing import Literal
 
 from torch import nn
 
-from pareto_merging.baselines import pareto
-from pareto_merging.baselines.interface import Merged
 from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.methods import pareto
+from pareto_merging.methods.interface import Merged
 from pareto_merging.model.parametrize import Weights
 
 
