@@ -2,7 +2,7 @@
 
 A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and
 2 were looked at while the suite was designed; figures to be believed come from others. Every method may try the same
-number of settings, chosen without labels; all rules are :mod:`pareto_merging.comparison`'s. Beside it ablations of
+number of settings, chosen without labels; all rules are :mod:`.comparison`'s. Beside it ablations of
 Pareto Merging, each changing one thing about its published setting, nothing chosen.
 
 Results are kept in a work folder, method by method: an interrupted study goes on from there.
@@ -23,13 +23,13 @@ from typing import Any
 
 from PIL import Image
 
-from pareto_merging import reports
-from pareto_merging.comparison import Comparison, compare, summarize
 from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
+from pareto_merging.measure import reports
+from pareto_merging.measure.comparison import Comparison, compare, summarize
+from pareto_merging.measure.metrics import spearman, spread
+from pareto_merging.measure.reports import answer, cell, markdown_table
 from pareto_merging.methods.registry import METHODS
-from pareto_merging.metrics import spearman, spread
-from pareto_merging.reports import answer, cell, markdown_table
 from pareto_merging.system.files import write_json
 from pareto_merging.system.threads import one_thread
 from pareto_merging.workspace import Workspace

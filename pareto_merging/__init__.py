@@ -7,8 +7,8 @@ from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.errors import Interrupted, TrainingError, UserError
-from pareto_merging.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
 from pareto_merging.learn.training import MergingTask, learn_pareto_set
+from pareto_merging.measure.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
 from pareto_merging.model.files import (
     load_folded,
     load_heads,

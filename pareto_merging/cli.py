@@ -18,7 +18,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pareto_merging.evaluation import Scores
+    from pareto_merging.measure.evaluation import Scores
 
 app = typer.Typer(
     name="pareto-merging",
@@ -150,10 +150,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy and entropy of a learned Pareto set on the held-out images, per task and preference."""
-    from pareto_merging.evaluation import evaluate_preferences
-    from pareto_merging.metrics import indicators
+    from pareto_merging.measure.evaluation import evaluate_preferences
+    from pareto_merging.measure.metrics import indicators
+    from pareto_merging.measure.reports import write_evaluation
     from pareto_merging.preferences import parse_preferences
-    from pareto_merging.reports import write_evaluation
     from pareto_merging.runs import open_run
     from pareto_merging.system.files import write_json
     from pareto_merging.workspace import user_errors
@@ -238,7 +238,7 @@ def compare(
     """
     from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
-    from pareto_merging.reports import EXPLANATION, head, summary_rows
+    from pareto_merging.measure.reports import EXPLANATION, head, summary_rows
     from pareto_merging.runs import compare_run
     from pareto_merging.system.tables import print_table
 

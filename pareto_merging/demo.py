@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pareto_merging import figures
-from pareto_merging.comparison import Comparison
 from pareto_merging.config import RunConfig
 from pareto_merging.errors import UserError
-from pareto_merging.evaluation import evaluate_preferences
-from pareto_merging.metrics import hypervolume, non_dominated, spearman
+from pareto_merging.measure import figures
+from pareto_merging.measure.comparison import Comparison
+from pareto_merging.measure.evaluation import evaluate_preferences
+from pareto_merging.measure.metrics import hypervolume, non_dominated, spearman
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.runs import SET_NAME, check_new, train_run

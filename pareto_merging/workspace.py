@@ -21,8 +21,8 @@ from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenCo
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
-from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import extremes

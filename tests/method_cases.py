@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.model.modules import pareto_modules
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pareto_merging.data.sources import labelled_stream
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.interface import task_names as names_of
 from pareto_merging.model.parametrize import Weights, named_tensors

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from pareto_merging.config import MethodSettings
-from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods import (
     adamerging,
     adamerging_preference,

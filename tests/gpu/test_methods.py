@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.evaluation import EvaluationTask
 from pareto_merging.learn.training import MergingTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods.registry import METHODS, Problem, run
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.config import MethodSettings, read_config
-from pareto_merging.evaluation import evaluate_model
+from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_folded, load_heads, read_header
 from pareto_merging.preferences import set_preference

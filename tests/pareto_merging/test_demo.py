@@ -14,7 +14,7 @@ from PIL import Image
 from pareto_merging.data import digits
 from pareto_merging.demo import run_demo
 from pareto_merging.errors import UserError
-from pareto_merging.metrics import hypervolume
+from pareto_merging.measure.metrics import hypervolume
 from pareto_merging.model.files import read_header
 
 METHODS = (

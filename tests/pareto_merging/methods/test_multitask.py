@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.evaluation import EvaluationTask
+from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods import multitask
 
 

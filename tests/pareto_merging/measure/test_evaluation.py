@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import UserError
-from pareto_merging.evaluation import (
+from pareto_merging.measure.evaluation import (
     EvaluationTask,
     agreement,
     choose_for_unseen,

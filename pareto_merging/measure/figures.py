@@ -27,7 +27,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from pareto_merging.metrics import non_dominated
+from pareto_merging.measure.metrics import non_dominated
 from pareto_merging.preferences import SUM_TOLERANCE
 from pareto_merging.system.files import atomic_path
 

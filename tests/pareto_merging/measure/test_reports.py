@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pareto_merging.comparison import summarize
-from pareto_merging.reports import (
+from pareto_merging.measure.comparison import summarize
+from pareto_merging.measure.reports import (
     COLUMNS,
     answer,
     cell,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pareto_merging import figures
-from pareto_merging.comparison import accuracies, gammas, summarize
+from pareto_merging.measure import figures
+from pareto_merging.measure.comparison import accuracies, gammas, summarize
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.system.files import write_json, write_text
 

@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 from torch.utils.data import Dataset
 
-from pareto_merging.comparison import (
+from pareto_merging.config import RunConfig
+from pareto_merging.data import digits
+from pareto_merging.errors import Interrupted, UserError
+from pareto_merging.measure.comparison import (
     Comparison,
     _TimeLeft,
     compare,
@@ -26,10 +29,7 @@ from pareto_merging.comparison import (
     result_name,
     summarize,
 )
-from pareto_merging.config import RunConfig
-from pareto_merging.data import digits
-from pareto_merging.errors import Interrupted, UserError
-from pareto_merging.evaluation import evaluate_model
+from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.methods import task_arithmetic_preference
 from pareto_merging.methods.interface import Merged
 from pareto_merging.methods.registry import METHODS
@@ -550,8 +550,8 @@ def resumed(folder: Path, config: RunConfig | None = None, **changes: Any) -> di
 
 
 def test_a_killed_comparison_keeps_what_it_had(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pareto_merging import comparison as module
     from pareto_merging import runs
+    from pareto_merging.measure import comparison as module
 
     def stop(result: Any, done: int, total: int, left: Any) -> None:
         if done == 3:

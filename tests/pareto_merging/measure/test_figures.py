@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
-from pareto_merging.figures import (
+from pareto_merging.measure.figures import (
     Set,
     compare_pictures,
     fronts,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pareto_merging.metrics import (
+from pareto_merging.measure.metrics import (
     alignment,
     hypervolume,
     igd_plus,
