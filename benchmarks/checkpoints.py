@@ -40,21 +40,21 @@ import yaml
 from torch import Tensor, nn
 
 from benchmarks import results
-from pareto_merging import exports
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
-from pareto_merging.config import RunConfig, dump_config, read_config
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.parametrize import learned_parameters, merge
 from pareto_merging.preferences import parse_preferences
-from pareto_merging.runs import CONFIG_NAME, SET_NAME, open_run
+from pareto_merging.run import export as exports
+from pareto_merging.run.config import RunConfig, dump_config, read_config
+from pareto_merging.run.folder import CONFIG_NAME, SET_NAME, open_run
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import measured
 from pareto_merging.system.files import read_tensors, write_json, write_tensors, write_text
 from pareto_merging.system.progress import Advance, progress_bar
 from pareto_merging.system.tables import print_table
-from pareto_merging.workspace import Workspace
 
 MIB = 2**20
 LIMIT_MIB = 24 * 1024

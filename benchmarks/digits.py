@@ -23,16 +23,16 @@ from typing import Any
 
 from PIL import Image
 
-from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
 from pareto_merging.measure import reports
 from pareto_merging.measure.comparison import Comparison, compare, summarize
 from pareto_merging.measure.metrics import spearman, spread
 from pareto_merging.measure.reports import answer, cell, markdown_table
 from pareto_merging.methods.registry import METHODS
+from pareto_merging.run.config import RunConfig
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.files import write_json
 from pareto_merging.system.threads import one_thread
-from pareto_merging.workspace import Workspace
 
 EFFORT = 3
 # the published preset, except that the runs are short and λ wants a larger rate then

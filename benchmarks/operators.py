@@ -23,7 +23,7 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.learn.gradient import TasksAtOnce
 from pareto_merging.learn.training import Learner
-from pareto_merging.model import parametrize
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.system.modes import eval_mode
 
 # of no work: views, and memory that nothing is written to

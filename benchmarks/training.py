@@ -34,8 +34,8 @@ from pareto_merging import MergingTask, MethodSettings, learn_pareto_set, learne
 from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
 from pareto_merging.learn.objectives import scalarize
 from pareto_merging.learn.training import Learner
-from pareto_merging.model import parametrize
 from pareto_merging.model.modules import PARTS, pareto_modules
+from pareto_merging.model.parametrize import parametrize
 from pmkernels import costs, dispatch, reference
 from pmkernels.graphs import capture, warm_up
 

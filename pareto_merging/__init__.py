@@ -4,7 +4,6 @@ W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, ICML 2025).
 """
 
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.learn.training import MergingTask, learn_pareto_set
@@ -28,7 +27,8 @@ from pareto_merging.model.parametrize import (
 )
 from pareto_merging.model.stored import remember_stored
 from pareto_merging.preferences import get_preference, preference, set_preference
-from pareto_merging.workspace import load_models
+from pareto_merging.run.config import MethodSettings
+from pareto_merging.run.workspace import load_models
 
 __all__ = [
     "EvaluationTask",

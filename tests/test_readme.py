@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from pareto_merging.config import read_config
+from pareto_merging.run.config import read_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.objectives import (
     EntropyTerms,
     WeightDistance,
@@ -33,6 +32,7 @@ from pareto_merging.learn.objectives import (
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.modules import ParetoModule, pareto_modules
 from pareto_merging.preferences import pareto_state
+from pareto_merging.run.config import MethodSettings
 from pmkernels.checks import autocast_enabled
 from pmkernels.graphs import capture, warm_up
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.learn.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
@@ -32,6 +31,7 @@ from pareto_merging.preferences import (
     preference,
     sample_dirichlet,
 )
+from pareto_merging.run.config import MethodSettings
 from pareto_merging.system.files import read_metadata, read_tensors, write_tensors, write_text
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar

@@ -19,11 +19,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask, learn_pareto_set
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
 from pareto_merging.model.parametrize import merge as merge_at
+from pareto_merging.run.config import MethodSettings
 
 Preset: TypeAlias = Literal["official", "fusionbench"]
 

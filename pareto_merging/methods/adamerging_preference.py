@@ -12,11 +12,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods import adamerging
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights
+from pareto_merging.run.config import MethodSettings
 
 
 def merge(

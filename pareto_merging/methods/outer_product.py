@@ -17,11 +17,11 @@ from typing import Literal
 
 from torch import nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Merged
 from pareto_merging.model.parametrize import Weights
+from pareto_merging.run.config import MethodSettings
 
 
 def merge(

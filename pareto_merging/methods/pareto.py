@@ -14,12 +14,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask, learn_pareto_set
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
 from pareto_merging.model.parametrize import merge as merge_at
 from pareto_merging.model.preprocessing import Preprocess
+from pareto_merging.run.config import MethodSettings
 
 
 def merge(

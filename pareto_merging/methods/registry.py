@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.learn.training import MergingTask
 from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods import (
@@ -31,6 +30,7 @@ from pareto_merging.methods import (
 )
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights
+from pareto_merging.run.config import MethodSettings
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]
 Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]

@@ -29,6 +29,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from pareto_merging.errors import UserError
+from pareto_merging.run.workspace import user_errors
 from pareto_merging.serving.admission import Admission, Gate
 from pareto_merging.serving.batching import Batcher, Item, NotFinite
 from pareto_merging.serving.images import ImageError, decode_image
@@ -44,7 +45,6 @@ from pareto_merging.serving.queries import (
     problem,
     read_body,
 )
-from pareto_merging.workspace import user_errors
 
 if TYPE_CHECKING:
     from pareto_merging.serving.engine import Engine

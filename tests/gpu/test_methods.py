@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.learn.training import MergingTask
 from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods.registry import METHODS, Problem, run
+from pareto_merging.run.config import MethodSettings
 
 pytestmark = pytest.mark.gpu
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]

@@ -10,13 +10,13 @@ from helpers import randomize
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.learn.training import MergingTask, learn_pareto_set
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
 from pareto_merging.preferences import set_preference
+from pareto_merging.run.config import MethodSettings
 from pmkernels import reference
 
 pytestmark = pytest.mark.gpu

@@ -21,14 +21,14 @@ from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.config import MethodSettings, read_config
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_folded, load_heads, read_header
 from pareto_merging.preferences import set_preference
-from pareto_merging.runs import open_run
+from pareto_merging.run.config import MethodSettings, read_config
+from pareto_merging.run.folder import open_run
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.files import read_metadata
-from pareto_merging.workspace import Workspace
 from pmkernels import dispatch
 
 
@@ -447,7 +447,7 @@ def test_a_run_keeps_its_order_of_tasks(tmp_path: Path, finished: Path, capsys: 
 
 
 def test_two_trainings_of_one_run_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pareto_merging.runs import _locked
+    from pareto_merging.run.folder import _locked
 
     config = write_config(tmp_path / "run.yaml")
     with _locked(tmp_path / "run"):

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 import pareto_merging as pm
 from pareto_merging.checkpoints import readers
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.config import read_config
 from pareto_merging.data.heads import read_head
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.model.files import read_header
-from pareto_merging.runs import open_run
-from pareto_merging.workspace import Workspace
+from pareto_merging.run.config import read_config
+from pareto_merging.run.folder import open_run
+from pareto_merging.run.workspace import Workspace
 
 pytest.importorskip("open_clip")
 pytest.importorskip("transformers")

@@ -16,8 +16,8 @@ import hostile_files as hostile
 import open_clip  # noqa: F401 (seconds that are nobody's fault)
 import pytest
 
-from pareto_merging import cli
 from pareto_merging.checkpoints.pickles import Record, read_pickle
+from pareto_merging.cli.app import app as cli
 
 ROOT = Path(__file__).parents[3]
 # what a case says and expects does not depend on the place of its canary

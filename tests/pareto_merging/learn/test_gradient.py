@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.learn import gradient
 from pareto_merging.learn.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
@@ -22,6 +21,7 @@ from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, sca
 from pareto_merging.model.modules import pareto_modules, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
 from pareto_merging.preferences import pareto_state, preference
+from pareto_merging.run.config import MethodSettings
 
 TASKS = 3
 # float32 numbers, in which a model holds its preference

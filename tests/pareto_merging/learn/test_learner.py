@@ -15,7 +15,6 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import Interrupted, TrainingError
 from pareto_merging.learn.gradient import GradientOfStep, StepGradient
@@ -23,6 +22,7 @@ from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, MergingTask,
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
 from pareto_merging.preferences import pareto_state
+from pareto_merging.run.config import MethodSettings
 from pareto_merging.system.files import read_tensors
 
 TASKS = 3

@@ -20,7 +20,6 @@ import torch
 from helpers import randomize
 from torch import Tensor, nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.errors import TrainingError, UserError
@@ -30,6 +29,7 @@ from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, MergingTask
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import learned_parameters, parametrize
 from pareto_merging.preferences import preference
+from pareto_merging.run.config import MethodSettings
 from pareto_merging.system.files import read_tensors
 
 # those of these tests run twice, with the eager strategy and with the kernels

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 from torch.utils.data import Dataset
 
-from pareto_merging.config import RunConfig
 from pareto_merging.data import digits
 from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.measure.comparison import (
@@ -34,8 +33,9 @@ from pareto_merging.methods import task_arithmetic_preference
 from pareto_merging.methods.interface import Merged
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.preferences import one_hot_preferences
-from pareto_merging.runs import chosen_methods, compare_run
-from pareto_merging.workspace import Workspace, digits_files
+from pareto_merging.run.config import RunConfig
+from pareto_merging.run.folder import chosen_methods, compare_run
+from pareto_merging.run.workspace import Workspace, digits_files
 
 SUITE = Path(digits.__file__).parent / "digits_suite"
 TIMES = {"seconds", "tuning_seconds", "peak_bytes"}
@@ -550,8 +550,8 @@ def resumed(folder: Path, config: RunConfig | None = None, **changes: Any) -> di
 
 
 def test_a_killed_comparison_keeps_what_it_had(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pareto_merging import runs
     from pareto_merging.measure import comparison as module
+    from pareto_merging.run import folder as runs
 
     def stop(result: Any, done: int, total: int, left: Any) -> None:
         if done == 3:

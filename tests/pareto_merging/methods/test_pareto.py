@@ -13,13 +13,13 @@ from helpers import noisy_copy
 from method_cases import assert_state, entropy, image_tasks, parameter_task_vectors, state_of, ties_in_loops
 from torch import Tensor, nn
 
-from pareto_merging.config import MethodSettings
 from pareto_merging.data.sources import TensorImages, batch_indices
 from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods import data_free, pareto
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.parametrize import get_lambda, learned_parameters, parametrize
 from pareto_merging.preferences import sample_dirichlet
+from pareto_merging.run.config import MethodSettings
 
 STEPS, BATCH, RANK, SEED, RATE = 6, 4, 2, 3, 0.03
 

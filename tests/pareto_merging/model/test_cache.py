@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
-from pareto_merging.cli import main
-from pareto_merging.config import RunConfig, dump_config, read_config
+from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.modules import STRATEGIES, merged_bytes, pareto_modules, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
 from pareto_merging.preferences import pareto_state, pareto_states
+from pareto_merging.run.config import RunConfig, dump_config, read_config
 
 TASKS = 3
 

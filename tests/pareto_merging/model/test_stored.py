@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging.config import RunConfig, dump_config
 from pareto_merging.methods import fisher, registry
 from pareto_merging.methods.registry import METHODS, Problem
 from pareto_merging.model import preprocessing
 from pareto_merging.model.stored import PretrainedWeights, describe_dtypes, percent, summarize_dtypes
-from pareto_merging.plan import plan_run
-from pareto_merging.runs import open_run
-from pareto_merging.workspace import Workspace
+from pareto_merging.run.config import RunConfig, dump_config
+from pareto_merging.run.folder import open_run
+from pareto_merging.run.plan import plan_run
+from pareto_merging.run.workspace import Workspace
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 STEP = {"steps": 1, "objective": "weight-distance"}

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.cli import main
+from pareto_merging.cli.app import main
 from pareto_merging.model.files import load_folded, load_heads, save_folded
 from pareto_merging.model.parametrize import merge, parametrize
 from pareto_merging.serving import Engine
@@ -599,7 +599,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_the_extra_it_says_so(folded: Path) -> None:
-    hidden = "import sys; sys.modules['fastapi'] = None; from pareto_merging.cli import main; main()"
+    hidden = "import sys; sys.modules['fastapi'] = None; from pareto_merging.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", hidden, "serve", str(folded)], capture_output=True, text=True, timeout=120
     )
@@ -615,7 +615,7 @@ def test_an_interrupt_while_warming_up_is_one_line(folded: Path) -> None:
         "import threading, pareto_merging.serving.engine as engine\n"
         "def warm_up(self, progress):\n    print('warming', flush=True)\n    threading.Event().wait()\n"
         "engine.Engine.warm_up = warm_up\n"
-        "from pareto_merging.cli import main; main()"
+        "from pareto_merging.cli.app import main; main()"
     )
     command = [sys.executable, "-c", endless, "serve", str(folded), "--port", "0", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

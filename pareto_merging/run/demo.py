@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pareto_merging.config import RunConfig
 from pareto_merging.errors import UserError
 from pareto_merging.measure import figures
 from pareto_merging.measure.comparison import Comparison
@@ -21,12 +20,13 @@ from pareto_merging.measure.evaluation import evaluate_preferences
 from pareto_merging.measure.metrics import hypervolume, non_dominated, spearman
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
-from pareto_merging.runs import SET_NAME, check_new, train_run
+from pareto_merging.run.config import RunConfig
+from pareto_merging.run.folder import SET_NAME, check_new, train_run
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import environment
 from pareto_merging.system.files import write_json, write_text
 from pareto_merging.system.tables import print_table
 from pareto_merging.system.threads import one_thread
-from pareto_merging.workspace import Workspace
 
 # The published preset, except that the runs are short: 150 steps instead of 4000 want a larger rate for λ.
 METHOD: dict[str, Any] = {

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pareto_merging.config import MethodSettings, dump_config, read_config
 from pareto_merging.errors import UserError
+from pareto_merging.run.config import MethodSettings, dump_config, read_config
 
 
 def test_presets() -> None:

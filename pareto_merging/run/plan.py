@@ -16,8 +16,8 @@ from pareto_merging.errors import UserError
 from pareto_merging.model.parametrize import check_copies, lambda_group, task_vectors_of, wants_low_rank
 from pareto_merging.model.preprocessing import make_preprocess, widest
 from pareto_merging.model.stored import Precision, describe_dtypes, percent, summarize_dtypes
+from pareto_merging.run.workspace import Workspace, user_errors
 from pareto_merging.system.progress import progress_bar
-from pareto_merging.workspace import Workspace, user_errors
 
 # reading less than this takes no time worth a progress bar
 LONG = 1 << 29

@@ -20,10 +20,10 @@ from pareto_merging.learn.training import CHECKPOINT_NAME
 from pareto_merging.model.files import package_version, save_folded
 from pareto_merging.model.parametrize import learned_parameters, merge
 from pareto_merging.preferences import format_preference, pareto_state, parse_preferences
-from pareto_merging.runs import CONFIG_NAME, SET_NAME, check_new, open_run
+from pareto_merging.run.folder import CONFIG_NAME, SET_NAME, check_new, open_run
+from pareto_merging.run.workspace import Workspace, user_errors
 from pareto_merging.system.files import read_json, write_json, write_tensors, write_text
 from pareto_merging.system.progress import progress_bar
-from pareto_merging.workspace import Workspace, user_errors
 
 Format = Literal["safetensors", "open_clip", "huggingface"]
 LIST_NAME = "preferences.json"

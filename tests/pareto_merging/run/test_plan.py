@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from pareto_merging.config import RunConfig
 from pareto_merging.model.parametrize import learned_parameters
-from pareto_merging.plan import plan_run
-from pareto_merging.workspace import Workspace
+from pareto_merging.run.config import RunConfig
+from pareto_merging.run.plan import plan_run
+from pareto_merging.run.workspace import Workspace
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pareto_merging as pm
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.runs import open_run
+from pareto_merging.run.folder import open_run
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -600,7 +600,7 @@ def test_an_interrupted_list_tells_no_lies(
     format: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between two of three models that replace others: preferences.json lists no model as what it is not."""
-    from pareto_merging import exports
+    from pareto_merging.run import export as exports
 
     out = tmp_path / "out"
     options = ["--format", format, "--out", out, "--overwrite", "--quiet"]

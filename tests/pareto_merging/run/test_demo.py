@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from pareto_merging.data import digits
-from pareto_merging.demo import run_demo
 from pareto_merging.errors import UserError
 from pareto_merging.measure.metrics import hypervolume
 from pareto_merging.model.files import read_header
+from pareto_merging.run.demo import run_demo
 
 METHODS = (
     "Individual",
@@ -83,7 +83,7 @@ def test_it_replaces_only_an_earlier_demo(demo: Path, tmp_path: Path, monkeypatc
         return {**json.loads((folder / "report.json").read_text()), "settings": {"steps": 7}}
 
     # what it computes is above
-    monkeypatch.setattr("pareto_merging.demo._run", run)
+    monkeypatch.setattr("pareto_merging.run.demo._run", run)
     earlier = shutil.copytree(demo, tmp_path / "runs" / "run")
     with pytest.raises(UserError, match="existing folder"):
         run_demo(earlier, quick=True, progress=False)

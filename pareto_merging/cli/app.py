@@ -75,14 +75,14 @@ def demo(
     AdaMerging; learns a two-task Pareto set and draws its front. Writes
     report.json, front.png, pareto_set.safetensors and index.html.
     """
-    from pareto_merging.demo import run_demo
+    from pareto_merging.run.demo import run_demo
 
     run_demo(out, overwrite=overwrite, quick=quick, seed=seed, progress=not quiet)
 
 
 def _yaml_help() -> str:
     """Every key of CONFIG.yaml with its meaning, choices and default, for --help."""
-    from pareto_merging.config import EncoderConfig, MethodSettings, RunConfig, TaskConfig
+    from pareto_merging.run.config import EncoderConfig, MethodSettings, RunConfig, TaskConfig
 
     parts = []
     groups: dict[str, Any] = {
@@ -116,9 +116,9 @@ def train(
     the remaining steps and gives the bits an uninterrupted run would have
     given.
     """
-    from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
-    from pareto_merging.runs import SET_NAME, describe_precision, train_run
+    from pareto_merging.run.config import read_config
+    from pareto_merging.run.folder import SET_NAME, describe_precision, train_run
 
     settings = read_config(config)
     try:
@@ -154,9 +154,9 @@ def evaluate(
     from pareto_merging.measure.metrics import indicators
     from pareto_merging.measure.reports import write_evaluation
     from pareto_merging.preferences import parse_preferences
-    from pareto_merging.runs import open_run
+    from pareto_merging.run.folder import open_run
+    from pareto_merging.run.workspace import user_errors
     from pareto_merging.system.files import write_json
-    from pareto_merging.workspace import user_errors
 
     workspace, model = open_run(run)
     with user_errors():
@@ -236,10 +236,10 @@ def compare(
     --resume goes on. Writes compare.md, compare.json, methods.csv, points.csv
     and pictures.
     """
-    from pareto_merging.config import read_config
     from pareto_merging.errors import Interrupted
     from pareto_merging.measure.reports import EXPLANATION, head, summary_rows
-    from pareto_merging.runs import compare_run
+    from pareto_merging.run.config import read_config
+    from pareto_merging.run.folder import compare_run
     from pareto_merging.system.tables import print_table
 
     settings = read_config(config)
@@ -311,7 +311,7 @@ def convert(
     checkpoints that are read often, or handed on.
     """
     from pareto_merging.checkpoints.convert import DTYPES, convert_checkpoint, say
-    from pareto_merging.exports import check_file
+    from pareto_merging.run.export import check_file
 
     check_file(out, overwrite)
     found = convert_checkpoint(source, out, dtype=DTYPES.get(dtype), progress=not quiet and not as_json)
@@ -363,7 +363,7 @@ def export(
     folder with one entry each, and preferences.json says which is which.
     """
     from pareto_merging.errors import UserError
-    from pareto_merging.exports import default_target, export_folded, export_merged
+    from pareto_merging.run.export import default_target, export_folded, export_merged
 
     if (preference is None) == (not folded):
         raise UserError("export: expected either --preference or --folded")
@@ -397,10 +397,10 @@ def plan(
     Σλτ. For that a 16-bit run's checkpoints are read, tensor by tensor;
     otherwise headers are.
     """
-    from pareto_merging.config import read_config
-    from pareto_merging.plan import plan_run
+    from pareto_merging.run.config import read_config
+    from pareto_merging.run.plan import plan_run
+    from pareto_merging.run.workspace import Workspace
     from pareto_merging.system.tables import print_table
-    from pareto_merging.workspace import Workspace
 
     workspace = Workspace(read_config(config))
     rows = plan_run(workspace, progress=not as_json)

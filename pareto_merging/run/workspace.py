@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
-from pareto_merging.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.errors import UserError
@@ -27,6 +26,7 @@ from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import extremes
 from pareto_merging.model.stored import StoredTensors, remember_stored
+from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.system.devices import find_device
 
 
