@@ -80,7 +80,7 @@ class Workspace:
         if self.config.suite is not None:
             chosen = self.config.tasks
             assert chosen is None or isinstance(chosen, list)
-            folder = self.suite_folder or Path(__file__).parent / "data" / "digits_suite"
+            folder = self.suite_folder or Path(__file__).parents[1] / "data" / "digits_suite"
             self.encoder_config, self.task_configs = digits_files(folder, chosen)
         else:
             assert self.config.encoder is not None and isinstance(self.config.tasks, dict)
