@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pareto_merging import MergingTask, MethodSettings
+from pareto_merging import MethodSettings, Task
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.learn.gradient import TasksAtOnce
@@ -59,7 +59,7 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
     ).eval()
     pareto = parametrize(model, [_noisy(model, k) for k in range(tasks)], rank=4)
     sets = {
-        name: MergingTask(TensorImages(torch.randn(8, 3, 8, 8)), ZeroShotHead(torch.randn(10, 32), 10.0))
+        name: Task(TensorImages(torch.randn(8, 3, 8, 8)), ZeroShotHead(torch.randn(10, 32), 10.0))
         for name in pareto.pareto.task_names  # type: ignore[union-attr]
     }
     settings = MethodSettings.model_validate({"steps": 10, "batch_size": 4, "rank": 4})

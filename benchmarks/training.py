@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import ceilings, relative_error
-from pareto_merging import MergingTask, MethodSettings, learn_pareto_set, learned_parameters, set_strategy
+from pareto_merging import MethodSettings, Task, learn_pareto_set, learned_parameters, set_strategy
 from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
 from pareto_merging.learn.objectives import scalarize
 from pareto_merging.learn.training import Learner
@@ -315,8 +315,8 @@ class Ours:
         # on a GPU the second captures a CUDA graph
         self.warm_up = 3 if case.device.type == "cuda" else 0
         self.settings = case.settings if settings is None else settings
-        tasks: dict[str, MergingTask] | None = {
-            f"task_{k + 1}": MergingTask(images=images.cpu(), head=head)  # type: ignore[arg-type]
+        tasks: dict[str, Task] | None = {
+            f"task_{k + 1}": Task(images=images.cpu(), head=head)  # type: ignore[arg-type]
             for k, (images, head) in enumerate(zip(case.images, case.heads, strict=True))
         }
         if self.settings.objective == "weight-distance":

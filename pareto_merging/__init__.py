@@ -1,66 +1,103 @@
 """Pareto Merging: learn in one run, without labels, the best merged model for every preference.
 
 W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, ICML 2025).
+
+Each public name is imported when it is first asked for, so that the command line's help does not wait for PyTorch.
 """
 
-from pareto_merging.checkpoints.readers import open_checkpoint
-from pareto_merging.data.heads import ZeroShotHead, read_head
-from pareto_merging.errors import Interrupted, TrainingError, UserError
-from pareto_merging.learn.training import MergingTask, learn_pareto_set
-from pareto_merging.measure.evaluation import EvaluationTask, evaluate_model, evaluate_preferences
-from pareto_merging.model.files import (
-    load_folded,
-    load_heads,
-    load_pareto_set,
-    save_folded,
-    save_pareto_set,
-)
-from pareto_merging.model.modules import ParetoAttention, ParetoLinear, set_strategy
-from pareto_merging.model.parametrize import (
-    fold,
-    get_lambda,
-    lambda_names,
-    learned_parameters,
-    merge,
-    parametrize,
-    set_lambda,
-)
-from pareto_merging.model.stored import remember_stored
-from pareto_merging.preferences import get_preference, preference, set_preference
-from pareto_merging.run.config import MethodSettings
-from pareto_merging.run.workspace import load_models
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EvaluationTask",
-    "Interrupted",
-    "MergingTask",
-    "MethodSettings",
-    "ParetoAttention",
-    "ParetoLinear",
-    "TrainingError",
-    "UserError",
-    "ZeroShotHead",
-    "evaluate_model",
-    "evaluate_preferences",
-    "fold",
-    "get_lambda",
-    "get_preference",
-    "lambda_names",
-    "learn_pareto_set",
-    "learned_parameters",
-    "load_folded",
-    "load_heads",
-    "load_models",
-    "load_pareto_set",
-    "merge",
-    "open_checkpoint",
-    "parametrize",
-    "preference",
-    "read_head",
-    "remember_stored",
-    "save_folded",
-    "save_pareto_set",
-    "set_lambda",
-    "set_preference",
-    "set_strategy",
-]
+if TYPE_CHECKING:
+    from pareto_merging.checkpoints.readers import open_checkpoint as open_checkpoint
+    from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
+    from pareto_merging.data.heads import read_head as read_head
+    from pareto_merging.data.tasks import Task as Task
+    from pareto_merging.errors import Interrupted as Interrupted
+    from pareto_merging.errors import TrainingError as TrainingError
+    from pareto_merging.errors import UserError as UserError
+    from pareto_merging.learn.settings import MethodSettings as MethodSettings
+    from pareto_merging.learn.training import learn_pareto_set as learn_pareto_set
+    from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
+    from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
+    from pareto_merging.model.files import load_folded as load_folded
+    from pareto_merging.model.files import load_heads as load_heads
+    from pareto_merging.model.files import load_pareto_set as load_pareto_set
+    from pareto_merging.model.files import save_folded as save_folded
+    from pareto_merging.model.files import save_pareto_set as save_pareto_set
+    from pareto_merging.model.modules import ParetoAttention as ParetoAttention
+    from pareto_merging.model.modules import ParetoLinear as ParetoLinear
+    from pareto_merging.model.modules import set_strategy as set_strategy
+    from pareto_merging.model.parametrize import fold as fold
+    from pareto_merging.model.parametrize import get_lambda as get_lambda
+    from pareto_merging.model.parametrize import lambda_names as lambda_names
+    from pareto_merging.model.parametrize import learned_parameters as learned_parameters
+    from pareto_merging.model.parametrize import merge as merge
+    from pareto_merging.model.parametrize import parametrize as parametrize
+    from pareto_merging.model.parametrize import set_lambda as set_lambda
+    from pareto_merging.model.state import get_preference as get_preference
+    from pareto_merging.model.state import preference as preference
+    from pareto_merging.model.state import set_preference as set_preference
+    from pareto_merging.model.stored import remember_stored as remember_stored
+    from pareto_merging.run.workspace import load_models as load_models
+
+    # one class by the names that it has had
+    MergingTask = Task
+    EvaluationTask = Task
+    __version__: str
+
+# public name -> where it is
+_HOMES = {
+    "EvaluationTask": "data.tasks.Task",
+    "Interrupted": "errors.Interrupted",
+    "MergingTask": "data.tasks.Task",
+    "MethodSettings": "learn.settings.MethodSettings",
+    "ParetoAttention": "model.modules.ParetoAttention",
+    "ParetoLinear": "model.modules.ParetoLinear",
+    "Task": "data.tasks.Task",
+    "TrainingError": "errors.TrainingError",
+    "UserError": "errors.UserError",
+    "ZeroShotHead": "data.heads.ZeroShotHead",
+    "evaluate_model": "measure.evaluation.evaluate_model",
+    "evaluate_preferences": "measure.evaluation.evaluate_preferences",
+    "fold": "model.parametrize.fold",
+    "get_lambda": "model.parametrize.get_lambda",
+    "get_preference": "model.state.get_preference",
+    "lambda_names": "model.parametrize.lambda_names",
+    "learn_pareto_set": "learn.training.learn_pareto_set",
+    "learned_parameters": "model.parametrize.learned_parameters",
+    "load_folded": "model.files.load_folded",
+    "load_heads": "model.files.load_heads",
+    "load_models": "run.workspace.load_models",
+    "load_pareto_set": "model.files.load_pareto_set",
+    "merge": "model.parametrize.merge",
+    "open_checkpoint": "checkpoints.readers.open_checkpoint",
+    "parametrize": "model.parametrize.parametrize",
+    "preference": "model.state.preference",
+    "read_head": "data.heads.read_head",
+    "remember_stored": "model.stored.remember_stored",
+    "save_folded": "model.files.save_folded",
+    "save_pareto_set": "model.files.save_pareto_set",
+    "set_lambda": "model.parametrize.set_lambda",
+    "set_preference": "model.state.set_preference",
+    "set_strategy": "model.modules.set_strategy",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from pareto_merging.system.environment import package_version
+
+        return package_version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, _, own_name = _HOMES[name].rpartition(".")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), own_name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something the user gave is wrong: names it, what was expected and what came. Exit code 2.
@@ -37,3 +40,14 @@ class Interrupted(RuntimeError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+@contextlib.contextmanager
+def user_errors(what: str = "") -> Iterator[None]:
+    """Values that a library function refuses are the user's here: its one-line message, without a traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what}: {error}" if what else str(error)) from error

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.learn.training import MergingTask
-from pareto_merging.measure.evaluation import EvaluationTask
+from pareto_merging.data.tasks import Task
 from pareto_merging.model.modules import pareto_modules
 
 
-def image_tasks(count: int, images: int = 10, dim: int = 8, classes: int = 5, seed: int = 7) -> dict[str, MergingTask]:
+def image_tasks(count: int, images: int = 10, dim: int = 8, classes: int = 5, seed: int = 7) -> dict[str, Task]:
     """Unlabelled 8×8 images and a head for each of ``t0`` …"""
     generator = torch.Generator().manual_seed(seed)
     return {
-        f"t{k}": MergingTask(
+        f"t{k}": Task(
             TensorImages(torch.randn(images, 3, 8, 8, generator=generator)),
             ZeroShotHead(torch.randn(classes, dim, generator=generator), 10.0),
         )
@@ -27,10 +26,10 @@ def image_tasks(count: int, images: int = 10, dim: int = 8, classes: int = 5, se
     }
 
 
-def labelled_tasks(tasks: Mapping[str, MergingTask], classes: int = 5) -> dict[str, EvaluationTask]:
+def labelled_tasks(tasks: Mapping[str, Task], classes: int = 5) -> dict[str, Task]:
     """The same images with the labels 0, 1, …"""
     return {
-        name: EvaluationTask(TensorImages(task.images.images, torch.arange(len(task.images)) % classes), task.head)
+        name: Task(TensorImages(task.images.images, torch.arange(len(task.images)) % classes), task.head)
         for name, task in tasks.items()
     }
 

@@ -82,7 +82,8 @@ def demo(
 
 def _yaml_help() -> str:
     """Every key of CONFIG.yaml with its meaning, choices and default, for --help."""
-    from pareto_merging.run.config import EncoderConfig, MethodSettings, RunConfig, TaskConfig
+    from pareto_merging.learn.settings import MethodSettings
+    from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig
 
     parts = []
     groups: dict[str, Any] = {
@@ -150,12 +151,12 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy and entropy of a learned Pareto set on the held-out images, per task and preference."""
+    from pareto_merging.errors import user_errors
     from pareto_merging.measure.evaluation import evaluate_preferences
     from pareto_merging.measure.metrics import indicators
     from pareto_merging.measure.reports import write_evaluation
     from pareto_merging.preferences import parse_preferences
     from pareto_merging.run.folder import open_run
-    from pareto_merging.run.workspace import user_errors
     from pareto_merging.system.files import write_json
 
     workspace, model = open_run(run)

@@ -29,10 +29,10 @@ from pareto_merging.learn.objectives import (
     scalarize,
     tensor_norm,
 )
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.modules import ParetoModule, pareto_modules
-from pareto_merging.preferences import pareto_state
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import pareto_state
 from pmkernels.checks import autocast_enabled
 from pmkernels.graphs import capture, warm_up
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pmkernels
 from pareto_merging.model.modules import ParetoModule, pareto_modules
-from pareto_merging.preferences import pareto_state
+from pareto_merging.model.state import pareto_state
 
 Scalarization: TypeAlias = Literal["smooth-tchebycheff", "tchebycheff", "linear"]
 

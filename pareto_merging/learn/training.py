@@ -18,20 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from pareto_merging.data.sources import BatchStream
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.learn.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.parametrize import TensorDigest, learned_parameters
-from pareto_merging.preferences import (
-    check_preference,
-    equal_preference,
-    pareto_state,
-    preference,
-    sample_dirichlet,
-)
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import pareto_state, preference
+from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
 from pareto_merging.system.files import read_metadata, read_tensors, write_tensors, write_text
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
@@ -40,18 +35,6 @@ CHECKPOINT_NAME, LOG_NAME = "checkpoint.safetensors", "log.jsonl"
 # entropy and mean-prediction entropy are averaged over about this many steps before anything is said about them
 SMOOTHING = 0.95
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class MergingTask:
-    """One task as the merging sees it: unlabelled images and the frozen head that reads the encoder's features.
-
-    ``images`` is a map-style dataset of image tensors, or of (image, anything) pairs. ``head`` maps features to logits
-    [n, classes].
-    """
-
-    images: Dataset[Any]
-    head: nn.Module
 
 
 @dataclass
@@ -78,7 +61,7 @@ class TrainingResult:
 
 def learn_pareto_set(
     model: nn.Module,
-    tasks: Mapping[str, MergingTask] | None,
+    tasks: Mapping[str, Task] | None,
     settings: MethodSettings,
     *,
     folder: Path | None = None,
@@ -127,8 +110,8 @@ def learn_pareto_set(
             raise ValueError(f"tasks: expected images and a head for each of {', '.join(names)}; got {got}")
         tasks = {name: tasks[name] for name in names}
         for name, task in tasks.items():
-            if not isinstance(task, MergingTask):
-                raise TypeError(f"tasks: expected a MergingTask for {name}, got {type(task).__name__}")
+            if not isinstance(task, Task):
+                raise TypeError(f"tasks: expected a Task for {name}, got {type(task).__name__}")
             if not len(task.images):  # type: ignore[arg-type]
                 raise ValueError(f"tasks: expected images for {name}, got none")
     if settings.gamma is not None:
@@ -214,7 +197,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        tasks: Mapping[str, MergingTask] | None,
+        tasks: Mapping[str, Task] | None,
         settings: MethodSettings,
         *,
         total: int | None = None,
@@ -579,7 +562,7 @@ class _CollapseWatch:
     def __init__(
         self,
         names: Sequence[str],
-        tasks: Mapping[str, MergingTask] | None,
+        tasks: Mapping[str, Task] | None,
         settings: MethodSettings,
         warn: Callable[[str], None],
     ) -> None:

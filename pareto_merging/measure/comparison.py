@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pareto_merging.errors import Interrupted, UserError
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.evaluation import agreement, choose_for_unseen, evaluate_model, predict
 from pareto_merging.measure.metrics import hypervolume, indicators, spread, union_front
 from pareto_merging.methods import individual
@@ -35,7 +36,6 @@ from pareto_merging.preferences import (
     parse_preferences,
     priority_preferences,
 )
-from pareto_merging.run.config import MethodSettings
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import measured
 from pareto_merging.system.files import write_json

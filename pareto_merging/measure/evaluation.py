@@ -13,19 +13,12 @@ from torch.utils.data import Dataset
 
 import pmkernels
 from pareto_merging.data.sources import labelled_batches
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.model.parametrize import merge
-from pareto_merging.preferences import pareto_state
+from pareto_merging.model.state import pareto_state
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
-
-
-@dataclass
-class EvaluationTask:
-    """One task as the evaluation sees it: labelled images (image, label) and the head that reads the features."""
-
-    images: Dataset[Any]
-    head: nn.Module
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,7 @@ class UnseenChoice:
 
 
 @torch.no_grad()
-def evaluate_model(
-    encoder: nn.Module, tasks: Mapping[str, EvaluationTask], batch_size: int = 256, workers: int = 0
-) -> Scores:
+def evaluate_model(encoder: nn.Module, tasks: Mapping[str, Task], batch_size: int = 256, workers: int = 0) -> Scores:
     """Accuracy and entropy of one encoder on each task, in eval mode (the mode is restored).
 
     Raises:
@@ -93,7 +84,7 @@ def evaluate_model(
 
 def evaluate_preferences(
     model: nn.Module,
-    tasks: Mapping[str, EvaluationTask],
+    tasks: Mapping[str, Task],
     preferences: Sequence[Tensor],
     *,
     batch_size: int = 256,

@@ -19,11 +19,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from pareto_merging.learn.training import MergingTask, learn_pareto_set
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
 from pareto_merging.model.parametrize import merge as merge_at
-from pareto_merging.run.config import MethodSettings
 
 Preset: TypeAlias = Literal["official", "fusionbench"]
 
@@ -71,7 +72,7 @@ def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
     folder: Path | None = None,
     resume: bool = False,

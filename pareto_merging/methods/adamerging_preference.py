@@ -12,18 +12,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.run.config import MethodSettings
 
 
 def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
     folder: Path | None = None,
     resume: bool = False,

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Merged
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.run.config import MethodSettings
 
 
 def settings(**changes: Any) -> MethodSettings:

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.per_task import check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
@@ -38,7 +38,7 @@ def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     labels: Labels = "sampled",
     floor: float = 1e-6,
     normalize: bool = True,
@@ -83,7 +83,7 @@ def merge(
 def _sums(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     floor: float,
     normalize: bool,
     **how: Any,
@@ -116,7 +116,7 @@ def _sums(
 
 def diagonal_fisher(
     model: nn.Module,
-    task: MergingTask,
+    task: Task,
     *,
     labels: Labels = "sampled",
     images: int = 256,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pareto_merging.data.sources import labelled_stream
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.interface import task_names as names_of
 from pareto_merging.model.parametrize import Weights, named_tensors
@@ -30,7 +30,7 @@ def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    training: Mapping[str, EvaluationTask],
+    training: Mapping[str, Task],
     steps: int = 500,
     batch_size: int = 32,
     learning_rate: float = 1e-4,

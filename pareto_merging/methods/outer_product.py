@@ -17,18 +17,18 @@ from typing import Literal
 
 from torch import nn
 
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Merged
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.run.config import MethodSettings
 
 
 def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask] | None,
+    tasks: Mapping[str, Task] | None,
     variation: Literal[1, 2] = 1,
     method: MethodSettings | None = None,
     folder: Path | None = None,

@@ -14,19 +14,20 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pareto_merging.learn.training import MergingTask, learn_pareto_set
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
 from pareto_merging.model.parametrize import merge as merge_at
 from pareto_merging.model.preprocessing import Preprocess
-from pareto_merging.run.config import MethodSettings
 
 
 def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask] | None,
+    tasks: Mapping[str, Task] | None,
     method: MethodSettings | None = None,
     preprocess: Preprocess | None = None,
     folder: Path | None = None,

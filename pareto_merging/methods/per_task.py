@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pareto_merging.data.sources import batch_indices
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.data.tasks import Task
 from pareto_merging.methods.interface import task_names
 from pareto_merging.model.parametrize import Weights, check_copies
 from pareto_merging.model.stored import copy_of
@@ -20,7 +20,7 @@ from pareto_merging.model.stored import copy_of
 def each_finetuned(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
 ) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
     """Each task, a working copy of ``pretrained`` with its fine-tuned weights, and its (names of a tensor, tensor).
 
@@ -38,18 +38,18 @@ def each_finetuned(
         yield task, model, tensors
 
 
-def check_tasks(tasks: Mapping[str, MergingTask], names: Sequence[str]) -> None:
+def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
     """ValueError unless ``tasks`` has images and a head for each of ``names`` and nothing else."""
     if not isinstance(tasks, Mapping):
-        raise TypeError(f"tasks: expected a mapping from task name to MergingTask, got {type(tasks).__name__}")
+        raise TypeError(f"tasks: expected a mapping from task name to Task, got {type(tasks).__name__}")
     for name in names:
         if name not in tasks:
             raise ValueError(f"tasks: expected images and a head for {name}, got {', '.join(tasks) or 'none'}")
     for name, task in tasks.items():
         if name not in names:
             raise ValueError(f"tasks: expected only {', '.join(names)}, got {name}")
-        if not isinstance(task, MergingTask):
-            raise TypeError(f"tasks: expected a MergingTask for {name}, got {type(task).__name__}")
+        if not isinstance(task, Task):
+            raise TypeError(f"tasks: expected a Task for {name}, got {type(task).__name__}")
         if not len(task.images):  # type: ignore[arg-type]
             raise ValueError(f"tasks: expected images for {name}, got none")
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pareto_merging.learn.training import MergingTask
-from pareto_merging.measure.evaluation import EvaluationTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import (
     adamerging,
     adamerging_preference,
@@ -30,7 +30,6 @@ from pareto_merging.methods import (
 )
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.parametrize import Weights
-from pareto_merging.run.config import MethodSettings
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]
 Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]
@@ -50,8 +49,8 @@ class Problem:
 
     pretrained: nn.Module
     finetuned: Sequence[Weights] | Mapping[str, Weights]
-    tasks: Mapping[str, MergingTask] | None = None
-    training: Mapping[str, EvaluationTask] | None = None
+    tasks: Mapping[str, Task] | None = None
+    training: Mapping[str, Task] | None = None
     method: MethodSettings = field(default_factory=lambda: MethodSettings.model_validate({}))
     folder: Path | None = None
     progress: bool = True

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.per_task import (
     check_count,
@@ -61,7 +61,7 @@ def merge(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
     *,
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     alpha: float = 0.9,
     ridge: float = 1e-6,
     images: int = 256,
@@ -104,7 +104,7 @@ def merge(
 def _sums(
     pretrained: nn.Module,
     finetuned: Sequence[Weights] | Mapping[str, Weights],
-    tasks: Mapping[str, MergingTask],
+    tasks: Mapping[str, Task],
     alpha: float,
     images: int,
     batch_size: int,
@@ -147,7 +147,7 @@ def _sums(
 def _task_grams(
     model: nn.Module,
     tensors: Sequence[tuple[Sequence[str], Tensor]],
-    task: MergingTask,
+    task: Task,
     name: str,
     images: int,
     batch_size: int,

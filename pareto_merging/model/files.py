@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,14 @@ from pareto_merging.model.parametrize import (
 )
 from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.model.preprocessing import Preprocess
-from pareto_merging.preferences import ParetoState, equal_preference, pareto_state
+from pareto_merging.model.state import ParetoState, pareto_state
+from pareto_merging.preferences import equal_preference
+from pareto_merging.system.environment import package_version
 from pareto_merging.system.files import read_metadata, read_shapes, read_tensors, write_tensors
 
 # 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1
 FORMAT_VERSION = 2
 SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
-
-
-def package_version() -> str:
-    """The installed version of this package, or ``unknown`` from a source tree that was not installed."""
-    try:
-        return version("pareto-merging")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def save_pareto_set(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import pmkernels
 from pareto_merging.model.cache import MergedWeights
-from pareto_merging.preferences import ParetoState, pareto_states
+from pareto_merging.model.state import ParetoState, pareto_states
 from pmkernels.checks import autocast_enabled
 
 if TYPE_CHECKING:

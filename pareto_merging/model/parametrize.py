@@ -25,15 +25,9 @@ from pareto_merging.model.preprocessing import (
     pieces_of,
     widest,
 )
+from pareto_merging.model.state import ParetoState, pareto_state, pareto_states
 from pareto_merging.model.stored import Differences, Precision, PretrainedWeights, forget_stored, rounded
-from pareto_merging.preferences import (
-    ParetoState,
-    Preference,
-    check_preference,
-    equal_preference,
-    pareto_state,
-    pareto_states,
-)
+from pareto_merging.preferences import Preference, check_preference, equal_preference
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]

@@ -22,17 +22,18 @@ from typing import Any
 
 from torch import nn
 
-from pareto_merging.errors import UserError
+from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
 from pareto_merging.measure.comparison import EFFORT, compare, default_grid, evaluated_preferences, stored_results
 from pareto_merging.measure.reports import write_comparison
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.modules import set_strategy
+from pareto_merging.model.state import pareto_state
 from pareto_merging.model.stored import percent, summarize_dtypes
-from pareto_merging.preferences import check_preference, pareto_state
+from pareto_merging.preferences import check_preference
 from pareto_merging.run.config import RunConfig, dump_config, read_config
-from pareto_merging.run.workspace import Workspace, user_errors
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import environment
 from pareto_merging.system.files import write_json, write_text
 from pareto_merging.system.threads import one_thread

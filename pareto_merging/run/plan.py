@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints.readers import Checkpoint
-from pareto_merging.errors import UserError
+from pareto_merging.errors import UserError, user_errors
 from pareto_merging.model.parametrize import check_copies, lambda_group, task_vectors_of, wants_low_rank
 from pareto_merging.model.preprocessing import make_preprocess, widest
 from pareto_merging.model.stored import Precision, describe_dtypes, percent, summarize_dtypes
-from pareto_merging.run.workspace import Workspace, user_errors
+from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.progress import progress_bar
 
 # reading less than this takes no time worth a progress bar

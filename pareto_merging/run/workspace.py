@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,26 +18,14 @@ from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
-from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
-from pareto_merging.measure.evaluation import EvaluationTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.errors import UserError, user_errors
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import extremes
 from pareto_merging.model.stored import StoredTensors, remember_stored
 from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.system.devices import find_device
-
-
-@contextlib.contextmanager
-def user_errors(what: str = "") -> Iterator[None]:
-    """Values that a library function refuses are the user's here: its one-line message, without a traceback."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{what}: {error}" if what else str(error)) from error
 
 
 def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, dict[str, TaskConfig]]:
@@ -334,13 +321,13 @@ class Workspace:
             raise UserError(f"tasks.{task}.head: expected a head, got none")
         return read_head(path, task).to(self.device)
 
-    def merging_tasks(self) -> dict[str, MergingTask]:
+    def merging_tasks(self) -> dict[str, Task]:
         """Unlabelled images and heads; UserError naming a task without."""
         for name, task in self.task_configs.items():
             if task.merging is None:
                 raise UserError(f"tasks.{name}.merging: expected unlabelled images for the entropy, got none")
         return {
-            name: MergingTask(open_images(str(task.merging), self.preprocessing), self.head(name))
+            name: Task(open_images(str(task.merging), self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
         }
 
@@ -360,18 +347,18 @@ class Workspace:
         """What guessing would get on each task, in percent: 100 / its head's number of classes."""
         return [100.0 / self.head(name).weight.shape[0] for name in names]
 
-    def available_merging_tasks(self) -> dict[str, MergingTask]:
+    def available_merging_tasks(self) -> dict[str, Task]:
         """Unlabelled images and heads of the tasks that have both."""
         return {
-            name: MergingTask(open_images(task.merging, self.preprocessing), self.head(name))
+            name: Task(open_images(task.merging, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.merging is not None and task.head is not None
         }
 
-    def training_tasks(self) -> dict[str, EvaluationTask]:
+    def training_tasks(self) -> dict[str, Task]:
         """Labelled training images and heads of the tasks that have both; UserError if the classes differ."""
         tasks = {
-            name: EvaluationTask(open_images(task.training, self.preprocessing), self.head(name))
+            name: Task(open_images(task.training, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.training is not None and task.head is not None
         }
@@ -379,20 +366,20 @@ class Workspace:
             _check_classes(name, entry, self.head(name))
         return tasks
 
-    def unseen_tasks(self) -> dict[str, tuple[MergingTask, EvaluationTask]]:
+    def unseen_tasks(self) -> dict[str, tuple[Task, Task]]:
         """The tasks without a checkpoint: unlabelled images to choose a model by, and labelled ones to judge it."""
         found = {}
         for name, task in self.unseen_configs.items():
             head = read_head(task.head, name).to(self.device)
-            labelled = EvaluationTask(open_images(task.evaluation, self.preprocessing), head)
+            labelled = Task(open_images(task.evaluation, self.preprocessing), head)
             _check_classes(name, labelled, head)
-            found[name] = MergingTask(open_images(task.merging, self.preprocessing), head), labelled
+            found[name] = Task(open_images(task.merging, self.preprocessing), head), labelled
         return found
 
-    def evaluation_tasks(self) -> dict[str, EvaluationTask]:
+    def evaluation_tasks(self) -> dict[str, Task]:
         """Labelled images and heads of the tasks that have them; UserError if none has, or if the classes differ."""
         tasks = {
-            name: EvaluationTask(open_images(task.evaluation, self.preprocessing), self.head(name))
+            name: Task(open_images(task.evaluation, self.preprocessing), self.head(name))
             for name, task in self.task_configs.items()
             if task.evaluation is not None
         }
@@ -443,7 +430,7 @@ def load_models(
     return workspace.pretrained(), workspace.finetuned()
 
 
-def _check_classes(name: str, task: EvaluationTask, head: ZeroShotHead) -> None:
+def _check_classes(name: str, task: Task, head: ZeroShotHead) -> None:
     classes = head.weight.shape[0]
     if isinstance(task.images, FolderImages) and len(task.images.classes) != classes:
         raise UserError(

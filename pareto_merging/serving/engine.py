@@ -21,11 +21,11 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.model.files import load_folded, load_heads, read_folded_header
 from pareto_merging.model.modules import LEARNED, part_name
+from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import (
     Preference,
     check_preference,
     equal_preference,
-    pareto_state,
     parse_preference,
     parse_preferences,
 )

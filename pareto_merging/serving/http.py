@@ -28,8 +28,7 @@ from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
-from pareto_merging.errors import UserError
-from pareto_merging.run.workspace import user_errors
+from pareto_merging.errors import UserError, user_errors
 from pareto_merging.serving.admission import Admission, Gate
 from pareto_merging.serving.batching import Batcher, Item, NotFinite
 from pareto_merging.serving.images import ImageError, decode_image

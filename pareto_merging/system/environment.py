@@ -8,12 +8,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from pareto_merging.model.files import package_version
 
 
 def environment() -> dict[str, Any]:
@@ -71,3 +70,11 @@ def _resident(reset: bool = False) -> int:
         # not Linux, or not allowed: the peak since the process began
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def package_version() -> str:
+    """The installed version of this package, or ``unknown`` from a source tree that was not installed."""
+    try:
+        return version("pareto-merging")
+    except PackageNotFoundError:
+        return "unknown"

@@ -15,9 +15,9 @@ import pytest
 import pmkernels
 from benchmarks import digits, kernels, layers, results, run, tables
 from pareto_merging.data import digits as suite
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.comparison import summarize
 from pareto_merging.methods.registry import METHODS
-from pareto_merging.run.config import MethodSettings
 
 
 @pytest.fixture(scope="module")

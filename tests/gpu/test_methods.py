@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.learn.training import MergingTask
-from pareto_merging.measure.evaluation import EvaluationTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods.registry import METHODS, Problem, run
-from pareto_merging.run.config import MethodSettings
 
 pytestmark = pytest.mark.gpu
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
@@ -26,7 +25,7 @@ def problem(pretrained: nn.Module, finetuned: dict[str, nn.Module], device: str)
     for name in finetuned:
         images = TensorImages(torch.randn(12, 3, 8, 8, generator=generator), torch.arange(12) % 5)
         head = ZeroShotHead(torch.randn(5, 8, generator=generator), 10.0).to(device)
-        tasks[name], training[name] = MergingTask(images, head), EvaluationTask(images, head)
+        tasks[name], training[name] = Task(images, head), Task(images, head)
     method = MethodSettings.model_validate({"steps": 3, "batch_size": 6, "rank": 4, "learning_rate": 1e-2})
     copies = {name: copy.deepcopy(model).to(device) for name, model in finetuned.items()}
     return Problem(copy.deepcopy(pretrained).to(device), copies, tasks, training, method, progress=False)

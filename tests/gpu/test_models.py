@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import pmkernels
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.learn.training import MergingTask, learn_pareto_set
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
-from pareto_merging.preferences import set_preference
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import set_preference
 from pmkernels import reference
 
 pytestmark = pytest.mark.gpu
@@ -79,7 +80,7 @@ def test_a_model_moves_to_the_gpu_and_gives_the_same_results(tiny_vit: nn.Module
 def test_training_runs_and_repeats(tiny_vit: nn.Module, copies: Copies, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tasks = {
-        f"t{k}": MergingTask(
+        f"t{k}": Task(
             TensorImages(torch.randn(20, 3, 8, 8, generator=generator)),
             ZeroShotHead(torch.randn(5, 8, generator=generator), 10.0).cuda(),
         )
@@ -98,9 +99,9 @@ def test_training_runs_and_repeats(tiny_vit: nn.Module, copies: Copies, dtype: t
         torch.testing.assert_close(value, runs[1][name])
 
 
-def _tasks(count: int, generator: torch.Generator) -> dict[str, MergingTask]:
+def _tasks(count: int, generator: torch.Generator) -> dict[str, Task]:
     return {
-        f"t{k}": MergingTask(
+        f"t{k}": Task(
             TensorImages(torch.randn(20, 3, 8, 8, generator=generator)),
             ZeroShotHead(torch.randn(5 + k, 8, generator=generator), 10.0).cuda(),
         )

@@ -21,11 +21,12 @@ from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
 from pareto_merging.checkpoints import encoders
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_folded, load_heads, read_header
-from pareto_merging.preferences import set_preference
-from pareto_merging.run.config import MethodSettings, read_config
+from pareto_merging.model.state import set_preference
+from pareto_merging.run.config import read_config
 from pareto_merging.run.folder import open_run
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.files import read_metadata

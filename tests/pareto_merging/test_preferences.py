@@ -16,20 +16,18 @@ from torch import nn
 
 import pareto_merging.preferences as preferences
 from pareto_merging.model.parametrize import merge, parametrize
+from pareto_merging.model.state import get_preference, preference, set_preference
 from pareto_merging.preferences import (
     check_preference,
     dirichlet,
     energy,
     equal_preference,
-    get_preference,
     lattice,
     one_hot_preferences,
     parse_preference,
     parse_preferences,
-    preference,
     priority_preferences,
     sample_dirichlet,
-    set_preference,
     two_task_grid,
 )
 

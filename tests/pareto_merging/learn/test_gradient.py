@@ -18,10 +18,10 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.learn import gradient
 from pareto_merging.learn.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
 from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.modules import pareto_modules, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
-from pareto_merging.preferences import pareto_state, preference
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import pareto_state, preference
 
 TASKS = 3
 # float32 numbers, in which a model holds its preference

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
 from pareto_merging.learn.gradient import GradientOfStep, StepGradient
-from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, MergingTask, learn_pareto_set
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, learn_pareto_set
 from pareto_merging.model.modules import merged_bytes, set_strategy
 from pareto_merging.model.parametrize import learned_parameters
-from pareto_merging.preferences import pareto_state
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import pareto_state
 from pareto_merging.system.files import read_tensors
 
 TASKS = 3
@@ -42,7 +43,7 @@ def pareto(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     return randomize(pm.parametrize(net, finetuned, **{"rank": 2, "low_rank": "all", **settings}))
 
 
-def task_set(dtype: torch.dtype = torch.float64, images: int = 12) -> dict[str, MergingTask]:
+def task_set(dtype: torch.dtype = torch.float64, images: int = 12) -> dict[str, Task]:
     generator = torch.Generator().manual_seed(7)
     found = {}
     for k in range(TASKS):
@@ -50,7 +51,7 @@ def task_set(dtype: torch.dtype = torch.float64, images: int = 12) -> dict[str, 
         for parameter in head.parameters():
             parameter.requires_grad_(False).copy_(torch.randn(parameter.shape, generator=generator))
         pictures = torch.randn(images, 3, 2, 2, generator=generator)
-        found[f"t{k}"] = MergingTask(TensorImages(pictures), head.to(dtype))
+        found[f"t{k}"] = Task(TensorImages(pictures), head.to(dtype))
     return found
 
 
@@ -197,11 +198,11 @@ def test_names_in_a_checkpoint_are_those_of_the_parameters(tmp_path: Path) -> No
         assert kind != "parameter" or torch.equal(value, parameters[parameter].detach())
 
 
-def _bad_images(tasks: dict[str, MergingTask], learner: Learner) -> None:
+def _bad_images(tasks: dict[str, Task], learner: Learner) -> None:
     tasks["t1"].images.images.fill_(torch.nan)
 
 
-def _bad_head(tasks: dict[str, MergingTask], learner: Learner) -> None:
+def _bad_head(tasks: dict[str, Task], learner: Learner) -> None:
     tasks["t1"].head.weight.fill_(torch.inf)
 
 

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.learn.gradient import pareto_gradient
 from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
-from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, MergingTask, learn_pareto_set
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, learn_pareto_set
 from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import learned_parameters, parametrize
-from pareto_merging.preferences import preference
-from pareto_merging.run.config import MethodSettings
+from pareto_merging.model.state import preference
 from pareto_merging.system.files import read_tensors
 
 # those of these tests run twice, with the eager strategy and with the kernels
@@ -44,10 +45,10 @@ def method(**changes: Any) -> MethodSettings:
     )
 
 
-def task_set(tasks: int, images: int = 20, dim: int = 8, seed: int = 7) -> dict[str, MergingTask]:
+def task_set(tasks: int, images: int = 20, dim: int = 8, seed: int = 7) -> dict[str, Task]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        f"t{k}": MergingTask(
+        f"t{k}": Task(
             TensorImages(torch.randn(images, 3, 8, 8, generator=generator)),
             ZeroShotHead(torch.randn(5, dim, generator=generator), 10.0),
         )
@@ -105,7 +106,7 @@ def test_gradient_equals_that_of_the_graph_of_all_tasks(
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
-def held_bytes(model: nn.Module, tasks: dict[str, MergingTask]) -> tuple[int, int]:
+def held_bytes(model: nn.Module, tasks: dict[str, Task]) -> tuple[int, int]:
     """Peak bytes of activations saved for backward on the whole model, and the bytes of the K small gradients."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     own |= {t.untyped_storage().data_ptr() for task in tasks.values() for t in task.head.buffers()}
@@ -130,7 +131,7 @@ def held_bytes(model: nn.Module, tasks: dict[str, MergingTask]) -> tuple[int, in
     parameters = list(learned_parameters(model).values())
     gradients = 0
 
-    def objective(task: MergingTask) -> Any:
+    def objective(task: Task) -> Any:
         def run() -> Any:
             with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
                 return entropy_terms(task.head(model(task.images.images[:6])))
@@ -522,7 +523,7 @@ def test_heads_are_in_eval_mode_and_integer_inputs_stay_integers(copies: Copies)
     for seed in (1, 2):
         torch.manual_seed(seed)
         model = parametrize(pretrained, copies(pretrained, 2), rank=2, low_rank="all")
-        tasks = {f"t{k}": MergingTask(Ids(), heads[k]) for k in range(2)}
+        tasks = {f"t{k}": Task(Ids(), heads[k]) for k in range(2)}
         learn_pareto_set(model, tasks, method(), progress=False)
         runs.append(learned(model))
     assert same(*runs), "dropout in a head was active"
@@ -593,7 +594,7 @@ def test_arguments_are_checked(tiny_vit: nn.Module, copies: Copies) -> None:
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
     with pytest.raises(TypeError, match="settings: expected MethodSettings, got dict"):
         learn_pareto_set(model, task_set(2), {}, progress=False)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="tasks: expected a MergingTask for t0, got int"):
+    with pytest.raises(TypeError, match="tasks: expected a Task for t0, got int"):
         learn_pareto_set(model, {"t0": 1, "t1": 2}, method(), progress=False)  # type: ignore[dict-item]
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got NoneType"):
         learn_pareto_set(None, task_set(2), method(), progress=False)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset, Subset
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.measure.evaluation import (
-    EvaluationTask,
     agreement,
     choose_for_unseen,
     evaluate_model,
@@ -26,10 +26,10 @@ from pareto_merging.measure.evaluation import (
 from pareto_merging.model.parametrize import merge, parametrize
 
 
-def tasks(labels: bool = True) -> dict[str, EvaluationTask]:
+def tasks(labels: bool = True) -> dict[str, Task]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: EvaluationTask(
+        name: Task(
             TensorImages(
                 torch.randn(17, 3, 8, 8, generator=generator),
                 torch.randint(5, (17,), generator=generator) if labels else None,
@@ -86,12 +86,12 @@ class Items(Dataset[Any]):
         return self.items[index]
 
 
-def plain_probabilities(encoder: nn.Module, task: EvaluationTask) -> Tensor:
+def plain_probabilities(encoder: nn.Module, task: Task) -> Tensor:
     with torch.no_grad():
         return torch.softmax(task.head(encoder(task.images.images)).double(), dim=-1)
 
 
-def plain_entropy(encoder: nn.Module, task: EvaluationTask) -> float:
+def plain_entropy(encoder: nn.Module, task: Task) -> float:
     rows = plain_probabilities(encoder, task).tolist()
     return sum(-sum(p * math.log(p) for p in row if p > 0) for row in rows) / len(rows)
 
@@ -214,7 +214,7 @@ def test_nothing_to_choose_from_is_an_error() -> None:
 
 def test_dropout_is_off() -> None:
     encoder, head, images = nn.Dropout(0.5), nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)), Items([torch.ones(3)] * 9)
-    task = EvaluationTask(Items([(torch.ones(3), 0)] * 9), head)
+    task = Task(Items([(torch.ones(3), 0)] * 9), head)
     sure = torch.softmax(head[0](torch.ones(3)), dim=0).detach()
     assert mean_entropy(encoder, images, head) == pytest.approx(float(torch.special.entr(sure).sum()))
     assert predict(encoder, images, head).tolist() == [int(sure.argmax())] * 9
@@ -233,6 +233,6 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     ):
         with pytest.raises(UserError, match="images: expected finite logits, got NaN or inf"):
             call()
-    task = EvaluationTask(Items([(row, 0) for row in images.items]), nn.Identity())
+    task = Task(Items([(row, 0) for row in images.items]), nn.Identity())
     with pytest.raises(UserError, match="task a: expected finite logits, got NaN or inf"):
         evaluate_model(layer, {"a": task})

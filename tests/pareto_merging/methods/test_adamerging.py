@@ -13,10 +13,10 @@ from method_cases import assert_state, conv_net, entropy, image_tasks, parameter
 from torch import Tensor, nn
 
 from pareto_merging.data.sources import batch_indices
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging, adamerging_preference, ties
-from pareto_merging.run.config import MethodSettings
 from pareto_merging.system.files import read_tensors
 
 IMAGES, STEPS = 7, 6
@@ -47,7 +47,7 @@ def test_presets() -> None:
 def by_hand(
     net: nn.Module,
     taus: dict[str, list[Tensor]],
-    tasks: dict[str, MergingTask],
+    tasks: dict[str, Task],
     *,
     rate: float,
     clamp: bool,
@@ -93,7 +93,7 @@ def by_hand(
     return merged(raw), used, history
 
 
-def problem(net: nn.Module, count: int = 2) -> tuple[dict[str, nn.Module], dict[str, MergingTask]]:
+def problem(net: nn.Module, count: int = 2) -> tuple[dict[str, nn.Module], dict[str, Task]]:
     return {f"t{k}": noisy_copy(net, k + 1, 0.1) for k in range(count)}, image_tasks(count, IMAGES)
 
 
@@ -136,7 +136,7 @@ def test_against_plain_loops(make: str, preset: Any, kind: str, tiny_vit: nn.Mod
     assert all(torch.equal(before[1][t][n], after[1][t][n]) for t in before[1] for n in before[1][t])
 
 
-def clamped_problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, MergingTask]]:
+def clamped_problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, Task]]:
     net = conv_net()
     return net, *problem(net)
 

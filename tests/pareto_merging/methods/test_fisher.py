@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages, batch_indices
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods import fisher, weight_averaging
 
 
@@ -28,9 +28,9 @@ def mlp() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 4))
 
 
-def mlp_tasks(count: int, labelled: bool = False) -> dict[str, MergingTask]:
+def mlp_tasks(count: int, labelled: bool = False) -> dict[str, Task]:
     return {
-        f"t{k}": MergingTask(
+        f"t{k}": Task(
             TensorImages(random(6, 5, seed=10 + k), torch.arange(6) % 3 if labelled else None),
             ZeroShotHead(random(3, 4, seed=20 + k), 3.0),
         )
@@ -94,7 +94,7 @@ def test_worked_example() -> None:
 
     net = nn.Linear(1, 1, bias=False)
     copies = {name: {"weight": torch.full((1, 1), w)} for name, w in (("a", 0.0), ("b", 1.0986123))}
-    tasks = {name: MergingTask(TensorImages(torch.ones(2, 1)), Logits()) for name in copies}
+    tasks = {name: Task(TensorImages(torch.ones(2, 1)), Logits()) for name in copies}
     result = fisher.merge(
         net, copies, tasks=tasks, labels="expected", floor=0.0, normalize=False, images=2, progress=False
     )
@@ -129,7 +129,7 @@ def test_vit_against_loops(tiny_vit: nn.Module) -> None:
     copies = {f"t{k}": noisy_copy(tiny_vit, k) for k in range(2)}
     heads = {name: ZeroShotHead(random(3, 8, seed=5), 5.0) for name in copies}
     data = {name: random(9, 3, 8, 8, seed=k) for k, name in enumerate(copies)}
-    tasks = {name: MergingTask(TensorImages(data[name]), heads[name]) for name in copies}
+    tasks = {name: Task(TensorImages(data[name]), heads[name]) for name in copies}
     chosen = batch_indices(9, 2, 0, (4, 3))
     fishers = [plain_fisher(copies[name], heads[name], data[name][chosen]) for name in copies]
     merged = fisher.merge(tiny_vit, copies, tasks=tasks, labels="expected", images=2, seed=4, progress=False).model()
@@ -146,7 +146,7 @@ def test_given_labels() -> None:
     with pytest.raises(ValueError, match=r"task t0: expected a label in .*got -1"):
         fisher.merge(net, {"t0": net}, tasks=mlp_tasks(1), labels="given", progress=False)
     with pytest.raises(ValueError, match="the task: expected a label"):
-        fisher.diagonal_fisher(net, MergingTask(list(data.images), tasks["t0"].head), labels="given", progress=False)
+        fisher.diagonal_fisher(net, Task(list(data.images), tasks["t0"].head), labels="given", progress=False)
 
 
 def test_sampled_labels_are_drawn_from_p() -> None:
@@ -166,7 +166,7 @@ def test_sampled_labels_are_drawn_from_p() -> None:
 
 def test_one_copy_and_equal_copies(tiny_vit: nn.Module) -> None:
     tuned = noisy_copy(tiny_vit, 1)
-    task = MergingTask(TensorImages(random(4, 3, 8, 8)), ZeroShotHead(random(3, 8), 5.0))
+    task = Task(TensorImages(random(4, 3, 8, 8)), ZeroShotHead(random(3, 8), 5.0))
     for count in (1, 3):
         tasks = {f"task_{k + 1}": task for k in range(count)}
         result = fisher.merge(tiny_vit, [tuned] * count, tasks=tasks, images=3, progress=False)
@@ -203,7 +203,7 @@ def odd() -> nn.Module:
 def test_tied_unused_buffers_and_state_dicts(odd: nn.Module) -> None:
     odd.first.bias.requires_grad_(False)
     copies = {f"t{k}": noisy_copy(odd, k, 0.3) for k in range(2)}
-    tasks = {name: MergingTask(TensorImages(random(4, 4, seed=3)), ZeroShotHead(random(3, 4), 3.0)) for name in copies}
+    tasks = {name: Task(TensorImages(random(4, 4, seed=3)), ZeroShotHead(random(3, 4), 3.0)) for name in copies}
     result = fisher.merge(odd, copies, tasks=tasks, labels="expected", progress=False).model()
     dicts = {name: dict(model.state_dict()) for name, model in copies.items()}
     # a file may name a tied tensor once
@@ -270,7 +270,7 @@ def test_no_information_gives_the_average() -> None:
     """One class: p = 1 and every F is 0, which is no error, with a floor or without."""
     net = mlp()
     copies = [noisy_copy(net, 1), noisy_copy(net, 2)]
-    task = MergingTask(TensorImages(random(3, 5)), ZeroShotHead(random(1, 4)))
+    task = Task(TensorImages(random(3, 5)), ZeroShotHead(random(1, 4)))
     for floor in (1e-6, 0.0):
         merged = fisher.merge(
             net, copies, tasks={"task_1": task, "task_2": task}, floor=floor, labels="expected", progress=False
@@ -287,14 +287,14 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="tasks: expected only t0, t1, got t2"):
         fisher.merge(net, copies, tasks=mlp_tasks(3), **call)
     with pytest.raises(ValueError, match="tasks: expected images for t1, got none"):
-        fisher.merge(net, copies, tasks={**tasks, "t1": MergingTask([], tasks["t1"].head)}, **call)
-    with pytest.raises(TypeError, match="MergingTask for t1, got Linear"):
+        fisher.merge(net, copies, tasks={**tasks, "t1": Task([], tasks["t1"].head)}, **call)
+    with pytest.raises(TypeError, match="Task for t1, got Linear"):
         fisher.merge(net, copies, tasks={**tasks, "t1": net[0]}, **call)
-    bad = MergingTask(TensorImages(torch.full((2, 5), torch.nan)), tasks["t1"].head)
+    bad = Task(TensorImages(torch.full((2, 5), torch.nan)), tasks["t1"].head)
     with pytest.raises(UserError, match="task t1: expected finite logits"):
         fisher.merge(net, copies, tasks={**tasks, "t1": bad}, **call)
     # the logits are finite, but of three labels two are not the predicted one, and 10²⁵ squared is not
-    huge = MergingTask(TensorImages(torch.full((3, 5), 1e25), torch.arange(3)), nn.Linear(4, 3))
+    huge = Task(TensorImages(torch.full((3, 5), 1e25), torch.arange(3)), nn.Linear(4, 3))
     flat, given = nn.Linear(5, 4), mlp_tasks(2, labelled=True)
     with pytest.raises(UserError, match=r"task task_2: expected finite gradients.*weight"):
         fisher.merge(flat, [flat, flat], tasks={"task_1": given["t0"], "task_2": huge}, labels="given", progress=False)

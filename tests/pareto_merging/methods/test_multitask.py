@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pareto_merging.data.sources import TensorImages, batch_indices
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.measure.evaluation import EvaluationTask
 from pareto_merging.methods import multitask
 
 
-def problem(net: nn.Module, count: int = 2) -> tuple[dict[str, nn.Module], dict[str, EvaluationTask]]:
+def problem(net: nn.Module, count: int = 2) -> tuple[dict[str, nn.Module], dict[str, Task]]:
     return {f"t{k}": noisy_copy(net, k + 1) for k in range(count)}, labelled_tasks(image_tasks(count, 13))
 
 
 def by_hand(
-    net: nn.Module, training: dict[str, EvaluationTask], gamma: list[float], steps: int, rate: float, decay: float
+    net: nn.Module, training: dict[str, Task], gamma: list[float], steps: int, rate: float, decay: float
 ) -> dict[str, Tensor]:
     """AdamW from its definition, warm-up over a tenth of the steps, cosine decay; batch norm and dropout as in use."""
     net = copy.deepcopy(net).float().eval()
@@ -120,7 +120,7 @@ def test_frozen_parameters_and_heads_of_ones_own() -> None:
     finetuned, training = problem(net)
     heads = {name: nn.Linear(8, 5) for name in training}
     before = {name: state_of(head) for name, head in heads.items()}
-    training = {name: EvaluationTask(task.images, heads[name]) for name, task in training.items()}
+    training = {name: Task(task.images, heads[name]) for name, task in training.items()}
     model = multitask.merge(net, finetuned, training=training, steps=3, batch_size=4, progress=False).model()
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, net.get_parameter(name)), name
@@ -138,10 +138,10 @@ def test_errors() -> None:
         multitask.merge(net, finetuned, training={"t0": training["t0"]}, **how)
     images = training["t1"].images.images
     for labels, got in ((torch.full((13,), 7), 7), (None, -1)):
-        wrong = {**training, "t1": EvaluationTask(TensorImages(images, labels), training["t1"].head)}
+        wrong = {**training, "t1": Task(TensorImages(images, labels), training["t1"].head)}
         with pytest.raises(UserError, match=rf"task t1: expected a label in \[0, 5\) .* got {got}"):
             multitask.merge(net, finetuned, training=wrong, **how)
-    broken = {**training, "t1": EvaluationTask(TensorImages(images * torch.nan, torch.zeros(13)), training["t1"].head)}
+    broken = {**training, "t1": Task(TensorImages(images * torch.nan, torch.zeros(13)), training["t1"].head)}
     with pytest.raises(TrainingError, match="step 1, task t1: the loss of multi-task training is nan") as caught:
         multitask.merge(net, finetuned, training=broken, **how)
     assert (caught.value.task, caught.value.step) == ("t1", 1)

@@ -14,17 +14,17 @@ from method_cases import assert_state, entropy, image_tasks, parameter_task_vect
 from torch import Tensor, nn
 
 from pareto_merging.data.sources import TensorImages, batch_indices
-from pareto_merging.learn.training import MergingTask
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import data_free, pareto
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.parametrize import get_lambda, learned_parameters, parametrize
 from pareto_merging.preferences import sample_dirichlet
-from pareto_merging.run.config import MethodSettings
 
 STEPS, BATCH, RANK, SEED, RATE = 6, 4, 2, 3, 0.03
 
 
-def mlp_problem(count: int = 3) -> tuple[nn.Module, dict[str, nn.Module], dict[str, MergingTask]]:
+def mlp_problem(count: int = 3) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Task]]:
     """In float64, so that the agreement is exact but for the order of sums."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -33,7 +33,7 @@ def mlp_problem(count: int = 3) -> tuple[nn.Module, dict[str, nn.Module], dict[s
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(9, 6, generator=generator) for _ in range(count)]
     finetuned = {f"t{k}": noisy_copy(net, k + 1, 0.2) for k in range(count)}
-    tasks = {name: MergingTask(TensorImages(x), head) for name, x, head in zip(finetuned, images, heads, strict=True)}
+    tasks = {name: Task(TensorImages(x), head) for name, x, head in zip(finetuned, images, heads, strict=True)}
     return net, finetuned, tasks
 
 
@@ -101,7 +101,7 @@ def by_hand(
     return learned
 
 
-def entropies(net: nn.Module, tasks: dict[str, MergingTask]) -> Callable[[int, dict[str, Tensor]], list[Tensor]]:
+def entropies(net: nn.Module, tasks: dict[str, Task]) -> Callable[[int, dict[str, Tensor]], list[Tensor]]:
     def objectives(step: int, weights: dict[str, Tensor]) -> list[Tensor]:
         values = []
         for index, task in enumerate(tasks.values()):

@@ -12,10 +12,10 @@ from helpers import noisy_copy
 from method_cases import conv_net, image_tasks, labelled_tasks, state_of
 from torch import Tensor, nn
 
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging, registry
 from pareto_merging.methods.interface import Merged
 from pareto_merging.methods.registry import METHODS, Problem, check_needs
-from pareto_merging.run.config import MethodSettings
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 LEARNED = [name for name, method in METHODS.items() if method.learns or name == "pareto-data-free"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pareto_merging.data.sources import TensorImages, batch_indices
+from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.training import MergingTask
 from pareto_merging.methods import regmean
 from pareto_merging.methods.regmean import GramRecorder, Rows
 
@@ -33,9 +33,9 @@ def mlp() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 4, bias=False)))
 
 
-def on(data: Mapping[str, Tensor]) -> dict[str, MergingTask]:
+def on(data: Mapping[str, Tensor]) -> dict[str, Task]:
     """The heads are not run."""
-    return {name: MergingTask(TensorImages(images), nn.Identity()) for name, images in data.items()}
+    return {name: Task(TensorImages(images), nn.Identity()) for name, images in data.items()}
 
 
 def plain(
@@ -436,7 +436,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="tasks: expected images and a head for t1, got t0"):
         regmean.merge(net, copies, tasks={"t0": tasks["t0"]}, progress=False)
     with pytest.raises(ValueError, match="tasks: expected images for t1, got none"):
-        regmean.merge(net, copies, tasks={**tasks, "t1": MergingTask([], nn.Identity())}, progress=False)
+        regmean.merge(net, copies, tasks={**tasks, "t1": Task([], nn.Identity())}, progress=False)
     bad = on({"t1": torch.full((2, 5), torch.inf)})
     with pytest.raises(UserError, match=r"task t1: expected finite inputs of 0\.weight"):
         regmean.merge(net, copies, tasks={**tasks, **bad}, progress=False)

@@ -23,7 +23,7 @@ from pareto_merging.model.files import (
     save_pareto_set,
 )
 from pareto_merging.model.parametrize import fold, parametrize
-from pareto_merging.preferences import set_preference
+from pareto_merging.model.state import set_preference
 from pareto_merging.system import files
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]

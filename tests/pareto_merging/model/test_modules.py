@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pareto_merging.model.modules import ParetoAttention, ParetoLinear
 from pareto_merging.model.parametrize import fold, merge, parametrize
-from pareto_merging.preferences import set_preference
+from pareto_merging.model.state import set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels
 pytestmark = pytest.mark.usefixtures("strategy")

@@ -36,7 +36,7 @@ from pareto_merging.model.parametrize import (
     set_lambda,
     wants_low_rank,
 )
-from pareto_merging.preferences import get_preference, preference, set_preference
+from pareto_merging.model.state import get_preference, preference, set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels
 pytestmark = pytest.mark.usefixtures("strategy")

@@ -20,7 +20,7 @@ from pareto_merging.model.files import load_folded, load_pareto_set, save_folded
 from pareto_merging.model.modules import part_name
 from pareto_merging.model.parametrize import fold, merge, parametrize
 from pareto_merging.model.preprocessing import Dare, Ties, check_density, elect_sign, make_preprocess, trim_threshold
-from pareto_merging.preferences import set_preference
+from pareto_merging.model.state import set_preference
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from pareto_merging.errors import UserError
-from pareto_merging.run.config import MethodSettings, dump_config, read_config
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.run.config import dump_config, read_config
 
 
 def test_presets() -> None:

@@ -1,0 +1,23 @@
+"""One task: its images, and the head that reads the encoder's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+
+@dataclass
+class Task:
+    """One task as merging and evaluation see it: images and a frozen head.
+
+    Attributes:
+        images: a map-style dataset of image tensors or of (image, anything) pairs; evaluation and supervised training
+            want (image, label).
+        head: maps features to logits [n, classes].
+    """
+
+    images: Dataset[Any]
+    head: nn.Module
