@@ -491,7 +491,7 @@ def serve(
         }
     )
     try:
-        from pareto_merging.serving.http import run
+        from pareto_merging.serving.server import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "pareto_merging":
             raise

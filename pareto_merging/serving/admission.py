@@ -1,4 +1,4 @@
-"""Which requests are let in, and how their bodies are read: what untrusted clients meet first."""
+"""What untrusted clients meet first: which requests are let in, how bodies are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINGER_SECONDS = 2.0
 
 
 class Gate:
-    """Counts what is accepted and unanswered, and knows whether the server is starting, running, or stopping.
+    """Knows whether the server is starting, running or stopping, and counts unanswered requests.
 
     Attributes:
         pending: requests let in and not answered yet. answered: how many have been answered since the start. cut_off:
@@ -55,7 +55,7 @@ class Gate:
         gauge.set(limits.queue)
 
     def refusal(self) -> str | None:
-        """Why a request cannot be let in now, or None."""
+        """Say why a request cannot be let in now; None if it can."""
         if self.phase != "ok":
             return f"server: expected it to be running, got {self.phase}; try another one or later"
         if self.pending >= self.limits.queue:
@@ -71,10 +71,10 @@ class Gate:
 
 
 class Admission:
-    """ASGI middleware: refuses before the body is read, counts the body while it is read, and closes politely.
+    """ASGI middleware that refuses before the body is read and closes politely.
 
-    A client that is answered while it still sends may lose the answer when the connection is closed under it, so what
-    it sends is read and thrown away for a moment first.
+    It counts the body while it is read. A client that is answered while it still sends may lose the answer when the
+    connection is closed under it, so what it sends is read and thrown away for a moment first.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
@@ -144,7 +144,7 @@ class _Exchange:
         self.started = self.finished = False
 
     async def receive(self) -> Message:
-        """The next piece of the body. Raises HTTPException: 413 for too many bytes, 408 for too many seconds."""
+        """Read the next piece of the body. Raises HTTPException: 413 for too many bytes, 408 for too many seconds."""
         if not self._unread:
             return await self._receive()
         limit = self._limits.request_bytes
@@ -167,7 +167,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass the answer on; its end is held back where the client must be listened to first."""
+        """Pass the answer on, without its end where the client must be listened to first."""
         if message["type"] == "http.response.start":
             self.status, self.started = message["status"], True
             self._lingers = self._unread and (not self._small or self._gate.phase == "stopping")
@@ -180,7 +180,7 @@ class _Exchange:
         await self._send(message)
 
     async def linger(self) -> None:
-        """Throw away what a client still sends, a moment long, then end the answer, which closes the connection."""
+        """Throw away what a client sends for a moment more, then close the connection."""
         if not self._lingers or not self.finished:
             return
         if not self._waits:

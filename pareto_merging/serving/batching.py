@@ -1,4 +1,7 @@
-"""From requests to answers: decoding in a few threads, batches formed by ``batched``, the model in its own thread."""
+"""From requests to answers: batches formed by ``batched``.
+
+Images are decoded in a few threads, and the model computes in a thread of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import batched.aio  # type: ignore[import-untyped]
 import torch
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from torch import Tensor
 
+from pareto_merging.serving.engine import Engine
 from pareto_merging.serving.limits import Limits
-
-if TYPE_CHECKING:
-    from pareto_merging.serving.engine import Engine
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,7 +29,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Item:
-    """One image [3, H, W] with its preference γ [K], and for classification the task and how many classes."""
+    """One image [3, H, W] with its preference γ [K].
+
+    For classification it has the task too, and how many classes are wanted.
+    """
 
     image: Tensor
     preference: Tensor
@@ -66,11 +70,11 @@ class Batcher:
         self.failing = False
 
     async def decode(self, function: Callable[..., T], *arguments: object) -> T:
-        """``function(*arguments)`` in one of the decoding threads."""
+        """Call ``function(*arguments)`` in one of the decoding threads."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
 
     async def __call__(self, item: Item) -> Answer:
-        """The answer to one item, computed together with those of other requests.
+        """Answer one item, computed together with those of other requests.
 
         Raises:
             Exception: what the engine raised for this item; NotFinite.
@@ -81,13 +85,13 @@ class Batcher:
         return answer
 
     def warm_up(self, progress: bool = False) -> Future[None]:
-        """Warm the engine up in the thread that will use it; the same future however often it is called."""
+        """Warm the engine up in the thread that will use it, once."""
         if self._warm is None:
             self._warm = self._model.submit(self._engine.warm_up, progress=progress)
         return self._warm
 
     def close(self) -> None:
-        """End the threads after what they have begun, without waiting for it: an engine may hang."""
+        """End the threads after what they have begun, without waiting: an engine may hang."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._model.shutdown(wait=False, cancel_futures=True)
 
@@ -136,7 +140,7 @@ class Batcher:
         return answers
 
     def _features(self, items: Sequence[Item]) -> Tensor:
-        """[n, dim], in one batch where the model can have a preference per item."""
+        """Compute features [n, dim], in one batch where the model takes a preference per item."""
         images = torch.stack([item.image for item in items])
         gammas = torch.stack([item.preference for item in items])
         if self._engine.per_item:

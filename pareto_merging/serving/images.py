@@ -1,4 +1,4 @@
-"""Images from untrusted bytes: every limit is checked from the header before a pixel is decoded."""
+"""Images from untrusted bytes: limits are checked from the header before a pixel is decoded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
 class ImageError(ValueError):
-    """The bytes are not an image that the server takes; the message says what was expected and what came."""
+    """The bytes are not an image that the server takes; the message says why."""
 
 
 def decode_image(data: bytes, limits: Limits) -> Image.Image:
-    """The first frame as an RGB image, converted as training does it: alpha is dropped, EXIF orientation not applied.
+    """Decode the first frame as an RGB image.
+
+    It is converted as training does it: alpha is dropped, EXIF orientation not applied.
 
     Raises:
         ImageError: another format, a broken file, too many pixels, too long a side, more than 8 bits per channel.

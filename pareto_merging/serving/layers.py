@@ -1,8 +1,8 @@
-"""The layers of a folded model as a server holds them: W and A side by side, in the model's type.
+"""The layers of a folded model as a server holds them.
 
-Beside the plain model's weights that is r·(out + in) numbers a layer in the model's type (for A, r rounded up to 16, 32
-or 64) and r·r·K in float32: about a hundredth of a ViT at r = 16. W(γ) of a preference that many requests share is kept
-besides, where that is asked for.
+W and A lie side by side. Beside the plain model's weights that is r·(out + in) numbers a layer in the model's type (for
+A, r rounded up to 16, 32 or 64) and r·r·K in float32: about a hundredth of a ViT at r = 16. W(γ) of a preference that
+many requests share is kept besides, where that is asked for.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from pareto_merging.model.modules import LEARNED, ParetoAttention, ParetoLinear,
 
 @dataclass
 class SharedPreference:
-    """Whether the layers of one model are to use the merged weights they keep: W(γ) of one preference for all items."""
+    """Whether the layers of one model use the W(γ) they keep, for all items."""
 
     in_use: bool = False
 
 
 @dataclass
 class ServedWeight:
-    """One parameter [N, D] with a low-rank term: ``wide`` [N, D + R], G [r, r, K], B [D, r], perhaps W(γ) [N, D]."""
+    """One parameter [N, D] with a low-rank term.
+
+    It is held as ``wide`` [N, D + R], G [r, r, K] and B [D, r], and perhaps as W(γ) [N, D].
+    """
 
     wide: Tensor
     G: Tensor
@@ -36,18 +39,18 @@ class ServedWeight:
 
     @property
     def weight(self) -> Tensor:
-        """W [N, D], in the memory of ``wide``."""
+        """Return W [N, D], in the memory of ``wide``."""
         return self.wide[:, : self.B.shape[0]]
 
     def at(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-        """W(γ) for gamma [K], a new tensor or ``out``."""
+        """Return W(γ) for gamma [K], a new tensor or ``out``."""
         d, rank = self.B.shape
         A = self.wide[:, d : d + rank]
         wider = torch.promote_types(self.wide.dtype, torch.float32)
         return pmkernels.merge_weight(self.weight, A=A.to(wider), G=self.G, B=self.B.to(wider), gamma=gamma, out=out)
 
     def keep(self, gamma: Tensor) -> None:
-        """Write W(γ) of gamma [K] into the memory kept for it; the first time makes that memory."""
+        """Write W(γ) of gamma [K] into the memory kept for it, made the first time."""
         if self.merged is None:
             self.merged = torch.empty(self.weight.shape, dtype=self.wide.dtype, device=self.wide.device)
         self.at(gamma, self.merged)
@@ -91,17 +94,19 @@ class ServedLinear(Served, ParetoLinear):
 
 
 class ServedAttention(Served, ParetoAttention):
-    """ParetoAttention as a server holds it: q, k and v of self-attention share one product with B."""
+    """ParetoAttention as a server holds it: q, k and v share one product with B."""
 
 
 def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
-    """Turn the layers of a folded model into :class:`Served` ones, in place; the model must not be moved afterwards.
+    """Turn the layers of a folded model into :class:`Served` ones, in place.
+
+    The model must not be moved afterwards.
 
     Returns:
         What they hold, and whether that is every low-rank term of the model: only then can each item of a batch have
         its own preference. Layers of other classes, and the cores without a G, stay as they are.
     """
-    found: list[ServedWeight] = []
+    weights: list[ServedWeight] = []
     shared, complete = SharedPreference(), True
     for _, module in pareto_modules(model):
         names = [name for name in module.pareto_names if module.pareto_parts(name)["A"] is not None]
@@ -112,12 +117,12 @@ def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
         parts = {name: _served(module, name, shared) for name in names}
         module.__class__ = kind
         module.served = parts
-        found += parts.values()
+        weights += parts.values()
         # PyTorch's own forward on one merged tensor
         complete = complete and not (kind is ServedAttention and (module.bias_k is not None or module.add_zero_attn))
     # it reads its out-projection's weight and does not call it
     parents = (module for module in model.modules() if type(module) is nn.MultiheadAttention)
-    return found, complete and not any(isinstance(parent.out_proj, ParetoModule) for parent in parents)
+    return weights, complete and not any(isinstance(parent.out_proj, ParetoModule) for parent in parents)
 
 
 def _served(module: ParetoModule, name: str, shared: SharedPreference) -> ServedWeight:

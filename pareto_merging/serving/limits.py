@@ -1,4 +1,4 @@
-"""What the server accepts and how much of it: every limit with its meaning and default."""
+"""What the server accepts: every limit with its meaning and default."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Limits(BaseModel):
 
 
 def make_limits(values: dict[str, Any]) -> Limits:
-    """``Limits(**values)``; UserError names the limit that is wrong."""
+    """Make ``Limits(**values)``; UserError names the limit that is wrong."""
     try:
         return Limits(**values)
     except ValidationError as error:

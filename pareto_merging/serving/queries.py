@@ -1,4 +1,4 @@
-"""What a request asks for, read from its body: JSON or multipart/form-data into one checked :class:`Item`."""
+"""What a request asks for: JSON or multipart/form-data, read into one checked :class:`Query`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ class ClassifyFields(EmbedFields):
 
 @dataclass(frozen=True)
 class Query:
-    """One request, read and checked but for the image: its bytes, γ [K], and for /classify the task and how many."""
+    """One request, read and checked but for the image.
+
+    It holds the image's bytes, γ [K], and for /classify the task and how many classes are wanted.
+    """
 
     image: bytes
     preference: Tensor
@@ -63,18 +66,20 @@ class Query:
 
 
 def one_line(text: object) -> str:
-    """``text`` as one line that can be sent as JSON: no line breaks, no lone surrogates, not endless."""
+    """Return ``text`` as one line for JSON: no line breaks, no lone surrogates, not endless."""
     line = " ".join(str(text).split()).encode("utf-8", "replace").decode("utf-8")
     return line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}…"
 
 
 def problem(status: int, text: object, **headers: str) -> HTTPException:
-    """The exception that becomes the answer ``status`` with ``{"detail": text}``."""
+    """Return the exception that becomes the answer ``status`` with ``{"detail": text}``."""
     return HTTPException(status, one_line(text), headers or None)
 
 
 async def read_body(request: Request) -> bytes | dict[str, Any]:
-    """The whole body: of JSON the bytes, of a form its fields by name (``image`` as bytes). Nothing touches the disk.
+    """Read the whole body: JSON as bytes, a form as its fields by name.
+
+    The field ``image`` is bytes. Nothing touches the disk.
 
     Raises:
         HTTPException: 415 for another content type, 422 for a form that cannot be read.
@@ -115,7 +120,9 @@ class _FormInMemory(MultiPartParser):
 
 
 def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: Tasks, limits: Limits) -> Query:
-    """Check everything about a body but the image itself. Takes a while for a long body: not for the event loop.
+    """Check everything about a body but the image itself.
+
+    A long body takes a while: this is not for the event loop.
 
     Raises:
         HTTPException: 422 naming the field, what was expected and what came; 413 for too long an image.
@@ -146,7 +153,7 @@ def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], task
 
 @dataclass(frozen=True)
 class Tasks:
-    """The names of all tasks in the order of γ, and the number of classes of those that have a head."""
+    """The names of all tasks in γ's order, and the number of classes by head."""
 
     names: tuple[str, ...]
     classes: Mapping[str, int]
@@ -182,7 +189,9 @@ def _image_bytes(given: object, limits: Limits) -> bytes:
 
 
 def read_preference(given: object, names: Sequence[str]) -> Tensor:
-    """γ, float32 [K], from what a request may say: none or ``equal``, numbers, by task name, or either as text.
+    """Read γ, float32 [K], from what a request may say.
+
+    That is none or ``equal``, numbers, numbers by task name, or either as text.
 
     Raises:
         ValueError: as :func:`pareto_merging.preferences.check_preference`; an unknown name lists the known ones.
@@ -217,7 +226,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A short way to name what came: the repr of a large nested value is as long as the request."""
+    """Name what came in short: a nested value's repr is as long as the request."""
     return type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.80}"
 
 
@@ -237,7 +246,7 @@ def _known(given: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> No
 
 
 def unknown_name(name: str, names: Sequence[str]) -> str:
-    """``expected a task among A, B, C; got X``, names like the one given first."""
+    """Say ``expected a task among A, B, C; got X``, names like the one given first."""
     close = difflib.get_close_matches(name[:100], names, n=len(names), cutoff=0.4)
     ordered = [*close, *(other for other in names if other not in close)]
     return f"expected a task among {', '.join(ordered)}; got {name[:80]!r}"

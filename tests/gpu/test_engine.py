@@ -104,7 +104,8 @@ def test_batches_of_any_size(file: Path, plain: nn.Module, model: nn.Module, dty
 def test_a_new_preference_costs_no_capture_and_no_wait(file: Path, plain: nn.Module) -> None:
     engine = Engine(file, "cuda", torch.bfloat16, plain=copy.deepcopy(plain), max_batch=8)
     engine.warm_up(item_shape=(50, 48))
-    captured = dict(engine._graphs)
+    assert engine._graphs is not None
+    captured = dict(engine._graphs._graphs)
     x = batch(8)[0].cuda().bfloat16()
     reserved = torch.cuda.memory_reserved()
     torch.cuda.set_sync_debug_mode("error")
@@ -113,7 +114,7 @@ def test_a_new_preference_costs_no_capture_and_no_wait(file: Path, plain: nn.Mod
             engine(x[: 8 - seed], batch(8 - seed, seed)[1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert engine._graphs == captured
+    assert engine._graphs._graphs == captured
     assert torch.cuda.memory_reserved() == reserved
 
 
