@@ -24,13 +24,14 @@ SECONDS_EACH ?= 60
 # with one workspace of a fixed size, cuBLAS gives the same bits each time
 GPU_PYTEST := CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu
 
-.PHONY: help setup demo test lint budget gpu gpu-smoke gpu-repeat gpu-sanitize gpu-goals gpu-kernels tune pages clean
+.PHONY: help setup demo test lint budget fuzz gpu gpu-smoke gpu-repeat gpu-sanitize gpu-goals gpu-kernels tune pages clean
 
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
+	@echo "make fuzz    read damaged checkpoints, 2,000 of each format (FUZZ_ARGS='--mutations 50000')"
 	@echo "make gpu-goals MINUTES=8   on a CUDA GPU: what we aim at, in order of value, until time is up; elsewhere a rehearsal"
 	@echo "make gpu     on a CUDA GPU: the GPU tests, then the benchmarks (PYTHON=python3: in that environment as it is)"
 	@echo "make gpu-smoke     on a CUDA GPU: its most telling tests on all cores (two minutes), JUNIT=$(JUNIT)"
@@ -74,6 +75,9 @@ lint: $(STAMP)
 budget: $(STAMP) $(OLD_STAMP)
 	$(BIN)/python -m benchmarks.budget
 	$(OLD_VENV)/bin/python -m benchmarks.budget
+
+fuzz: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 gpu: $(GPU_SETUP)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -22,13 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.common.suites import Save
+from benchmarks.common.suites import SUITES, Save, measured_on
 
 # on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
-GPU_SUITES = ("kernels", "training", "layers")
-CPU_SUITES = ("digits",)
-# on the GPU as those for it if there is one, else on the CPU as those for that
-SUITES_OF_BOTH = ("serving",)
+GPU_SUITES, CPU_SUITES, SUITES_OF_BOTH = (measured_on(device) for device in ("gpu", "cpu", "both"))
 EXIT_WRONG, EXIT_TIME = 1, 3
 
 EPILOG = """\
@@ -46,11 +42,6 @@ class Ended(BaseException):
     def __init__(self, how: str, code: int) -> None:
         super().__init__(how)
         self.how, self.code = how, code
-
-
-def suite_module(name: str) -> Any:
-    """``benchmarks.<suite>``, imported when it runs: a GPU machine need not have what the CPU suites need."""
-    return importlib.import_module(f"benchmarks.{name}")
 
 
 def _default_path(report: dict[str, Any]) -> Path:
@@ -91,7 +82,7 @@ def _measure(report: dict[str, Any], names: Sequence[str], quick: bool, all_of_t
             save(report)
 
         try:
-            suite = suite_module(name)
+            suite = SUITES[name].measuring
         except ImportError as error:
             if not all_of_them:
                 raise
@@ -156,10 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _ended_by_signals():
         try:
             if chosen.suite in CPU_SUITES:
-                report |= suite_module(chosen.suite).run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs)
+                report |= SUITES[chosen.suite].measuring.run(
+                    chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs
+                )
             elif of_suite:
                 report["environment"] = results.machine()
-                report |= suite_module(chosen.suite).run(chosen.quick, lambda suite: save(report | suite))
+                report |= SUITES[chosen.suite].measuring.run(chosen.quick, lambda suite: save(report | suite))
             else:
                 report |= {"environment": results.machine(), "clocks_before": results.clocks(), "suites": {}}
                 names = (*GPU_SUITES, *SUITES_OF_BOTH) if chosen.suite == "all" else (chosen.suite,)
@@ -191,10 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tables(report: dict[str, Any], suite: str, of_suite: bool) -> Iterator[str]:
     if of_suite:
-        yield suite_module(suite).markdown(report)
+        yield SUITES[suite].showing.markdown(report)
         return
     for name, found in report.get("suites", {}).items():
-        yield suite_module(name).markdown(found)
+        yield SUITES[name].showing.markdown(found)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import sys
@@ -11,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.suites import SUITES
 from benchmarks.results import RESULTS
-from benchmarks.run import GPU_SUITES, SUITES_OF_BOTH, suite_module
 
 # in a file of its own, because it is a run of its own
 GOALS = "goals"
@@ -42,13 +41,8 @@ def block(name: str, to_root: str = "") -> str:
     ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from its folder, as ../.
     """
     suite, _, part = name.partition("_")
-    if suite in SUITES_OF_BOTH:
-        return "\n".join(_block(suite, part, on_gpu, to_root) for on_gpu in (True, False))
-    return _block(suite, part, suite in (*GPU_SUITES, GOALS), to_root)
-
-
-def _module(suite: str) -> Any:
-    return importlib.import_module("benchmarks.goals.table") if suite == GOALS else suite_module(suite)
+    devices = {"both": (True, False), "gpu": (True,), "cpu": (False,)}[SUITES[suite].device]
+    return "\n".join(_block(suite, part, on_gpu, to_root) for on_gpu in devices)
 
 
 def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
@@ -62,7 +56,7 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
             # what is aimed at can be shown before it is measured
             nothing = {"rows": [], "device": "cuda"}
             goals = suite == GOALS or part == "goals"
-            return f"{_module(suite).goals_markdown(nothing)}\n{said}" if goals else said
+            return f"{SUITES[suite].showing.goals_markdown(nothing)}\n{said}" if goals else said
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]
@@ -72,7 +66,7 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
         f"From [`{path.name}`]({to_root}benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
         f"torch {where['torch']}).\n"
     )
-    made = getattr(_module(suite), f"{part}_markdown" if part else "markdown")(figures)
+    made = getattr(SUITES[suite].showing, f"{part}_markdown" if part else "markdown")(figures)
     return f"{made}\n{source}"
 
 
@@ -92,24 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for document in DOCUMENTS:
         document.write_text(updated(document.read_text(), "../" * (len(document.relative_to(ROOT).parts) - 1)))
         print(document)
-    study = newest("digits")
-    if study is not None:
-        for picture in suite_module("digits").draw(json.loads(study.read_text()), ROOT / "docs" / "study"):
-            print(picture)
-    for suite in ("training", "layers"):
-        path = newest(suite, True)
-        if path is not None:
-            figures = json.loads(path.read_text())["suites"][suite]
-            for picture in suite_module(suite).draw(figures, ROOT / "docs" / "training"):
-                print(picture)
-    for on_gpu in (True, False):
-        serving = newest("serving", on_gpu)
-        if serving is not None:
-            report = json.loads(serving.read_text())
-            for picture in suite_module("serving").draw(
-                report["suites"]["serving"] if on_gpu else report, ROOT / "docs" / "serving"
-            ):
-                print(picture)
+    for suite in SUITES.values():
+        for on_gpu in (True, False):
+            path = newest(suite.name, on_gpu) if suite.pictures is not None else None
+            if path is not None:
+                report = json.loads(path.read_text())
+                figures = report["suites"][suite.name] if on_gpu else report
+                for picture in suite.showing.draw(figures, ROOT / "docs" / str(suite.pictures)):
+                    print(picture)
     return 0
 
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files
 import pytest
 import torch
 import yaml
+from support import clip, hf_files
 
 from pareto_merging.run.config import read_config
 
@@ -32,14 +32,14 @@ def test_ten_lines(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_models" in code)
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(tmp_path)
-    checkpoint_files.huggingface_folder(tmp_path / "openai" / "clip-vit-base-patch32", kind="clip")
+    hf_files.huggingface_folder(tmp_path / "openai" / "clip-vit-base-patch32", kind="clip")
     for seed, task in enumerate(("mnist", "dtd"), start=1):
         folder = tmp_path / "tanganke" / f"clip-vit-base-patch32_{task}"
-        checkpoint_files.huggingface_folder(folder, seed, transformers4=True)
+        hf_files.huggingface_folder(folder, seed, transformers4=True)
     found: dict[str, Any] = {}
     exec(code.replace("steps=200", "steps=2"), found)
     assert type(found["plain"]).__name__ == "VisionTransformer"
-    pretrained, tuned = (checkpoint_files.tower(seed).state_dict() for seed in (0, 1))
+    pretrained, tuned = (clip.tower(seed).state_dict() for seed in (0, 1))
     # a model between the pretrained and the fine-tuned ones, with the projection that only the former has
     assert torch.equal(found["plain"].proj, pretrained["proj"])
     assert not torch.equal(found["plain"].conv1.weight, pretrained["conv1.weight"])

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files as made
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ import yaml
 from command_line import one_line, run
 from helpers import noisy_copy
 from safetensors.torch import load_file, save_file
+from support import clip, hf_files, open_clip_files, pickled_modules
 from torch import Tensor, nn
 
 import pareto_merging as pm
@@ -61,7 +61,7 @@ def trained(config: Path, name: str = "run") -> Path:
     return config.parent / name
 
 
-def write_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (made.IMAGE, made.IMAGE)) -> np.ndarray:
+def write_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (clip.IMAGE, clip.IMAGE)) -> np.ndarray:
     """PNG files of noise; returns their bytes [count, H, W, 3]."""
     from PIL import Image
 
@@ -72,7 +72,7 @@ def write_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (m
     return pixels
 
 
-def normalised(pixels: np.ndarray, mean: Any = made.MEAN, std: Any = made.STD) -> Tensor:
+def normalised(pixels: np.ndarray, mean: Any = clip.MEAN, std: Any = clip.STD) -> Tensor:
     """As the definition says: bytes / 255, minus the mean, by the standard deviation of each channel."""
     return torch.from_numpy(((pixels / 255.0 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)).float()
 
@@ -86,7 +86,7 @@ def assert_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 def features(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(made.images())
+        return model(clip.images())
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +94,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder with checkpoints of many formats, which tests only read."""
     folder = tmp_path_factory.mktemp("files")
     for seed in range(4):
-        made.huggingface_folder(folder / f"clip{seed}", seed, kind="clip")
-        made.huggingface_folder(folder / f"vision{seed}", seed)
-        made.open_clip_folder(folder / f"folder{seed}", seed)
-        made.task_vectors_encoder(folder / f"encoder{seed}.pt", seed)
-        made.open_clip_file(folder / f"clip{seed}.pt", seed)
-        made.open_clip_file(folder / f"visual{seed}.safetensors", seed, part="visual")
-        made.task_vectors_head(folder / f"head_{seed}.pt", seed)
-    made.huggingface_folder(folder / "gelu", 1, False, kind="clip")
-    made.open_clip_folder(folder / "folder_gelu", 1, False)
-    made.torchscript_archive(folder / "ViT-B-32.pt", 0)
+        hf_files.huggingface_folder(folder / f"clip{seed}", seed, kind="clip")
+        hf_files.huggingface_folder(folder / f"vision{seed}", seed)
+        open_clip_files.open_clip_folder(folder / f"folder{seed}", seed)
+        pickled_modules.task_vectors_encoder(folder / f"encoder{seed}.pt", seed)
+        open_clip_files.open_clip_file(folder / f"clip{seed}.pt", seed)
+        open_clip_files.open_clip_file(folder / f"visual{seed}.safetensors", seed, part="visual")
+        pickled_modules.task_vectors_head(folder / f"head_{seed}.pt", seed)
+    hf_files.huggingface_folder(folder / "gelu", 1, False, kind="clip")
+    open_clip_files.open_clip_folder(folder / "folder_gelu", 1, False)
+    open_clip_files.torchscript_archive(folder / "ViT-B-32.pt", 0)
     write_images(folder / "merging", 6, 0)
     for label in range(5):
         write_images(folder / "test" / str(label), 2, 10 + label)
@@ -115,8 +115,8 @@ def offline(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     """A cache with owner/name (seed 0) and owner/name@tuned (seed 1), and no network."""
     from huggingface_hub import constants
 
-    made.hub_cache(tmp_path / "hub", "owner/name", files / "clip0")
-    made.hub_cache(tmp_path / "hub", "owner/name", files / "clip1", revision="tuned", commit="f" * 40)
+    hf_files.hub_cache(tmp_path / "hub", "owner/name", files / "clip0")
+    hf_files.hub_cache(tmp_path / "hub", "owner/name", files / "clip1", revision="tuned", commit="f" * 40)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return
@@ -136,15 +136,15 @@ def test_the_checkpoint_says_how_images_and_activations_are(
     """
     if not quick_gelu:
         writers: dict[str, Callable[[Path], Path]] = {
-            "clip0": lambda path: made.huggingface_folder(path, 0, False, kind="clip"),
-            "folder0": lambda path: made.open_clip_folder(path, 0, False),
-            "encoder0.pt": lambda path: made.task_vectors_encoder(path, 0, False),
+            "clip0": lambda path: hf_files.huggingface_folder(path, 0, False, kind="clip"),
+            "folder0": lambda path: open_clip_files.open_clip_folder(path, 0, False),
+            "encoder0.pt": lambda path: pickled_modules.task_vectors_encoder(path, 0, False),
         }
         source = writers[pretrained](tmp_path / pretrained)
     else:
         source = files / pretrained
     # a scale at which the entropy is not zero
-    head = made.task_vectors_head(tmp_path / "head.pt", 1, logit_scale=6.0)
+    head = pickled_modules.task_vectors_head(tmp_path / "head.pt", 1, logit_scale=6.0)
     task = {
         "checkpoint": str(files / "visual1.safetensors"),
         "head": str(head),
@@ -160,9 +160,9 @@ def test_the_checkpoint_says_how_images_and_activations_are(
     found = json.loads(capsys.readouterr().out)["results"][0]
     workspace, model = open_run(folder)
     assert workspace.encoder_description["quick_gelu"] is quick_gelu
-    assert workspace.preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+    assert workspace.preprocessing == {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)}
 
-    plain = made.tower(0, quick_gelu)
+    plain = clip.tower(0, quick_gelu)
     plain.load_state_dict(pm.merge(model, [1.0]).state_dict())
     pixels = np.concatenate(
         [np.random.default_rng(10 + label).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8) for label in range(5)]
@@ -182,7 +182,7 @@ def test_the_checkpoint_says_how_images_and_activations_are(
     # another normalisation or activation is further away than that
     usual = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     assert abs(entropy(normalised(pixels, *usual), plain)[0] - expected) > 1e-3
-    other = made.tower(0, not quick_gelu)
+    other = clip.tower(0, not quick_gelu)
     other.load_state_dict(plain.state_dict())
     assert abs(entropy(normalised(pixels), other)[0] - expected) > 1e-3
 
@@ -208,11 +208,11 @@ def test_a_fine_tuned_checkpoint_that_says_otherwise(
     what: str, kind: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     if what == "preprocessing":
-        monkeypatch.setattr(made, "MEAN", (0.5, 0.5, 0.5))
+        monkeypatch.setattr(clip, "MEAN", (0.5, 0.5, 0.5))
     write: dict[str, Callable[..., Path]] = {
-        "hf": made.huggingface_folder,
-        "open_clip": made.open_clip_folder,
-        "task vectors": made.task_vectors_encoder,
+        "hf": hf_files.huggingface_folder,
+        "open_clip": open_clip_files.open_clip_folder,
+        "task vectors": pickled_modules.task_vectors_encoder,
     }
     path = write[kind](tmp_path / "tuned", 1, what != "quick_gelu")
     config = write_config(tmp_path / "run.yaml", files / "clip0", {"a": files / "clip2", "b": path})
@@ -230,7 +230,7 @@ def test_an_activation_that_only_the_fine_tuned_checkpoint_says(
         return
     workspace, model = open_run(tmp_path / "run")
     assert workspace.encoder_description["quick_gelu"] is True
-    expected = made.tower(0, True)
+    expected = clip.tower(0, True)
     expected.load_state_dict(pm.merge(model, GAMMAS[0]).state_dict())
     assert torch.equal(features(pm.merge(model, GAMMAS[0])), features(expected))
 
@@ -258,7 +258,7 @@ def test_a_normalisation_that_only_the_fine_tuned_checkpoint_says(
     if run("train", config, "--out", tmp_path / "run", "--quiet") == 2:
         assert "preprocessing" in capsys.readouterr().err
         return
-    assert Workspace(read_config(config)).preprocessing["mean"] == list(made.MEAN)
+    assert Workspace(read_config(config)).preprocessing["mean"] == list(clip.MEAN)
 
 
 def test_fine_tuned_checkpoints_that_contradict_each_other(
@@ -356,7 +356,7 @@ def apart_and_fused() -> tuple[nn.Module, nn.Module]:
     The same λ for corresponding tensors (different for each), A of the in-projection that of q, k, v stacked, and B
     and G of q, k, v that of the in-projection.
     """
-    plain = made.huggingface_model(0)
+    plain = hf_files.huggingface_model(0)
     copies = {name: noisy_copy(plain, seed) for seed, name in ((1, "a"), (2, "b"))}
 
     def fused(model: nn.Module) -> nn.Module:
@@ -365,7 +365,7 @@ def apart_and_fused() -> tuple[nn.Module, nn.Module]:
             if name.endswith("position_ids"):
                 continue
             state.setdefault(to_open_clip(name), []).append((tensor, name))  # type: ignore[arg-type]
-        tower = made.tower(0)
+        tower = clip.tower(0)
         order = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
         joined = {}
         for name, parts in state.items():
@@ -415,11 +415,11 @@ def test_separate_and_fused_modules_merge_to_the_same_model(
         assert error <= 1e-6 * largest, name
     first, second = pm.merge(apart, gamma).eval(), pm.merge(joined, gamma).eval()
     with torch.no_grad():
-        torch.testing.assert_close(first(made.images()).image_embeds, second(made.images()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(first(clip.images()).image_embeds, second(clip.images()), atol=1e-5, rtol=0)
         # and before merging, by the Pareto models themselves
         with pm.preference(apart, gamma), pm.preference(joined, gamma):
-            torch.testing.assert_close(apart(made.images()).image_embeds, second(made.images()), atol=1e-5, rtol=0)
-            torch.testing.assert_close(joined(made.images()), second(made.images()), atol=1e-5, rtol=0)
+            torch.testing.assert_close(apart(clip.images()).image_embeds, second(clip.images()), atol=1e-5, rtol=0)
+            torch.testing.assert_close(joined(clip.images()), second(clip.images()), atol=1e-5, rtol=0)
     # the low-rank terms matter
     cores = {name: p for name, p in [*pm.learned_parameters(apart).items(), *_prefixed(joined)] if "G." in name}
     kept = {name: parameter.detach().clone() for name, parameter in cores.items()}
@@ -466,7 +466,7 @@ def test_the_settings_of_lambda_are_comparable(apart_and_fused: tuple[nn.Module,
     ours = dict(zip(pm.lambda_names(joined), pm.get_lambda(joined), strict=True))
     for name, row in zip(pm.lambda_names(apart), pm.get_lambda(apart), strict=True):
         assert torch.equal(row, ours[to_open_clip(name)]), name
-    assert len(pm.lambda_names(apart)) - len(ours) == 4 * made.LAYERS
+    assert len(pm.lambda_names(apart)) - len(ours) == 4 * clip.LAYERS
     assert len({tuple(row.tolist()) for row in ours.values()}) == len(ours)
     before = pm.get_lambda(joined)
     pm.set_lambda(joined, before * 2)
@@ -488,14 +488,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     folder = tmp_path_factory.mktemp("mixed")
-    made.torchscript_archive(folder / "ViT-B-32.pt", 0)
+    open_clip_files.torchscript_archive(folder / "ViT-B-32.pt", 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made, "MEAN", OPENAI_DATASET_MEAN)
-        patch.setattr(made, "STD", OPENAI_DATASET_STD)
-        made.huggingface_folder(folder / "hf", 1)
-        made.task_vectors_encoder(folder / "finetuned.pt", 2)
+        patch.setattr(clip, "MEAN", OPENAI_DATASET_MEAN)
+        patch.setattr(clip, "STD", OPENAI_DATASET_STD)
+        hf_files.huggingface_folder(folder / "hf", 1)
+        pickled_modules.task_vectors_encoder(folder / "finetuned.pt", 2)
     for seed, name in ((1, "hf"), (2, "pickle")):
-        made.task_vectors_head(folder / f"head_{name}.pt", seed)
+        pickled_modules.task_vectors_head(folder / f"head_{name}.pt", seed)
     write_images(folder / "merging", 6, 0, (40, 50))
     for label in range(5):
         write_images(folder / "test" / str(label), 2, 10 + label, (40, 50))
@@ -517,7 +517,7 @@ def test_mixed_formats_make_one_model(mixed: Path) -> None:
     model = workspace.pareto_model()
     pm.set_lambda(model, torch.tensor([0.25, 0.5]))
     found = pm.merge(model, [0.5, 0.5]).state_dict()
-    states = [made.tower(1).state_dict(), made.tower(2).state_dict()]
+    states = [clip.tower(1).state_dict(), clip.tower(2).state_dict()]
     states[0]["proj"] = base["proj"]
     assert found.keys() == base.keys()
     for name, tensor in found.items():
@@ -578,7 +578,7 @@ def test_models_without_a_projection(files: Path, tmp_path: Path, capsys: pytest
     """A fine-tuned one takes the pretrained one's; none anywhere is fine; one that nothing pretrained has is not."""
     config = write_config(tmp_path / "a.yaml", files / "clip0", {"a": files / "vision1", "b": files / "clip2"})
     _, model = open_run(trained(config, "a"))
-    base, other = made.tower(0).proj.detach(), made.tower(2).proj.detach()
+    base, other = clip.tower(0).proj.detach(), clip.tower(2).proj.detach()
     lam = dict(zip(pm.lambda_names(model), pm.get_lambda(model), strict=True))["proj"]
     found = pm.merge(model, [0.5, 0.5]).proj
     torch.testing.assert_close(found, base + lam[1] * (other - base), atol=1e-6, rtol=1e-5)
@@ -587,7 +587,7 @@ def test_models_without_a_projection(files: Path, tmp_path: Path, capsys: pytest
     assert torch.equal(pm.merge(model, [0.5, 0.5]).proj, base)
     config = write_config(tmp_path / "c.yaml", files / "vision0", {"a": files / "vision1", "b": files / "vision2"})
     _, model = open_run(trained(config, "c"))
-    assert features(pm.merge(model, [0.5, 0.5])).shape == (3, made.WIDTH)
+    assert features(pm.merge(model, [0.5, 0.5])).shape == (3, clip.WIDTH)
     config = write_config(tmp_path / "d.yaml", files / "vision0", {"a": files / "vision1", "b": files / "clip2"})
     assert "expected a projection, as" in refused(config, capsys)
 
@@ -608,9 +608,9 @@ def test_models_loaded_in_python_are_those_of_a_run(dtype: str, mixed: Path) -> 
     for gamma in GAMMAS:
         assert_bits(pm.merge(model, gamma).state_dict(), pm.merge(expected, gamma).state_dict())
     # with the archive's activation
-    plain = made.tower(0, True).to(getattr(torch, dtype))
+    plain = clip.tower(0, True).to(getattr(torch, dtype))
     plain.load_state_dict(pm.merge(model, GAMMAS[0]).state_dict())
-    images = made.images().to(getattr(torch, dtype))
+    images = clip.images().to(getattr(torch, dtype))
     assert torch.equal(pm.merge(model, GAMMAS[0])(images), plain(images))
 
 
@@ -619,7 +619,7 @@ def test_models_that_cannot_be_loaded_in_python(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     good = files / "clip1"
-    assert_bits(pm.load_models("owner/name", {"a": good})[0].state_dict(), made.tower(0).state_dict())
+    assert_bits(pm.load_models("owner/name", {"a": good})[0].state_dict(), clip.tower(0).state_dict())
     for pretrained, finetuned, message in (
         ("missing.pt", {"a": good}, r"missing\.pt"),
         (files / "clip0", {"a": tmp_path / "missing"}, r"missing"),
@@ -645,16 +645,16 @@ def test_a_name_on_the_hub(offline: None, tmp_path: Path, files: Path, monkeypat
     folder = trained(write_config(tmp_path / "here" / "run.yaml", "owner/name", tasks))
     monkeypatch.chdir(tmp_path)
     workspace, _ = open_run(folder)
-    assert_bits(workspace.pretrained().state_dict(), made.tower(0).state_dict())
-    assert_bits(dict(workspace.finetuned()["a"]), dict(made.tower(1).state_dict()))
+    assert_bits(workspace.pretrained().state_dict(), clip.tower(0).state_dict())
+    assert_bits(dict(workspace.finetuned()["a"]), dict(clip.tower(1).state_dict()))
 
 
 def test_a_folder_beside_the_configuration_comes_before_the_hub(offline: None, tmp_path: Path, files: Path) -> None:
     shutil.copytree(files / "clip3", tmp_path / "here" / "owner" / "name")
     config = write_config(tmp_path / "here" / "run.yaml", "owner/name", {"a": files / "clip1", "b": files / "clip2"})
-    assert_bits(Workspace(read_config(config)).pretrained().state_dict(), made.tower(3).state_dict())
+    assert_bits(Workspace(read_config(config)).pretrained().state_dict(), clip.tower(3).state_dict())
     workspace, _ = open_run(trained(config))
-    assert_bits(workspace.pretrained().state_dict(), made.tower(3).state_dict())
+    assert_bits(workspace.pretrained().state_dict(), clip.tower(3).state_dict())
 
 
 def test_a_folder_where_one_stands_does_not_come_before_the_hub(
@@ -664,7 +664,7 @@ def test_a_folder_where_one_stands_does_not_come_before_the_hub(
     config = write_config(tmp_path / "here" / "run.yaml", "owner/name", {"a": files / "clip1", "b": files / "clip2"})
     shutil.copytree(files / "clip3", tmp_path / "there" / "owner" / "name")
     monkeypatch.chdir(tmp_path / "there")
-    assert_bits(Workspace(read_config(config)).pretrained().state_dict(), made.tower(0).state_dict())
+    assert_bits(Workspace(read_config(config)).pretrained().state_dict(), clip.tower(0).state_dict())
 
 
 def test_a_path_that_says_it_is_one_is_not_looked_up_on_the_hub(
@@ -682,17 +682,17 @@ def test_a_name_of_open_clip(offline: None, files: Path, tmp_path: Path, monkeyp
     """As ``pretrained``, from the cache, with what open_clip says of it, and again when the run is opened."""
     from open_clip import factory, pretrained
 
-    made.open_clip_file(tmp_path / "weights" / "open_clip_model.safetensors", 0)
-    made.hub_cache(tmp_path / "hub", "owner/tiny", tmp_path / "weights")
-    tags = {"openai": pretrained._pcfg(hf_hub="owner/tiny/", quick_gelu=True, mean=made.MEAN, std=made.STD)}
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", made.MODEL_CONFIG)
+    open_clip_files.open_clip_file(tmp_path / "weights" / "open_clip_model.safetensors", 0)
+    hf_files.hub_cache(tmp_path / "hub", "owner/tiny", tmp_path / "weights")
+    tags = {"openai": pretrained._pcfg(hf_hub="owner/tiny/", quick_gelu=True, mean=clip.MEAN, std=clip.STD)}
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", clip.MODEL_CONFIG)
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
     config = write_config(tmp_path / "run.yaml", "open_clip:tiny/openai", {"a": files / "clip1.pt"})
     workspace, _ = open_run(trained(config))
     assert workspace.encoder_description["quick_gelu"] is True
-    assert workspace.preprocessing["mean"] == list(made.MEAN)
-    assert_bits(workspace.pretrained().state_dict(), made.tower(0).state_dict())
-    assert torch.equal(features(workspace.pretrained()), features(made.tower(0)))
+    assert workspace.preprocessing["mean"] == list(clip.MEAN)
+    assert_bits(workspace.pretrained().state_dict(), clip.tower(0).state_dict())
+    assert torch.equal(features(workspace.pretrained()), features(clip.tower(0)))
 
 
 @pytest.mark.parametrize("kind", ["the same", "a link", "a folder and its file", "another way there", "two revisions"])
@@ -723,12 +723,12 @@ def test_the_same_weights_under_two_names(first: str, second: str, files: Path, 
 def test_two_files_of_one_folder_are_two_checkpoints(files: Path, tmp_path: Path) -> None:
     """open_clip's folders may have several of the names it looks for, and each may be asked for."""
     shutil.copytree(files / "folder1", tmp_path / "model")
-    made.open_clip_file(tmp_path / "model" / "open_clip_pytorch_model.bin", 2)
+    open_clip_files.open_clip_file(tmp_path / "model" / "open_clip_pytorch_model.bin", 2)
     tasks = {"a": "model/open_clip_model.safetensors", "b": "model/open_clip_pytorch_model.bin"}
     workspace = Workspace(read_config(write_config(tmp_path / "run.yaml", files / "clip0", tasks)))
     workspace.check_files()
     for seed, name in ((1, "a"), (2, "b")):
-        assert_bits(dict(workspace.finetuned()[name]), dict(made.tower(seed).state_dict()))
+        assert_bits(dict(workspace.finetuned()[name]), dict(clip.tower(seed).state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -745,7 +745,7 @@ def test_a_plan_reads_no_weight(
     config = write_config(tmp_path / "run.yaml", source, {"a": files / "clip1", "b": files / "encoder2.pt"})
     assert run("plan", config, "--json") == 0
     rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
-    state = made.tower(0).state_dict()
+    state = clip.tower(0).state_dict()
     count = sum(tensor.numel() for key, tensor in state.items() if key != "proj" or name != "vision0")
     assert rows["frozen weights W0"]["parameters"] == count
     assert rows["task vectors τ"]["parameters"] == 2 * count
@@ -779,7 +779,7 @@ def test_a_run_is_the_same_after_its_checkpoints_were_converted(files: Path, tmp
     assert str(files) not in text
     workspace, model = open_run(folder)
     assert_bits(pm.merge(model, GAMMAS[1]).state_dict(), expected.state_dict())
-    assert workspace.preprocessing["mean"] == list(made.MEAN)
+    assert workspace.preprocessing["mean"] == list(clip.MEAN)
     assert torch.equal(features(pm.merge(model, GAMMAS[1])), features(expected))
 
 
@@ -844,21 +844,21 @@ def test_a_checkpoint_replaced_before_a_resume(
 
 def spoil(kind: str, folder: Path) -> str:
     """A checkpoint that cannot be merged; returns its name in ``folder``."""
-    state = dict(made.clip(3).state_dict())
+    state = dict(clip.clip(3).state_dict())
     name = "bad.pt"
     if kind in ("NaN", "inf"):
         state["visual.transformer.resblocks.1.attn.in_proj_weight"][5, 7] = float(kind)
     elif kind == "wider":
         import open_clip
 
-        config = {**made.MODEL_CONFIG, "vision_cfg": {**made.MODEL_CONFIG["vision_cfg"], "width": 192}}
+        config = {**clip.MODEL_CONFIG, "vision_cfg": {**clip.MODEL_CONFIG["vision_cfg"], "width": 192}}
         state = dict(open_clip.CLIP(**config).state_dict())
     elif kind == "ResNet":
         state = {"visual.conv1.weight": torch.ones(8, 3, 3, 3), "visual.layer1.0.conv1.weight": torch.ones(8, 8, 1, 1)}
     elif kind == "BERT":
         state = {"bert.encoder.layer.0.attention.self.query.weight": torch.ones(8, 8)}
     elif kind == "a head":
-        made.task_vectors_head(folder / name)
+        pickled_modules.task_vectors_head(folder / name)
         return name
     elif kind == "missing":
         return name
@@ -869,14 +869,14 @@ def spoil(kind: str, folder: Path) -> str:
         (folder / "bad").mkdir()
         return "bad"
     elif kind == "damaged":
-        made.open_clip_file(folder / "good.pt", 3)
+        open_clip_files.open_clip_file(folder / "good.pt", 3)
         assert run("convert", folder / "good.pt", folder / "bad.safetensors", "--quiet") == 0
         data = bytearray((folder / "bad.safetensors").read_bytes())
         data[-1] ^= 1
         (folder / "bad.safetensors").write_bytes(data)
         return "bad.safetensors"
     elif kind == "NaN in a folder":
-        made.huggingface_folder(folder / "bad", 3, kind="clip")
+        hf_files.huggingface_folder(folder / "bad", 3, kind="clip")
         tensors = load_file(folder / "bad" / "model.safetensors")
         tensors["vision_model.encoder.layers.0.self_attn.k_proj.bias"][0] = float("nan")
         save_file(tensors, folder / "bad" / "model.safetensors")
@@ -915,7 +915,7 @@ def test_a_checkpoint_that_cannot_be_merged(kind: str, place: str, files: Path, 
 @pytest.mark.parametrize("place", ["pretrained", "task"])
 def test_numbers_that_the_dtype_of_the_run_does_not_hold(place: str, files: Path, tmp_path: Path, capsys: Any) -> None:
     """70000 is inf in float16."""
-    state = dict(made.tower(3).state_dict())
+    state = dict(clip.tower(3).state_dict())
     state["ln_pre.weight"][3] = 70000.0
     save_file(state, tmp_path / "large.safetensors")
     paths = {"pretrained": files / "clip0", "task": files / "clip1", place: tmp_path / "large.safetensors"}
@@ -937,13 +937,13 @@ def test_an_architecture_with_quick_gelu_in_its_name(
     """The name decides where the checkpoint is silent; saying the opposite beside it is refused."""
     from open_clip import factory
 
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-quickgelu", {**made.MODEL_CONFIG, "quick_gelu": True})
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-quickgelu", {**clip.MODEL_CONFIG, "quick_gelu": True})
     tasks = {"a": files / "visual1.safetensors", "b": files / "clip2.pt"}
     config = write_config(tmp_path / "run.yaml", files / "clip0.pt", tasks, encoder={"architecture": "tiny-quickgelu"})
     folder = trained(config)
     _, model = open_run(folder)
     merged = pm.merge(model, [0.5, 0.5])
-    plain = made.tower(0, True)
+    plain = clip.tower(0, True)
     plain.load_state_dict(merged.state_dict())
     assert torch.equal(features(merged), features(plain))
     for format in ("safetensors", "open_clip", "huggingface"):
@@ -963,16 +963,16 @@ def test_an_architecture_with_quick_gelu_in_its_name(
 def test_a_head_that_does_not_fit(kind: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "head_bad.pt"
     if kind == "NaN pickle":
-        with made.task_vectors_code():
-            torch.save(made.ClassificationHead(True, torch.full((5, made.EMBED), float("nan"))), bad)
+        with pickled_modules.task_vectors_code():
+            torch.save(pickled_modules.ClassificationHead(True, torch.full((5, clip.EMBED), float("nan"))), bad)
     elif kind == "NaN":
         bad = bad.with_suffix(".safetensors")
-        save_file({"weight": torch.full((5, made.EMBED), float("nan"))}, bad)
+        save_file({"weight": torch.full((5, clip.EMBED), float("nan"))}, bad)
     elif kind == "wrong width":
-        with made.task_vectors_code():
-            torch.save(made.ClassificationHead(True, torch.eye(7)), bad)
+        with pickled_modules.task_vectors_code():
+            torch.save(pickled_modules.ClassificationHead(True, torch.eye(7)), bad)
     elif kind == "an encoder":
-        made.task_vectors_encoder(bad)
+        pickled_modules.task_vectors_encoder(bad)
     tasks = {
         name: {"checkpoint": str(files / f"clip{seed}"), "head": str(head), "merging": str(files / "merging")}
         for seed, name, head in ((1, "a", files / "head_1.pt"), (2, "b", bad))

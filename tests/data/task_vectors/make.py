@@ -17,8 +17,9 @@ from pathlib import Path
 
 import open_clip
 import torch
-from checkpoint_files import ClassificationHead, ImageEncoder, head_rows, images, randomize_all, task_vectors_code
 from safetensors.torch import save_file
+from support.clip import head_rows, images, randomize_all
+from support.pickled_modules import ClassificationHead, ImageEncoder, task_vectors_code
 
 FOLDER = Path(__file__).parent
 CONFIG = {

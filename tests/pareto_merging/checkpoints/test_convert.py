@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files as made
 import pytest
 import torch
 from command_line import one_line, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import clip, hf_files, open_clip_files, pickled_modules
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
@@ -32,15 +32,15 @@ Writer = Callable[[Path], Path]
 
 
 def hugging_face(**options: Any) -> Writer:
-    return lambda folder: made.huggingface_folder(folder / "model", 3, **options)
+    return lambda folder: hf_files.huggingface_folder(folder / "model", 3, **options)
 
 
 def open_clip_file(name: str, **options: Any) -> Writer:
-    return lambda folder: made.open_clip_file(folder / name, 3, **options)
+    return lambda folder: open_clip_files.open_clip_file(folder / name, 3, **options)
 
 
 def task_vectors(**options: Any) -> Writer:
-    return lambda folder: made.task_vectors_encoder(folder / "finetuned.pt", 3, **options)
+    return lambda folder: pickled_modules.task_vectors_encoder(folder / "finetuned.pt", 3, **options)
 
 
 def file_of(write: Writer, name: str) -> Writer:
@@ -70,10 +70,12 @@ FORMATS: dict[str, Writer] = {
     "open_clip float64": open_clip_file("clip.safetensors", dtype=torch.float64),
     "open_clip visual": open_clip_file("visual.pth", part="visual"),
     "open_clip visual safetensors": open_clip_file("visual.safetensors", part="visual"),
-    "open_clip folder": lambda folder: made.open_clip_folder(folder / "model", 3),
-    "open_clip folder, GELU": lambda folder: made.open_clip_folder(folder / "model", 3, False),
-    "open_clip folder, no preprocessing": lambda folder: made.open_clip_folder(folder / "model", 3, preprocess=False),
-    "torchscript": lambda folder: made.torchscript_archive(folder / "ViT-B-32.pt", 3),
+    "open_clip folder": lambda folder: open_clip_files.open_clip_folder(folder / "model", 3),
+    "open_clip folder, GELU": lambda folder: open_clip_files.open_clip_folder(folder / "model", 3, False),
+    "open_clip folder, no preprocessing": lambda folder: open_clip_files.open_clip_folder(
+        folder / "model", 3, preprocess=False
+    ),
+    "torchscript": lambda folder: open_clip_files.torchscript_archive(folder / "ViT-B-32.pt", 3),
     "task vectors": task_vectors(),
     "task vectors, legacy": task_vectors(legacy=True),
     "task vectors, keep_lang": task_vectors(keep_lang=True),
@@ -100,7 +102,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """An open_clip file in a folder of its own."""
-    return made.open_clip_file(tmp_path / "in" / "clip.pt", 3)
+    return open_clip_files.open_clip_file(tmp_path / "in" / "clip.pt", 3)
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_every_format_is_converted(name: str, tmp_path: Path, capsys: pytest.Cap
     assert_same(load_file(out), dict(before))
     if not name.startswith("release"):
         # what was written into the checkpoint, not only what was read from it
-        state = dict(made.tower(3).state_dict())
+        state = dict(clip.tower(3).state_dict())
         for key, tensor in after.items():
             assert torch.equal(tensor, state[key].to(tensor.dtype)), key
         assert set(state) - set(after) <= {"proj"}
@@ -167,13 +169,13 @@ def test_a_converted_file_builds_the_encoder_again(name: str, tmp_path: Path) ->
     assert found.encoder is not None
     model = encoders.build(found.encoder)
     model.load_state_dict(load_file(out))
-    expected = made.tower(3, quick_gelu="GELU" not in name)
+    expected = clip.tower(3, quick_gelu="GELU" not in name)
     if name == "torchscript":
         expected.load_state_dict({key: tensor.float() for key, tensor in open_checkpoint(path).items()})
     with torch.no_grad():
-        torch.testing.assert_close(model(made.images()), expected(made.images()), atol=1e-5, rtol=0)
-        other = made.tower(3, quick_gelu="GELU" in name)
-        assert (model(made.images()) - other(made.images())).abs().max() > 1e-3
+        torch.testing.assert_close(model(clip.images()), expected(clip.images()), atol=1e-5, rtol=0)
+        other = clip.tower(3, quick_gelu="GELU" in name)
+        assert (model(clip.images()) - other(clip.images())).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -188,7 +190,7 @@ def test_the_dtype_of_the_numbers(name: str, dtype: torch.dtype, tmp_path: Path)
 
 def test_numbers_that_a_narrower_dtype_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """70000 is inf in float16: the file could not be read again, so none is written."""
-    state = made.clip().state_dict()
+    state = clip.clip().state_dict()
     state["visual.ln_pre.weight"][3] = 70000.0
     save_file(state, tmp_path / "clip.safetensors")
     assert run("convert", tmp_path / "clip.safetensors", tmp_path / "a.safetensors", "--dtype", "float16") == 2
@@ -196,7 +198,7 @@ def test_numbers_that_a_narrower_dtype_does_not_hold(tmp_path: Path, capsys: pyt
     assert names_in(tmp_path) == ["clip.safetensors"]
     # bfloat16 has the range of float32
     assert run("convert", tmp_path / "clip.safetensors", tmp_path / "a.safetensors", "--dtype", "bfloat16") == 0
-    assert len(dict(open_checkpoint(tmp_path / "a.safetensors"))) == len(made.tower().state_dict())
+    assert len(dict(open_checkpoint(tmp_path / "a.safetensors"))) == len(clip.tower().state_dict())
 
 
 def test_what_is_said_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +208,7 @@ def test_what_is_said_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert captured.err == ""
     found = json.loads(captured.out)
-    state = made.tower().state_dict()
+    state = clip.tower().state_dict()
     assert found == {
         "kind": "encoder",
         "source": str(path),
@@ -215,7 +217,7 @@ def test_what_is_said_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "tensors": len(state),
         "numbers": sum(tensor.numel() for tensor in state.values()),
         "encoder": open_checkpoint(path).encoder,
-        "preprocessing": {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)},
+        "preprocessing": {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)},
         "projection": True,
         "text_tower": True,
     }
@@ -245,7 +247,7 @@ def test_a_progress_bar(source: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert run("convert", source, tmp_path / "a.safetensors") == 0
     captured = capsys.readouterr()
-    count = len(made.tower().state_dict())
+    count = len(clip.tower().state_dict())
     assert "converting" in captured.err and f"{count}/{count}" in captured.err
     assert captured.out.startswith(str(tmp_path))
     assert run("convert", source, tmp_path / "b.safetensors", "--quiet") == 0
@@ -279,9 +281,9 @@ def test_converting_again_changes_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda folder: made.task_vectors_head(folder / "head.pt", 4),
-        lambda folder: made.task_vectors_head(folder / "head.pt", 4, logit_scale=41.5, legacy=True),
-        lambda folder: made.task_vectors_head(folder / "head.bin", 4, transposed=True),
+        lambda folder: pickled_modules.task_vectors_head(folder / "head.pt", 4),
+        lambda folder: pickled_modules.task_vectors_head(folder / "head.pt", 4, logit_scale=41.5, legacy=True),
+        lambda folder: pickled_modules.task_vectors_head(folder / "head.bin", 4, transposed=True),
         lambda folder: RELEASE / "head_MNISTVal.pt",
         lambda folder: RELEASE / "head_DTDVal.pt",
     ],
@@ -305,10 +307,10 @@ def test_a_head_is_converted(write: Writer, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_pickled_head_is_known_by_its_content(tmp_path: Path) -> None:
     """As every other file is: a wrong name is no other format."""
-    path = made.task_vectors_head(tmp_path / "head.pt", 4)
+    path = pickled_modules.task_vectors_head(tmp_path / "head.pt", 4)
     path = path.rename(tmp_path / "head.safetensors")
     assert run("convert", path, tmp_path / "out.safetensors", "--quiet") == 0
-    assert read_head(tmp_path / "out.safetensors").weight.shape == (5, made.EMBED)
+    assert read_head(tmp_path / "out.safetensors").weight.shape == (5, clip.EMBED)
 
 
 def test_a_converted_head_is_converted_again(tmp_path: Path) -> None:
@@ -337,10 +339,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
-    made.hub_cache(cache, "owner/name", made.huggingface_folder(tmp_path / "main", 3, kind="clip"))
-    other = made.huggingface_folder(tmp_path / "v1", 5, transformers4=True, weights="bin", shards=True)
-    made.hub_cache(cache, "owner/name", other, revision="v1", commit="f" * 40)
-    made.hub_cache(cache, "owner/open-clip", made.open_clip_folder(tmp_path / "open_clip", 7))
+    hf_files.hub_cache(cache, "owner/name", hf_files.huggingface_folder(tmp_path / "main", 3, kind="clip"))
+    other = hf_files.huggingface_folder(tmp_path / "v1", 5, transformers4=True, weights="bin", shards=True)
+    hf_files.hub_cache(cache, "owner/name", other, revision="v1", commit="f" * 40)
+    hf_files.hub_cache(cache, "owner/open-clip", open_clip_files.open_clip_folder(tmp_path / "open_clip", 7))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
@@ -351,7 +353,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("source", "seed"),
     [
         ("owner/name", 3),
-        (f"owner/name@{made.REVISION}", 3),
+        (f"owner/name@{hf_files.REVISION}", 3),
         ("owner/name@v1", 5),
         ("owner/open-clip", 7),
     ],
@@ -360,12 +362,12 @@ def test_a_name_on_the_hub(source: str, seed: int, hub: Path, tmp_path: Path, ca
     blobs = names_in(hub)
     assert run("convert", source, tmp_path / "a.safetensors", "--json") == 0
     assert json.loads(capsys.readouterr().out)["source"] == source
-    found, state = open_checkpoint(tmp_path / "a.safetensors"), made.tower(seed).state_dict()
+    found, state = open_checkpoint(tmp_path / "a.safetensors"), clip.tower(seed).state_dict()
     assert len(found) >= len(state) - 1
     for key, tensor in found.items():
         assert torch.equal(tensor, state[key]), key
     assert found.quick_gelu is True
-    assert found.preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+    assert found.preprocessing == {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)}
     assert names_in(hub) == blobs
 
 
@@ -382,18 +384,18 @@ def test_a_name_of_open_clip(
 ) -> None:
     from open_clip import factory, pretrained
 
-    made.open_clip_file(tmp_path / "weights" / "open_clip_model.safetensors", 3)
+    open_clip_files.open_clip_file(tmp_path / "weights" / "open_clip_model.safetensors", 3)
     tags = {
         "openai": pretrained._pcfg(hf_hub="owner/tiny.openai/", quick_gelu=True),
-        "some_data_e32": pretrained._pcfg(hf_hub="owner/tiny.some_data/", mean=made.MEAN, std=made.STD),
+        "some_data_e32": pretrained._pcfg(hf_hub="owner/tiny.some_data/", mean=clip.MEAN, std=clip.STD),
     }
     for known in tags.values():
-        made.hub_cache(hub, known["hf_hub"].rstrip("/"), tmp_path / "weights")
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", made.MODEL_CONFIG)
+        hf_files.hub_cache(hub, known["hf_hub"].rstrip("/"), tmp_path / "weights")
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", clip.MODEL_CONFIG)
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
     assert run("convert", f"open_clip:tiny/{tag}", tmp_path / "a.safetensors", "--quiet") == 0
     before, after = open_checkpoint(f"open_clip:tiny/{tag}"), open_checkpoint(tmp_path / "a.safetensors")
-    assert_same(after, dict(made.tower(3).state_dict()))
+    assert_same(after, dict(clip.tower(3).state_dict()))
     assert after.quick_gelu is quick_gelu
     assert before.preprocessing is not None and after.preprocessing == before.preprocessing
     capsys.readouterr()
@@ -419,7 +421,7 @@ def test_one_flipped_bit_anywhere_in_the_numbers_is_noticed(converted: Path, tmp
             checkpoint[name]
         assert "\n" not in str(raised.value) and name in str(raised.value)
         other = "proj" if name != "proj" else "class_embedding"
-        assert torch.equal(checkpoint[other], made.tower(3).state_dict()[other])
+        assert torch.equal(checkpoint[other], clip.tower(3).state_dict()[other])
 
 
 def test_a_damaged_file_is_not_converted_on(converted: Path, tmp_path: Path, capsys: Any) -> None:
@@ -459,7 +461,7 @@ def test_an_existing_file_is_replaced_only_when_asked(source: Path, tmp_path: Pa
     assert "existing file" in one_line(capsys)
     assert out.read_bytes() == b"precious"
     assert run("convert", source, out, "--overwrite", "--quiet") == 0
-    assert_same(open_checkpoint(out), dict(made.tower(3).state_dict()))
+    assert_same(open_checkpoint(out), dict(clip.tower(3).state_dict()))
     # a mistake does not cost the old file
     kept = out.read_bytes()
     assert run("convert", tmp_path / "none.pt", out, "--overwrite") == 2
@@ -468,7 +470,7 @@ def test_an_existing_file_is_replaced_only_when_asked(source: Path, tmp_path: Pa
 
 
 def test_a_file_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made.open_clip_file(tmp_path / "clip.safetensors", 3)
+    path = open_clip_files.open_clip_file(tmp_path / "clip.safetensors", 3)
     (tmp_path / "link.safetensors").symlink_to(path)
     os.link(path, tmp_path / "hard.safetensors")
     kept = path.read_bytes()
@@ -563,12 +565,12 @@ def test_a_full_disk_leaves_the_old_file(source: Path, tmp_path: Path, capsys: p
 def spoilt(kind: str, folder: Path) -> str:
     """A file or folder that is no checkpoint, by the name it has in messages."""
     folder.mkdir()
-    state = made.clip(3).state_dict()
+    state = clip.clip(3).state_dict()
     if kind == "truncated":
-        content = made.open_clip_file(folder / "a.pt").read_bytes()
+        content = open_clip_files.open_clip_file(folder / "a.pt").read_bytes()
         (folder / "a.pt").write_bytes(content[: len(content) // 2])
     elif kind == "truncated safetensors":
-        content = made.open_clip_file(folder / "a.safetensors").read_bytes()
+        content = open_clip_files.open_clip_file(folder / "a.safetensors").read_bytes()
         (folder / "a.safetensors").write_bytes(content[:-5])
         return "a.safetensors"
     elif kind == "empty":
@@ -587,10 +589,10 @@ def spoilt(kind: str, folder: Path) -> str:
     elif kind == "empty folder":
         return ""
     elif kind == "folder without weights":
-        (made.huggingface_folder(folder) / "model.safetensors").unlink()
+        (hf_files.huggingface_folder(folder) / "model.safetensors").unlink()
         return ""
     elif kind == "a missing shard":
-        shards = sorted(made.huggingface_folder(folder, kind="clip", shards=True).glob("model-*.safetensors"))
+        shards = sorted(hf_files.huggingface_folder(folder, kind="clip", shards=True).glob("model-*.safetensors"))
         shards[1].unlink()
         return ""
     elif kind == "a missing tensor":
@@ -601,8 +603,8 @@ def spoilt(kind: str, folder: Path) -> str:
     elif kind == "code":
         torch.save({**state, "x": os.system}, folder / "a.pt")
     elif kind == "head with a bias":
-        with made.task_vectors_code():
-            torch.save(made.ClassificationHead(True, torch.eye(3), torch.ones(3)), folder / "a.pt")
+        with pickled_modules.task_vectors_code():
+            torch.save(pickled_modules.ClassificationHead(True, torch.eye(3), torch.ones(3)), folder / "a.pt")
     elif kind == "numbers":
         torch.save([1, 2, 3], folder / "a.pt")
     elif kind == "missing":

@@ -1,4 +1,4 @@
-"""Every hostile checkpoint of hostile_files: one clear line, quickly, in little memory, and nothing of it runs."""
+"""Every hostile checkpoint of support.hostile: one clear line, quickly, in little memory, and nothing of it runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hostile_files as hostile
 import open_clip  # noqa: F401 (seconds that are nobody's fault)
 import pytest
+from support import forbidden, hostile, opcodes, payloads, verdicts
 
 from pareto_merging.checkpoints.pickles import Record, read_pickle
-from pareto_merging.cli.app import app as cli
+from pareto_merging.cli import app as cli
 
 ROOT = Path(__file__).parents[3]
 # what a case says and expects does not depend on the place of its canary
-ALL = {case.name: case for case in hostile.cases(Path("/nowhere") / hostile.CANARY)}
+ALL = {case.name: case for case in hostile.cases(Path("/nowhere") / payloads.CANARY)}
 LIGHT = [name for name, case in ALL.items() if not case.heavy]
 # each begins with seconds of imports
 PARTS = 2
@@ -50,8 +50,8 @@ COMMAND_LINE = [
 
 
 def _module(folder: Path) -> None:
-    source = f"from pathlib import Path\nPath({str(folder / hostile.CANARY)!r}).touch()\n\ndef run():\n    pass\n"
-    (folder / f"{hostile.CANARY_MODULE}.py").write_text(source)
+    source = f"from pathlib import Path\nPath({str(folder / payloads.CANARY)!r}).touch()\n\ndef run():\n    pass\n"
+    (folder / f"{payloads.CANARY_MODULE}.py").write_text(source)
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +60,19 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("canary")
     _module(folder)
     sys.path.insert(0, str(folder))
-    copyreg.add_extension("os", "system", hostile.EXTENSION_CODE)
+    copyreg.add_extension("os", "system", payloads.EXTENSION_CODE)
     cached: dict[int, Any] = copyreg._extension_cache  # type: ignore[attr-defined]
-    cached[hostile.EXTENSION_CODE] = os.system
-    yield folder / hostile.CANARY
-    cached.pop(hostile.EXTENSION_CODE, None)
-    copyreg.remove_extension("os", "system", hostile.EXTENSION_CODE)
+    cached[payloads.EXTENSION_CODE] = os.system
+    yield folder / payloads.CANARY
+    cached.pop(payloads.EXTENSION_CODE, None)
+    copyreg.remove_extension("os", "system", payloads.EXTENSION_CODE)
     sys.path.remove(str(folder))
-    sys.modules.pop(hostile.CANARY_MODULE, None)
+    sys.modules.pop(payloads.CANARY_MODULE, None)
 
 
-def _check(case: hostile.Case, found: dict[str, Any]) -> None:
+def _check(case: payloads.Case, found: dict[str, Any]) -> None:
     assert "killed" not in found and "raised" not in found, found
-    assert found["seconds"] < hostile.SECONDS, found
+    assert found["seconds"] < verdicts.SECONDS, found
     if "read" in found:
         assert case.harmless, found
         return
@@ -89,9 +89,9 @@ def test_hostile_checkpoints_are_refused(name: str, canary: Path, tmp_path: Path
     before = set(sys.modules)
     path = case.write(tmp_path)
     written = sorted(tmp_path.rglob("*"))
-    found = hostile.verdict(path, case.how)
+    found = verdicts.verdict(path, case.how)
     assert not canary.exists(), "the payload ran"
-    assert hostile.CANARY_MODULE not in set(sys.modules) - before
+    assert payloads.CANARY_MODULE not in set(sys.modules) - before
     assert sorted(tmp_path.rglob("*")) == written, "a file was made"
     _check(case, found)
 
@@ -102,10 +102,10 @@ def test_they_take_neither_memory_nor_time(part: int, tmp_path: Path) -> None:
     """Every heavy case in a process of its own, with 300 MB more than it began with."""
     _module(tmp_path)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "hostile_files.py"), str(tmp_path), "", str(part), str(PARTS)]
+    command = [sys.executable, "-m", "support.verdicts", str(tmp_path), "", str(part), str(PARTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not (tmp_path / hostile.CANARY).exists()
+    assert not (tmp_path / payloads.CANARY).exists()
     found = {one["name"]: one for one in map(json.loads, done.stdout.splitlines())}
     assert list(found) == HEAVY[part::PARTS]
     for name, verdict in found.items():
@@ -143,13 +143,13 @@ finally:
 """
 
 
-@pytest.mark.parametrize("dotted", hostile.RUNS)
+@pytest.mark.parametrize("dotted", forbidden.RUNS)
 def test_the_payloads_are_real(dotted: str, tmp_path: Path) -> None:
     """In Python's own pickle they do what the tests above would see."""
     _module(tmp_path)
-    canary = tmp_path / hostile.CANARY
+    canary = tmp_path / payloads.CANARY
     path = tmp_path / "x.pkl"
-    path.write_bytes(hostile.pickled(hostile.call(dotted, *hostile.forbidden_calls(canary)[dotted])))
+    path.write_bytes(opcodes.pickled(opcodes.call(dotted, *forbidden.forbidden_calls(canary)[dotted])))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", UNPICKLED, str(path)], env=environment, capture_output=True, check=False)
     assert canary.exists()
@@ -172,9 +172,9 @@ ACCEPTED = [
 @pytest.mark.parametrize("form", ["reduce", "stack-global", "memo", "inst", "obj", "newobj", "newobj-ex"])
 @pytest.mark.parametrize("dotted", ACCEPTED)
 def test_strangers_classes_become_records(dotted: str, form: str, tmp_path: Path) -> None:
-    made = hostile.FORMS[form](dotted, ()) + hostile.value({"kept": 1}) + hostile.BUILD
+    made = opcodes.FORMS[form](dotted, ()) + opcodes.value({"kept": 1}) + opcodes.BUILD
     path = tmp_path / "x.pkl"
-    path.write_bytes(hostile.pickled(hostile.value({"w": hostile.tensor(), "x": made}), 4))
+    path.write_bytes(opcodes.pickled(opcodes.value({"w": opcodes.tensor(), "x": made}), 4))
     with path.open("rb") as stream:
         found = read_pickle(stream, str(path))
     assert type(found["x"]) is Record
@@ -185,10 +185,10 @@ def test_strangers_classes_become_records(dotted: str, form: str, tmp_path: Path
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
 def test_numpy_scalars_are_inert(core: str, tmp_path: Path) -> None:
-    kind = hostile.call("numpy:dtype", "f8", False, True)
-    scalar = hostile.call(f"{core}.multiarray:scalar", kind, hostile.raw_bytes(b"\0" * 8))
+    kind = opcodes.call("numpy:dtype", "f8", False, True)
+    scalar = opcodes.call(f"{core}.multiarray:scalar", kind, opcodes.raw_bytes(b"\0" * 8))
     path = tmp_path / "x.pkl"
-    path.write_bytes(hostile.pickled(hostile.value({"best": scalar, "w": hostile.tensor()})))
+    path.write_bytes(opcodes.pickled(opcodes.value({"best": scalar, "w": opcodes.tensor()})))
     with path.open("rb") as stream:
         found = read_pickle(stream, str(path))
     assert type(found["best"]) is Record and found["w"].shape == (2, 2)

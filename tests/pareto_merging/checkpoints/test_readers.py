@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files as made
 import numpy as np
 import pytest
 import torch
 from helpers import randomize
 from safetensors.torch import load_file
+from support import clip, hf_files, open_clip_files, pickled_modules
 from torch import Tensor, nn
 
 import pareto_merging as pm
@@ -39,15 +39,15 @@ Writer = Callable[[Path, int, bool], Path]
 
 
 def hugging_face(**options: Any) -> Writer:
-    return lambda folder, seed, quick_gelu: made.huggingface_folder(folder / "model", seed, quick_gelu, **options)
+    return lambda folder, seed, quick_gelu: hf_files.huggingface_folder(folder / "model", seed, quick_gelu, **options)
 
 
 def open_clip_file(name: str, **options: Any) -> Writer:
-    return lambda folder, seed, _: made.open_clip_file(folder / name, seed, **options)
+    return lambda folder, seed, _: open_clip_files.open_clip_file(folder / name, seed, **options)
 
 
 def task_vectors(**options: Any) -> Writer:
-    return lambda folder, seed, quick_gelu: made.task_vectors_encoder(
+    return lambda folder, seed, quick_gelu: pickled_modules.task_vectors_encoder(
         folder / "finetuned.pt", seed, quick_gelu, **options
     )
 
@@ -82,8 +82,10 @@ WHOLE: dict[str, Writer] = {
     "open_clip training": open_clip_file("epoch_32.pt", training=True),
     "open_clip training, legacy": open_clip_file("epoch_32.pt", training=True, legacy=True),
     "open_clip safetensors": open_clip_file("clip.safetensors"),
-    "open_clip folder": lambda folder, seed, quick_gelu: made.open_clip_folder(folder / "model", seed, quick_gelu),
-    "open_clip folder, no preprocessing": lambda folder, seed, quick_gelu: made.open_clip_folder(
+    "open_clip folder": lambda folder, seed, quick_gelu: open_clip_files.open_clip_folder(
+        folder / "model", seed, quick_gelu
+    ),
+    "open_clip folder, no preprocessing": lambda folder, seed, quick_gelu: open_clip_files.open_clip_folder(
         folder / "model", seed, quick_gelu, preprocess=False
     ),
     "task vectors, keep_lang": task_vectors(keep_lang=True),
@@ -96,7 +98,7 @@ NORMALISED = [name for name in DESCRIBED if name != "open_clip folder, no prepro
 
 
 def expected_tower(name: str, seed: int = 0) -> dict[str, Tensor]:
-    state = dict(made.tower(seed).state_dict())
+    state = dict(clip.tower(seed).state_dict())
     if name.startswith("hf vision"):
         del state["proj"]
     return state
@@ -112,9 +114,9 @@ def assert_same(found: Any, expected: dict[str, Tensor]) -> None:
         assert torch.equal(read, tensor), name
 
 
-def features(model: nn.Module, size: int = made.IMAGE) -> Tensor:
+def features(model: nn.Module, size: int = clip.IMAGE) -> Tensor:
     with torch.no_grad():
-        return model(made.images(size=size))
+        return model(clip.images(size=size))
 
 
 def built(checkpoint: Any, **missing: Tensor) -> nn.Module:
@@ -162,7 +164,7 @@ def test_every_format_holds_the_same_tensors(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_rest_of_a_whole_clip_is_its_text_side(name: str, tmp_path: Path) -> None:
-    assert_same(open_checkpoint(WHOLE[name](tmp_path, 3, True)).text, made.text_state(3))
+    assert_same(open_checkpoint(WHOLE[name](tmp_path, 3, True)).text, clip.text_state(3))
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERS if not name.startswith("task vectors")])
@@ -171,13 +173,13 @@ def test_a_tower_alone_has_no_text_side(name: str, tmp_path: Path) -> None:
 
 
 def test_a_path_may_be_a_string(tmp_path: Path) -> None:
-    path = made.open_clip_file(tmp_path / "a.pt")
+    path = open_clip_files.open_clip_file(tmp_path / "a.pt")
     assert_same(open_checkpoint(str(path)), expected_tower(""))
 
 
 def test_separate_and_joined_projections_are_the_same_tensors(tmp_path: Path) -> None:
-    apart = open_checkpoint(made.huggingface_folder(tmp_path / "hf", 5, kind="clip"))
-    joined = open_checkpoint(made.open_clip_file(tmp_path / "clip.pt", 5))
+    apart = open_checkpoint(hf_files.huggingface_folder(tmp_path / "hf", 5, kind="clip"))
+    joined = open_checkpoint(open_clip_files.open_clip_file(tmp_path / "clip.pt", 5))
     assert apart.shapes == joined.shapes
     assert_same(apart, dict(joined))
     assert_same(apart.text, dict(joined.text))
@@ -189,12 +191,12 @@ def test_separate_and_joined_projections_are_the_same_tensors(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path, dtype: made.huggingface_folder(path / "model", dtype=dtype, kind="clip"),
-        lambda path, dtype: made.huggingface_folder(path / "model", dtype=dtype, kind="clip", weights="bin"),
-        lambda path, dtype: made.open_clip_file(path / "clip.pt", dtype=dtype),
-        lambda path, dtype: made.open_clip_file(path / "clip.pt", dtype=dtype, legacy=True),
-        lambda path, dtype: made.open_clip_file(path / "clip.safetensors", dtype=dtype),
-        lambda path, dtype: made.task_vectors_encoder(path / "finetuned.pt", dtype=dtype),
+        lambda path, dtype: hf_files.huggingface_folder(path / "model", dtype=dtype, kind="clip"),
+        lambda path, dtype: hf_files.huggingface_folder(path / "model", dtype=dtype, kind="clip", weights="bin"),
+        lambda path, dtype: open_clip_files.open_clip_file(path / "clip.pt", dtype=dtype),
+        lambda path, dtype: open_clip_files.open_clip_file(path / "clip.pt", dtype=dtype, legacy=True),
+        lambda path, dtype: open_clip_files.open_clip_file(path / "clip.safetensors", dtype=dtype),
+        lambda path, dtype: pickled_modules.task_vectors_encoder(path / "finetuned.pt", dtype=dtype),
     ],
     ids=["hf", "hf bin", "pt", "legacy", "safetensors", "task vectors"],
 )
@@ -207,8 +209,8 @@ def test_half_precision_stays(write: Callable[[Path, torch.dtype], Path], dtype:
 def test_openais_archive(tmp_path: Path) -> None:
     from open_clip.model import convert_weights_to_lp
 
-    archive = open_checkpoint(made.torchscript_archive(tmp_path / "ViT-B-32.pt", 4))
-    model = made.clip(4)
+    archive = open_checkpoint(open_clip_files.torchscript_archive(tmp_path / "ViT-B-32.pt", 4))
+    model = clip.clip(4)
     convert_weights_to_lp(model, torch.float16)
     assert model.visual.conv1.weight.dtype == torch.float16 != model.visual.ln_pre.weight.dtype
     assert_same(archive, dict(model.visual.state_dict()))
@@ -231,39 +233,39 @@ def test_what_is_read_is_the_readers_own(name: str, tmp_path: Path) -> None:
 
 
 def beside(**others: Any) -> Callable[[], Any]:
-    return lambda: {"state_dict": made.clip().state_dict(), **others}
+    return lambda: {"state_dict": clip.clip().state_dict(), **others}
 
 
 def views_of_one_memory() -> dict[str, Tensor]:
-    state = made.clip().state_dict()
+    state = clip.clip().state_dict()
     memory = torch.cat([tensor.flatten() for tensor in state.values()])
     parts = memory.split([tensor.numel() for tensor in state.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(state.items(), parts, strict=True)}
 
 
 def columns_first() -> dict[str, Tensor]:
-    state = made.clip().state_dict()
+    state = clip.clip().state_dict()
     return {name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in state.items()}
 
 
 def named(prefix: str) -> Callable[[], Any]:
-    return lambda: {f"{prefix}{name}": tensor for name, tensor in made.clip().state_dict().items()}
+    return lambda: {f"{prefix}{name}": tensor for name, tensor in clip.clip().state_dict().items()}
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
     ("make", "quick_gelu"),
     [
-        pytest.param(lambda: dict(made.clip().named_parameters()), None, id="parameters"),
-        pytest.param(made.clip, True, id="module"),
-        pytest.param(lambda: made.clip(quick_gelu=False), False, id="module with GELU"),
-        pytest.param(lambda: nn.DataParallel(made.clip()), True, id="DataParallel"),
+        pytest.param(lambda: dict(clip.clip().named_parameters()), None, id="parameters"),
+        pytest.param(clip.clip, True, id="module"),
+        pytest.param(lambda: clip.clip(quick_gelu=False), False, id="module with GELU"),
+        pytest.param(lambda: nn.DataParallel(clip.clip()), True, id="DataParallel"),
         pytest.param(views_of_one_memory, None, id="views"),
         pytest.param(columns_first, None, id="columns first"),
         pytest.param(named("model."), None, id="model."),
         pytest.param(named("module.model."), None, id="module.model."),
         pytest.param(named("_orig_mod."), None, id="torch.compile"),
-        pytest.param(lambda: {"model": made.clip().state_dict(), "epoch": 3}, None, id="model"),
+        pytest.param(lambda: {"model": clip.clip().state_dict(), "epoch": 3}, None, id="model"),
         pytest.param(beside(args=argparse.Namespace(lr=1e-3, out=Path("a"))), None, id="arguments"),
         pytest.param(beside(best=np.float64(0.5), seen=np.arange(3)), None, id="numpy"),
         pytest.param(beside(rng=torch.arange(9, dtype=torch.uint8)), None, id="a tensor"),
@@ -278,7 +280,7 @@ def test_what_else_is_in_a_training_checkpoint_does_not_matter(
     checkpoint = open_checkpoint(tmp_path / "a.pt")
     assert checkpoint.quick_gelu is quick_gelu
     assert_same(checkpoint, expected_tower(""))
-    assert_same(checkpoint.text, made.text_state())
+    assert_same(checkpoint.text, clip.text_state())
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -289,7 +291,7 @@ def test_every_protocol_and_device(
     # as if the tensors were on a GPU that this machine does not have
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
     path = tmp_path / "a.pt"
-    torch.save(made.clip().state_dict(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    torch.save(clip.clip().state_dict(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     assert b"cuda:3" in path.read_bytes()
     checkpoint = open_checkpoint(path)
     assert_same(checkpoint, expected_tower(""))
@@ -297,7 +299,7 @@ def test_every_protocol_and_device(
 
 
 def test_a_name_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(made.open_clip_file(tmp_path / "a.pt"))
+    checkpoint = open_checkpoint(open_clip_files.open_clip_file(tmp_path / "a.pt"))
     assert "ln_pre.weight" in checkpoint and "visual.ln_pre.weight" not in checkpoint
     with pytest.raises(KeyError):
         checkpoint["visual.ln_pre.weight"]
@@ -311,17 +313,17 @@ def test_a_name_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
 def test_the_encoder_computes_the_same_features(name: str, quick_gelu: bool, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(FORMATS[name](tmp_path, 6, quick_gelu))
     assert checkpoint.quick_gelu is quick_gelu
-    missing = {"proj": made.tower(6).proj} if name.startswith("hf vision") else {}
+    missing = {"proj": clip.tower(6).proj} if name.startswith("hf vision") else {}
     found = features(built(checkpoint, **missing))
     if name.startswith("hf"):
         with torch.no_grad():
-            expected = made.huggingface_model(6, quick_gelu)(made.images()).image_embeds
+            expected = hf_files.huggingface_model(6, quick_gelu)(clip.images()).image_embeds
     else:
         with torch.no_grad():
-            expected = made.clip(6, quick_gelu).encode_image(made.images())
+            expected = clip.clip(6, quick_gelu).encode_image(clip.images())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     # the other activation is further away than that
-    assert (found - features(made.tower(6, not quick_gelu))).abs().max() > 1e-3
+    assert (found - features(clip.tower(6, not quick_gelu))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in DESCRIBED])
@@ -334,14 +336,14 @@ def test_a_state_dict_does_not_tell_its_activation(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", NORMALISED)
 def test_the_normalisation_is_the_checkpoints(name: str, tmp_path: Path) -> None:
     preprocessing = open_checkpoint(FORMATS[name](tmp_path, 0, True)).preprocessing
-    assert preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+    assert preprocessing == {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)}
 
 
 @pytest.mark.parametrize(
     "write",
     [
-        lambda folder: made.huggingface_folder(folder, preprocessor=False),
-        lambda folder: made.open_clip_folder(folder, preprocess=False),
+        lambda folder: hf_files.huggingface_folder(folder, preprocessor=False),
+        lambda folder: open_clip_files.open_clip_folder(folder, preprocess=False),
     ],
     ids=["hf", "open_clip"],
 )
@@ -354,9 +356,12 @@ def test_a_folder_may_leave_out_the_normalisation(write: Callable[[Path], Path],
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("model.safetensors", lambda folder: made.huggingface_folder(folder, 2, kind="clip")),
-        ("pytorch_model.bin", lambda folder: made.huggingface_folder(folder, 2, kind="clip", weights="bin")),
-        ("open_clip_model.safetensors", lambda folder: made.open_clip_folder(folder, 2)),
+        ("model.safetensors", lambda folder: hf_files.huggingface_folder(folder, 2, kind="clip")),
+        (
+            "pytorch_model.bin",
+            lambda folder: hf_files.huggingface_folder(folder, 2, kind="clip", weights="bin"),
+        ),
+        ("open_clip_model.safetensors", lambda folder: open_clip_files.open_clip_folder(folder, 2)),
     ],
     ids=["hf", "hf bin", "open_clip"],
 )
@@ -373,28 +378,28 @@ def test_the_file_of_a_folder_is_as_good_as_the_folder(
     alone = open_checkpoint(tmp_path / name)
     assert (alone.quick_gelu, alone.preprocessing) == (None, None)
     assert_same(alone, expected_tower("", 2))
-    assert_same(alone.text, made.text_state(2))
+    assert_same(alone.text, clip.text_state(2))
 
 
 def test_heads_are_the_configurations(tmp_path: Path) -> None:
     """A tower may have more heads than one for every 64 features; then its features are others."""
-    folder = made.huggingface_folder(tmp_path / "model", kind="vision_with_projection")
+    folder = hf_files.huggingface_folder(tmp_path / "model", kind="vision_with_projection")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 8}))
     import transformers
 
     model = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
     with torch.no_grad():
-        expected = model(made.images()).image_embeds
+        expected = model(clip.images()).image_embeds
     found = features(built(open_checkpoint(folder)))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert (found - features(made.tower())).abs().max() > 1e-3
+    assert (found - features(clip.tower())).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("shorten", [True, False])
 def test_a_configuration_may_leave_out_what_is_the_default(shorten: bool, tmp_path: Path) -> None:
     """QuickGELU is the default of Hugging Face's CLIP, so version 4 did not write it for a whole CLIP."""
-    folder = made.huggingface_folder(tmp_path / "model", kind="clip", transformers4=shorten)
+    folder = hf_files.huggingface_folder(tmp_path / "model", kind="clip", transformers4=shorten)
     assert ("hidden_act" in json.loads((folder / "config.json").read_text())["vision_config"]) is not shorten
     assert open_checkpoint(folder).quick_gelu is True
 
@@ -417,7 +422,7 @@ def test_only_what_is_asked_for_is_read(name: str, tmp_path: Path) -> None:
     open_checkpoint(path)["ln_pre.weight"]
     before = bytes_read()
     checkpoint = open_checkpoint(path)
-    assert checkpoint.shapes["ln_pre.weight"] == [made.WIDTH]
+    assert checkpoint.shapes["ln_pre.weight"] == [clip.WIDTH]
     opened = bytes_read()
     checkpoint["ln_pre.weight"]
     first = bytes_read()
@@ -434,9 +439,9 @@ def test_a_large_file_is_not_loaded(tmp_path: Path) -> None:
     """A safetensors file with 512 MB of text embeddings, which take no space on the disk."""
     header: dict[str, Any] = {}
     end = 0
-    state = {f"visual.{name}": tensor for name, tensor in made.tower().state_dict().items()} | made.text_state()
+    state = {f"visual.{name}": tensor for name, tensor in clip.tower().state_dict().items()} | clip.text_state()
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    shapes["token_embedding.weight"] = [2**21, made.TEXT_WIDTH]
+    shapes["token_embedding.weight"] = [2**21, clip.TEXT_WIDTH]
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(torch.tensor(shape).prod())
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
@@ -453,8 +458,8 @@ def test_a_large_file_is_not_loaded(tmp_path: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     checkpoint = open_checkpoint(path)
-    assert sum(tensor.numel() for tensor in checkpoint.values()) == sum(p.numel() for p in made.tower().parameters())
-    assert checkpoint.text["ln_final.bias"].shape == (made.TEXT_WIDTH,)
+    assert sum(tensor.numel() for tensor in checkpoint.values()) == sum(p.numel() for p in clip.tower().parameters())
+    assert checkpoint.text["ln_final.bias"].shape == (clip.TEXT_WIDTH,)
     assert peak() - before < 100_000  # kB
 
 
@@ -464,7 +469,7 @@ def test_damage_elsewhere_does_not_matter(name: str, tmp_path: Path) -> None:
     path = FORMATS[name](tmp_path, 0, True)
     (weights,) = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in (".safetensors", ".bin")]
     content = weights.read_bytes()
-    damaged = made.tower().state_dict()["transformer.resblocks.1.mlp.c_fc.weight"].numpy().tobytes()
+    damaged = clip.tower().state_dict()["transformer.resblocks.1.mlp.c_fc.weight"].numpy().tobytes()
     assert content.count(damaged) == 1
     weights.write_bytes(content.replace(damaged, bytes(len(damaged))))
     checkpoint = open_checkpoint(path)
@@ -489,10 +494,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
-    made.hub_cache(cache, "owner/name", made.huggingface_folder(tmp_path / "main", 1))
-    other = made.huggingface_folder(tmp_path / "v1", 2, kind="clip", transformers4=True, weights="bin", shards=True)
-    made.hub_cache(cache, "owner/name", other, revision="v1", commit="f" * 40)
-    made.hub_cache(cache, "owner/open-clip.model_1", made.open_clip_folder(tmp_path / "open_clip", 3))
+    hf_files.hub_cache(cache, "owner/name", hf_files.huggingface_folder(tmp_path / "main", 1))
+    other = hf_files.huggingface_folder(tmp_path / "v1", 2, kind="clip", transformers4=True, weights="bin", shards=True)
+    hf_files.hub_cache(cache, "owner/name", other, revision="v1", commit="f" * 40)
+    hf_files.hub_cache(cache, "owner/open-clip.model_1", open_clip_files.open_clip_folder(tmp_path / "open_clip", 3))
     for name, value in {"HF_HUB_OFFLINE": True, "HF_HUB_CACHE": str(cache)}.items():
         monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv(name, str(int(value)) if isinstance(value, bool) else value)
@@ -505,7 +510,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("owner/name", "hf vision", 1),
         ("owner/name@main", "hf vision", 1),
-        (f"owner/name@{made.REVISION}", "hf vision", 1),
+        (f"owner/name@{hf_files.REVISION}", "hf vision", 1),
         ("owner/name@v1", "hf clip", 2),
         (f"owner/name@{'f' * 40}", "hf clip", 2),
         ("owner/open-clip.model_1", "open_clip folder", 3),
@@ -515,7 +520,7 @@ def test_a_name_on_the_hub_is_found_in_the_cache(source: str, name: str, seed: i
     checkpoint = open_checkpoint(source)
     assert_same(checkpoint, expected_tower(name, seed))
     assert checkpoint.quick_gelu is True
-    assert checkpoint.preprocessing == {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+    assert checkpoint.preprocessing == {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)}
     assert source.partition("@")[0] in checkpoint.source
 
 
@@ -528,7 +533,7 @@ def test_a_name_that_is_not_in_the_cache(source: str, hub: Path) -> None:
 
 
 def test_a_folder_comes_before_a_name_on_the_hub(hub: Path, tmp_path: Path) -> None:
-    made.huggingface_folder(tmp_path / "owner" / "name", 9)
+    hf_files.huggingface_folder(tmp_path / "owner" / "name", 9)
     assert_same(open_checkpoint("owner/name"), expected_tower("hf vision", 9))
 
 
@@ -545,7 +550,7 @@ def test_the_environment_variables_of_the_hub_are_followed(hub: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     total, message = done.stdout.splitlines()
-    assert float(total) == made.tower(1).ln_pre.bias.detach().double().sum().item()
+    assert float(total) == clip.tower(1).ln_pre.bias.detach().double().sum().item()
     assert message.startswith("owner/other")
 
 
@@ -558,20 +563,20 @@ def tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
     import open_clip
     from open_clip import factory, pretrained
 
-    path = made.open_clip_file(tmp_path / "open_clip_model.safetensors", 7)
+    path = open_clip_files.open_clip_file(tmp_path / "open_clip_model.safetensors", 7)
     asked: list[dict[str, Any]] = []
 
     def download(cfg: dict[str, Any], *_: Any, **__: Any) -> str:
         asked.append(cfg)
         return str(path)
 
-    known = {"mean": made.MEAN, "std": made.STD}
+    known = {"mean": clip.MEAN, "std": clip.STD}
     tags = {
         "openai": pretrained._pcfg(hf_hub="owner/tiny.openai/", quick_gelu=True),
         "some_data_e32": pretrained._pcfg(hf_hub="owner/tiny.some_data/", **known),
         "quick": pretrained._pcfg(hf_hub="owner/tiny.quick/", quick_gelu=True, **known),
     }
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", made.MODEL_CONFIG)
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", clip.MODEL_CONFIG)
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
     monkeypatch.setattr("pareto_merging.checkpoints.hub._answers", lambda repository: True)
     for module in (open_clip, factory, pretrained):
@@ -586,12 +591,12 @@ def test_a_name_of_open_clip(name: str, quick_gelu: bool, tag: list[dict[str, An
     checkpoint = open_checkpoint(f"open_clip:tiny/{name}")
     assert [cfg["hf_hub"].split("/")[0] for cfg in tag] == ["owner"]
     assert_same(checkpoint, expected_tower("", 7))
-    assert_same(checkpoint.text, made.text_state(7))
+    assert_same(checkpoint.text, clip.text_state(7))
     assert checkpoint.quick_gelu is quick_gelu
     assert checkpoint.preprocessing is not None
-    assert checkpoint.preprocessing["mean"] == list(OPENAI_DATASET_MEAN if name == "openai" else made.MEAN)
-    assert checkpoint.preprocessing["size"] == made.IMAGE
-    torch.testing.assert_close(features(built(checkpoint)), features(made.tower(7, quick_gelu)), atol=1e-5, rtol=0)
+    assert checkpoint.preprocessing["mean"] == list(OPENAI_DATASET_MEAN if name == "openai" else clip.MEAN)
+    assert checkpoint.preprocessing["size"] == clip.IMAGE
+    torch.testing.assert_close(features(built(checkpoint)), features(clip.tower(7, quick_gelu)), atol=1e-5, rtol=0)
     assert f"tiny/{name}" in checkpoint.source
 
 
@@ -652,7 +657,7 @@ class Trap:
 def test_nothing_of_a_pickle_is_run(wrap: Callable[[Any, Any], Any], legacy: bool, tmp_path: Path) -> None:
     marker = tmp_path / "run"
     torch.save(
-        wrap(made.clip().state_dict(), Trap(marker)), tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
+        wrap(clip.clip().state_dict(), Trap(marker)), tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy
     )
     with pytest.raises(ForbiddenGlobal, match=r"a\.pt.*mkdir") as raised:
         open_checkpoint(tmp_path / "a.pt")
@@ -671,10 +676,12 @@ def test_nothing_of_a_pickle_is_run(wrap: Callable[[Any, Any], Any], legacy: boo
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("scale", [100.0, 41.5])
 def test_a_head_of_task_vectors(scale: float, legacy: bool, transposed: bool, tmp_path: Path) -> None:
-    path = made.task_vectors_head(tmp_path / "head.pt", 3, logit_scale=scale, legacy=legacy, transposed=transposed)
+    path = pickled_modules.task_vectors_head(
+        tmp_path / "head.pt", 3, logit_scale=scale, legacy=legacy, transposed=transposed
+    )
     weight, logit_scale = open_head(path)
-    assert weight.dtype == torch.float32 and weight.shape == (5, made.EMBED)
-    torch.testing.assert_close(weight, made.head_rows(3), atol=1e-6, rtol=0)
+    assert weight.dtype == torch.float32 and weight.shape == (5, clip.EMBED)
+    torch.testing.assert_close(weight, clip.head_rows(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(weight.norm(dim=-1), torch.ones(5), atol=1e-6, rtol=0)
     assert logit_scale == pytest.approx(scale, rel=1e-5)
 
@@ -737,7 +744,7 @@ def test_a_download_that_broke_off(name: str, kept: float, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
 def test_a_shard_is_missing(weights: str, tmp_path: Path) -> None:
-    folder = made.huggingface_folder(tmp_path / "model", kind="clip", weights=weights, shards=True)
+    folder = hf_files.huggingface_folder(tmp_path / "model", kind="clip", weights=weights, shards=True)
     shards = sorted(folder.glob(f"*-of-*.{weights}"))
     assert len(shards) > 2
     shards[1].unlink()
@@ -747,7 +754,7 @@ def test_a_shard_is_missing(weights: str, tmp_path: Path) -> None:
 
 
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
-    folder = made.huggingface_folder(tmp_path / "model", shards=True)
+    folder = hf_files.huggingface_folder(tmp_path / "model", shards=True)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     shard = sorted(set(index["weight_map"].values()))[0]
@@ -770,7 +777,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_configuration_that_does_not_fit(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
-    folder = made.huggingface_folder(tmp_path / "model")
+    folder = hf_files.huggingface_folder(tmp_path / "model")
     path = folder / "config.json"
     path.write_text("{" if change is None else json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message) as raised:
@@ -782,7 +789,7 @@ def test_a_configuration_that_does_not_fit(change: dict[str, Any] | None, messag
 
 @pytest.mark.parametrize("change", [{"pool_type": "avg"}, {"layers": 3}, {"timm_model_name": "vit_tiny"}])
 def test_an_open_clip_configuration_that_does_not_fit(change: dict[str, Any], tmp_path: Path) -> None:
-    folder = made.open_clip_folder(tmp_path / "model")
+    folder = open_clip_files.open_clip_folder(tmp_path / "model")
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
     config["model_cfg"]["vision_cfg"] |= change
@@ -796,7 +803,7 @@ def test_an_open_clip_configuration_that_does_not_fit(change: dict[str, Any], tm
 def test_a_number_that_is_none(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    state = made.clip().state_dict()
+    state = clip.clip().state_dict()
     state["visual.ln_pre.bias"][3] = float("nan")
     save_file(state, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
@@ -810,7 +817,7 @@ def test_a_number_that_is_none(tmp_path: Path) -> None:
 
 def test_a_text_tower_of_another_kind_is_left_out(tmp_path: Path) -> None:
     """The vision encoder does not care, but a CLIP written with that tower would be another one."""
-    folder = made.open_clip_folder(tmp_path / "odd", 3)
+    folder = open_clip_files.open_clip_folder(tmp_path / "odd", 3)
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": 1}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -825,7 +832,7 @@ def test_a_text_tower_of_another_kind_is_left_out(tmp_path: Path) -> None:
 
 
 def test_unknown_tensors_beside_the_tower_leave_out_the_text(tmp_path: Path) -> None:
-    state = made.clip(4).state_dict()
+    state = clip.clip(4).state_dict()
     torch.save({**state, "logit_bias": torch.zeros(())}, tmp_path / "siglip.pt")
     assert not open_checkpoint(tmp_path / "siglip.pt").text
     torch.save({**state, "attn_mask": torch.zeros(8, 8)}, tmp_path / "clip.pt")
@@ -834,14 +841,14 @@ def test_unknown_tensors_beside_the_tower_leave_out_the_text(tmp_path: Path) -> 
 
 def test_a_repository_for_timm_and_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.json is timm's and so is pytorch_model.bin: open_clip's own files are the ones to take."""
-    folder = made.open_clip_folder(tmp_path / "both", 5)
+    folder = open_clip_files.open_clip_folder(tmp_path / "both", 5)
     (folder / "config.json").write_text('{"architecture": "vit_base_patch32_clip_224"}')
     torch.save(
         {"cls_token": torch.zeros(1, 1, 8), "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4)}, folder / "t.bin"
     )
     (folder / "t.bin").rename(folder / "pytorch_model.bin")
     assert_same(open_checkpoint(folder), expected_tower("", 5))
-    cache = made.hub_cache(tmp_path / "cache", "timm/vit", folder)
+    cache = hf_files.hub_cache(tmp_path / "cache", "timm/vit", folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_same(open_checkpoint("timm/vit"), expected_tower("", 5))
@@ -850,14 +857,14 @@ def test_a_repository_for_timm_and_open_clip(tmp_path: Path, monkeypatch: pytest
 
 
 def test_somebody_elses_configuration_beside_a_file(tmp_path: Path) -> None:
-    path = made.open_clip_file(tmp_path / "model.safetensors", 6)
+    path = open_clip_files.open_clip_file(tmp_path / "model.safetensors", 6)
     (tmp_path / "config.json").write_text('{"lr": 1e-5}')
     assert_same(open_checkpoint(path), expected_tower("", 6))
 
 
 def test_a_tensor_with_attributes_of_its_own(tmp_path: Path) -> None:
     """torch saves it by way of _rebuild_from_type_v2; complex numbers beside it are nobody's weights."""
-    state = dict(made.tower(7).state_dict())
+    state = dict(clip.tower(7).state_dict())
     state["proj"].note = "kept by Python"
     torch.save({"state_dict": state, "spectrum": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "x.pt")
     assert_same(open_checkpoint(tmp_path / "x.pt"), expected_tower("", 7))
@@ -887,7 +894,7 @@ def test_what_is_no_checkpoint_is_called_by_its_name(name: str, content: bytes, 
 @pytest.mark.parametrize("low", [*b"{[<\n \x1f\x80P"])
 def test_a_safetensors_header_of_any_length(low: int, tmp_path: Path) -> None:
     """Its length comes first, and may begin as other files do."""
-    path = made.open_clip_file(tmp_path / "clip.safetensors", 9)
+    path = open_clip_files.open_clip_file(tmp_path / "clip.safetensors", 9)
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     longer = size + (low - size) % 256
@@ -930,7 +937,7 @@ def test_names_that_would_fill_the_memory(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_larger_than_it_says(tmp_path: Path) -> None:
     """zipfile believes the zip64 record before the end record, whatever that says."""
-    path = made.open_clip_file(tmp_path / "x.pt", 8)
+    path = open_clip_files.open_clip_file(tmp_path / "x.pt", 8)
     data = path.read_bytes()
     end = data.rfind(b"PK\x05\x06")
     record = (
@@ -947,7 +954,7 @@ def test_a_directory_that_is_larger_than_it_says(tmp_path: Path) -> None:
 
 END_TO_END: dict[str, Writer] = {
     **FORMATS,
-    "torchscript": lambda folder, seed, _: made.torchscript_archive(folder / "ViT-B-32.pt", seed),
+    "torchscript": lambda folder, seed, _: open_clip_files.torchscript_archive(folder / "ViT-B-32.pt", seed),
 }
 
 
@@ -957,7 +964,7 @@ def test_from_checkpoints_to_exports_and_back(name: str, tmp_path: Path) -> None
     sources = [END_TO_END[name](tmp_path / str(seed), seed, True) for seed in (0, 1, 2)]
     if name.startswith("hf vision"):
         # the projection is the pretrained model's
-        sources[0] = made.huggingface_folder(tmp_path / "whole", 0, kind="clip")
+        sources[0] = hf_files.huggingface_folder(tmp_path / "whole", 0, kind="clip")
     pretrained, finetuned = pm.load_models(sources[0], {"a": sources[1], "b": sources[2]}, quick_gelu=True)
     model = randomize(pm.parametrize(pretrained, finetuned, rank=2, copy=False))
     merged = pm.merge(model, {"a": 0.7}).state_dict()

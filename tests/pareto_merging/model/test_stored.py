@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import tower
 from command_line import run
 from method_cases import conv_net, image_tasks, labelled_tasks, parts_of
 from safetensors.torch import save_file
+from support.clip import tower
 from torch import Tensor, nn
 
 import pareto_merging as pm

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import checkpoint_files as made
 import pytest
 import torch
 import yaml
 from command_line import one_line, run
 from safetensors.torch import save_file
+from support import clip, hf_files, open_clip_files
 from torch import Tensor, nn
 
 import pareto_merging as pm
@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 FORMATS = ["safetensors", "open_clip", "huggingface"]
 GAMMA = [0.7, 0.3]
 OTHER = ["--preference", "0.7,0.3"]
-CLIP = {"size": made.IMAGE, "mean": list(made.MEAN), "std": list(made.STD)}
+CLIP = {"size": clip.IMAGE, "mean": list(clip.MEAN), "std": list(clip.STD)}
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def fine_tuned(seed: int) -> nn.Module:
     """:func:`made.clip` with a small step in every number, as fine-tuning makes."""
-    model, moved = made.clip(0), made.clip(seed)
+    model, moved = clip.clip(0), clip.clip(seed)
     with torch.no_grad():
         for tensor, other in zip(model.state_dict().values(), moved.state_dict().values(), strict=True):
             tensor.lerp_(other, 0.05)
@@ -64,7 +64,7 @@ def write_run(folder: Path, pretrained: Path | str, *, quick_gelu: bool | None =
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose pretrained checkpoint is a whole CLIP of Hugging Face with a text tower and a tokenizer."""
     folder = tmp_path_factory.mktemp("whole")
-    made.huggingface_folder(folder / "pretrained", 0, kind="clip")
+    hf_files.huggingface_folder(folder / "pretrained", 0, kind="clip")
     (folder / "pretrained" / "vocab.json").write_text("{}")
     return write_run(folder, "pretrained")
 
@@ -73,7 +73,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose pretrained checkpoint is a vision tower alone."""
     folder = tmp_path_factory.mktemp("tower")
-    made.huggingface_folder(folder / "pretrained", 0, kind="vision_with_projection")
+    hf_files.huggingface_folder(folder / "pretrained", 0, kind="vision_with_projection")
     return write_run(folder, "pretrained")
 
 
@@ -93,7 +93,7 @@ def merged(folder: Path, gamma: Any = GAMMA) -> nn.Module:
 
 def features(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(made.images())
+        return model(clip.images())
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -130,7 +130,7 @@ def test_the_run_is_one_that_tells_mistakes_apart(whole: Path) -> None:
     """Otherwise the tests below could not fail: two preferences differ, and so do the two activations."""
     first, second = features(merged(whole)), features(merged(whole, [0.2, 0.8]))
     assert (first - second).abs().max() > 1e-3
-    other = made.tower(0, quick_gelu=False)
+    other = clip.tower(0, quick_gelu=False)
     other.load_state_dict(merged(whole).state_dict())
     assert (first - features(other)).abs().max() > 1e-3
 
@@ -140,11 +140,11 @@ def test_open_clip_loads_it(has_text: bool, whole: Path, tower: Path, tmp_path: 
     folder, out = whole if has_text else tower, tmp_path / "out"
     assert run("export", folder, *OTHER, "--format", "open_clip", "--out", out, "--quiet") == 0
     model, preprocess = by_open_clip(out)
-    close(model.encode_image(made.images()), features(merged(folder)))
-    assert tuple(preprocess.transforms[-1].mean) == made.MEAN
-    assert tuple(preprocess.transforms[-1].std) == made.STD
+    close(model.encode_image(clip.images()), features(merged(folder)))
+    assert tuple(preprocess.transforms[-1].mean) == clip.MEAN
+    assert tuple(preprocess.transforms[-1].std) == clip.STD
     if has_text:
-        close(model.encode_text(made.tokens()), made.clip(0).encode_text(made.tokens()))
+        close(model.encode_text(clip.tokens()), clip.clip(0).encode_text(clip.tokens()))
 
 
 @pytest.mark.parametrize("has_text", [False, True])
@@ -154,16 +154,16 @@ def test_transformers_loads_it(has_text: bool, whole: Path, tower: Path, tmp_pat
     expected = features(merged(folder))
     if has_text:
         model = by_transformers(out, "CLIPModel")
-        close(model.get_image_features(made.images()).pooler_output, expected)
-        texts = made.huggingface_model(0, kind="clip").get_text_features(made.tokens()).pooler_output
-        close(model.get_text_features(made.tokens()).pooler_output, texts.detach())
+        close(model.get_image_features(clip.images()).pooler_output, expected)
+        texts = hf_files.huggingface_model(0, kind="clip").get_text_features(clip.tokens()).pooler_output
+        close(model.get_text_features(clip.tokens()).pooler_output, texts.detach())
         # whatever belongs to the text tower goes with it
         assert (out / "vocab.json").read_bytes() == b"{}"
     else:
-        close(by_transformers(out, "CLIPVisionModelWithProjection")(made.images()).image_embeds, expected)
+        close(by_transformers(out, "CLIPVisionModelWithProjection")(clip.images()).image_embeds, expected)
     processor = transformers.CLIPImageProcessor.from_pretrained(out)
-    assert (tuple(processor.image_mean), tuple(processor.image_std)) == (made.MEAN, made.STD)
-    assert processor.crop_size["height"] == made.IMAGE
+    assert (tuple(processor.image_mean), tuple(processor.image_std)) == (clip.MEAN, clip.STD)
+    assert processor.crop_size["height"] == clip.IMAGE
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -181,7 +181,7 @@ def test_it_is_read_back_bit_by_bit(format: str, has_text: bool, whole: Path, to
     model = encoders.build(found.encoder)
     model.load_state_dict(dict(found))
     assert torch.equal(features(model), features(merged(folder)))
-    assert_bits(found.text, made.text_state(0) if has_text and format != "safetensors" else {})
+    assert_bits(found.text, clip.text_state(0) if has_text and format != "safetensors" else {})
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -259,7 +259,7 @@ def test_an_export_is_the_checkpoint_of_a_next_run(
 
 def test_a_text_tower_of_another_checkpoint(tower: Path, whole: Path, tmp_path: Path) -> None:
     """--text-from gives one to a run without, and wins over the pretrained checkpoint's own."""
-    made.open_clip_folder(tmp_path / "other", 5)
+    open_clip_files.open_clip_folder(tmp_path / "other", 5)
     for folder in (tower, whole):
         for format in ("open_clip", "huggingface"):
             out = tmp_path / f"{folder.parent.name}_{format}"
@@ -267,34 +267,34 @@ def test_a_text_tower_of_another_checkpoint(tower: Path, whole: Path, tmp_path: 
             assert run("export", folder, *OTHER, *options) == 0
             found = open_checkpoint(out)
             assert_bits(found, merged(folder).state_dict())
-            assert_bits(found.text, made.text_state(5))
+            assert_bits(found.text, clip.text_state(5))
 
 
 @pytest.mark.parametrize("format", ["open_clip", "huggingface"])
 def test_a_text_tower_with_another_activation(format: str, tower: Path, tmp_path: Path, capsys: Any) -> None:
     """Its features are as they were, or it is refused: open_clip has one activation for both towers."""
-    made.open_clip_folder(tmp_path / "gelu", 5, quick_gelu=False)
+    open_clip_files.open_clip_folder(tmp_path / "gelu", 5, quick_gelu=False)
     out = tmp_path / "out"
     code = run("export", tower, *OTHER, "--format", format, "--text-from", tmp_path / "gelu", "--out", out, "--quiet")
     if code:
         assert code == 2 and "gelu" in one_line(capsys).lower()
         assert not out.exists()
         return
-    texts = made.clip(5, quick_gelu=False).encode_text(made.tokens())
+    texts = clip.clip(5, quick_gelu=False).encode_text(clip.tokens())
     if format == "open_clip":
-        close(by_open_clip(out)[0].encode_text(made.tokens()), texts.detach())
+        close(by_open_clip(out)[0].encode_text(clip.tokens()), texts.detach())
     else:
-        close(by_transformers(out, "CLIPModel").get_text_features(made.tokens()).pooler_output, texts.detach())
+        close(by_transformers(out, "CLIPModel").get_text_features(clip.tokens()).pooler_output, texts.detach())
 
 
 @pytest.mark.parametrize("kind", ["tower", "missing", "other width", "NaN"])
 def test_a_text_tower_that_is_none(kind: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "text.safetensors"
-    state = dict(made.clip(5).state_dict())
+    state = dict(clip.clip(5).state_dict())
     if kind == "tower":
-        made.open_clip_file(path, part="visual")
+        open_clip_files.open_clip_file(path, part="visual")
     elif kind == "other width":
-        state["text_projection"] = torch.randn(made.TEXT_WIDTH, made.EMBED + 8)
+        state["text_projection"] = torch.randn(clip.TEXT_WIDTH, clip.EMBED + 8)
         save_file(state, path)
     elif kind == "NaN":
         state["ln_final.bias"][0] = float("nan")
@@ -321,14 +321,14 @@ def test_a_text_tower_has_no_place_in_one_file(whole: Path, tmp_path: Path, caps
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_changes_no_more_than_rounding(dtype: str, tmp_path: Path) -> None:
     """A run in 16 bits exports 16 bits: exactly its own merged model, and the float32 run's up to their roundings."""
-    made.huggingface_folder(tmp_path / "pretrained", 0, kind="clip")
+    hf_files.huggingface_folder(tmp_path / "pretrained", 0, kind="clip")
     folder = write_run(tmp_path, "pretrained", dtype=dtype)
     workspace, model = open_run(folder)
     own = pm.merge(model, GAMMA).state_dict()
     assert {tensor.dtype for tensor in own.values()} == {getattr(torch, dtype)}
     # the same learned λ, A, G and B on the float32 weights
     finetuned = {name: fine_tuned(seed).visual for seed, name in ((1, "first"), (2, "second"))}
-    reference = pm.parametrize(made.tower(0), finetuned, rank=2)
+    reference = pm.parametrize(clip.tower(0), finetuned, rank=2)
     learned = pm.learned_parameters(model)
     with torch.no_grad():
         for name, parameter in pm.learned_parameters(reference).items():
@@ -348,7 +348,7 @@ def test_half_precision_changes_no_more_than_rounding(dtype: str, tmp_path: Path
             assert error <= 4 * bound * tensor.abs().max(), name
     model_class = by_transformers(tmp_path / "huggingface", "CLIPModel")
     with torch.no_grad():
-        found_features = model_class.float().get_image_features(made.images()).pooler_output
+        found_features = model_class.float().get_image_features(clip.images()).pooler_output
     plain = encoders.build(workspace.encoder_description)
     plain.load_state_dict({name: tensor.float() for name, tensor in own.items()})
     close(found_features, features(plain))
@@ -392,7 +392,7 @@ def test_the_card_and_its_code(
     assert len(blocks) == 1
     scope: dict[str, Any] = {}
     exec(compile(blocks[0], "card", "exec"), scope)
-    transform = open_clip.image_transform(made.IMAGE, is_train=False, mean=made.MEAN, std=made.STD)
+    transform = open_clip.image_transform(clip.IMAGE, is_train=False, mean=clip.MEAN, std=clip.STD)
     with torch.no_grad():
         expected = merged(folder)(transform(Image.open("photo.jpg"))[None])
     # two libraries' bicubic differ by less than a step of 255
@@ -403,8 +403,8 @@ def test_the_card_and_its_code(
 def test_the_card_of_checkpoints_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import ModelCard, constants
 
-    source = made.huggingface_folder(tmp_path / "source", 0, kind="clip")
-    made.hub_cache(tmp_path / "hub", "owner/name", source)
+    source = hf_files.huggingface_folder(tmp_path / "source", 0, kind="clip")
+    hf_files.hub_cache(tmp_path / "hub", "owner/name", source)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = write_run(tmp_path, "owner/name@main")
@@ -445,7 +445,7 @@ def test_the_embedded_suite_in_every_format(tmp_path: Path) -> None:
     assert run("train", tmp_path / "run.yaml", "--out", tmp_path / "run", "--quiet") == 0
     workspace, model = open_run(tmp_path / "run")
     plain = pm.merge(model, GAMMA).eval()
-    images = made.images(size=8)
+    images = clip.images(size=8)
     with torch.no_grad():
         expected = plain(images)
     for format in FORMATS:
@@ -514,7 +514,7 @@ def test_what_a_run_is_made_of_is_not_replaced(target: str, format: str, mine: P
 
 def test_a_folder_with_a_checkpoint_of_the_run_in_it_is_not_replaced(mine: Path, capsys: Any) -> None:
     """A model's folder beside whose weights somebody has put their fine-tuned ones."""
-    folder = made.huggingface_folder(mine.parent / "base", 9)
+    folder = hf_files.huggingface_folder(mine.parent / "base", 9)
     shutil.move(mine.parent / "first.safetensors", folder / "first.safetensors")
     path = mine / "config.yaml"
     path.write_text(path.read_text().replace("mine/first.safetensors", "mine/base/first.safetensors"))
@@ -527,7 +527,7 @@ def test_a_folder_with_a_checkpoint_of_the_run_in_it_is_not_replaced(mine: Path,
 
 
 def test_images_of_a_run_are_not_replaced(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file({"images": made.images()}, mine.parent / "images.safetensors")
+    save_file({"images": clip.images()}, mine.parent / "images.safetensors")
     path = mine / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["tasks"]["first"]["merging"] = str(mine.parent / "images.safetensors")
@@ -540,7 +540,7 @@ def test_images_of_a_run_are_not_replaced(mine: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_checkpoint_of_the_text_tower_is_not_replaced(whole: Path, tmp_path: Path, capsys: Any) -> None:
-    folder = made.huggingface_folder(tmp_path / "text", 5, kind="clip")
+    folder = hf_files.huggingface_folder(tmp_path / "text", 5, kind="clip")
     capsys.readouterr()
     before = content(tmp_path)
     options = ["--format", "huggingface", "--text-from", folder, "--out", folder, "--overwrite", "--quiet"]

@@ -1,0 +1,1 @@
+"""What ``python -m benchmarks.run`` measures, and tables of what other commands measured."""

@@ -1,0 +1,1 @@
+"""What tests share: writers of checkpoint files, benign and hostile."""
