@@ -3,6 +3,7 @@
 Lower bounds are the versions tested; ruff and mypy are bounded above too, because a new release may find new faults.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,7 +21,7 @@ SERVE = [
 
 setup(
     name="pareto-merging",
-    version="0.1.0",
+    version=runpy.run_path(str(HERE / "pareto_merging" / "version.py"))["VERSION"],
     description="Merge K fine-tuned models into one Pareto set: the best merged model for any preference, at once",
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",

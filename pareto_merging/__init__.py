@@ -8,6 +8,8 @@ Each public name is imported when it is first asked for, so that the command lin
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pareto_merging.version import VERSION
+
 if TYPE_CHECKING:
     from pareto_merging.checkpoints.readers import open_checkpoint as open_checkpoint
     from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     # one class by the names that it has had
     MergingTask = Task
     EvaluationTask = Task
-    __version__: str
+
+__version__ = VERSION
 
 # public name -> where it is
 _HOMES = {
@@ -87,10 +90,6 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from pareto_merging.system.environment import package_version
-
-        return package_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, own_name = _HOMES[name].rpartition(".")

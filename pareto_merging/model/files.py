@@ -33,8 +33,8 @@ from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.model.state import ParetoState, pareto_state
 from pareto_merging.preferences import equal_preference
-from pareto_merging.system.environment import package_version
 from pareto_merging.system.files import read_metadata, read_shapes, read_tensors, write_tensors
+from pareto_merging.version import VERSION
 
 # 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1
 FORMAT_VERSION = 2
@@ -71,7 +71,7 @@ def save_pareto_set(
         "layers": _layer_map(model),
         "digests": state.digests,
         "preset": preset,
-        "package_version": package_version(),
+        "package_version": VERSION,
         "training": dict(training or {}),
     }
     write_tensors(Path(path), learned, metadata)
@@ -278,7 +278,7 @@ def save_folded(
         "logit_scales": {name: scale for name, (_, scale) in (heads or {}).items()},
         "encoder": dict(encoder or {}),
         **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
-        "package_version": package_version(),
+        "package_version": VERSION,
         "training": dict(training or {}),
     }
     write_tensors(Path(path), tensors, metadata)

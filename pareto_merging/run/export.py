@@ -23,9 +23,9 @@ from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import format_preference, parse_preferences
 from pareto_merging.run.folder import CONFIG_NAME, SET_NAME, check_new, open_run
 from pareto_merging.run.workspace import Workspace
-from pareto_merging.system.environment import package_version
 from pareto_merging.system.files import read_json, write_json, write_tensors, write_text
 from pareto_merging.system.progress import progress_bar
+from pareto_merging.version import VERSION
 
 Format = Literal["safetensors", "open_clip", "huggingface"]
 LIST_NAME = "preferences.json"
@@ -148,7 +148,7 @@ def _write(
             "preference": preference,
             "encoder": workspace.encoder_description,
             "preprocessing": workspace.preprocessing,
-            "package_version": package_version(),
+            "package_version": VERSION,
         }
         write_tensors(target, tensors, metadata)
         write_text(target.with_suffix(".md"), card)
@@ -205,7 +205,7 @@ def _card(
         rank=rank if has_low_rank else None,
         lambda_grouping=method.granularity if method.learn_lambda else "",
         sources=sources,
-        version=package_version(),
+        version=VERSION,
         preprocessing=workspace.preprocessing,
         file_name=file_name,
     )

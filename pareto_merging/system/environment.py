@@ -8,17 +8,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pareto_merging.version import VERSION
+
 
 def environment() -> dict[str, Any]:
     """Where figures were measured."""
     return {
-        "package": package_version(),
+        "package": VERSION,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -70,11 +71,3 @@ def _resident(reset: bool = False) -> int:
         # not Linux, or not allowed: the peak since the process began
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def package_version() -> str:
-    """The installed version of this package, or ``unknown`` from a source tree that was not installed."""
-    try:
-        return version("pareto-merging")
-    except PackageNotFoundError:
-        return "unknown"
