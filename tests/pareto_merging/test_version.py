@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 import pareto_merging
 from pareto_merging.version import VERSION
 
@@ -35,3 +37,7 @@ def test_setup_reads_it() -> None:
         [sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == VERSION
+
+
+def test_how_to_cite_says_it() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == VERSION
