@@ -67,5 +67,5 @@ setup(
         ],
         "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0"],
     },
-    entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli.app:main"]},
+    entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli:main"]},
 )

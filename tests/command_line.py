@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pareto_merging.cli.app import main
+from pareto_merging.cli import main
 
 
 def run(*arguments: object) -> int:

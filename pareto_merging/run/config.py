@@ -10,7 +10,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
-from pareto_merging.checkpoints.hub import remote
 from pareto_merging.errors import UserError
 from pareto_merging.learn.settings import MethodSettings, Strict
 
@@ -249,6 +248,9 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
 
 def _checkpoint(base: Path, source: Path | str) -> Path | str:
     """Relative to the configuration's folder, unless it is a hub id (written out then) or an open_clip tag."""
+    # it takes PyTorch's seconds, which the help of the keys need not wait for
+    from pareto_merging.checkpoints.hub import remote
+
     place, elsewhere = base / os.path.expanduser(source), remote(source)
     if elsewhere is None or (elsewhere != source and place.exists()):
         return place

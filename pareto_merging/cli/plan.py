@@ -1,0 +1,31 @@
+"""``pareto-merging plan``."""
+
+from __future__ import annotations
+
+import json
+
+from pareto_merging.cli.options import AsJson, ConfigFile
+
+
+def plan(config: ConfigFile, as_json: AsJson = False) -> None:
+    """Count parameters and bytes by kind, before anything is loaded.
+
+    It says in which dtype every checkpoint is stored, and what rounding
+    the task vectors to the dtype of the run costs: the relative error of
+    Σλτ. For that a 16-bit run's checkpoints are read, tensor by tensor;
+    otherwise headers are.
+    """
+    from pareto_merging.run.config import read_config
+    from pareto_merging.run.plan import plan_run
+    from pareto_merging.run.workspace import Workspace
+    from pareto_merging.system.tables import print_table
+
+    workspace = Workspace(read_config(config))
+    rows = plan_run(workspace, progress=not as_json)
+    if as_json:
+        print(json.dumps([{key: value for key, value in vars(row).items() if value is not None} for row in rows]))
+        return
+    steps = workspace.config.method.steps_for(len(workspace.task_names))
+    title = f"{config}: {len(workspace.task_names)} tasks, {steps} steps, {workspace.device}"
+    counted = [[row.kind, f"{row.parameters:,}", f"{row.bytes / 2**20:,.2f}", row.note] for row in rows]
+    print_table(title, ["kind", "numbers", "MiB", "note"], counted, left=(0, 3))

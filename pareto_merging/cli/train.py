@@ -1,0 +1,69 @@
+"""``pareto-merging train``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from pareto_merging.cli.options import ConfigFile, OutFolder, Quiet, Stopped, warn, with_epilog
+
+
+def train(
+    config: ConfigFile,
+    out: OutFolder,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in that folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn the Pareto set that CONFIG.yaml describes.
+
+    Ctrl-C stops after the step in hand; the same command with --resume runs
+    the remaining steps and gives the bits an uninterrupted run would have
+    given.
+    """
+    from pareto_merging.errors import Interrupted
+    from pareto_merging.run.config import read_config
+    from pareto_merging.run.folder import SET_NAME, describe_precision, train_run
+
+    settings = read_config(config)
+    try:
+        model, result = train_run(settings, out, resume=resume, progress=not quiet, on_warning=warn)
+    except Interrupted as stop:
+        again = shlex.join(["pareto-merging", "train", str(config), "--out", str(out), "--resume"])
+        raise Stopped(f"{stop}; go on with: {again}") from stop
+    has_images = settings.suite is not None or any(
+        task.evaluation is not None for task in (settings.tasks.values() if isinstance(settings.tasks, dict) else ())
+    )
+    after = f"evaluate {shlex.quote(str(out))}" if has_images else f"export {shlex.quote(str(out))} --preference equal"
+    print(describe_precision(model))
+    done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
+    print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging {after}")
+
+
+def _keys() -> list[str]:
+    """Return every key of CONFIG.yaml with its meaning, choices and default."""
+    from pareto_merging.learn.settings import MethodSettings
+    from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig
+
+    groups: dict[str, Any] = {
+        "Keys of CONFIG.yaml": RunConfig,
+        "Keys of `encoder:`": EncoderConfig,
+        "Keys of each task under `tasks:`": TaskConfig,
+        "Keys of `method:`, all optional": MethodSettings,
+    }
+    return [line for title, group in groups.items() for line in (f"{title}.", *_described_fields(group))]
+
+
+def _described_fields(group: Any) -> Iterator[str]:
+    for name, field in group.model_fields.items():
+        if field.description is None:
+            continue
+        choices = ", ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
+        has_default = not field.is_required() and field.default is not None
+        default = f" (default {field.default})" if has_default else " (required)" if field.is_required() else ""
+        yield f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}"
+
+
+KEYS_EPILOG = with_epilog(_keys)
