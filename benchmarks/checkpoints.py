@@ -45,7 +45,8 @@ from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.files import save_pareto_set
-from pareto_merging.model.parametrize import learned_parameters, merge
+from pareto_merging.model.fold import merge
+from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.preferences import parse_preferences
 from pareto_merging.run import export as exports
 from pareto_merging.run.config import RunConfig, dump_config, read_config

@@ -35,7 +35,7 @@ from PIL import Image
 
 from pareto_merging.errors import UserError
 from pareto_merging.model.files import load_folded, load_heads
-from pareto_merging.model.parametrize import merge
+from pareto_merging.model.fold import merge
 from pareto_merging.preferences import dirichlet, one_hot_preferences
 from pareto_merging.serving import Engine
 from pareto_merging.system.tables import print_table

@@ -26,7 +26,7 @@ import pmkernels
 from benchmarks.layers import free_memory
 from pareto_merging import ParetoAttention, fold, merge, save_folded
 from pareto_merging.checkpoints import encoders
-from pareto_merging.model.modules import ParetoModule, pareto_modules
+from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.serving import Engine
 from pmkernels import reference

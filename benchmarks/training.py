@@ -34,7 +34,7 @@ from pareto_merging import MethodSettings, Task, learn_pareto_set, learned_param
 from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
 from pareto_merging.learn.objectives import scalarize
 from pareto_merging.learn.training import Learner
-from pareto_merging.model.modules import PARTS, pareto_modules
+from pareto_merging.model.layer import PARTS, pareto_modules
 from pareto_merging.model.parametrize import parametrize
 from pmkernels import costs, dispatch, reference
 from pmkernels.graphs import capture, warm_up

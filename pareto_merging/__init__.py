@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from pareto_merging.learn.training import learn_pareto_set as learn_pareto_set
     from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
     from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
+    from pareto_merging.model.attention import ParetoAttention as ParetoAttention
     from pareto_merging.model.files import load_folded as load_folded
     from pareto_merging.model.files import load_heads as load_heads
     from pareto_merging.model.files import load_pareto_set as load_pareto_set
     from pareto_merging.model.files import save_folded as save_folded
     from pareto_merging.model.files import save_pareto_set as save_pareto_set
-    from pareto_merging.model.modules import ParetoAttention as ParetoAttention
-    from pareto_merging.model.modules import ParetoLinear as ParetoLinear
-    from pareto_merging.model.modules import set_strategy as set_strategy
-    from pareto_merging.model.parametrize import fold as fold
-    from pareto_merging.model.parametrize import get_lambda as get_lambda
-    from pareto_merging.model.parametrize import lambda_names as lambda_names
-    from pareto_merging.model.parametrize import learned_parameters as learned_parameters
-    from pareto_merging.model.parametrize import merge as merge
+    from pareto_merging.model.fold import fold as fold
+    from pareto_merging.model.fold import merge as merge
+    from pareto_merging.model.linear import ParetoLinear as ParetoLinear
+    from pareto_merging.model.parameters import get_lambda as get_lambda
+    from pareto_merging.model.parameters import lambda_names as lambda_names
+    from pareto_merging.model.parameters import learned_parameters as learned_parameters
+    from pareto_merging.model.parameters import set_lambda as set_lambda
     from pareto_merging.model.parametrize import parametrize as parametrize
-    from pareto_merging.model.parametrize import set_lambda as set_lambda
     from pareto_merging.model.state import get_preference as get_preference
     from pareto_merging.model.state import preference as preference
     from pareto_merging.model.state import set_preference as set_preference
     from pareto_merging.model.stored import remember_stored as remember_stored
+    from pareto_merging.model.strategy import set_strategy as set_strategy
     from pareto_merging.run.workspace import load_models as load_models
 
     # one class by the names that it has had
@@ -55,25 +55,25 @@ _HOMES = {
     "Interrupted": "errors.Interrupted",
     "MergingTask": "data.tasks.Task",
     "MethodSettings": "learn.settings.MethodSettings",
-    "ParetoAttention": "model.modules.ParetoAttention",
-    "ParetoLinear": "model.modules.ParetoLinear",
+    "ParetoAttention": "model.attention.ParetoAttention",
+    "ParetoLinear": "model.linear.ParetoLinear",
     "Task": "data.tasks.Task",
     "TrainingError": "errors.TrainingError",
     "UserError": "errors.UserError",
     "ZeroShotHead": "data.heads.ZeroShotHead",
     "evaluate_model": "measure.evaluation.evaluate_model",
     "evaluate_preferences": "measure.evaluation.evaluate_preferences",
-    "fold": "model.parametrize.fold",
-    "get_lambda": "model.parametrize.get_lambda",
+    "fold": "model.fold.fold",
+    "get_lambda": "model.parameters.get_lambda",
     "get_preference": "model.state.get_preference",
-    "lambda_names": "model.parametrize.lambda_names",
+    "lambda_names": "model.parameters.lambda_names",
     "learn_pareto_set": "learn.training.learn_pareto_set",
-    "learned_parameters": "model.parametrize.learned_parameters",
+    "learned_parameters": "model.parameters.learned_parameters",
     "load_folded": "model.files.load_folded",
     "load_heads": "model.files.load_heads",
     "load_models": "run.workspace.load_models",
     "load_pareto_set": "model.files.load_pareto_set",
-    "merge": "model.parametrize.merge",
+    "merge": "model.fold.merge",
     "open_checkpoint": "checkpoints.readers.open_checkpoint",
     "parametrize": "model.parametrize.parametrize",
     "preference": "model.state.preference",
@@ -81,9 +81,9 @@ _HOMES = {
     "remember_stored": "model.stored.remember_stored",
     "save_folded": "model.files.save_folded",
     "save_pareto_set": "model.files.save_pareto_set",
-    "set_lambda": "model.parametrize.set_lambda",
+    "set_lambda": "model.parameters.set_lambda",
     "set_preference": "model.state.set_preference",
-    "set_strategy": "model.modules.set_strategy",
+    "set_strategy": "model.strategy.set_strategy",
 }
 
 __all__ = sorted(_HOMES)

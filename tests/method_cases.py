@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
-from pareto_merging.model.modules import pareto_modules
+from pareto_merging.model.layer import pareto_modules
 
 
 def image_tasks(count: int, images: int = 10, dim: int = 8, classes: int = 5, seed: int = 7) -> dict[str, Task]:

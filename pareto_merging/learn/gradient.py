@@ -31,7 +31,7 @@ from pareto_merging.learn.objectives import (
 )
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.cache import MergedWeights
-from pareto_merging.model.modules import ParetoModule, pareto_modules
+from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.state import pareto_state
 from pmkernels.checks import autocast_enabled
 from pmkernels.graphs import capture, warm_up

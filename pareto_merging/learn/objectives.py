@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.model.modules import ParetoModule, pareto_modules
+from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.state import pareto_state
 
 Scalarization: TypeAlias = Literal["smooth-tchebycheff", "tchebycheff", "linear"]

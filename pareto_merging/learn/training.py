@@ -24,7 +24,8 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.learn.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.model.parametrize import TensorDigest, learned_parameters
+from pareto_merging.model.digests import TensorDigest
+from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
 from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
 from pareto_merging.system.files import read_metadata, read_tensors, write_tensors, write_text

@@ -15,7 +15,7 @@ import pmkernels
 from pareto_merging.data.sources import labelled_batches
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.model.parametrize import merge
+from pareto_merging.model.fold import merge
 from pareto_merging.model.state import pareto_state
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar

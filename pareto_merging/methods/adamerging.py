@@ -23,8 +23,10 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, one_model
-from pareto_merging.model.parametrize import Weights, get_lambda, lambda_names, parametrize
-from pareto_merging.model.parametrize import merge as merge_at
+from pareto_merging.model.copies import Weights
+from pareto_merging.model.fold import merge as merge_at
+from pareto_merging.model.parameters import get_lambda, lambda_names
+from pareto_merging.model.parametrize import parametrize
 
 Preset: TypeAlias = Literal["official", "fusionbench"]
 

@@ -16,7 +16,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging
 from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 
 
 def merge(

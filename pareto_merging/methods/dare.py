@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 from pareto_merging.model.preprocessing import check_density, dare_generator, dare_mask
 
 

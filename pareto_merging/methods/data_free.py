@@ -16,7 +16,7 @@ from torch import nn
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Merged
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 
 
 def settings(**changes: Any) -> MethodSettings:

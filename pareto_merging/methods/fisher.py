@@ -27,7 +27,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.per_task import check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.copies import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 

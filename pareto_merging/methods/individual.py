@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.parametrize import Weights, check_copies
-from pareto_merging.model.preprocessing import CHUNK
+from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.pieces import flat_pieces
 from pareto_merging.model.stored import copy_of
 
 
@@ -32,7 +32,7 @@ def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Wei
         _, tensors = check_copies(model, {task: copies[task]})
         for names, tensor in tensors:
             tensor.copy_(next(copies[task][name] for name in names if name in copies[task]))
-            if not all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(CHUNK)):
+            if not all(bool(torch.isfinite(piece).all()) for piece in flat_pieces(tensor)):
                 raise ValueError(f"finetuned: expected finite numbers in {names[0]} of {task}, got NaN or inf")
         return model
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 from pareto_merging.preferences import Preference, check_preference, equal_preference
 
 

@@ -19,7 +19,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.interface import task_names as names_of
-from pareto_merging.model.parametrize import Weights, named_tensors
+from pareto_merging.model.copies import Weights, named_tensors
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 from pareto_merging.preferences import Preference, check_preference, equal_preference
 from pareto_merging.system.modes import eval_mode

@@ -21,7 +21,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Merged
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 
 
 def merge(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.data.tasks import Task
 from pareto_merging.methods.interface import task_names
-from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.copies import Weights, check_copies
 from pareto_merging.model.stored import copy_of
 
 

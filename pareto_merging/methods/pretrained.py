@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from pareto_merging.methods.interface import Merged, one_model
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 from pareto_merging.model.stored import copy_of
 
 

@@ -29,7 +29,7 @@ from pareto_merging.methods import (
     weight_averaging,
 )
 from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 
 Needs: TypeAlias = Literal["weights", "images", "labels"]
 Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]

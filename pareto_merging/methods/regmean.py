@@ -40,7 +40,7 @@ from pareto_merging.methods.per_task import (
     to_model,
 )
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.copies import Weights, check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.parametrize import Weights, check_copies
-from pareto_merging.model.preprocessing import CHUNK, wide_dtype
+from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.pieces import piece_size, wide_dtype
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 
 # (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]; pieces come in order
@@ -38,7 +38,7 @@ def merge_tensors(
 
     merged, as_stored = copy_of(pretrained), PretrainedWeights(pretrained)
     copies, aliases = check_copies(merged, finetuned)
-    size = max(1, CHUNK // len(copies))
+    size = piece_size(len(copies))
     for names, tensor in aliases:
         if not tensor.is_floating_point():
             continue

@@ -11,7 +11,7 @@ from torch import nn
 
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.parametrize import Weights
+from pareto_merging.model.copies import Weights
 
 
 def merge(

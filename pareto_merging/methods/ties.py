@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.parametrize import Weights, check_copies
+from pareto_merging.model.copies import Weights, check_copies
 from pareto_merging.model.preprocessing import Ties
 from pareto_merging.model.stored import PretrainedWeights
 

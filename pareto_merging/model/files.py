@@ -18,17 +18,12 @@ from torch import Tensor, nn
 from pareto_merging.checkpoints import encoders
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
-from pareto_merging.model.modules import LEARNED, convert, pareto_modules, part_name
-from pareto_merging.model.parametrize import (
-    CORES,
-    INITIAL_SCALE,
-    Weights,
-    fold,
-    learned_parameters,
-    parametrize,
-    prepare_transformers,
-    unchanged_on_error,
-)
+from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
+from pareto_merging.model.copies import Weights
+from pareto_merging.model.fold import fold
+from pareto_merging.model.layer import LEARNED, pareto_modules, part_name
+from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.parametrize import CORES, INITIAL_SCALE, parametrize
 from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.model.state import ParetoState, pareto_state

@@ -6,15 +6,14 @@ returns K others of the same shape. :func:`pareto_merging.parametrize` takes any
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from pareto_merging.model.pieces import flat_pieces, pieces_of, widest
 
 Preprocess: TypeAlias = Callable[[str, Tensor], Tensor]
 PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
@@ -22,53 +21,10 @@ NAMES: tuple[str, ...] = ("none", "ties", "dare")
 # (all names of a tensor of a module, the tensor) -> it as it is stored: see pareto_merging.model.stored
 AsStored: TypeAlias = Callable[[Sequence[str], Tensor], Tensor]
 
-# tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model
-CHUNK = 1 << 18
-
 
 def as_it_is(names: Sequence[str], tensor: Tensor) -> Tensor:
     """The tensor itself: where the module's weights are those that are stored."""
     return tensor
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where one of ``tensors`` is."""
-    return widest(tensor.dtype for tensor in tensors)
-
-
-def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """float32, or float64 where one of ``dtypes`` is."""
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
-
-
-def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | int, ...]]:
-    """Indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
-
-    ``parts``: of at most CHUNK // ``parts`` numbers, for work with several temporaries.
-
-    Views even where the tensor is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty.
-    """
-    if not math.prod(shape):
-        return
-    size = max(1, CHUNK // parts)
-    # whole rows along the first dimension whose rows fit
-    dim = next((d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= size), None)
-    if dim is None:
-        yield ()
-        return
-    rows = size // math.prod(shape[dim + 1 :])
-    for place in itertools.product(*(range(size) for size in shape[:dim])):
-        for start in range(0, shape[dim], rows):
-            yield (*place, slice(start, start + rows))
-
-
-def extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest number, NaN if there is one, 0 and 0 if there are none: no mask of the tensor's size,
-    as isfinite() makes, and any() on the CPU."""
-    if not tensor.numel():
-        return 0.0, 0.0
-    low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
-    return low, high
 
 
 def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
@@ -209,7 +165,7 @@ class Dare:
         kept = torch.empty_like(task_vectors, memory_format=torch.contiguous_format)
         for task, (tau, result) in enumerate(zip(task_vectors, kept, strict=True)):
             generator = dare_generator(self.seed, name, task)
-            for piece, out in zip(tau.reshape(-1).split(CHUNK), result.view(-1).split(CHUNK), strict=True):
+            for piece, out in zip(flat_pieces(tau), flat_pieces(result), strict=True):
                 mask = dare_mask(len(piece), self.density, generator).to(piece)
                 torch.mul(piece, mask, out=out).div_(self.density)
         return kept

@@ -30,7 +30,7 @@ class ParetoState:
     strategy: str = "auto"
     # bytes that kept merged weights may take, where the strategy keeps any
     memory_budget: int | None = None
-    # how γ becomes the r×r core of the low-rank term: see pareto_merging.model.modules.preference_core
+    # how γ becomes the r×r core of the low-rank term: see pareto_merging.model.cores.preference_core
     core: str = "tensor"
     # λ is used clamped to this range; set while AdaMerging's clamp is trained through
     lambda_range: tuple[float, float] | None = None

@@ -22,11 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.preprocessing import pieces_of, wide_dtype
+from pareto_merging.model.pieces import pieces_of
 
 _ATTRIBUTE = "pareto_stored"
-# pieces of a megabyte in float32 are cut into as many, for there are some temporaries of each
-PARTS = 4
 
 
 def remember_stored(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -102,7 +100,7 @@ class PretrainedWeights:
         if name is None or not tensor.is_floating_point():
             return tensor
         dtype, held = stored.dtypes.get(name), stored.held[name]
-        if dtype is not None and _holds(held, dtype) and _holds(tensor.dtype, dtype):
+        if dtype is not None and holds(held, dtype) and holds(tensor.dtype, dtype):
             return tensor
         value = stored.weights[name].detach()
         if value.shape == tensor.shape and _rounds_to(value, tensor, held):
@@ -115,7 +113,7 @@ class PretrainedWeights:
         return tensor
 
 
-def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     return torch.promote_types(dtype, other) == dtype
 
 
@@ -179,58 +177,6 @@ def percent(share: float) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class Differences:
-    """The task vectors of one parameter, [K, *shape]: written one after another, each rounded once.
-
-    Holds ``base`` (W0 as stored) and, where a task vector is rounded, the sum of what that changed, in bfloat16.
-    """
-
-    def __init__(self, base: Tensor, task_vectors: Tensor) -> None:
-        self.base, self.task_vectors = base, task_vectors
-        self._rounding: Tensor | None = None
-
-    def write(self, number: int, value: Tensor) -> None:
-        """Put ``value`` − W0 into task vector ``number``."""
-        task_vector, base = self.task_vectors[number], self.base
-        wide = wide_dtype(task_vector, base, value)
-        is_exact = wide == task_vector.dtype
-        if not is_exact and self._rounding is None:
-            # 8 bits of each number give the norm of the sum to a hundred-thousandth
-            self._rounding = torch.zeros_like(task_vector, dtype=torch.bfloat16)
-        for index in pieces_of(base.shape, PARTS):
-            operands = (tensor[index].to(task_vector.device, wide) for tensor in (value, base))
-            if is_exact or self._rounding is None:
-                torch.sub(*operands, out=task_vector[index])
-                continue
-            exact = torch.sub(*operands)
-            task_vector[index] = exact
-            self._rounding[index] += task_vector[index].to(wide).sub_(exact)
-
-    def add_to(self, precision: Precision) -> None:
-        """Count what rounding cost, after the last task vector."""
-        if self._rounding is not None:
-            for index in pieces_of(self.base.shape, PARTS):
-                error = self._rounding[index].to(wide_dtype(self.task_vectors))
-                total = -error
-                for task_vector in self.task_vectors:
-                    total += task_vector[index]
-                precision.add(error, total)
-
-
-def rounded(task_vectors: Tensor, like: Tensor, precision: Precision) -> Tensor:
-    """Task vectors [K, *shape] on the device and in the dtype of ``like``; what rounding costs is counted."""
-    result = task_vectors.detach().to(like).contiguous()
-    if not _holds(result.dtype, task_vectors.dtype):
-        for index in pieces_of(result.shape[1:]):
-            error = torch.zeros_like(task_vectors[0][index])
-            total = torch.zeros_like(error)
-            for exact, narrow in zip(task_vectors.detach(), result, strict=True):
-                error += narrow[index].to(exact).sub_(exact[index])
-                total += exact[index]
-            precision.add(error, total)
-    return result
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -28,9 +28,9 @@ from pareto_merging.measure.comparison import EFFORT, compare, default_grid, eva
 from pareto_merging.measure.reports import write_comparison
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
-from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.stored import percent, summarize_dtypes
+from pareto_merging.model.strategy import set_strategy
 from pareto_merging.preferences import check_preference
 from pareto_merging.run.config import RunConfig, dump_config, read_config
 from pareto_merging.run.workspace import Workspace

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from pareto_merging.checkpoints.readers import Checkpoint
 from pareto_merging.errors import UserError, user_errors
-from pareto_merging.model.parametrize import check_copies, lambda_group, task_vectors_of, wants_low_rank
-from pareto_merging.model.preprocessing import make_preprocess, widest
+from pareto_merging.model.copies import check_copies
+from pareto_merging.model.low_rank import wants_low_rank
+from pareto_merging.model.parameters import lambda_group
+from pareto_merging.model.pieces import widest
+from pareto_merging.model.preprocessing import make_preprocess
 from pareto_merging.model.stored import Precision, describe_dtypes, percent, summarize_dtypes
+from pareto_merging.model.task_vectors import task_vectors_of
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.progress import progress_bar
 

@@ -20,10 +20,10 @@ from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError, user_errors
-from pareto_merging.model.modules import set_strategy
 from pareto_merging.model.parametrize import parametrize
-from pareto_merging.model.preprocessing import extremes
+from pareto_merging.model.pieces import extremes
 from pareto_merging.model.stored import StoredTensors, remember_stored
+from pareto_merging.model.strategy import set_strategy
 from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig, UnseenConfig, describe_validation
 from pareto_merging.system.devices import find_device
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.model.modules import LEARNED, ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.attention import ParetoAttention
+from pareto_merging.model.layer import LEARNED, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.linear import ParetoLinear
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import nn
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.model.files import load_folded
-from pareto_merging.model.modules import LEARNED, part_name
+from pareto_merging.model.layer import LEARNED, part_name
 from pareto_merging.system.files import read_shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

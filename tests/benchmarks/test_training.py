@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import kernels, training
 from pareto_merging import learned_parameters
-from pareto_merging.model.modules import pareto_modules
+from pareto_merging.model.layer import pareto_modules
 
 CPU = torch.device("cpu")
 

@@ -15,9 +15,11 @@ from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import learn_pareto_set
-from pareto_merging.model.modules import merged_bytes, set_strategy
-from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
+from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
+from pareto_merging.model.strategy import merged_bytes, set_strategy
 from pmkernels import reference
 
 pytestmark = pytest.mark.gpu

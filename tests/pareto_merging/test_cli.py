@@ -62,7 +62,7 @@ def test_evaluate(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert [row["gamma"] for row in report["results"]] == [[0.5, 0.5], [0.9, 0.1], [0.0, 1.0]]
     workspace, model = open_run(finished)
-    from pareto_merging.model.parametrize import merge
+    from pareto_merging.model.fold import merge
 
     scores = evaluate_model(merge(model, [0.9, 0.1]), workspace.evaluation_tasks())
     assert report["results"][1]["accuracy"] == pytest.approx(scores.accuracy, abs=1e-3)
@@ -107,7 +107,7 @@ def test_plan_counts_without_loading(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run("plan", config, "--json") == 0
     rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
     model = Workspace(read_config(config)).pareto_model()
-    from pareto_merging.model.parametrize import learned_parameters
+    from pareto_merging.model.parameters import learned_parameters
 
     learned = learned_parameters(model)
     count = {key: sum(p.numel() for n, p in learned.items() if n.startswith(key)) for key in ("lam.", "A.", "B.", "G.")}

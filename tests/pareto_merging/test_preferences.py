@@ -15,7 +15,8 @@ from helpers import noisy_copy, randomize
 from torch import nn
 
 import pareto_merging.preferences as preferences
-from pareto_merging.model.parametrize import merge, parametrize
+from pareto_merging.model.fold import merge
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import get_preference, preference, set_preference
 from pareto_merging.preferences import (
     check_preference,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.model.files import load_folded, save_folded
-from pareto_merging.model.parametrize import merge, parametrize
+from pareto_merging.model.fold import merge
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.serving import Engine
 from pareto_merging.serving.http import Service
 from pareto_merging.serving.limits import Limits

@@ -19,9 +19,10 @@ from pareto_merging.learn import gradient
 from pareto_merging.learn.gradient import GradientOfStep, TasksAtOnce, pareto_gradient
 from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.model.modules import pareto_modules, set_strategy
-from pareto_merging.model.parametrize import learned_parameters
+from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
+from pareto_merging.model.strategy import set_strategy
 
 TASKS = 3
 # float32 numbers, in which a model holds its preference

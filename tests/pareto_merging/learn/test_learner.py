@@ -21,9 +21,9 @@ from pareto_merging.errors import Interrupted, TrainingError
 from pareto_merging.learn.gradient import GradientOfStep, StepGradient
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, learn_pareto_set
-from pareto_merging.model.modules import merged_bytes, set_strategy
-from pareto_merging.model.parametrize import learned_parameters
+from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state
+from pareto_merging.model.strategy import merged_bytes, set_strategy
 from pareto_merging.system.files import read_tensors
 
 TASKS = 3

@@ -20,7 +20,9 @@ from pareto_merging.learn.objectives import (
     tchebycheff,
     tensor_norm,
 )
-from pareto_merging.model.parametrize import fold, learned_parameters, parametrize
+from pareto_merging.model.fold import fold
+from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.parametrize import parametrize
 
 S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)
 GAMMA = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

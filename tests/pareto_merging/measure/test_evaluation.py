@@ -23,7 +23,8 @@ from pareto_merging.measure.evaluation import (
     mean_entropy,
     predict,
 )
-from pareto_merging.model.parametrize import merge, parametrize
+from pareto_merging.model.fold import merge
+from pareto_merging.model.parametrize import parametrize
 
 
 def tasks(labels: bool = True) -> dict[str, Task]:

@@ -8,8 +8,10 @@ from helpers import noisy_copy
 from method_cases import assert_state, conv_net, parameter_task_vectors, state_of
 from torch import nn
 
-from pareto_merging.methods import dare, streaming, task_arithmetic
-from pareto_merging.model.parametrize import merge, parametrize
+from pareto_merging.methods import dare, task_arithmetic
+from pareto_merging.model import pieces
+from pareto_merging.model.fold import merge
+from pareto_merging.model.parametrize import parametrize
 
 
 def test_each_entry_is_dropped_or_divided_by_the_density() -> None:
@@ -42,9 +44,9 @@ def test_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     other = state_of(dare.merge(net, finetuned, seed=1).model())
     assert not torch.equal(first["5.weight"], other["5.weight"])
     # the draws do not depend on how tensors are cut to pieces
-    monkeypatch.setattr(streaming, "CHUNK", 30)
-    pieces = state_of(dare.merge(net, finetuned, seed=0).model())
-    assert all(torch.equal(first[name], pieces[name]) for name in first)
+    monkeypatch.setattr(pieces, "CHUNK", 30)
+    in_pieces = state_of(dare.merge(net, finetuned, seed=0).model())
+    assert all(torch.equal(first[name], in_pieces[name]) for name in first)
 
 
 def test_as_a_preprocessing_it_drops_the_same() -> None:

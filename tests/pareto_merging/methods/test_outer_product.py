@@ -18,9 +18,11 @@ from pareto_merging.learn.objectives import WeightDistance, tensor_norm
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods import outer_product
+from pareto_merging.model.cores import preference_core
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
-from pareto_merging.model.modules import preference_core
-from pareto_merging.model.parametrize import fold, learned_parameters, merge, parametrize
+from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels

@@ -18,7 +18,8 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import data_free, pareto
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
-from pareto_merging.model.parametrize import get_lambda, learned_parameters, parametrize
+from pareto_merging.model.parameters import get_lambda, learned_parameters
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.preferences import sample_dirichlet
 
 STEPS, BATCH, RANK, SEED, RATE = 6, 4, 2, 3, 0.03

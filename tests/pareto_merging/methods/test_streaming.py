@@ -20,14 +20,13 @@ from pareto_merging.methods import (
     dare,
     individual,
     pretrained,
-    streaming,
     task_arithmetic,
     task_arithmetic_preference,
     ties,
     weight_averaging,
 )
 from pareto_merging.methods.interface import Merged
-from pareto_merging.model import preprocessing
+from pareto_merging.model import pieces
 
 GAMMA = [0.2, 0.5, 0.3]
 WEIGHT_ONLY: dict[str, Callable[..., Merged]] = {
@@ -162,8 +161,7 @@ def test_pieces_change_nothing(name: str, size: int, monkeypatch: pytest.MonkeyP
     net = conv_net()
     finetuned = copies_of(net)
     expected = state_of(WEIGHT_ONLY[name](net, finetuned).model())
-    for module in (streaming, preprocessing):
-        monkeypatch.setattr(module, "CHUNK", size)
+    monkeypatch.setattr(pieces, "CHUNK", size)
     for key, value in state_of(WEIGHT_ONLY[name](net, finetuned).model()).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-7)
 

@@ -25,9 +25,10 @@ import pareto_merging as pm
 from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
 from pareto_merging.model.cache import MergedWeights
-from pareto_merging.model.modules import STRATEGIES, merged_bytes, pareto_modules, set_strategy
-from pareto_merging.model.parametrize import learned_parameters
+from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state, pareto_states
+from pareto_merging.model.strategy import STRATEGIES, merged_bytes, set_strategy
 from pareto_merging.run.config import RunConfig, dump_config, read_config
 
 TASKS = 3

@@ -22,7 +22,8 @@ from pareto_merging.model.files import (
     save_folded,
     save_pareto_set,
 )
-from pareto_merging.model.parametrize import fold, parametrize
+from pareto_merging.model.fold import fold
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
 from pareto_merging.system import files
 

@@ -9,8 +9,10 @@ import torch
 from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
-from pareto_merging.model.modules import ParetoAttention, ParetoLinear
-from pareto_merging.model.parametrize import fold, merge, parametrize
+from pareto_merging.model.attention import ParetoAttention
+from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels

@@ -21,21 +21,16 @@ from torch import Tensor, nn
 import pmkernels
 from pareto_merging.checkpoints import encoders
 from pareto_merging.errors import UserError
-from pareto_merging.model import preprocessing
+from pareto_merging.model import pieces
+from pareto_merging.model.attention import ParetoAttention
+from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
-from pareto_merging.model.modules import ParetoAttention, ParetoLinear, ParetoModule, pareto_modules, part_name
-from pareto_merging.model.parametrize import (
-    TensorDigest,
-    fold,
-    get_lambda,
-    lambda_group,
-    lambda_names,
-    learned_parameters,
-    merge,
-    parametrize,
-    set_lambda,
-    wants_low_rank,
-)
+from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.layer import ParetoModule, pareto_modules, part_name
+from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.low_rank import wants_low_rank
+from pareto_merging.model.parameters import get_lambda, lambda_group, lambda_names, learned_parameters, set_lambda
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import get_preference, preference, set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels
@@ -893,7 +888,7 @@ def test_tied_weights_of_a_lazy_mapping() -> None:
 def test_digests_and_differences_do_not_depend_on_the_pieces(
     chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocessing, "CHUNK", chunk)
+    monkeypatch.setattr(pieces, "CHUNK", chunk)
     for shape in ((), (0,), (5,), (4, 3), (2, 3, 5), (1, 1, 11), (11, 1, 1)):
         value = (5 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(dtype)
         for tensor in (value, value.movedim(0, -1) if value.ndim else value):
@@ -903,11 +898,9 @@ def test_digests_and_differences_do_not_depend_on_the_pieces(
             ours = TensorDigest()
             ours.add("w", tensor)
             assert ours.hexdigest() == hashlib.sha256(f"w {part.hexdigest()}".encode()).hexdigest(), shape
-            pieces = [tensor[index] for index in preprocessing.pieces_of(tensor.shape)]
-            assert all(0 < piece.numel() <= chunk for piece in pieces)
-            assert torch.equal(
-                torch.cat([torch.empty(0, dtype=dtype), *(p.flatten() for p in pieces)]), tensor.flatten()
-            )
+            cut = [tensor[index] for index in pieces.pieces_of(tensor.shape)]
+            assert all(0 < piece.numel() <= chunk for piece in cut)
+            assert torch.equal(torch.cat([torch.empty(0, dtype=dtype), *(p.flatten() for p in cut)]), tensor.flatten())
             if dtype in (torch.float16, torch.bfloat16):
                 model = nn.ParameterDict({"w": tensor})
                 other = {"w": tensor.float() * 1.01 + 1e-3}

@@ -15,10 +15,11 @@ from method_cases import parameter_task_vectors, ties_in_loops
 from torch import Tensor, nn
 
 from pareto_merging.errors import UserError
-from pareto_merging.model import preprocessing
+from pareto_merging.model import pieces
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
-from pareto_merging.model.modules import part_name
-from pareto_merging.model.parametrize import fold, merge, parametrize
+from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.layer import part_name
+from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import Dare, Ties, check_density, elect_sign, make_preprocess, trim_threshold
 from pareto_merging.model.state import set_preference
 
@@ -159,7 +160,7 @@ def test_pieces_change_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> No
     base = [([name], tensor) for name, tensor in net.state_dict().items()]
     taus = torch.randn(3, 9, 7, generator=torch.Generator().manual_seed(0))
     expected = Ties.of(base, states, 0.2).thresholds, Dare(0.4, 5)("w", taus)
-    monkeypatch.setattr(preprocessing, "CHUNK", size)
+    monkeypatch.setattr(pieces, "CHUNK", size)
     assert Ties.of(base, states, 0.2).thresholds == expected[0]
     assert torch.equal(Dare(0.4, 5)("w", taus), expected[1])
 

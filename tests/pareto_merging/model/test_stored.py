@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pareto_merging as pm
 from pareto_merging.methods import fisher, registry
 from pareto_merging.methods.registry import METHODS, Problem
-from pareto_merging.model import preprocessing
+from pareto_merging.model import pieces
 from pareto_merging.model.stored import PretrainedWeights, describe_dtypes, percent, summarize_dtypes
 from pareto_merging.run.config import RunConfig, dump_config
 from pareto_merging.run.folder import open_run
@@ -247,7 +247,7 @@ def test_numbers_that_float16_does_not_hold(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_copied", [True, False])
 def test_own_modules(dtype: torch.dtype, form: str, is_copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces of 7 numbers too."""
-    monkeypatch.setattr(preprocessing, "CHUNK", 7)
+    monkeypatch.setattr(pieces, "CHUNK", 7)
     net = conv_net()
     base = {name: value.clone() for name, value in net.state_dict().items()}
     states = [near(base, 1), near(base, 2)]

@@ -1,0 +1,146 @@
+"""The K fine-tuned copies of a model, checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
+
+
+def check_copies(
+    model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
+) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[list[str], Tensor]]]:
+    """The tensors of each fine-tuned copy by task name, and those of ``model``: (all names of a tensor, the tensor).
+
+    Raises:
+        ValueError: no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy only.
+    """
+    if isinstance(finetuned, nn.Module) or (
+        isinstance(finetuned, Mapping) and any(isinstance(value, Tensor) for value in finetuned.values())
+    ):
+        raise TypeError("finetuned: expected a sequence or mapping of K fine-tuned copies, got a single one")
+    if not isinstance(finetuned, Mapping | Sequence) or isinstance(finetuned, str):
+        raise TypeError(
+            f"finetuned: expected a sequence or mapping of K fine-tuned copies, got {type(finetuned).__name__}"
+        )
+    if not isinstance(finetuned, Mapping):
+        finetuned = {f"task_{k + 1}": source for k, source in enumerate(finetuned)}
+    if not finetuned:
+        raise ValueError("finetuned: expected at least one fine-tuned copy, got none")
+    for name in finetuned:
+        if not isinstance(name, str):
+            raise TypeError(f"finetuned: expected task names that are strings, got {name!r}")
+    copies = {name: _tensors(source) for name, source in finetuned.items()}
+    tensors = named_tensors(model)
+    _check_same_tensors(copies, tensors)
+    return copies, tensors
+
+
+def _tensors(source: Weights) -> Mapping[str, Tensor]:
+    if isinstance(source, nn.Module):
+        # modules may put more than tensors there (get_extra_state)
+        return {k: value for k, value in source.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    if isinstance(source, LazyTensors):
+        return source
+    if isinstance(source, Mapping):
+        return LazyTensors(source) if not isinstance(source, dict) or _shapes(source) is not None else source
+    raise TypeError(f"finetuned: expected modules or state dicts, got {type(source).__name__}")
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A mapping that may read a file for each tensor: which names it has is asked once.
+
+    ``name in mapping`` of ``collections.abc.Mapping`` gets the value to see whether there is one.
+    """
+
+    def __init__(self, source: Mapping[str, Tensor]) -> None:
+        self.source, self.shapes = source, _shapes(source)
+        self._names = dict.fromkeys(source if self.shapes is None else self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:
+    """The shapes that a mapping says its tensors have, if it does."""
+    shapes = getattr(source, "shapes", None)
+    return shapes if isinstance(shapes, Mapping) else None
+
+
+def named_tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every tensor of a module's state dict once, with all the names it has there."""
+    return [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
+
+
+def _lookup(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    value: Tensor | None = module._parameters.get(attribute)
+    value = module._buffers.get(attribute) if value is None else value
+    assert value is not None
+    return value
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """The tensors of the model by identity, each with all its names: tied weights have more than one."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            groups.setdefault(id(tensor), []).append(name)
+    return groups
+
+
+def _check_same_tensors(
+    copies: Mapping[str, Mapping[str, Tensor]], tensors: Sequence[tuple[Sequence[str], Tensor]]
+) -> None:
+    problems = []
+    known = {name for group, _ in tensors for name in group}
+    for task, weights in copies.items():
+        present, shapes = set(weights), _shapes(weights)
+        # a file may name a tied tensor once
+        problems += [f"{task} lacks {group[0]}" for group, _ in tensors if not present.intersection(group)]
+        extra = [name for name in sorted(present - known) if shapes is not None or isinstance(weights[name], Tensor)]
+        problems += [f"{task} has an extra {name}" for name in extra]
+        for group, tensor in tensors:
+            expected = list(tensor.shape)
+            for name in group:
+                if name in present:
+                    shape = list(tensor_of(weights, name, task).shape if shapes is None else shapes[name])
+                    if shape != expected:
+                        problems.append(f"{task} has {name} of shape {shape}, expected {expected}")
+    if problems:
+        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+        raise ValueError(f"finetuned: expected the tensors of pretrained, but {shown}")
+
+
+def tensor_of(weights: Mapping[str, Tensor], name: str, task: str) -> Tensor:
+    value = weights[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"finetuned: expected {name} of {task} to be a tensor, got {type(value).__name__}")
+    return value.detach()
+
+
+def read_tensor(weights: Mapping[str, Tensor], name: str, task: str, like: Tensor) -> Tensor:
+    """One tensor of a copy, of the shape of ``like``: a lazy mapping reads it here, and may have promised another."""
+    value = tensor_of(weights, name, task)
+    if value.shape != like.shape:
+        raise ValueError(
+            f"finetuned: expected {name} of {task} to have shape {list(like.shape)}, got {list(value.shape)}"
+        )
+    return value
+
+
+def names_in(names: Sequence[str], weights: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in names if name in weights]

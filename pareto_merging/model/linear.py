@@ -1,0 +1,43 @@
+"""nn.Linear whose weight is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from pareto_merging.model.layer import ParetoModule, describe, merged_property
+
+
+class ParetoLinear(ParetoModule, nn.Linear):
+    """nn.Linear whose weight is W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ and whose bias is b0 + Σ_k λ_k τ_k.
+
+    Input ``[*, in]``, output ``[*, out]``. A preference per item wants the items along the first dimension of x.
+    """
+
+    weight = merged_property("weight")
+    bias = merged_property("bias")
+
+    @classmethod
+    def from_linears(
+        cls,
+        pretrained: nn.Linear,
+        finetuned: Sequence[nn.Linear] | Mapping[str, nn.Linear],
+        rank: int = 16,
+        init_lambda: float = 0.3,
+    ) -> ParetoLinear:
+        """One layer from its pretrained form and K fine-tuned copies (or task name -> copy); ``rank`` 0: λ only."""
+        from pareto_merging.model.parametrize import parametrize
+
+        model = parametrize(
+            pretrained, finetuned, rank=rank, low_rank="all" if rank else "none", init_lambda=init_lambda
+        )
+        if not isinstance(model, cls):
+            raise ValueError("finetuned: expected at least one copy that differs from pretrained, got none")
+        return model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pareto_project(input, "weight", self.bias, slice(None), self.pareto_batch_dim)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {describe(self, 'weight')}"

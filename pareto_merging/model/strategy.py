@@ -1,0 +1,93 @@
+"""How the layers of a running model are computed: the strategy, and the memory that kept weights may take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import nn
+
+import pmkernels
+from pareto_merging.model.cache import MergedWeights
+from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.state import pareto_states
+
+STRATEGIES = (*pmkernels.STRATEGIES, "cached")
+
+
+def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None = None) -> None:
+    """How the layers of a Pareto model are computed from now on. A setting of the running model, as the preference is.
+
+    Args:
+        model: a Pareto model, or a module that contains some.
+        strategy: one of :func:`pmkernels.pareto_linear`'s, or ``"cached"``. ``"auto"`` chooses by shape and device, and
+            :func:`learn_pareto_set` keeps the merged weights of a step for all its tasks where ``memory_budget`` has
+            room. ``"cached"`` keeps merged weights between all calls, for as long as λ, γ and what else they are made
+            of stand still: the price of one more model (another in each other dtype that autocast asks for, and where
+            shared preferences and those per item alternate), for the speed of a plain one. ``"fused"`` allocates
+            nothing of a weight's size in any linear layer, forward or backward: for a GPU without memory to spare.
+        memory_budget: bytes that kept weights may take, for ``"auto"`` and ``"cached"``. None is no limit for
+            ``"cached"``; for ``"auto"``, on a GPU, half of what is free when learning begins.
+
+    Raises:
+        ValueError: an unknown strategy, a model without Pareto layers, or a budget that is negative, that another
+            strategy has no use for, that is more memory than there is, or too small for ``"cached"``. Whether the
+            device can follow is asked when the model runs.
+        TypeError: a budget that is not a number of bytes.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    states = pareto_states(model)
+    if not states:
+        raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")
+    if memory_budget is not None:
+        _check_budget(model, strategy, memory_budget)
+    # one budget for all of them
+    cache = MergedWeights(memory_budget) if strategy == "cached" else None
+    for state in states:
+        state.strategy, state.memory_budget, state.cache = strategy, memory_budget, cache
+
+
+def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"memory_budget: expected a number of bytes or None, got {budget!r}")
+    if strategy not in ("auto", "cached"):
+        raise ValueError(f"memory_budget: expected None for strategy {strategy!r}, which keeps nothing, got {budget}")
+    if budget < 0:
+        raise ValueError(f"memory_budget: expected at least 0 bytes, got {budget}")
+    needed, device = merged_bytes(model), next(model.parameters()).device
+    if strategy == "cached" and budget < needed:
+        raise ValueError(
+            f"memory_budget: expected at least {needed} bytes (one more model) for strategy "
+            f"'cached', got {budget}; 'auto' keeps as much as fits"
+        )
+    there = memory_of(device)
+    if there is not None and budget > there:
+        raise ValueError(f"memory_budget: expected at most the {in_gib(there)} of {device}, got {in_gib(budget)}")
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """The bytes of all merged tensors of a Pareto model together: what strategy ``cached`` keeps."""
+    merged = {
+        id(weight): weight
+        for _, module in pareto_modules(model)
+        for name in module.pareto_names
+        if (weight := module._parameters[name]) is not None
+    }
+    return sum(weight.numel() * weight.element_size() for weight in merged.values())
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All the memory of a device in bytes; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        with contextlib.suppress(ValueError, OSError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def in_gib(size: int) -> str:
+    """Bytes for a message: ``1.5 GiB``, and what is less than a thousandth of one in bytes."""
+    return f"{size / 2**30:,.3f} GiB" if size >= 2**20 else f"{size} bytes"

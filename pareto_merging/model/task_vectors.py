@@ -1,0 +1,196 @@
+"""The task vectors of one parameter: W_k − W0 as stored, rounded once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pareto_merging.model.copies import LazyTensors, names_in, read_tensor, tensor_of
+from pareto_merging.model.digests import TensorDigest, tensor_digest
+from pareto_merging.model.pieces import extremes, pieces_of, wide_dtype, widest
+from pareto_merging.model.preprocessing import Preprocess
+from pareto_merging.model.stored import Precision, holds
+
+# from this many numbers on, a tensor that was read and let go leaves memory worth giving back
+LARGE = 1 << 17
+
+
+def give_back_free_memory() -> None:
+    """Let the operating system have what the C library keeps of freed memory, where that is glibc.
+
+    Its heap keeps a hole wherever a tensor that was read lay below one that stays, which came to tens of megabytes for
+    a model of 12 million parameters. Nothing but the resident memory of the process changes.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def task_vectors_of(
+    names: Sequence[str],
+    weight: Tensor,
+    base: Tensor,
+    copies: Mapping[str, Mapping[str, Tensor]],
+    precision: Precision,
+    preprocess: Preprocess | None = None,
+    hashers: Mapping[str, TensorDigest] | None = None,
+) -> Tensor | None:
+    """τ of one parameter, [K, *shape] in the dtype and on the device of ``weight``; None where they are all zero.
+
+    Args:
+        names: all it has. weight, base: it in the module, and as stored. precision: what is counted into.
+    """
+    hashers = hashers or {}
+    if not weight.is_floating_point():
+        for task, weights in copies.items():
+            _subtract(names, weight, task, weights, hashers.get(task), precision, None)
+        return None
+    dtype = weight.dtype
+    if preprocess is not None:
+        # what is compared with a threshold is not rounded to 16 bits before
+        found = (tensor_of(weights, names_in(names, weights)[0], task).dtype for task, weights in copies.items())
+        dtype = widest([dtype, base.dtype, *found])
+    task_vectors, is_zero = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device), True
+    differences = Differences(base, task_vectors)
+    for number, (task, weights) in enumerate(copies.items()):
+        _subtract(names, weight, task, weights, hashers.get(task), precision, (differences, number))
+        if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
+            give_back_free_memory()
+        low, high = extremes(task_vectors[number])
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
+            )
+        is_zero = is_zero and low == high == 0
+    differences.add_to(precision)
+    if preprocess is not None:
+        return _preprocessed(preprocess, names[0], task_vectors, weight, precision)
+    return None if is_zero else task_vectors
+
+
+def _subtract(
+    names: Sequence[str],
+    weight: Tensor,
+    task: str,
+    weights: Mapping[str, Tensor],
+    hasher: TensorDigest | None,
+    precision: Precision,
+    target: tuple[Differences, int] | None,
+) -> None:
+    """Write one parameter of one copy minus W0 to its place in ``target``, rounded once; no target, no difference.
+
+    What was read is let go on return.
+
+    Raises:
+        ValueError: another shape than that of ``weight``; names tied in the model that differ in the copy; a parameter
+            without a task vector that is not that of the model.
+    """
+    present = names_in(names, weights)
+    value, weight = read_tensor(weights, present[0], task, weight), weight.detach()
+    precision.count(task, value.dtype, value.numel())
+    # what a dict has is in memory anyway
+    by_digest = len(present) > 1 and isinstance(weights, LazyTensors)
+    digest = tensor_digest(value) if hasher is not None or by_digest else ""
+    if hasher is not None:
+        hasher.parts[names[0]] = digest
+    if target is not None:
+        differences, number = target
+        differences.write(number, value)
+    elif not _equal(value, weight):
+        raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
+    del value
+    for other in present[1:]:
+        # in a lazy mapping two of them are held only where the bits differ, which may still be the same numbers (-0.0)
+        if by_digest and tensor_digest(read_tensor(weights, other, task, weight)) == digest:
+            continue
+        if not _equal(read_tensor(weights, other, task, weight), read_tensor(weights, present[0], task, weight)):
+            raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    return all(torch.equal(value[index].to(other.device), other[index]) for index in pieces_of(other.shape))
+
+
+def _preprocessed(
+    preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor, precision: Precision
+) -> Tensor | None:
+    """On the device and in the dtype of ``weight``, with memory of its own for every number; None if all are zero."""
+    result = preprocess(name, task_vectors)
+    if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
+    result = rounded(result, weight, precision)
+    low, high = extremes(result)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
+    return None if low == high == 0 else result
+
+
+# pieces of a megabyte in float32 are cut into as many, for there are some temporaries of each
+PARTS = 4
+
+
+class Differences:
+    """The task vectors of one parameter, [K, *shape]: written one after another, each rounded once.
+
+    Holds ``base`` (W0 as stored) and, where a task vector is rounded, the sum of what that changed, in bfloat16.
+    """
+
+    def __init__(self, base: Tensor, task_vectors: Tensor) -> None:
+        self.base, self.task_vectors = base, task_vectors
+        self._rounding: Tensor | None = None
+
+    def write(self, number: int, value: Tensor) -> None:
+        """Put ``value`` − W0 into task vector ``number``."""
+        task_vector, base = self.task_vectors[number], self.base
+        wide = wide_dtype(task_vector, base, value)
+        is_exact = wide == task_vector.dtype
+        if not is_exact and self._rounding is None:
+            # 8 bits of each number give the norm of the sum to a hundred-thousandth
+            self._rounding = torch.zeros_like(task_vector, dtype=torch.bfloat16)
+        for index in pieces_of(base.shape, PARTS):
+            operands = (tensor[index].to(task_vector.device, wide) for tensor in (value, base))
+            if is_exact or self._rounding is None:
+                torch.sub(*operands, out=task_vector[index])
+                continue
+            exact = torch.sub(*operands)
+            task_vector[index] = exact
+            self._rounding[index] += task_vector[index].to(wide).sub_(exact)
+
+    def add_to(self, precision: Precision) -> None:
+        """Count what rounding cost, after the last task vector."""
+        if self._rounding is not None:
+            for index in pieces_of(self.base.shape, PARTS):
+                error = self._rounding[index].to(wide_dtype(self.task_vectors))
+                total = -error
+                for task_vector in self.task_vectors:
+                    total += task_vector[index]
+                precision.add(error, total)
+
+
+def rounded(task_vectors: Tensor, like: Tensor, precision: Precision) -> Tensor:
+    """Task vectors [K, *shape] on the device and in the dtype of ``like``; what rounding costs is counted."""
+    result = task_vectors.detach().to(like).contiguous()
+    if not holds(result.dtype, task_vectors.dtype):
+        for index in pieces_of(result.shape[1:]):
+            error = torch.zeros_like(task_vectors[0][index])
+            total = torch.zeros_like(error)
+            for exact, narrow in zip(task_vectors.detach(), result, strict=True):
+                error += narrow[index].to(exact).sub_(exact[index])
+                total += exact[index]
+            precision.add(error, total)
+    return result
