@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows is run: its Python, one block after the other by heading, and its paths exist."""
+"""What CONTRIBUTING.md shows is run: its Python, one heading after the other."""
 
 from __future__ import annotations
 
@@ -21,18 +21,3 @@ def test_python_runs(heading: str) -> None:
     namespace: dict[str, object] = {}
     for block in SECTIONS[heading]:
         exec(compile(block, f"CONTRIBUTING.md, {heading}", "exec"), namespace)
-
-
-def test_paths_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", PAGE)
-    mentioned = re.findall(r"\b((?:tests|docs|benchmarks|pmkernels|pareto_merging)/[\w/.-]*\w)", PAGE)
-    assert links and mentioned
-    assert [path for path in [*links, *mentioned] if not (ROOT / path).exists()] == []
-
-
-def test_modules_that_are_run_exist() -> None:
-    modules = re.findall(r"-m ((?:benchmarks|pareto_merging)[\w.]*)", PAGE)
-    assert modules
-    for name in modules:
-        path = ROOT / name.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name
