@@ -43,6 +43,7 @@ from benchmarks import results
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
+from pareto_merging.checkpoints.safetensors import read_tensors, write_tensors
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.fold import merge
@@ -53,7 +54,7 @@ from pareto_merging.run.config import RunConfig, dump_config, read_config
 from pareto_merging.run.folder import CONFIG_NAME, SET_NAME, open_run
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import measured
-from pareto_merging.system.files import read_tensors, write_json, write_tensors, write_text
+from pareto_merging.system.files import write_json, write_text
 from pareto_merging.system.progress import Advance, progress_bar
 from pareto_merging.system.tables import print_table
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pareto_merging.version import VERSION
 
 if TYPE_CHECKING:
+    from pareto_merging.checkpoints import encoders as encoders
     from pareto_merging.checkpoints.readers import open_checkpoint as open_checkpoint
     from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
     from pareto_merging.data.heads import read_head as read_head
@@ -90,6 +91,9 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "encoders":
+        # as the model cards of exported files import it
+        return importlib.import_module(f"{__name__}.checkpoints.encoders")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, own_name = _HOMES[name].rpartition(".")

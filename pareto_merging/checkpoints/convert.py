@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.readers import is_head, is_safetensors, open_checkpoint, open_head
-from pareto_merging.data.heads import read_head
+from pareto_merging.checkpoints.heads import is_head, open_head
+from pareto_merging.checkpoints.readers import is_safetensors, open_checkpoint
+from pareto_merging.checkpoints.safetensors import SafetensorsFile, write_tensors
 from pareto_merging.errors import UserError
-from pareto_merging.system.files import SafetensorsFile, write_tensors
 from pareto_merging.system.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,8 +88,7 @@ def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
     file = SafetensorsFile(path)
     if set(file.shapes) != {"weight"} or "logit_scale" not in file.metadata:
         return None
-    head = read_head(path)
-    return file.read("weight"), head.logit_scale, {"source": file.metadata.get("source", path.name)}
+    return *open_head(path), {"source": file.metadata.get("source", path.name)}
 
 
 def _check_target(target: Path, files: Sequence[Path]) -> None:

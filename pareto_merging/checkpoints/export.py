@@ -7,29 +7,24 @@ to write what it reads.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pareto_merging.checkpoints import architecture as shapes
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
+from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
-from pareto_merging.system.files import CHECKSUMS, checksums, sort_metadata, usual_mode
+from pareto_merging.system.files import new_folder, write_bytes
 
 HUGGING_FACE_WEIGHTS, HUGGING_FACE_CONFIG = "model.safetensors", "config.json"
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -188,27 +183,6 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     return common
 
 
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        # safetensors refuses tensors in the same memory, such as tied weights
-        tensor = tensor.clone() if tensor.data_ptr() in seen else tensor
-        stored[name] = tensor.contiguous()
-        seen.add(stored[name].data_ptr())
-    try:
-        # those who load it do not look at the checksums; we do
-        metadata = {"format": "pt"}
-        save_file(stored, path, metadata={**metadata, CHECKSUMS: checksums(stored, metadata)})
-        sort_metadata(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written: {error}") from error
-
-
 # --- the folder
 
 
@@ -245,59 +219,9 @@ def _write_folder(
             raise UserError(f"extra_files: expected no weights, got {name}")
     with new_folder(target) as temporary:
         for name, tensors in weights.items():
-            _write(temporary / name, partial(_save, tensors))
+            write_tensors(temporary / name, tensors, {"format": "pt"})
         for name, content in {**extra_files, **files}.items():
-            _write(temporary / name, partial(_write_bytes, content))
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``target`` when the block ends without an exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
-    try:
-        # mkdtemp makes folders that nobody else can enter
-        temporary.chmod(usual_mode(0o777))
-        yield temporary
-        _sync(temporary)
-        if target.exists():
-            _swap(temporary, target)
-        else:
-            temporary.rename(target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    # no folder is renamed onto a full one: for a moment there is none
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
-    old = retired / "old"
-    try:
-        target.rename(old)
-        temporary.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        retired.rmdir()
-        raise
-    _sync(target.parent)
-    shutil.rmtree(retired, ignore_errors=True)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    write(path)
-    # safetensors makes files that nobody else can read
-    path.chmod(usual_mode(0o666))
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            write_bytes(temporary / name, content)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -45,12 +45,12 @@ from pareto_merging.checkpoints.modules import (
     find_tensors,
     normalisation,
     uses_quick_gelu,
-    walk_modules,
 )
 from pareto_merging.checkpoints.names import BLOCK_NAMES, Piece, block_and_rest, listed, text_pieces, vision_pieces
 from pareto_merging.checkpoints.pickles import Record, StoredTensor
+from pareto_merging.checkpoints.safetensors import SafetensorsFile
 from pareto_merging.errors import UserError
-from pareto_merging.system.files import SafetensorsFile, known_as, parse_json, read_json
+from pareto_merging.system.files import known_as, parse_json, read_json
 
 _SHARD = re.compile(r"[\w-][\w.-]{0,180}\.(safetensors|bin|pt)", re.ASCII)
 # of a converted file's header
@@ -504,57 +504,3 @@ def _open_clip_text(present: Mapping[str, Any], vision_prefix: str) -> dict[str,
             return {}
     whole = all(name in text for name in _TEXT) and any(name.startswith("transformer.") for name in text)
     return text if whole else {}
-
-
-# --- heads ---
-
-
-def open_head(source: str | Path) -> tuple[Tensor, float]:
-    """A zero-shot head of the task-vectors release (``head_<Dataset>Val.pt``) as (weight, logit scale).
-
-    Its rows are class embeddings times exp(logit_scale), its input is normalised, and its bias is zero.
-
-    Returns:
-        weight float32 [classes, dim] with rows of length 1, and the scale they had.
-
-    Raises:
-        UserError: no such head, a bias, features that are not normalised, or rows of different lengths.
-    """
-    path = Path(source)
-    archive = open_archive(path)
-    root = archive.root
-    heads = [
-        record
-        for _, record in (walk_modules(root, str(path)) if isinstance(root, Record) else ())
-        if record.type.name.rpartition(".")[2] == "ClassificationHead"
-    ]
-    parameters = heads[0].state.get("_parameters") if len(heads) == 1 else {}
-    parameters = parameters if isinstance(parameters, dict) else {}
-    weight = parameters.get("weight")
-    if not isinstance(weight, StoredTensor) or len(weight.shape) != 2 or 0 in weight.shape:
-        raise UserError(f"{path}: expected one ClassificationHead with a weight [classes, dim], got none")
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise UserError(f"{path}: expected floating-point numbers, got {weight.dtype}")
-    if heads[0].state.get("normalize") is not True:
-        raise UserError(f"{path}: expected a head that normalises the features, got one that does not")
-    bias = parameters.get("bias")
-    if isinstance(bias, StoredTensor) and bool(archive.tensor(bias).any()):
-        raise UserError(f"{path}: expected a head without a bias (a zero-shot head), got one with a bias")
-    rows = archive.tensor(weight).float()
-    lengths = rows.norm(dim=1)
-    if not bool(torch.isfinite(rows).all()) or not bool((lengths > 0).all()):
-        raise UserError(f"{path}: expected finite rows that are not zero, got others")
-    scale = lengths.mean()
-    if not bool(torch.allclose(lengths, scale, rtol=1e-2, atol=0.0)):
-        least, most = float(lengths.min()), float(lengths.max())
-        raise UserError(f"{path}: expected rows of one length (logit_scale), got {least:.4g} to {most:.4g}")
-    return rows / lengths[:, None], float(scale)
-
-
-def is_head(path: Path) -> bool:
-    """Whether a file is a pickled ClassificationHead; False for what cannot be read at all."""
-    try:
-        root = None if is_safetensors(path) else open_archive(path).root
-    except UserError:
-        return False
-    return isinstance(root, Record) and root.type.name.rpartition(".")[2] == "ClassificationHead"

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pareto_merging.checkpoints.readers import is_safetensors, open_head
-from pareto_merging.errors import UserError
-from pareto_merging.system.files import SafetensorsFile
+from pareto_merging.checkpoints.heads import open_head
 
 
 class ZeroShotHead(nn.Module):
@@ -36,30 +33,9 @@ class ZeroShotHead(nn.Module):
 
 
 def read_head(path: str | Path, name: str = "weight") -> ZeroShotHead:
-    """A head from a safetensors file: tensor ``weight`` (or the task's name) [classes, dim], metadata ``logit_scale``
-    (100 where it says none); or from a pickled one of the task-vectors release (``head_<Dataset>Val.pt``), as data.
+    """Read a head from a safetensors file or a pickled one, as :func:`pareto_merging.checkpoints.heads.open_head`.
 
     Raises:
         UserError: no such file or tensor, or not a matrix of finite numbers.
     """
-    path = Path(path)
-    if not is_safetensors(path):
-        return ZeroShotHead(*open_head(path))
-    file = SafetensorsFile(path)
-    found = name if name in file.shapes else "weight"
-    if found not in file.shapes:
-        names = ", ".join(sorted(file.shapes)) or "none"
-        raise UserError(f"{path}: expected a tensor named weight or {name}, got {names}")
-    weight, scale = file.read(found), file.metadata.get("logit_scale", "100")
-    try:
-        if "logit_scale" in file.shapes:
-            raise ValueError("logit_scale: expected it in the metadata, got a tensor")
-        if not weight.is_floating_point():
-            raise ValueError(f"weight: expected floating-point numbers, got {weight.dtype}")
-        if not 0 < float(scale) < float("inf"):
-            raise ValueError(f"logit_scale: expected a positive number, got {scale}")
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError("weight: expected finite numbers, got NaN or inf")
-        return ZeroShotHead(weight, float(scale))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    return ZeroShotHead(*open_head(path, name))

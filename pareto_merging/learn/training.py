@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
 from pareto_merging.data.sources import BatchStream
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError, UserError
@@ -28,7 +29,7 @@ from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
 from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
-from pareto_merging.system.files import read_metadata, read_tensors, write_tensors, write_text
+from pareto_merging.system.files import write_text
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
@@ -28,7 +29,6 @@ from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.model.state import ParetoState, pareto_state
 from pareto_merging.preferences import equal_preference
-from pareto_merging.system.files import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.version import VERSION
 
 # 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1

@@ -30,14 +30,14 @@ def _read_archive(path: Path) -> Answer:
 
 
 def _read_safetensors(path: Path) -> Answer:
-    from pareto_merging.system.files import SafetensorsFile
+    from pareto_merging.checkpoints.safetensors import SafetensorsFile
 
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.shapes}
 
 
 def _read_head(path: Path) -> Answer:
-    from pareto_merging.checkpoints.readers import open_head
+    from pareto_merging.checkpoints.heads import open_head
 
     weight, scale = open_head(path)
     return {"weight": weight, "scale": torch.tensor(scale)}

@@ -21,6 +21,7 @@ from command_line import one_line, run
 from safetensors.torch import load_file, save_file
 
 from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.safetensors import read_metadata
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.methods.registry import METHODS
@@ -29,7 +30,6 @@ from pareto_merging.model.state import set_preference
 from pareto_merging.run.config import read_config
 from pareto_merging.run.folder import open_run
 from pareto_merging.run.workspace import Workspace
-from pareto_merging.system.files import read_metadata
 from pmkernels import dispatch
 
 

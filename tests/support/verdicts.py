@@ -28,9 +28,8 @@ MEMORY, SECONDS = 300 * 2**20, 4.0
 
 def open_fully(path: Path, how: str) -> str:
     """Read all that a case has, by the lowest reader that knows it and by the one that users call; says what it was."""
-    from pareto_merging.checkpoints import archives, modules, pickles, readers
+    from pareto_merging.checkpoints import archives, heads, modules, pickles, readers, safetensors
     from pareto_merging.errors import UserError
-    from pareto_merging.system import files
 
     if how == "machine":
         with path.open("rb") as stream:
@@ -41,7 +40,7 @@ def open_fully(path: Path, how: str) -> str:
     refused: UserError | None = None
     try:
         if path.suffix == ".safetensors":
-            file = files.SafetensorsFile(path)
+            file = safetensors.SafetensorsFile(path)
             said = _sizes(map(file.read, file.shapes))
         else:
             archive = archives.open_archive(path)
@@ -49,7 +48,7 @@ def open_fully(path: Path, how: str) -> str:
     except UserError as error:
         refused = error
     # none of these is a CLIP: a UserError whatever it was before
-    for reader in (readers.open_checkpoint, readers.open_head):
+    for reader in (readers.open_checkpoint, heads.open_head):
         try:
             reader(path)
         except UserError:

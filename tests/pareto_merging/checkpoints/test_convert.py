@@ -526,13 +526,13 @@ def test_places_that_are_none(out: str, message: str, source: Path, tmp_path: Pa
 def test_an_interrupt_leaves_the_old_file(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pareto_merging.system import files
+    from pareto_merging.checkpoints import safetensors
 
     def stop(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "save_file", stop)
+    monkeypatch.setattr(safetensors, "save_file", stop)
     out = tmp_path / "a.safetensors"
     assert run("convert", source, out, "--quiet") == 130
     assert names_in(tmp_path) == ["in", "in/clip.pt"]

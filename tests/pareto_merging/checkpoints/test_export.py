@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pareto_merging.checkpoints import export
+from pareto_merging.checkpoints import export, safetensors
 from pareto_merging.checkpoints.architecture import (
     check_hugging_face_config,
     from_description,
@@ -32,6 +32,7 @@ from pareto_merging.checkpoints.architecture import (
 from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
 from pareto_merging.checkpoints.names import text_pieces, vision_pieces
 from pareto_merging.errors import UserError
+from pareto_merging.system import files
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -442,11 +443,15 @@ def test_an_error_at_any_write_leaves_the_old_folder_or_none(
     folder, before = tmp_path / "x", {}
     if overwrite:
         before = content(write(export_to, folder, card="old"))
-    points = [("_save", 1), ("_write_bytes", 3 if export_to is export_hugging_face else 2), ("_sync", 4)]
-    for name, count in points:
+    points = [
+        (export, "write_tensors", 1),
+        (export, "write_bytes", 3 if export_to is export_hugging_face else 2),
+        (files, "sync", 4),
+    ]
+    for module, name, count in points:
         for after in range(count):
             with monkeypatch.context() as patch:
-                patch.setattr(export, name, _failing_after(after, getattr(export, name), error))
+                patch.setattr(module, name, _failing_after(after, getattr(module, name), error))
                 with pytest.raises(type(error)):
                     write(export_to, folder, card="new", overwrite=overwrite)
             assert names_left(tmp_path) == (["x"] if overwrite else []), (name, after)
@@ -478,7 +483,7 @@ def test_a_full_disk_inside_safetensors_is_an_os_error(tmp_path: Path, monkeypat
         Path(args[1]).write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(safetensors, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write(export_hugging_face, tmp_path / "x")
     assert names_left(tmp_path) == []
@@ -488,9 +493,10 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from pareto_merging.checkpoints import export
+from pareto_merging.system import files
 
 name, count, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-owner = Path if name == "rename" else export
+owner = {"rename": Path, "sync": files}.get(name, export)
 real, calls = getattr(owner, name), []
 
 def killed(*args, **kwargs):
@@ -511,7 +517,7 @@ export.export_open_clip(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("_save", 0), ("_write_bytes", 0), ("_write_bytes", 1), ("_sync", 3), ("rename", 0), ("rename", 1)],
+    [("write_tensors", 0), ("write_bytes", 0), ("write_bytes", 1), ("sync", 3), ("rename", 0), ("rename", 1)],
 )
 def test_a_kill_leaves_the_old_folder_or_none(name: str, count: int, tmp_path: Path) -> None:
     from safetensors.torch import save_file
@@ -531,7 +537,7 @@ def test_a_kill_leaves_the_old_folder_or_none(name: str, count: int, tmp_path: P
     left = [path for path in folder.parent.iterdir() if path != folder]
     assert left
     assert all(path.name.startswith(".x.") and path.name.endswith(".tmp") for path in left)
-    if name in ("_save", "_write_bytes"):
+    if name in ("write_tensors", "write_bytes"):
         assert not any((path / "open_clip_config.json").exists() for path in left)
 
 
@@ -670,8 +676,9 @@ def test_the_configuration_is_written_last(
     export_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    real = export._write
-    monkeypatch.setattr(export, "_write", lambda path, call: (order.append(path.name), real(path, call)))
+    for name in ("write_tensors", "write_bytes"):
+        real = getattr(export, name)
+        monkeypatch.setattr(export, name, lambda path, *args, real=real: (order.append(path.name), real(path, *args)))
     write(export_to, tmp_path / "x", extra_files={"vocab.json": b"{}"})
     assert order[0].endswith(".safetensors")
     assert order[-1] in ("config.json", "open_clip_config.json")

@@ -27,8 +27,9 @@ import pareto_merging as pm
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
+from pareto_merging.checkpoints.heads import open_head
 from pareto_merging.checkpoints.pickles import ForbiddenGlobal
-from pareto_merging.checkpoints.readers import open_checkpoint, open_head
+from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.errors import UserError
 
 pytest.importorskip("open_clip")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes
 from pareto_merging.data import digits
 from pareto_merging.run.workspace import check_tensors
-from pareto_merging.system.files import read_metadata, read_shapes
 
 FOLDER = Path(digits.__file__).parent / "digits_suite"
 

@@ -15,6 +15,7 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 
 import pareto_merging as pm
+from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
@@ -24,7 +25,6 @@ from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, learn_pareto
 from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.strategy import merged_bytes, set_strategy
-from pareto_merging.system.files import read_tensors
 
 TASKS = 3
 

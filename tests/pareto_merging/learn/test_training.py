@@ -20,6 +20,7 @@ import torch
 from helpers import randomize
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
@@ -32,7 +33,6 @@ from pareto_merging.model.parameters import learned_parameters
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import preference
 from pareto_merging.model.strategy import set_strategy
-from pareto_merging.system.files import read_tensors
 
 # those of these tests run twice, with the eager strategy and with the kernels
 with_kernels = pytest.mark.usefixtures("strategy")
@@ -568,7 +568,7 @@ def test_damaged_checkpoints_are_one_clear_error(
 ) -> None:
     from safetensors.torch import save_file
 
-    from pareto_merging.system.files import read_metadata
+    from pareto_merging.checkpoints.safetensors import read_metadata
 
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
     learn_pareto_set(model, task_set(2), method(), folder=tmp_path, progress=False)

@@ -12,12 +12,12 @@ from helpers import noisy_copy
 from method_cases import assert_state, conv_net, entropy, image_tasks, parameter_task_vectors, state_of, ties_in_loops
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging, adamerging_preference, ties
-from pareto_merging.system.files import read_tensors
 
 IMAGES, STEPS = 7, 6
 

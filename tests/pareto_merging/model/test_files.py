@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pareto_merging
+from pareto_merging.checkpoints import safetensors
 from pareto_merging.errors import UserError
 from pareto_merging.model.files import (
     SET_FORMAT,
@@ -105,9 +106,9 @@ def test_wrong_checkpoints_are_named(saved: tuple[Path, nn.Module, dict[str, nn.
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], None]) -> None:
-    tensors, metadata = load_file(path), files.read_metadata(path)
+    tensors, metadata = load_file(path), safetensors.read_metadata(path)
     # who changes a file on purpose leaves none that do not fit
-    del metadata[files.CHECKSUMS]
+    del metadata[safetensors.CHECKSUMS]
     change(tensors, metadata)
     save_file(tensors, path, metadata=metadata)
 
@@ -197,11 +198,11 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="a pickle, which could run code, is not opened"):
-        files.read_tensors(path)
+        safetensors.read_tensors(path)
     with pytest.raises(UserError, match="got no such file"):
-        files.read_tensors(tmp_path / "none.safetensors")
+        safetensors.read_tensors(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="got a folder"):
-        files.read_tensors(tmp_path)
+        safetensors.read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 def test_broken_files_are_one_clear_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
-    for read in (files.read_tensors, files.read_metadata, files.read_shapes):
+    for read in (safetensors.read_tensors, safetensors.read_metadata, safetensors.read_shapes):
         with pytest.raises(UserError, match=r"broken.safetensors: expected a safetensors file, got"):
             read(path)
 

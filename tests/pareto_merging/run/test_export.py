@@ -576,8 +576,7 @@ def test_a_full_disk_leaves_the_old_model_or_none(
 def test_an_interrupt_leaves_the_old_model(
     format: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pareto_merging.checkpoints import export
-    from pareto_merging.system import files
+    from pareto_merging.checkpoints import safetensors
 
     out = tmp_path / ("out.safetensors" if format == "safetensors" else "out")
     options = ["--format", format, "--out", out, "--overwrite", "--quiet"]
@@ -588,8 +587,7 @@ def test_an_interrupt_leaves_the_old_model(
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    for module in (export, files):
-        monkeypatch.setattr(module, "save_file", stop)
+    monkeypatch.setattr(safetensors, "save_file", stop)
     assert run("export", whole, *OTHER, *options) == 130
     assert content(tmp_path) == before
     assert "Traceback" not in capsys.readouterr().err
