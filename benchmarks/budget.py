@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ from triton.backends.nvidia.compiler import get_ptxas
 import pmkernels
 from benchmarks import results
 from benchmarks.common import ptx, sass
-from pmkernels import dispatch
+from pmkernels import configs, dispatch
+from pmkernels.configs import Asked, Config, Entry
 from pmkernels.kernels import preference
+from pmkernels.launch import INTERPRETING, padded_rank
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _preference_calls() -> Iterator[tuple[str, str]]:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         dtype = torch.float32 if name == "tf32" else getattr(torch, name)
         n, d, pad = (3072, 1024, 0) if aligned else (1021, 517, 1)
-        wide = torch.empty(n, d + dispatch.padded_rank(rank), dtype=dtype)
+        wide = torch.empty(n, d + padded_rank(rank), dtype=dtype)
         x = torch.empty(rows, d + pad, dtype=dtype)[:, pad:]
         G, B = torch.empty(rank, rank, tasks), torch.empty(rank, d, dtype=dtype).t()
         if aligned and rows > 1 and (tasks, rank) == (8, 16):
@@ -238,15 +240,10 @@ def _argument_key(value: Any) -> str:
 
 
 @contextmanager
-def _recording(configuration_file: str, launches: dict[str, Launch], used: set[tuple[str, str]]) -> Iterator[list[str]]:
+def _recording(configuration_file: str, launches: dict[str, Launch], used: set[str]) -> Iterator[list[str]]:
     """Record what would be launched on a GPU of that configuration file; yields what it is for: [case, dtype]."""
     now = ["", ""]
-    run, runs_kernels, gpu_file, lookup = (
-        triton.runtime.jit.JITFunction.run,
-        dispatch.runs_kernels,
-        dispatch.gpu_file,
-        dispatch.lookup,
-    )
+    run = triton.runtime.jit.JITFunction.run
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         configuration = " ".join(
@@ -269,28 +266,22 @@ def _recording(configuration_file: str, launches: dict[str, Launch], used: set[t
             ),
         )
 
-    def noting(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
-        for entry in dispatch.entries(name):
-            if entry.fits(op, dtype, rows, rank, aligned):
-                used.add((name, repr(entry)))
-                break
-        return lookup(name, op, dtype, rows, rank, aligned)
+    def noting(_: Asked, entry: Entry) -> Config:
+        used.add(repr(entry))
+        return entry.config
 
     triton.runtime.jit.JITFunction.run = record
-    dispatch.runs_kernels = lambda device: True
-    dispatch.gpu_file = lambda device: configuration_file  # type: ignore[assignment]
-    dispatch.lookup = noting  # type: ignore[assignment]
     try:
-        yield now
+        with dispatch.using(replace(dispatch.in_force(), file=configuration_file, runs=True, launch=noting)):
+            yield now
     finally:
         triton.runtime.jit.JITFunction.run = run
-        dispatch.runs_kernels, dispatch.gpu_file, dispatch.lookup = runs_kernels, gpu_file, lookup
 
 
 def record(configuration_file: str) -> tuple[list[Launch], list[str]]:
     """The distinct launches of all cases with that configuration file, and its entries that none of them used."""
     launches: dict[str, Launch] = {}
-    used: set[tuple[str, str]] = set()
+    used: set[str] = set()
     precision = torch.backends.cuda.matmul.fp32_precision
     try:
         with _recording(configuration_file, launches, used) as now:
@@ -304,8 +295,8 @@ def record(configuration_file: str) -> tuple[list[Launch], list[str]]:
             _other_calls()
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
-    own = dispatch.read_entries(dispatch.config_files()[configuration_file])
-    return list(launches.values()), [repr(e) for e in own if (configuration_file, repr(e)) not in used]
+    own = configs.read_entries(dispatch.in_force().files[configuration_file])
+    return list(launches.values()), [repr(e) for e in own if repr(e) not in used]
 
 
 class _Compiler:
@@ -512,9 +503,9 @@ def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list
 
     costs: list[Cost] = []
     faults: list[str] = []
-    files = dispatch.config_files()
+    files = dispatch.in_force().files
     for name, text in files.items():
-        meant_for = dispatch.architectures(text)
+        meant_for = configs.architectures(text)
         # the default file is for GPUs whose architecture has none of its own, which goes on with the default's lines
         chosen = [arch for arch in archs if (arch in meant_for if meant_for else arch not in files)]
         launches, unused = record(name)
@@ -567,7 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first so many launches: proves that it runs")
     parser.add_argument("--out", type=Path, help="write every compiled kernel's figures to this JSON file")
     chosen = parser.parse_args(arguments)
-    if dispatch.INTERPRETING:
+    if INTERPRETING:
         print("TRITON_INTERPRET: expected unset, nothing is compiled while interpreting", file=sys.stderr)
         return 2
     start = time.perf_counter()

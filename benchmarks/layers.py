@@ -23,7 +23,7 @@ from benchmarks import limits
 from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import LIMIT, RANK, TOLERANCE, Layer, relative_error, timed
-from pmkernels import costs, dispatch, ops, reference
+from pmkernels import costs, dispatch, ops, reference, strategies
 from pmkernels.costs import Problem
 from pmkernels.graphs import capture, warm_up
 
@@ -243,7 +243,7 @@ def points(case: Case, op: str, rows: int) -> Iterator[Row]:
         errors = rounded(error), rounded(allowed)
         row = Row(op, layer.name, layer.n, layer.d, case.tasks, rank, rows, dtype, name, *errors, matched)
         if name == "auto":
-            row.chosen = dispatch.choose(
+            row.chosen = strategies.choose(
                 OPERATIONS[op], "auto", case.x, rows=rows, n=layer.n, d=layer.d, rank=rank, tasks=case.tasks
             )
         if matched:

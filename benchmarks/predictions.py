@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.kernels import RANK, Layer
-from pmkernels import costs, dispatch
+from pmkernels import configs, costs, strategies
 from pmkernels.costs import Bound, Pass, Problem, Rates
 
 KIND = "16-bit"
@@ -74,14 +74,14 @@ def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = Fal
 def configuration_file(gpu: str) -> str:
     """The configuration file that a GPU of that name would take: its own, its architecture's, or the default one."""
     arch = DEVICES[gpu][1] if gpu in DEVICES else ""
-    files = dispatch.config_files()
+    files = configs.config_files()
     return next((name for name in (gpu, arch) if name in files), "default")
 
 
 @functools.cache
 def rates_of(gpu: str) -> Rates:
     """The rates of a GPU of :data:`pmkernels.costs.GPUS`, measured ones where its configuration file has them."""
-    return replace(costs.GPUS[gpu], **dispatch.read_rates(dispatch.config_files()[configuration_file(gpu)]))
+    return replace(costs.GPUS[gpu], **configs.read_rates(configs.config_files()[configuration_file(gpu)]))
 
 
 def predicted(
@@ -98,7 +98,7 @@ def predicted(
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """
     name = configuration or configuration_file(gpu)
-    return dispatch.predicted_seconds(name, rates_of(gpu), operation, strategy, counted, cached=cached)
+    return strategies.predicted_seconds(name, rates_of(gpu), operation, strategy, counted, cached=cached)
 
 
 def choice(operation: str, counted: Problem, gpu: str) -> str:
@@ -170,7 +170,7 @@ def of_operation(
 ) -> Iterator[tuple[int, Pass]]:
     """Yield the kernels of an operation of a layer, each launched so many times."""
     name = configuration_file(gpu)
-    for kernel in dispatch.predicted_passes(name, rates_of(gpu), operation, strategy, counted, cached=cached):
+    for kernel in strategies.predicted_passes(name, rates_of(gpu), operation, strategy, counted, cached=cached):
         yield times, kernel
 
 
@@ -361,7 +361,7 @@ def served_and_plain(
 def reduction_share(layer: Layer, tasks: int, gpu: str) -> float:
     """Divide bytes over bandwidth by the predicted seconds of the reduction of a dW with its partial sums."""
     p, rates = problem(layer, tasks), rates_of(gpu)
-    kernels = dispatch.predicted_passes(configuration_file(gpu), rates, "weight_grad", "streamed", p)
+    kernels = strategies.predicted_passes(configuration_file(gpu), rates, "weight_grad", "streamed", p)
     reduction = [kernel for kernel in kernels if kernel.name in ("reduction", "partial sums")]
     return (tasks + 1) * p.weight / rates.memory / costs.seconds(reduction, rates, KIND)
 

@@ -23,6 +23,8 @@ from benchmarks.kernels import TOLERANCE, Layer, relative_error
 from benchmarks.layers import captured, rounded
 from benchmarks.serving_baselines import RANK, TASKS
 from pmkernels import costs, dispatch, reference
+from pmkernels.launch import precision_kind
+from pmkernels.strategies import choose
 
 OP = "serving layer"
 LIMIT = "limit: F.linear"
@@ -150,9 +152,7 @@ def bound_ms(layer: Layer, rates: Mapping[str, float] | None, dtype: torch.dtype
     """Milliseconds that no kernel can be faster than, at rates as :func:`benchmarks.kernels.ceilings` measures them."""
     if rates is None:
         return None
-    problem = costs.Problem(
-        layer.items * layer.tokens, layer.n, layer.d, 0, RANK, dispatch.precision_kind(dtype), per_row=True
-    )
+    problem = costs.Problem(layer.items * layer.tokens, layer.n, layer.d, 0, RANK, precision_kind(dtype), per_row=True)
     operations = rates[str(dtype).removeprefix("torch.")]
     return rounded(1e3 * costs.served_seconds(problem, operations, rates["copy"]))
 
@@ -231,7 +231,7 @@ def _chosen(x: Tensor, layer: Layer, strategy: str) -> str:
     if x.device.type != "cuda":
         return "eager" if strategy == "auto" else strategy
     rows = layer.items * layer.tokens
-    return dispatch.choose("preference", strategy, x, rows=rows, n=layer.n, d=layer.d, rank=RANK, tasks=0)
+    return choose("preference", strategy, x, rows=rows, n=layer.n, d=layer.d, rank=RANK, tasks=0)
 
 
 def projections(quick: bool) -> Iterator[tuple[str, Layer]]:

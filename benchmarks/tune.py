@@ -43,16 +43,17 @@ from torch.nn import functional as F
 import pmkernels
 from benchmarks import budget, kernels, layers, limits, results
 from benchmarks.kernels import Layer, relative_error
-from pmkernels import dispatch
-from pmkernels.dispatch import Config
+from pmkernels import configs, dispatch, strategies
+from pmkernels.configs import Asked, Config
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
 from pmkernels.kernels import merge as merge_kernels
 from pmkernels.kernels import preference as preference_kernels
 from pmkernels.kernels import weight_grad as weight_grad_kernels
+from pmkernels.launch import INTERPRETING, padded_rank
 from pmkernels.reference import preference_core
 
-CONFIGS = Path(dispatch.__file__).parent / "configs"
+CONFIGS = Path(configs.__file__).parent / "configs"
 # what the goals' hot path launches, first of all
 HOT = ("merge_grad", "widen", "preference", "merge")
 TUNED = (*HOT, "linear", "weight_grad", "shrink", "factor_grad")
@@ -238,7 +239,7 @@ def computed(case: Case, v: Values, wide: torch.dtype) -> list[Tensor]:
             return [s, mixed.sum(dim=0)]
         x, t = v["x"], mixed.sum(dim=0)
         if case.call == "widen":
-            t = F.pad(t, (0, dispatch.padded_rank(case.rank) - case.rank))
+            t = F.pad(t, (0, padded_rank(case.rank) - case.rank))
             return [torch.cat([of("x"), t if exact else t.to(x.dtype).to(wide)], dim=1)]
         A = v["wide"][:, case.d : case.d + case.rank].to(wide)
         y = (x.to(wide) if exact else x) @ (of("weight") if exact else v["weight"]).t()
@@ -336,45 +337,23 @@ def precision(kind: str) -> Iterator[None]:
 @contextmanager
 def trial(op: str, config: Config | None) -> Iterator[None]:
     """Every launch of ``op`` with ``config``; None: as configured."""
-    before = dispatch.lookup
+    before = dispatch.in_force()
 
-    def forced(name: str, asked: str, dtype: str, rows: int, rank: int, aligned: bool) -> Config:
-        return config if config is not None and asked == op else before(name, asked, dtype, rows, rank, aligned)
+    def forced(asked: Asked, entry: configs.Entry) -> Config:
+        if config is not None and asked.op == op:
+            return config
+        return entry.config if before.launch is None else before.launch(asked, entry)
 
-    dispatch.lookup = forced  # type: ignore[assignment]
-    try:
+    with dispatch.using(replace(before, launch=forced)):
         yield
-    finally:
-        dispatch.lookup = before
-
-
-_CACHES = (
-    dispatch._cheapest,
-    dispatch.rates,
-    dispatch.measured_choices,
-    dispatch.entries,
-    dispatch.gpu_file,
-    dispatch.lookup,
-)
 
 
 @contextmanager
 def active(name: str, text: str | None = None) -> Iterator[None]:
     """The configuration file ``name`` in use on every device; with ``text``, that is what it says."""
-    before = dispatch.config_files, dispatch.gpu_file
-    files = {**before[0](), **({} if text is None else {name: text})}
-    dispatch.config_files, dispatch.gpu_file = (lambda: files), (lambda device: name)  # type: ignore[assignment]
-    _forget()
-    try:
+    files = {**dispatch.in_force().files, **({} if text is None else {name: text})}
+    with dispatch.using(replace(dispatch.in_force(), files=files, file=name)):
         yield
-    finally:
-        dispatch.config_files, dispatch.gpu_file = before
-        _forget()
-
-
-def _forget() -> None:
-    for cache in _CACHES:
-        cache.cache_clear()
 
 
 @contextmanager
@@ -436,13 +415,14 @@ def launches(case: Case, config: Config | None, target: Target) -> list[budget.L
         parts = [kernel.__name__, *map(budget._argument_key, arguments), *(f"{k}={v!r}" for k, v in options.items())]
         found.append(budget.Launch(kernel, str(case), dtype, "", arguments, options, "|".join(parts)))
 
-    multiprocessors = dispatch.multiprocessors
-    dispatch.multiprocessors = lambda device: target.multiprocessors  # type: ignore[assignment]
-    try:
-        with precision(case.kind), trial(case.op, config), _jit_run(record), torch.no_grad():
-            run(case, inputs(case, torch.device("meta")))
-    finally:
-        dispatch.multiprocessors = multiprocessors
+    with (
+        dispatch.using(replace(dispatch.in_force(), multiprocessors=target.multiprocessors)),
+        precision(case.kind),
+        trial(case.op, config),
+        _jit_run(record),
+        torch.no_grad(),
+    ):
+        run(case, inputs(case, torch.device("meta")))
     return found
 
 
@@ -818,8 +798,8 @@ def group(
     rank = min(kernels.RANK, max_rank or kernels.RANK)
     present = [dispatch.lookup(name, op, kind, top, rank, True) for name in (target.name, "default")]
     if previous is not None:
-        earlier = dispatch.read_entries(previous)
-        present += [e.config for e in earlier if e.fits(op, kind, top, rank, True)][:1]
+        earlier = configs.read_entries(previous)
+        present += [e.config for e in earlier if e.fits(Asked(op, kind, top, rank, True))][:1]
     found = list(dict.fromkeys([*present, *candidates(op, kind, max_rows)]))[: 2 if quick else MOST]
     cases = timing_cases(op, max_rows, among)
     if kind != "16-bit":
@@ -1037,7 +1017,7 @@ class Point:
 
     def choose(self, rows: int, like: Tensor) -> str:
         """What ``auto`` takes with the configuration file in use, for tensors like that."""
-        return dispatch.choose(self.op, "auto", like, rows=rows, n=self.n, d=self.d, tasks=self.tasks, rank=self.rank)
+        return strategies.choose(self.op, "auto", like, rows=rows, n=self.n, d=self.d, tasks=self.tasks, rank=self.rank)
 
 
 def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
@@ -1221,7 +1201,7 @@ def validate(
     with active(base):
         before = looked_up()
     with active(name, text):
-        dispatch.entries(name)
+        dispatch.in_force().entries(name)
         after = looked_up()
         for point, best in labels.items():
             faults += [
@@ -1359,7 +1339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not on_gpu and not chosen.quick:
         print("tune: expected a CUDA GPU, got none (--quick rehearses on the CPU)", file=sys.stderr)
         return 2
-    if on_gpu == dispatch.INTERPRETING:
+    if on_gpu == INTERPRETING:
         wanted = "unset on a GPU" if on_gpu else "1 before the start, without a GPU"
         print(f"tune: TRITON_INTERPRET: expected {wanted}", file=sys.stderr)
         return 2
@@ -1380,7 +1360,7 @@ def _target(device: torch.device) -> tuple[str, str, Target]:
         return "rehearsal", "rehearsal", Target(90, 132, "default")
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
-    base = arch if arch in dispatch.config_files() else "default"
+    base = arch if arch in dispatch.in_force().files else "default"
     target = Target(10 * major + minor, dispatch.multiprocessors(device), base)
     return torch.cuda.get_device_name(device), dispatch.gpu_name(device.index), target
 

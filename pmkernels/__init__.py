@@ -5,11 +5,11 @@ Six operations, each with its definition in plain PyTorch under the same name in
 """
 
 from pmkernels import reference
-from pmkernels.dispatch import STRATEGIES
 from pmkernels.entropy import softmax_entropy
 from pmkernels.linear import merge_weight, pareto_linear
 from pmkernels.preference import preference_linear, widen_weight
 from pmkernels.projection import project_task_vectors
+from pmkernels.strategies import STRATEGIES
 from pmkernels.vectors import merge_vectors, merge_vectors_gradient
 
 __all__ = [

@@ -1,6 +1,6 @@
 """What a layer costs: operations and bytes counted, and the seconds a GPU of known rates would take for them.
 
-Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.dispatch.choose`), the bounds that
+Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.strategies.choose`), the bounds that
 benchmarks report beside a time, and predictions for a GPU that is not at hand. The rates of :data:`GPUS` are what large
 products and copies reach, about 0.8 of the vendor's tensor-core figure and 0.9 of its bandwidth (of the A6000, as in
 the design, all of them), unless a tuned configuration file brings measured ones. The share that a kernel reaches of

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import dispatch
+from pmkernels import launch, strategies
 from pmkernels.reference import accumulate_dtype
 
-if dispatch.HAS_TRITON:
+if launch.HAS_TRITON:
     from pmkernels import ops
 
 
@@ -64,7 +64,7 @@ def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
         raise TypeError(f"logits: expected a floating-point tensor, got {got}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
-    if dispatch.resolve(strategy, {"logits": logits}, logits.device) == "eager":
+    if strategies.resolve(strategy, {"logits": logits}, logits.device) == "eager":
         entropy: Tensor = _SoftmaxEntropy.apply(logits)
         return entropy
     entropy, _, _ = ops.softmax_entropy(logits)

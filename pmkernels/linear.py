@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import dispatch, eager
+from pmkernels import eager, launch, strategies
 from pmkernels.checks import autocast_enabled, check_parameters, check_tensor, no_autocast, without_autocast
 
-if dispatch.HAS_TRITON:
+if launch.HAS_TRITON:
     from pmkernels import ops
 
 
@@ -104,7 +104,7 @@ def pareto_linear(
         _check_cached(cached, weight, x.dtype)
     tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
     tensors.update(gamma=gamma, bias=bias, cached=cached)
-    chosen = dispatch.resolve(strategy, tensors, x.device)
+    chosen = strategies.resolve(strategy, tensors, x.device)
     arguments = tuple(tensors.values())
     with no_autocast(device_type):
         if chosen == "eager":
@@ -164,7 +164,7 @@ def merge_weight(
     if cached is not None:
         _check_cached(cached, weight, weight.dtype)
     tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B, "gamma": gamma}
-    chosen = dispatch.resolve(strategy, tensors, weight.device)
+    chosen = strategies.resolve(strategy, tensors, weight.device)
     arguments = tuple(tensors.values())
     with no_autocast(weight.device.type):
         if chosen == "eager":

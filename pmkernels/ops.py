@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmkernels import dispatch, eager
+from pmkernels import eager, launch, strategies
 from pmkernels.checks import without_autocast
 from pmkernels.kernels import entropy as entropy_kernels
 from pmkernels.kernels import linear as linear_kernels
@@ -52,7 +52,7 @@ def _choose(
     gamma: OptionalTensor,
 ) -> str:
     n, d = weight.shape
-    return dispatch.choose(
+    return strategies.choose(
         operation,
         strategy,
         rows,
@@ -188,7 +188,7 @@ def pareto_linear_backward(
         per_row = gamma is not None and gamma.ndim > 1
         # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
         need_low_rank = need_A or need_B or need_core
-        from_tiles = need_lam and not per_row and (A is None or dispatch.from_tiles(A.shape[1], *weight.shape))
+        from_tiles = need_lam and not per_row and (A is None or launch.from_tiles(A.shape[1], *weight.shape))
         by_rows = per_row or (need_low_rank and not from_tiles)
         limit = weight.numel()
         groups = u = s = t = ds = None

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmkernels import dispatch, eager
+from pmkernels import eager, launch, strategies
 from pmkernels.checks import check_tensor, no_autocast
 from pmkernels.linear import broadcasts
 from pmkernels.reference import accumulate_dtype, preference_core
 
-if dispatch.HAS_TRITON:
+if launch.HAS_TRITON:
     from pmkernels.kernels import preference as kernels
 
 # torch.library reads these annotations and knows Optional, not |
@@ -48,7 +48,7 @@ def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
     (n, d), rank = weight.shape, A.shape[-1] if A.ndim else 0
     if A.shape != (n, rank) or not rank:
         raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
-    wide = torch.zeros(n, d + dispatch.padded_rank(rank), dtype=weight.dtype, device=weight.device)
+    wide = torch.zeros(n, d + launch.padded_rank(rank), dtype=weight.dtype, device=weight.device)
     wide[:, :d] = weight.detach()
     wide[:, d : d + rank] = A.detach()
     return wide
@@ -96,7 +96,7 @@ def preference_linear(
         if torch.is_grad_enabled() and value.requires_grad:
             raise ValueError(f"{name}: expected no gradient to be wanted (pareto_linear has one), got requires_grad")
     _check_shapes(x, wide, G, B, gamma, bias)
-    chosen = dispatch.resolve(strategy, {**given, "A": B, "task_vectors": None}, x.device)
+    chosen = strategies.resolve(strategy, {**given, "A": B, "task_vectors": None}, x.device)
     with no_autocast(x.device.type):
         y: Tensor = _preference_linear(x, wide, G, B, gamma, bias, chosen)
         return y
@@ -106,7 +106,7 @@ def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, 
     if B.ndim != 2 or not B.shape[1]:
         raise ValueError(f"B: expected shape [in, R], got {list(B.shape)}")
     d, rank = B.shape
-    width = d + dispatch.padded_rank(rank)
+    width = d + launch.padded_rank(rank)
     if wide.ndim != 2 or wide.shape[1] != width:
         raise ValueError(f"wide: expected shape [out, {width}], as widen_weight returns, got {list(wide.shape)}")
     if wide.stride(1) != 1:
@@ -133,7 +133,7 @@ def _preference_linear(
     if strategy == "eager":
         return _eager(x, wide, G, B, gamma, bias)
     (d, rank), rows = B.shape, math.prod(x.shape[:-1])
-    chosen = dispatch.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
+    chosen = strategies.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
     groups = eager.groups_of(gamma, x.shape[:-1]).contiguous()
     with torch.cuda.device_of(x):
         if chosen == "fused":

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import dispatch
+from pmkernels import launch, strategies
 from pmkernels.checks import check_tensor, no_autocast, without_autocast
 
-if dispatch.HAS_TRITON:
+if launch.HAS_TRITON:
     from pmkernels import ops
 
 
@@ -88,7 +88,7 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy
         raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
     if B.shape != (d, A.shape[1]) or B.dtype != A.dtype:
         raise ValueError(f"B: expected shape [{d}, {A.shape[1]}] in {A.dtype}, got {list(B.shape)} in {B.dtype}")
-    chosen = dispatch.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device)
+    chosen = strategies.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device)
     function = _Project if chosen == "eager" else _ProjectFused
     with no_autocast(device.type):
         projected: Tensor = function.apply(task_vectors, A, B)

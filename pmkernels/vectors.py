@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import dispatch
+from pmkernels import launch, strategies
 from pmkernels.checks import check_tensor, no_autocast, without_autocast
 from pmkernels.reference import accumulate_dtype
 
-if dispatch.HAS_TRITON:
+if launch.HAS_TRITON:
     from pmkernels import ops
 
 
@@ -89,7 +89,7 @@ def merge_vectors(
         if value.requires_grad:
             raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
     tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam}
-    chosen = dispatch.resolve(strategy, tensors, weight.device)
+    chosen = strategies.resolve(strategy, tensors, weight.device)
     with no_autocast(weight.device.type):
         if chosen == "eager":
             merged: Tensor = _MergeVectors.apply(weight, task_vectors, lam, offsets)
@@ -118,7 +118,7 @@ def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, 
         raise ValueError(f"task_vectors: expected shape [K, {grad.numel()}], got {list(task_vectors.shape)}")
     _check_offsets(offsets, device)
     with no_autocast(device.type):
-        if dispatch.resolve(strategy, {"grad": grad, "task_vectors": task_vectors}, device) == "eager":
+        if strategies.resolve(strategy, {"grad": grad, "task_vectors": task_vectors}, device) == "eager":
             return _project(grad, task_vectors, offsets)
         found: Tensor = ops.merge_vectors_backward(grad, task_vectors, offsets)
         return found

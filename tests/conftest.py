@@ -6,8 +6,7 @@ A GPU machine may have torch, triton, numpy and pytest and nothing else: nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -40,19 +39,13 @@ def tiny_vit() -> nn.Module:
 
 
 @pytest.fixture(params=["eager", "fused"])
-def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
     """What ``auto`` means in a test: plain PyTorch, then the kernels wherever they can be."""
     from pmkernels import dispatch
+    from pmkernels.configs import Configs
 
-    resolve = dispatch.resolve
-
-    def with_default(strategy: str, tensors: dict[str, Any], device: torch.device) -> str:
-        if strategy != "auto":
-            return resolve(strategy, tensors, device)
-        return request.param if dispatch.unsupported(device, tensors) is None else "eager"
-
-    monkeypatch.setattr(dispatch, "resolve", with_default)
-    return request.param
+    with dispatch.using(Configs(auto=request.param)):
+        yield request.param
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import configs, dispatch, launch, reference
 
 FROZEN = ("weight", "task_vectors")
 LEARNED = ("lam", "A", "G", "B", "gamma")
@@ -165,48 +166,49 @@ class Parts:
 def note_parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     """From here on the parts of every product are noted, and forced where a test asks for that."""
     seen = Parts()
-    of_d, of_rows = dispatch.splits_of_d, dispatch.splits_of_rows
+    of_d, of_rows = launch.splits_of_d, launch.splits_of_rows
 
     def forced(length: int, block: int) -> tuple[int, int]:
         assert seen.force is not None
         each = max(-(-length // (seen.force * block)), 1) * block
         return max(-(-length // each), 1), each
 
-    def noted_d(config: dispatch.Config, gpu: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
+    def noted_d(config: configs.Config, gpu: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
         found = of_d(config, gpu, rows, n, d, tiles) if seen.force is None else forced(d, config.block_d)
         seen.of_d.append(found[0])
         return found
 
-    def noted_rows(config: dispatch.Config, gpu: int, rows: int, *rest: int) -> tuple[int, int]:
+    def noted_rows(config: configs.Config, gpu: int, rows: int, *rest: int) -> tuple[int, int]:
         found = of_rows(config, gpu, rows, *rest) if seen.force is None else forced(rows, config.block_m)
         seen.of_rows.append(found[0])
         return found
 
-    monkeypatch.setattr(dispatch, "splits_of_d", noted_d)
-    monkeypatch.setattr(dispatch, "splits_of_rows", noted_rows)
+    monkeypatch.setattr(launch, "splits_of_d", noted_d)
+    monkeypatch.setattr(launch, "splits_of_rows", noted_rows)
     return seen
 
 
-def configurations() -> dict[str, tuple[str, dispatch.Entry]]:
+def configurations() -> dict[str, tuple[str, configs.Entry]]:
     """Every line of every shipped configuration file: a name for it -> the file and the line."""
-    lines = [(name, entry) for name, text in dispatch.config_files().items() for entry in dispatch.read_entries(text)]
+    lines = [(name, entry) for name, text in configs.config_files().items() for entry in configs.read_entries(text)]
     return {f"{name}: {entry.op} {i}": (name, entry) for i, (name, entry) in enumerate(lines)}
 
 
-def use_configuration(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@contextlib.contextmanager
+def use_configuration(name: str, entry: configs.Entry) -> Iterator[list[str]]:
     """Launch with that line wherever it fits, and note its op each time; skip on another architecture than its own."""
     major, minor = torch.cuda.get_device_capability()
-    meant_for = dispatch.architectures(dispatch.config_files()[name])
+    meant_for = configs.architectures(configs.config_files()[name])
     if meant_for and f"sm_{major}{minor}" not in meant_for:
         pytest.skip(f"for {', '.join(meant_for)}")
-    lookup, used = dispatch.lookup, []
+    used: list[str] = []
 
-    def with_entry(file: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
-        if entry.fits(op, dtype, rows, rank, aligned):
-            used.append(op)
-            return entry.config
-        return lookup(file, op, dtype, rows, rank, aligned)
+    def with_entry(asked: configs.Asked, found: configs.Entry) -> configs.Config:
+        if not entry.fits(asked):
+            return found.config
+        used.append(asked.op)
+        return entry.config
 
-    monkeypatch.setattr(dispatch, "lookup", with_entry)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if entry.dtype == "tf32" else "ieee"
-    return used
+    with dispatch.using(configs.Configs(launch=with_entry)):
+        yield used

@@ -13,7 +13,7 @@ import pytest
 import torch
 from smoke import mark_smoke, smoke, smoke_rank
 
-from pmkernels import dispatch
+from pmkernels import configs, dispatch
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "tests" / "gpu"
@@ -86,7 +86,7 @@ def test_the_smoke_tests_have(what: str, smoke_ids: list[str]) -> None:
 
 
 def test_every_configuration_for_sm_90_is_a_smoke_test(smoke_ids: list[str]) -> None:
-    entries = dispatch.read_entries(dispatch.config_files()["sm_90"])
+    entries = configs.read_entries(configs.config_files()["sm_90"])
     start = "test_kernels.py::test_every_shipped_configuration[sm_90: "
     found = [name.removeprefix(start).split(" ")[0] for name in smoke_ids if name.startswith(start)]
     assert found == [entry.op for entry in entries]
@@ -109,7 +109,7 @@ def test_four_warps_come_first_and_then_the_reductions(smoke_ids: list[str], all
 def test_kernels_of_four_warps_with_several_products_come_first() -> None:
     """Where a configuration gives another one four warps, test_products.py wants a test of it."""
     several = {"linear", "weight_grad", "merge_grad", "preference", "widen", "shrink", "preference_grad"}
-    four = {entry.op for entry in dispatch.entries("sm_90") if entry.config.num_warps == 4}
+    four = {entry.op for entry in dispatch.in_force().entries("sm_90") if entry.config.num_warps == 4}
     assert four & several == {"preference", "widen", "shrink"}
 
 
@@ -119,7 +119,7 @@ def test_repeats_and_the_sanitizer_are_apart(all_ids: list[str]) -> None:
     files = {"test_repeats.py", "test_sanitizer.py"}
     assert {name.split("::")[0] for name in apart} == files
     assert {name.split("::")[0] for name in left} == {p.name for p in GPU.glob("test_*.py")} - files
-    lines = sum(len(dispatch.read_entries(text)) for text in dispatch.config_files().values())
+    lines = sum(len(configs.read_entries(text)) for text in configs.config_files().values())
     assert sum(name.startswith("test_repeats.py::test_launches_give_the_same_bits[") for name in apart) == lines
     assert sorted(apart)[-2:] == [
         f"test_sanitizer.py::test_compute_sanitizer_finds_nothing[{tool}]" for tool in ("memcheck", "racecheck")
@@ -200,8 +200,8 @@ def test_options_leave_out_what_is_not_installed(absent: str, monkeypatch: pytes
 
 
 def test_every_op_of_a_configuration_file_is_repeated() -> None:
-    files = dispatch.config_files().values()
-    assert set(_module("test_repeats").LAUNCHES) == {e.op for text in files for e in dispatch.read_entries(text)}
+    files = configs.config_files().values()
+    assert set(_module("test_repeats").LAUNCHES) == {e.op for text in files for e in configs.read_entries(text)}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.kernels import TOLERANCE, Layer, relative_error
 from benchmarks.predictions import BATCH, LANGUAGE_MODEL, TOWERS, Tower
-from pmkernels import dispatch
+from pmkernels import launch, strategies
 from pmkernels.costs import Bound, Problem
 
 # learned, with gradients that are reductions of dW
@@ -76,7 +76,7 @@ class Point:
 
     def problem(self, *, tasks: int | None = None) -> Problem:
         """Return the point as :mod:`pmkernels.costs` counts it, with ``tasks`` task vectors instead of K."""
-        kind = dispatch.precision_kind(self.dtype)
+        kind = launch.precision_kind(self.dtype)
         return Problem(self.rows, self.layer.n, self.layer.d, self.K if tasks is None else tasks, self.r, kind)
 
     def choice(self, tensors: Mapping[str, Tensor], operations: Sequence[str], *, tasks: int | None = None) -> str:
@@ -85,7 +85,7 @@ class Point:
             return "eager"
         size = self.problem(tasks=tasks)
         choose = functools.partial(
-            dispatch.choose, rows=size.rows, n=size.n, d=size.d, rank=size.rank, tasks=size.tasks
+            strategies.choose, rows=size.rows, n=size.n, d=size.d, rank=size.rank, tasks=size.tasks
         )
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         chosen = {operation: choose(operation, self.strategy, like) for operation in operations}
@@ -97,7 +97,7 @@ class Point:
 def one_kernel(strategy: str, tensors: Mapping[str, Tensor]) -> str:
     """Return what a strategy stands for where there is one kernel: ``eager`` or ``fused``."""
     device = next(iter(tensors.values())).device
-    return "eager" if dispatch.resolve(strategy, tensors, device) == "eager" else "fused"
+    return "eager" if strategies.resolve(strategy, tensors, device) == "eager" else "fused"
 
 
 @dataclass(frozen=True)

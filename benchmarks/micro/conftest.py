@@ -41,7 +41,7 @@ from benchmarks.kernels import LOGITS, RANK, TASKS
 from benchmarks.micro import cases
 from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint, Variant
 from benchmarks.predictions import TOWERS, has_low_rank, rates_of
-from pmkernels import STRATEGIES, costs, dispatch
+from pmkernels import STRATEGIES, costs, dispatch, launch
 
 # calls before the first that is timed: compilation, the library's choices, clocks
 WARM_UP = 3
@@ -199,7 +199,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if dispatch.INTERPRETING and torch.cuda.is_available():
+    if launch.INTERPRETING and torch.cuda.is_available():
         raise pytest.UsageError("TRITON_INTERPRET: expected unset, because an interpreted kernel measures nothing")
 
 
@@ -276,7 +276,7 @@ def facts(case: Case, device: torch.device, median: float | None) -> dict[str, A
     found: dict[str, Any] = {name: here.get(name) for name in ("gpu", "torch", "triton")}
     found |= {"chosen": case.choice, "operations": least.operations, "bytes": least.bytes}
     if known is not None:
-        found["bound_us"] = 1e6 * least.seconds(known, dispatch.precision_kind(case.dtype))
+        found["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.dtype))
     if median is not None:
         found["gb_per_s"] = 1e-9 * least.bytes / median
         if least.operations:

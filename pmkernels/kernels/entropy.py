@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmkernels import dispatch
+from pmkernels.configs import Config
 from pmkernels.kernels.rows import as_rows, row_offsets
 
 
@@ -104,7 +104,7 @@ def entropy_bwd_kernel(
         )
 
 
-ENTROPY = dispatch.Config(num_warps=4)
+ENTROPY = Config(num_warps=4)
 
 
 def _blocks(classes: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmkernels import dispatch
+from pmkernels import dispatch, launch
 from pmkernels.kernels.assembly import weight_tile
 from pmkernels.kernels.rows import as_rows, row_offsets
 
@@ -199,10 +199,10 @@ def linear_fwd(
     elif start is not None:
         t, left = start
     rank = 0 if left is None else left.shape[1]
-    aligned = dispatch.is_aligned(x, weight, task_vectors)
+    aligned = launch.is_aligned(x, weight, task_vectors)
     config = dispatch.config("linear", x, rows=rows.M, rank=rank, aligned=aligned)
     tiles = triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n)
-    splits, d_per_split = dispatch.splits_of_d(config, dispatch.multiprocessors(x.device), rows.M, n, d, tiles)
+    splits, d_per_split = launch.splits_of_d(config, dispatch.multiprocessors(x.device), rows.M, n, d, tiles)
     bias = None if bias is None else bias.contiguous()
     target = y if splits == 1 else torch.empty(splits, rows.M, n, dtype=torch.float32, device=x.device)
     linear_fwd_kernel[(tiles, splits)](
@@ -230,9 +230,9 @@ def linear_fwd(
         PER_ROW=start is not None,
         SPLIT=splits > 1,
         HAS_BIAS=bias is not None and splits == 1,
-        COMPUTE=dispatch.compute_type(x.dtype),
-        PRECISION=dispatch.dot_precision(x.dtype),
-        RANK_PRECISION=dispatch.rank_precision(x.dtype),
+        COMPUTE=launch.compute_type(x.dtype),
+        PRECISION=launch.dot_precision(x.dtype),
+        RANK_PRECISION=launch.rank_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,

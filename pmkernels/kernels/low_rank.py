@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmkernels import dispatch
+from pmkernels import dispatch, launch
 from pmkernels.kernels.rows import as_rows, row_offsets
 
 
@@ -111,8 +111,8 @@ def shrink(
         *strides,
         K=tasks,
         MIX=t is not None,
-        RANK=dispatch.padded_rank(rank),
-        PRECISION=dispatch.rank_precision(x.dtype),
+        RANK=launch.padded_rank(rank),
+        PRECISION=launch.rank_precision(x.dtype),
         BLOCK_M=config.block_m,
         BLOCK_D=config.block_d,
         STAGES=config.num_stages,
@@ -169,7 +169,7 @@ def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
     n, rank = dy.shape[-1], t.shape[1]
     config = dispatch.config("factor_grad", dy, rows=rows.M, rank=rank)
     most = (limit - 1) // max(n * rank, 1)
-    splits, rows_per_split = dispatch.splits(rows.M, config.block_m, triton.cdiv(n, config.block_n), most)
+    splits, rows_per_split = launch.splits(rows.M, config.block_m, triton.cdiv(n, config.block_n), most)
     out = torch.empty(splits, n, rank, dtype=torch.float32, device=dy.device)
     if n > 0:
         factor_grad_kernel[(triton.cdiv(n, config.block_n), splits)](
@@ -181,8 +181,8 @@ def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
             rank,
             rows_per_split,
             *rows.layout,
-            RANK=dispatch.padded_rank(rank),
-            PRECISION=dispatch.rank_precision(dy.dtype),
+            RANK=launch.padded_rank(rank),
+            PRECISION=launch.rank_precision(dy.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             STAGES=config.num_stages,
@@ -237,7 +237,7 @@ def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: in
         return torch.zeros(rank, rank, 0, dtype=torch.float32, device=u.device)
     config = dispatch.config("core_grad", u, rows=rows, rank=rank)
     most = (limit - 1) // (rank * rank * tasks)
-    splits, rows_per_split = dispatch.splits(rows, config.block_m, tasks, most)
+    splits, rows_per_split = launch.splits(rows, config.block_m, tasks, most)
     out = torch.empty(splits, rank, rank, tasks, dtype=torch.float32, device=u.device)
     core_grad_kernel[(splits, tasks)](
         u,
@@ -249,8 +249,8 @@ def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: in
         rows_per_split,
         max(rows // max(groups, 1), 1),
         K=tasks,
-        RANK=dispatch.padded_rank(rank),
-        PRECISION=dispatch.rank_precision(dtype),
+        RANK=launch.padded_rank(rank),
+        PRECISION=launch.rank_precision(dtype),
         BLOCK_M=config.block_m,
         STAGES=config.num_stages,
         **config.options,
@@ -306,8 +306,8 @@ def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tens
             rank,
             *G.stride(),
             K=tasks,
-            RANK=dispatch.padded_rank(rank),
-            PRECISION=dispatch.rank_precision(dtype),
+            RANK=launch.padded_rank(rank),
+            PRECISION=launch.rank_precision(dtype),
             BLOCK_M=config.block_m,
             **config.options,
         )

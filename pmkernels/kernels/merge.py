@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmkernels import dispatch
+from pmkernels import dispatch, launch
 from pmkernels.kernels.assembly import weight_tile
 from pmkernels.kernels.rows import as_matrix
 
@@ -99,7 +99,7 @@ def merge_weight(
     left, right = (None, None) if low_rank is None else low_rank
     rank = 0 if left is None else left.shape[1]
     config = dispatch.config(
-        "flat" if n == 1 else "merge", weight, rows=0, rank=rank, aligned=dispatch.is_aligned(matrix, taus)
+        "flat" if n == 1 else "merge", weight, rows=0, rank=rank, aligned=launch.is_aligned(matrix, taus)
     )
     merge_weight_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(d, config.block_d),)](
         matrix,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmkernels import dispatch
+from pmkernels import dispatch, launch
 from pmkernels.kernels.linear import sum_splits
 from pmkernels.kernels.rows import as_rows, row_offsets
 
@@ -155,9 +155,9 @@ def preference_linear(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tens
     if y.numel() == 0:
         return y
     rows = as_rows(x)
-    config = dispatch.config("preference", x, rows=rows.M, rank=rank, aligned=dispatch.is_aligned(x, wide[:, :d], B))
+    config = dispatch.config("preference", x, rows=rows.M, rank=rank, aligned=launch.is_aligned(x, wide[:, :d], B))
     tiles = triton.cdiv(rows.M, config.block_m) * triton.cdiv(n, config.block_n)
-    splits, d_per_split = dispatch.splits_of_d(config, dispatch.multiprocessors(x.device), rows.M, n, d, tiles)
+    splits, d_per_split = launch.splits_of_d(config, dispatch.multiprocessors(x.device), rows.M, n, d, tiles)
     bias = None if bias is None else bias.contiguous()
     target = y if splits == 1 else torch.empty(splits, rows.M, n, dtype=torch.float32, device=x.device)
     preference_linear_kernel[(tiles, splits)](
@@ -181,10 +181,10 @@ def preference_linear(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tens
         K=G.shape[2],
         SPLIT=splits > 1,
         HAS_BIAS=bias is not None and splits == 1,
-        COMPUTE=dispatch.compute_type(x.dtype),
-        PRECISION=dispatch.dot_precision(x.dtype),
-        RANK_PRECISION=dispatch.rank_precision(x.dtype),
-        RANK=dispatch.padded_rank(rank),
+        COMPUTE=launch.compute_type(x.dtype),
+        PRECISION=launch.dot_precision(x.dtype),
+        RANK_PRECISION=launch.rank_precision(x.dtype),
+        RANK=launch.padded_rank(rank),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=config.block_d,
@@ -261,12 +261,12 @@ def widen_kernel(
 def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
     """x [*, D], G [R, R, K], B [D, R], gamma [groups, K] contiguous -> [x | t] [*, D + RANK], reading x once."""
     d, rank = B.shape
-    padded = dispatch.padded_rank(rank)
+    padded = launch.padded_rank(rank)
     out = torch.empty(*x.shape[:-1], d + padded, dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     if rows.M == 0:
         return out
-    config = dispatch.config("widen", x, rows=rows.M, rank=rank, aligned=dispatch.is_aligned(x, B))
+    config = dispatch.config("widen", x, rows=rows.M, rank=rank, aligned=launch.is_aligned(x, B))
     widen_kernel[(triton.cdiv(rows.M, config.block_m),)](
         rows.tensor,
         B,
@@ -282,9 +282,9 @@ def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
         *G.stride(),
         d + padded,
         K=G.shape[2],
-        COMPUTE=dispatch.compute_type(x.dtype),
-        PRECISION=dispatch.dot_precision(x.dtype),
-        RANK_PRECISION=dispatch.rank_precision(x.dtype),
+        COMPUTE=launch.compute_type(x.dtype),
+        PRECISION=launch.dot_precision(x.dtype),
+        RANK_PRECISION=launch.rank_precision(x.dtype),
         RANK=padded,
         BLOCK_M=config.block_m,
         BLOCK_D=config.block_d,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmkernels import dispatch
+from pmkernels import dispatch, launch
 from pmkernels.kernels.rows import as_matrix, as_rows, row_offsets
 
 # of the rows, for the sums of their columns: one program would read too slowly, and each part is a partial sum
@@ -282,16 +282,16 @@ def _launch(
     tasks = 0 if task_vectors is None else task_vectors.shape[0]
     # a dW of 16 bits that is there is exact, and so should be what is made of it; one formed in registers need not be
     # better than that dW would be
-    precision = (dispatch.rank_precision if rows is None else dispatch.dot_precision)(sample.dtype)
+    precision = (launch.rank_precision if rows is None else launch.dot_precision)(sample.dtype)
     dy_rows, x_rows = (as_rows(rows[0]), as_rows(rows[1])) if rows is not None else (None, None)
-    aligned = dispatch.is_aligned(*(rows or ()), d_weight, task_vectors)
+    aligned = launch.is_aligned(*(rows or ()), d_weight, task_vectors)
     count = 0 if x_rows is None else x_rows.M
     config = dispatch.config(op, sample, rows=count, rank=rank, aligned=aligned)
     blocks_n, blocks_d = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)
     tiles = blocks_n * blocks_d
     splits, rows_per_split = 1, count
     if rows is not None:
-        splits, rows_per_split = dispatch.splits_of_rows(
+        splits, rows_per_split = launch.splits_of_rows(
             config, dispatch.multiprocessors(sample.device), count, n, d, tiles, rank
         )
     need_bias = need_bias and n > 0
@@ -333,7 +333,7 @@ def _launch(
             NEED_P=p is not None,
             NEED_Q=q is not None,
             NEED_BIAS=need_bias,
-            COMPUTE=dispatch.compute_type(sample.dtype),
+            COMPUTE=launch.compute_type(sample.dtype),
             PRECISION=precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -40,15 +40,15 @@ def test_what_compiles_within_the_limits_passes(tmp_path: Path) -> None:
 BROKEN = """
 import dataclasses, json, sys
 from benchmarks import budget
-from pmkernels import dispatch
-text = json.loads(dispatch.config_files()["default"])
+from pmkernels import configs, dispatch
+text = json.loads(configs.config_files()["default"])
 for line in text["entries"]:
     if line["op"] == "linear" and line.get("aligned") is False and line["dtype"] == "16-bit":
         # 64 by 64 scattered elements in 128 threads: hundreds of words spill
         line["config"] = {"block_m": 64, "block_n": 64, "block_d": 64, "num_warps": 4, "num_stages": 3}
 text["entries"].append({"op": "no_such_kernel", "dtype": "any", "config": {"block_m": 16}})
-dispatch.config_files = lambda: {"default": json.dumps(text)}
-launches, unused = budget.record("default")
+with dispatch.using(configs.Configs({"default": json.dumps(text)})):
+    launches, unused = budget.record("default")
 assert len(unused) == 1 and "no_such_kernel" in unused[0], unused
 scattered = next(l for l in launches if l.kernel.__name__ == "linear_fwd_kernel" and "unaligned" in l.case)
 cost = budget.measure(scattered, budget.ARCHITECTURES["sm_86"])

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import limits, predictions, results
-from pmkernels import costs, dispatch
+from pmkernels import costs, strategies
 
 H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
 VIT_B, VIT_L = limits.TOWERS
@@ -75,7 +75,7 @@ def test_predictions_are_those_that_choose_a_strategy(operation: str, strategy: 
     for layers in predictions.GROUPS.values():
         for layer in layers:
             counted = predictions.problem(layer, 8)
-            expected = dispatch.predicted_seconds(
+            expected = strategies.predicted_seconds(
                 predictions.configuration_file(H200), predictions.rates_of(H200), operation, strategy, counted
             )
             assert limits.predicted(operation, strategy, counted, H200) == pytest.approx(expected)

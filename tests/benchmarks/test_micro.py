@@ -22,7 +22,7 @@ from benchmarks import predictions
 from benchmarks.kernels import Layer
 from benchmarks.micro import cases, conftest
 from benchmarks.micro.cases import Case, LogitsPoint, Point, TowerPoint
-from pmkernels import costs, dispatch
+from pmkernels import costs, dispatch, strategies
 from pmkernels.costs import Bound
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,7 +163,7 @@ def test_points_of_a_gpu() -> None:
         ("ViT-L/14-in-projection", 257),
         ("ViT-L/14-in-projection", 8224),
     ]
-    assert {point["strategy"] for point in chosen} == set(dispatch.STRATEGIES)
+    assert {point["strategy"] for point in chosen} == set(strategies.STRATEGIES)
     assert {point["dtype"] for point in chosen} == {"bfloat16"}
     assert {point["r"] for point in chosen} == {16}
     assert conftest.default_values("r", {"layer": "ViT-L/14-MLP-fc"}, True) == (0,)

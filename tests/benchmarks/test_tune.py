@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import tune
-from pmkernels import dispatch
-from pmkernels.dispatch import Config
+from pmkernels import configs, dispatch, strategies
+from pmkernels.configs import Config
 
 CPU = torch.device("cpu")
 LIKE = torch.empty(0, dtype=torch.bfloat16)
@@ -50,18 +50,18 @@ def test_a_rehearsal_writes_a_file_that_the_library_reads(rehearsal: tuple[Path,
     written = json.loads(text)
     assert "nothing was measured" in written["gpu"]
     assert written["tuned"]["untuned"] == []
-    assert dispatch.read_entries(text)
+    assert configs.read_entries(text)
     with tune.active("made-up", text):
         assert dispatch.rates("made-up", CPU).measured
         assert dispatch.rates("made-up", CPU).memory == written["rates"]["memory"]
-        for entry in dispatch.read_entries(text):
+        for entry in configs.read_entries(text):
             rank = min(entry.max_rank or 16, 16)
             found = dispatch.lookup("made-up", entry.op, entry.dtype, entry.max_rows or 2**14, rank, True)
             assert found == entry.config
-        for choice in dispatch.measured_choices("made-up"):
+        for choice in dispatch.in_force().choices("made-up"):
             shape = {"n": choice.n, "d": choice.d, "tasks": choice.tasks, "rank": choice.rank}
-            assert dispatch.choose(choice.op, "auto", LIKE, rows=choice.rows, **shape) == choice.best
-    assert "made-up" not in dispatch.config_files()
+            assert strategies.choose(choice.op, "auto", LIKE, rows=choice.rows, **shape) == choice.best
+    assert "made-up" not in configs.config_files()
     assert dispatch.gpu_file(CPU) == "default"
 
 
@@ -286,7 +286,7 @@ def test_when_time_is_up_everything_stays_as_it_was(tmp_path: Path, capsys: pyte
     # every group, the strategies of every layer, and those of the one with a low-rank term at a preference per image
     assert len(written["tuned"]["untuned"]) == len(tune.TUNED) + len(tune.TINY_LAYERS) + 1
     assert written["strategies"] == []
-    for entry in dispatch.read_entries(out.read_text()):
+    for entry in configs.read_entries(out.read_text()):
         assert entry.config == dispatch.lookup("default", entry.op, "16-bit", entry.max_rows or 1, 16, True)
     assert "UNTUNED linear 16-bit ≤ 32 rows: not reached" in capsys.readouterr().out
 
@@ -319,7 +319,7 @@ def test_kernels_are_compiled_ahead_as_they_will_be_launched() -> None:
     program = """
 import time, torch
 from benchmarks import budget, tune
-from pmkernels.dispatch import Config
+from pmkernels.configs import Config
 target = tune.Target(90, 132, "sm_90")
 compiler = tune.Compiler(1)
 compiler.target = target

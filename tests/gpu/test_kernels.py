@@ -27,7 +27,7 @@ from smoke import smoke
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import configs, launch, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -138,20 +138,20 @@ OPS_OF_MERGES = ("merge", "merge_grad", "flat", "vectors", "sum")
 # up to a hundred kernels, compiled one after the other
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("name", "entry"), configurations().values(), ids=configurations())
-def test_every_shipped_configuration(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_configuration(name: str, entry: configs.Entry) -> None:
     """Each line of each file gives right results wherever it is used, whatever GPU it was tuned on."""
-    used = use_configuration(name, entry, monkeypatch)
     types = {"16-bit": (torch.bfloat16, torch.float16), "any": (torch.bfloat16, torch.float32)}
     shapes = {True: [(256, 320)], False: [(131, 77)], None: [(256, 320), (131, 77)]}[entry.aligned]
-    rows, rank = min(entry.max_rows or 300, 300), min(entry.max_rank or dispatch.MAX_RANK, dispatch.MAX_RANK)
-    for dtype in types.get(entry.dtype, (torch.float32,)):
-        for n, d in shapes:
-            if entry.op in OPS_OF_LAYERS:
-                _check_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
-            if entry.op in OPS_OF_SERVED_LAYERS:
-                _check_served_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
-            if entry.op in OPS_OF_MERGES:
-                _check_merges(n, d, rank, dtype, entry.dtype == "tf32")
+    rows, rank = min(entry.max_rows or 300, 300), min(entry.max_rank or launch.MAX_RANK, launch.MAX_RANK)
+    with use_configuration(name, entry) as used:
+        for dtype in types.get(entry.dtype, (torch.float32,)):
+            for n, d in shapes:
+                if entry.op in OPS_OF_LAYERS:
+                    _check_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
+                if entry.op in OPS_OF_SERVED_LAYERS:
+                    _check_served_layers(rows, n, d, rank, dtype, entry.dtype == "tf32")
+                if entry.op in OPS_OF_MERGES:
+                    _check_merges(n, d, rank, dtype, entry.dtype == "tf32")
     assert entry.op in used
 
 

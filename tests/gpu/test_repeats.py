@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils import deterministic
 
 import pmkernels
-from pmkernels import dispatch
+from pmkernels import configs
 from pmkernels.graphs import capture, warm_up
 from pmkernels.kernels import linear, low_rank, merge, preference, vectors, weight_grad
+from pmkernels.launch import MAX_RANK, MAX_RANK_FROM_TILES
 from pmkernels.reference import preference_core
 
 pytestmark = [pytest.mark.gpu, pytest.mark.repeat]
@@ -45,10 +46,10 @@ def poisoned() -> Iterator[None]:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
 @pytest.mark.parametrize(("name", "entry"), configurations().values(), ids=configurations())
-def test_launches_give_the_same_bits(name: str, entry: dispatch.Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = use_configuration(name, entry, monkeypatch)
-    for what, launch in launches(entry):
-        assert different(launch) == 0, what
+def test_launches_give_the_same_bits(name: str, entry: configs.Entry) -> None:
+    with use_configuration(name, entry) as used:
+        for what, launch in launches(entry):
+            assert different(launch) == 0, what
     assert entry.op in used
 
 
@@ -75,10 +76,10 @@ def bits(value: Tensor) -> Tensor:
     return value.contiguous().view(INTEGERS[value.element_size()])
 
 
-def launches(entry: dispatch.Entry) -> Iterator[tuple[str, Launch]]:
+def launches(entry: configs.Entry) -> Iterator[tuple[str, Launch]]:
     """What a configuration is for, in each of its types and layouts, with few rows and with many."""
     types = {"16-bit": (torch.bfloat16, torch.float16), "any": (torch.bfloat16, torch.float32)}
-    rank = min(entry.max_rank or dispatch.MAX_RANK, dispatch.MAX_RANK)
+    rank = min(entry.max_rank or MAX_RANK, MAX_RANK)
     most = entry.max_rows or MANY
     for dtype, aligned in itertools.product(types.get(entry.dtype, (torch.float32,)), (True, False)):
         if entry.aligned in (aligned, None):
@@ -117,7 +118,7 @@ def _linear(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterato
 
 def _weight_grad(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     # more is not asked for from tiles
-    v = _values(rows, n, d, min(rank, dispatch.MAX_RANK_FROM_TILES), dtype)
+    v = _values(rows, n, d, min(rank, MAX_RANK_FROM_TILES), dtype)
     yield (
         "weight_grad",
         lambda: _given(weight_grad.weight_grad(v["dy"], v["x"], v["task_vectors"], A=v["A"], B=v["B"], need_bias=True)),
@@ -129,7 +130,7 @@ def _given(reduced: weight_grad.WeightGradients) -> list[Tensor]:
 
 
 def _merge_grad(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    v = _values(rows, n, d, min(rank, dispatch.MAX_RANK_FROM_TILES), dtype)
+    v = _values(rows, n, d, min(rank, MAX_RANK_FROM_TILES), dtype)
     dw, taus = v["weight"], v["task_vectors"]
     yield "merge_grad", lambda: _given(weight_grad.weight_grad_of_merge(dw, taus, A=v["A"], B=v["B"]))
 

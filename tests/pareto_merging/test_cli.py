@@ -30,7 +30,7 @@ from pareto_merging.model.state import set_preference
 from pareto_merging.run.config import read_config
 from pareto_merging.run.folder import open_run
 from pareto_merging.run.workspace import Workspace
-from pmkernels import dispatch
+from pmkernels import launch
 
 
 def write_config(path: Path, **changes: Any) -> Path:
@@ -738,7 +738,7 @@ def test_how_it_was_computed_stands_in_nobodys_way(
     text = config.read_text()
     assert "strategy: auto" in text
     config.write_text(text.replace("strategy: auto", "strategy: fused"))
-    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
     assert run("evaluate", folder, "--preferences", "equal", "--quiet") == 0
     assert run("export", folder, "--preference", "equal", "--out", tmp_path / "merged.safetensors") == 0
     config.write_text(text.replace("strategy: auto", "strategy: auto\nmemory_budget: 1000 PiB"))

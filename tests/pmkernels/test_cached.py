@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pmkernels
 from pmkernels import dispatch, reference
+from pmkernels.configs import Configs
 
 KERNELS = dispatch.runs_kernels(torch.device("cpu"))
 STRATEGIES = ("eager", "fused", "streamed", "auto") if KERNELS else ("eager",)
@@ -18,12 +19,13 @@ PREFERENCES = {"shared": (), "per item": (3, 1), "per row": (3, 5), "one for all
 
 
 @pytest.fixture(params=STRATEGIES)
-def strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each strategy; ``auto`` as on a GPU, where the operators choose."""
     if request.param == "auto":
-        resolve = dispatch.resolve
-        monkeypatch.setattr(dispatch, "resolve", lambda wish, *rest: "auto" if wish == "auto" else resolve(wish, *rest))
-    return request.param
+        with dispatch.using(Configs(runs=True)):
+            yield request.param
+    else:
+        yield request.param
 
 
 def merged(values: dict[str, Tensor], strategy: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pmkernels import costs, dispatch
+from pmkernels import costs, dispatch, strategies
 from pmkernels.costs import FORMS, GPUS, Pass, Problem
 
 H200, H100 = GPUS["nvidia-h200"], GPUS["nvidia-h100-80gb-hbm3"]
@@ -120,7 +120,7 @@ def test_counted_tiles_are_those_that_are_launched() -> None:
     widened = dispatch.config("widen", dtype=torch.bfloat16, device=torch.device("cpu"), rows=8224, rank=16)
     assert widened.block_m == costs.WIDEN_ROWS
     reduced = dispatch.lookup("sm_90", "merge_grad", "16-bit", 1, 16, True)
-    kernels = dispatch.predicted_passes("sm_90", H200, "weight_grad", "streamed", LAYER)
+    kernels = strategies.predicted_passes("sm_90", H200, "weight_grad", "streamed", LAYER)
     reduction = next(kernel for kernel in kernels if kernel.name == "reduction")
     assert reduction.memory == TASKS * WEIGHT + LAYER.partials(reduced.block_n, reduced.block_d)
 
@@ -128,7 +128,7 @@ def test_counted_tiles_are_those_that_are_launched() -> None:
 def test_a_weight_gradient_from_rows_is_predicted_as_the_compiled_kernel_was_counted() -> None:
     """Section 9 of the design: about 155 µs from rows, and about 28 µs for the reduction with its sums, on an H200."""
     counted = replace(LAYER, bias=False)
-    rows = dispatch.predicted_seconds("sm_90", H200, "weight_grad", "fused", counted)
+    rows = strategies.predicted_seconds("sm_90", H200, "weight_grad", "fused", counted)
     assert rows * 1e6 == pytest.approx(155, rel=0.05)
-    kernels = dispatch.predicted_passes("sm_90", H200, "weight_grad", "streamed", counted)
+    kernels = strategies.predicted_passes("sm_90", H200, "weight_grad", "streamed", counted)
     assert costs.seconds(kernels[1:], H200, "16-bit") * 1e6 == pytest.approx(28, rel=0.1)

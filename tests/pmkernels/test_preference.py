@@ -12,7 +12,7 @@ from kernel_cases import exactly, folded, note_parts, served
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import dispatch, reference, strategies
 
 KERNELS = dispatch.runs_kernels(torch.device("cpu"))
 STRATEGIES = ("eager", "fused", "streamed") if KERNELS else ("eager",)
@@ -273,8 +273,8 @@ def test_the_choice_follows_the_rows() -> None:
     like = torch.empty(0, dtype=torch.bfloat16)
 
     def chosen(rows: int, n: int = 3072, d: int = 1024) -> str:
-        return dispatch.choose("preference", "auto", like, rows=rows, n=n, d=d, rank=16, tasks=0)
+        return strategies.choose("preference", "auto", like, rows=rows, n=n, d=d, rank=16, tasks=0)
 
     assert chosen(8) == chosen(50) == "fused"
     assert chosen(8224) == "streamed"
-    assert dispatch.choose("preference", "fused", like, rows=8224, n=8, d=8, rank=4, tasks=0) == "fused"
+    assert strategies.choose("preference", "fused", like, rows=8224, n=8, d=8, rank=4, tasks=0) == "fused"

@@ -5,6 +5,7 @@ Interpreted on the CPU; what the interpreter cannot see, that the kernels compil
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -27,7 +28,7 @@ from kernel_cases import (
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch
+from pmkernels import configs, dispatch, strategies
 
 if not dispatch.runs_kernels(torch.device("cpu")):
     pytest.skip("kernels run on the GPU here, see tests/gpu", allow_module_level=True)
@@ -43,15 +44,13 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     return note_parts(monkeypatch)
 
 
-def with_config(monkeypatch: pytest.MonkeyPatch, op: str, **changed: Any) -> None:
-    """The shipped configurations of ``op`` with some fields changed."""
-    lookup = dispatch.lookup
+def with_config(*ops: str, **changed: Any) -> contextlib.AbstractContextManager[configs.Configs]:
+    """The shipped configurations of ``ops`` with some fields changed."""
 
-    def found(name: str, asked: str, dtype: str, rows: int, rank: int, aligned: bool) -> dispatch.Config:
-        config = lookup(name, asked, dtype, rows, rank, aligned)
-        return dataclasses.replace(config, **changed) if asked == op else config
+    def found(asked: configs.Asked, entry: configs.Entry) -> configs.Config:
+        return dataclasses.replace(entry.config, **changed) if asked.op in ops else entry.config
 
-    monkeypatch.setattr(dispatch, "lookup", found)
+    return dispatch.using(configs.Configs(launch=found))
 
 
 # --- over D -----------------------------------------------------------------------------------------------------------
@@ -145,9 +144,9 @@ def test_many_rows_split_m_by_the_shipped_rules(m: int, dtype: torch.dtype, part
 
 
 @pytest.mark.parametrize("rank", [4])
-def test_wide_tiles_split_m_with_a_low_rank_term(rank: int, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_config(monkeypatch, "weight_grad", block_m=16, block_n=128, block_d=128)
-    check_linear(linear_arguments((257,), 128, 128, rank=rank), strategy="fused")
+def test_wide_tiles_split_m_with_a_low_rank_term(rank: int, parts: Parts) -> None:
+    with with_config("weight_grad", block_m=16, block_n=128, block_d=128):
+        check_linear(linear_arguments((257,), 128, 128, rank=rank), strategy="fused")
     assert parts.of_rows == [2]
 
 
@@ -320,15 +319,13 @@ def test_nothing_of_the_size_of_a_weight_is_allocated_in_parts(
 
 
 @pytest.mark.parametrize("unroll", [3, 8])
-def test_loading_several_task_vectors_at_a_time_changes_no_bit(unroll: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_several_task_vectors_at_a_time_changes_no_bit(unroll: int) -> None:
     for tasks, gamma_lead in ((1, ()), (8, ()), (11, ()), (11, (4,))):
         values = linear_arguments((4,), 20, 35, tasks=tasks, gamma_lead=gamma_lead)
         parts_of = {name: v.detach() for name, v in values.items() if name not in ("x", "bias")}
         results = []
         for factor in (1, unroll):
-            with monkeypatch.context() as patch:
-                for op in ("linear", "merge"):
-                    with_config(patch, op, unroll=factor)
+            with with_config("linear", "merge", unroll=factor):
                 y = pmkernels.pareto_linear(**values, strategy="fused")
                 merged = y if gamma_lead else pmkernels.merge_weight(**parts_of, strategy="fused")
                 results.append([y, merged, gradients(y, torch.ones_like(y), values)["x"]])
@@ -394,7 +391,7 @@ def test_a_choice_for_each_operation(monkeypatch: pytest.MonkeyPatch, products: 
             asked.append(operation)  # noqa: B023
             return table[operation]
 
-        monkeypatch.setattr(dispatch, "choose", choose)
+        monkeypatch.setattr(strategies, "choose", choose)
         products.clear()
         for gamma_lead in ((), (2, 1)):
             check_linear(linear_arguments((2, 3), 20, 18, gamma_lead=gamma_lead), strategy="fused")
@@ -402,11 +399,11 @@ def test_a_choice_for_each_operation(monkeypatch: pytest.MonkeyPatch, products: 
         assert len(products) == (2 if by_operation["weight_grad"] == "streamed" else 0)
 
 
-def test_auto_on_the_kernels_is_right_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "resolve", lambda strategy, tensors, device: "auto")
+def test_auto_on_the_kernels_is_right_whatever_it_takes() -> None:
     for lead, gamma_lead in (((1,), ()), ((3, 5), (3, 1)), ((270,), ()), ((0,), ())):
         for dtype in DTYPES:
-            check_linear(linear_arguments(lead, 40, 66, gamma_lead=gamma_lead, dtype=dtype))
+            with dispatch.using(configs.Configs(runs=True)):
+                check_linear(linear_arguments(lead, 40, 66, gamma_lead=gamma_lead, dtype=dtype))
 
 
 def test_strided_arguments_match_their_fakes() -> None:
@@ -426,7 +423,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 import pmkernels
-from pmkernels import dispatch
+from pmkernels import configs, dispatch
 
 class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -452,24 +449,24 @@ def translate(kernel, key, signature, device, constexprs, options, attrs, warmup
 
 triton.runtime.driver.set_active(Driver())
 JITFunction._do_compile = translate
-dispatch.runs_kernels = lambda device: True
 SHAPES = (((), 64, 768), ((1,), 768, 64), ((1, 1), 1, 1), ((3,), 1, 700), ((600,), 3, 5), ((1,), 1, 700))
 calls = [(name, *shape, 3, per_row) for name in ("default", "sm_90") for shape in SHAPES for per_row in (False, True)]
 for name, lead, n, d, tasks, per_row in [*calls, ("default", (1, 2), 7, 700, 1, False)]:
-    dispatch.gpu_file = lambda device: name
     now = f"rows {lead}, N = {n}, D = {d}, K = {tasks} ({name})"
     make = lambda *shape, grad=True: torch.empty(*shape, dtype=torch.float32).requires_grad_(grad)
     learned = dict(lam=make(tasks), A=make(n, 4), G=make(4, 4, tasks), B=make(d, 4), x=make(*lead, d), bias=make(n))
     learned["gamma"] = make(*(lead if per_row else ()), tasks)
     frozen = dict(weight=make(n, d, grad=False), task_vectors=make(tasks, n, d, grad=False))
-    y = pmkernels.pareto_linear(**learned, **frozen, strategy="fused")
-    torch.autograd.grad(y, list(learned.values()), torch.empty(()).expand(y.shape))
+    with dispatch.using(configs.Configs(file=name, runs=True)):
+        y = pmkernels.pareto_linear(**learned, **frozen, strategy="fused")
+        torch.autograd.grad(y, list(learned.values()), torch.empty(()).expand(y.shape))
 for pieces, size, tasks in ((1, 1, 1), (1, 16, 1), (3, 4000, 8)):
     now = f"L = {pieces}, S = {size}, K = {tasks}"
     lam = torch.empty(pieces, tasks, requires_grad=True)
     offsets = torch.empty(pieces + 1, dtype=torch.int64)
-    merged = pmkernels.merge_vectors(torch.empty(size), torch.empty(tasks, size), lam, offsets, strategy="fused")
-    torch.autograd.grad(merged, lam, torch.empty(()).expand(size))
+    with dispatch.using(configs.Configs(runs=True)):
+        merged = pmkernels.merge_vectors(torch.empty(size), torch.empty(tasks, size), lam, offsets, strategy="fused")
+        torch.autograd.grad(merged, lam, torch.empty(()).expand(size))
 assert len(seen) > 40, len(seen)
 print("; ".join(sorted(faults)))
 """

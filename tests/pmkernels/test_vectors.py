@@ -12,7 +12,7 @@ from kernel_cases import assert_close
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import dispatch, launch, reference
 
 KERNELS = dispatch.runs_kernels(torch.device("cpu"))
 STRATEGIES = ("eager", "fused") if KERNELS else ("eager",)
@@ -332,7 +332,7 @@ def test_strategies_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"task_vectors: expected K from 1 to 32 .*got K = 33"):
             pmkernels.merge_vectors(**many, strategy="fused")
         check(GOOD, "streamed")
-    monkeypatch.setattr(dispatch, "INTERPRETING", False)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
     with pytest.raises(ValueError, match=r"strategy: expected 'eager' or 'auto' .*got device cpu"):
         pmkernels.merge_vectors(**GOOD, strategy="fused")
     check(GOOD, "auto")
