@@ -1,0 +1,1 @@
+"""Tasks: their images, their heads, and the embedded suite."""

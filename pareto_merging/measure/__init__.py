@@ -1,0 +1,1 @@
+"""How good a model is: evaluation, indicators, comparisons, reports and figures."""

@@ -1,0 +1,1 @@
+"""A configuration carried out: planned, trained, exported, in one run folder."""
