@@ -41,13 +41,13 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.checkpoint import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.convert import convert_checkpoint
+from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.safetensors import read_tensors, write_tensors
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.fold import merge
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.preferences import parse_preferences
 from pareto_merging.run import export as exports
 from pareto_merging.run.config import RunConfig, dump_config, read_config

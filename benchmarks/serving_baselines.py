@@ -156,11 +156,11 @@ class Projection:
     @classmethod
     def of(cls, module: ParetoModule, name: str) -> Projection:
         """Parameter ``name`` of a folded layer."""
-        weight, bias = module._parameters[name], module._parameters[name.replace("weight", "bias")]
-        parts = module.pareto_parts(name)
-        A, G, B = parts["A"], parts["G"], parts["B"]
-        assert weight is not None and A is not None and G is not None and B is not None
-        return cls(weight.detach(), None if bias is None else bias.detach(), A.detach(), G.detach(), B.detach())
+        bias = module._parameters[name.replace("weight", "bias")]
+        stored = module.pareto_parameter(name)
+        term = stored.low_rank()
+        assert term is not None
+        return cls(stored.weight.detach(), None if bias is None else bias.detach(), *(t.detach() for t in term))
 
     def merged(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
         """W(γ) [N, D] in the type of the weight."""

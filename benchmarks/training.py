@@ -34,7 +34,7 @@ from pareto_merging import MethodSettings, Task, learn_pareto_set, learned_param
 from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
 from pareto_merging.learn.objectives import scalarize
 from pareto_merging.learn.training import Learner
-from pareto_merging.model.layer import PARTS, pareto_modules
+from pareto_merging.model.parameters import merged_parameters
 from pareto_merging.model.parametrize import parametrize
 from pmkernels import costs, dispatch, reference
 from pmkernels.graphs import capture, warm_up
@@ -250,14 +250,9 @@ def build_case(
     shares = torch.linspace(1.0, 1.1, tasks, dtype=torch.float64)
     gamma = (shares / shares.sum()).tolist()
     parts, merged = {}, set()
-    for prefix, module in pareto_modules(pareto):
-        for name in module.pareto_names:
-            full = f"{prefix}.{name}" if prefix else name
-            weight = module._parameters[name]
-            assert weight is not None
-            values = module.pareto_parts(name)
-            parts[full] = Part(weight, **{part: values[part] for part in PARTS})
-            merged.add(full)
+    for stored in merged_parameters(pareto):
+        parts[stored.path] = Part(stored.weight, **stored.parts())
+        merged.add(stored.path)
     size = architecture.image
     case = Case(
         architecture=architecture,

@@ -12,7 +12,7 @@ from pareto_merging.version import VERSION
 
 if TYPE_CHECKING:
     from pareto_merging.checkpoints import encoders as encoders
-    from pareto_merging.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from pareto_merging.checkpoints.readers import open_checkpoint as open_checkpoint
     from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
     from pareto_merging.data.heads import read_head as read_head
     from pareto_merging.data.tasks import Task as Task
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from pareto_merging.model.files import save_pareto_set as save_pareto_set
     from pareto_merging.model.fold import fold as fold
     from pareto_merging.model.fold import merge as merge
+    from pareto_merging.model.learned import get_lambda as get_lambda
+    from pareto_merging.model.learned import lambda_names as lambda_names
+    from pareto_merging.model.learned import learned_parameters as learned_parameters
+    from pareto_merging.model.learned import set_lambda as set_lambda
     from pareto_merging.model.linear import ParetoLinear as ParetoLinear
-    from pareto_merging.model.parameters import get_lambda as get_lambda
-    from pareto_merging.model.parameters import lambda_names as lambda_names
-    from pareto_merging.model.parameters import learned_parameters as learned_parameters
-    from pareto_merging.model.parameters import set_lambda as set_lambda
     from pareto_merging.model.parametrize import parametrize as parametrize
     from pareto_merging.model.state import get_preference as get_preference
     from pareto_merging.model.state import preference as preference
@@ -65,24 +65,24 @@ _HOMES = {
     "evaluate_model": "measure.evaluation.evaluate_model",
     "evaluate_preferences": "measure.evaluation.evaluate_preferences",
     "fold": "model.fold.fold",
-    "get_lambda": "model.parameters.get_lambda",
+    "get_lambda": "model.learned.get_lambda",
     "get_preference": "model.state.get_preference",
-    "lambda_names": "model.parameters.lambda_names",
+    "lambda_names": "model.learned.lambda_names",
     "learn_pareto_set": "learn.training.learn_pareto_set",
-    "learned_parameters": "model.parameters.learned_parameters",
+    "learned_parameters": "model.learned.learned_parameters",
     "load_folded": "model.files.load_folded",
     "load_heads": "model.files.load_heads",
     "load_models": "run.workspace.load_models",
     "load_pareto_set": "model.files.load_pareto_set",
     "merge": "model.fold.merge",
-    "open_checkpoint": "checkpoints.checkpoint.open_checkpoint",
+    "open_checkpoint": "checkpoints.readers.open_checkpoint",
     "parametrize": "model.parametrize.parametrize",
     "preference": "model.state.preference",
     "read_head": "data.heads.read_head",
     "remember_stored": "model.stored.remember_stored",
     "save_folded": "model.files.save_folded",
     "save_pareto_set": "model.files.save_pareto_set",
-    "set_lambda": "model.parameters.set_lambda",
+    "set_lambda": "model.learned.set_lambda",
     "set_preference": "model.state.set_preference",
     "set_strategy": "model.strategy.set_strategy",
 }

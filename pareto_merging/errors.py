@@ -1,4 +1,4 @@
-"""Errors whose message is for the user: the command line prints it on one line and exits, without a traceback."""
+"""Errors whose message is for the user. The command line prints it on one line and exits, without a traceback."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Interrupted(RuntimeError):
 
 @contextlib.contextmanager
 def user_errors(what: str = "") -> Iterator[None]:
-    """Values that a library function refuses are the user's here: its one-line message, without a traceback."""
+    """Make values that a library function refuses the user's mistake. Its message is one line, without a traceback."""
     try:
         yield
     except UserError:

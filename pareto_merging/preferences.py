@@ -1,4 +1,4 @@
-"""Preferences: what a valid one is, how they are written, sampled and laid out on a grid.
+"""Preferences: which are valid, how they are written, sampled and laid out.
 
 A preference γ is a point of the simplex, one weight per task: finite, non-negative, summing to 1.
 """
@@ -23,7 +23,7 @@ MAX_ENERGY_POINTS = 1_000
 
 
 def check_preference(gamma: Preference, task_names: Sequence[str], per_item: bool = True) -> Tensor:
-    """``gamma`` as a float32 tensor [K] or, where ``per_item`` allows, [batch, K].
+    """Return ``gamma`` as a float32 tensor [K] or, where ``per_item`` allows, [batch, K].
 
     By task name, ``{"MNIST": 0.6}`` gives MNIST 0.6 and shares the rest out equally among the tasks not named; naming
     every task leaves nothing to share, so the values must then sum to 1.
@@ -82,7 +82,7 @@ def _show(values: Tensor) -> str:
 
 
 def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:
-    """A preference from the command line: ``0.5,0.5``, ``MNIST=0.7`` (names share out the rest), ``equal``.
+    """Read a preference from the command line. ``0.5,0.5``, ``MNIST=0.7`` (names share out the rest), ``equal``.
 
     Returns float32 [K]. Raises ValueError as :func:`check_preference`.
     """
@@ -117,7 +117,8 @@ _SETS = {
 
 
 def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
-    """Preferences from the command line, float32 [K] each, in the order given: one or more, separated by semicolons.
+    """Read preferences from the command line, float32 [K] each, in the order given. One or more, separated by
+    semicolons.
 
     Each is what :func:`parse_preference` reads, or a set: ``one-hot`` (each task alone), ``priority`` (0.5 on each task
     in turn), ``grid:11`` (two tasks, points from 0 to 1), ``lattice:4`` (every γ of multiples of 1/4), ``energy:50``
@@ -141,7 +142,7 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
 
 
 def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], Iterable[Tensor]]]:
-    """How many preferences one part of a text stands for, and how to generate them."""
+    """Say how many preferences one part of a text stands for. And how to generate them."""
     tasks = len(task_names)
     if part == "one-hot":
         return tasks, lambda: one_hot_preferences(tasks)
@@ -175,22 +176,22 @@ def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], It
 
 
 def _whole_number(text: str) -> int:
-    """A number of at most nine digits, 0 for any other text."""
+    """Read a number of at most nine digits, 0 for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 9 else 0
 
 
 def equal_preference(tasks: int) -> Tensor:
-    """[K] with 1/K everywhere."""
+    """Return [K] with 1/K everywhere."""
     return torch.full((tasks,), 1.0 / tasks, dtype=torch.float32, device="cpu")
 
 
 def one_hot_preferences(tasks: int) -> Tensor:
-    """[K, K]: row k wants task k alone."""
+    """Return [K, K]: row k wants task k alone."""
     return torch.eye(tasks, dtype=torch.float32, device="cpu")
 
 
 def priority_preferences(tasks: int, weight: float = 0.5) -> Tensor:
-    """[K, K]: row k gives task k ``weight`` and shares the rest out equally; [[1]] for one task.
+    """Return [K, K]: row k gives task k ``weight`` and shares the rest out equally. [[1]] for one task.
 
     Raises ValueError for a weight outside [0, 1].
     """
@@ -203,13 +204,14 @@ def priority_preferences(tasks: int, weight: float = 0.5) -> Tensor:
 
 
 def two_task_grid(points: int = 11) -> Tensor:
-    """[points, 2]: γ₁ from 0 to 1 in equal steps."""
+    """Return [points, 2]: γ₁ from 0 to 1 in equal steps."""
     first = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
     return torch.stack([first, 1 - first], dim=1).float()
 
 
 def lattice(tasks: int, partitions: int) -> Tensor:
-    """The Das–Dennis simplex lattice (pymoo's): every γ whose entries are multiples of 1/partitions, [points, K]."""
+    """Return the Das–Dennis simplex lattice (pymoo's), [points, K]. That is every γ whose entries are multiples of
+    1/partitions."""
     from pymoo.util.ref_dirs import get_reference_directions  # takes a second to import
 
     directions = get_reference_directions("das-dennis", tasks, n_partitions=partitions)
@@ -255,7 +257,7 @@ def _is_concentration(value: float) -> bool:
 
 
 def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator) -> Tensor:
-    """One γ ~ Dirichlet(concentration · 1), float32 [K].
+    """Draw one γ ~ Dirichlet(concentration · 1), float32 [K].
 
     Drawn in the logarithm of the gamma variates (log Γ_a = log Γ_{a+1} + log U / a in distribution), because at a
     concentration such as 0.01 all of them underflow together.
@@ -266,5 +268,5 @@ def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator)
 
 
 def format_preference(gamma: Iterable[float]) -> str:
-    """``0.1, 0.9`` with at most four significant digits: for tables and messages."""
+    """Write a preference for tables and messages, ``0.1, 0.9``: four significant digits at most."""
     return ", ".join(f"{value:.4g}" for value in gamma)

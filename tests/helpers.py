@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 
 
 def noisy_copy(model: nn.Module, seed: int, scale: float = 0.05) -> nn.Module:

@@ -183,14 +183,14 @@ class MergedVectors:
 
     def _lambdas(self) -> Tensor:
         table = torch.stack([lam.detach() for lam in self.distinct])
-        return table if self.state.lambda_range is None else table.clamp(*self.state.lambda_range)
+        return table if self.state.now.lambda_range is None else table.clamp(*self.state.now.lambda_range)
 
     def refresh(self) -> None:
         """Merge with λ as it is now."""
         if self.leaf is not None:
             with torch.no_grad():
                 table = self._lambdas()[self.owner] if self.shared else self._lambdas()
-                strategy = self.state.kernel_strategy
+                strategy = self.state.now.kernel_strategy
                 merged = pmkernels.merge_vectors(self.weight, self.task_vectors, table, self.offsets, strategy=strategy)
                 self.leaf.copy_(merged)
 
@@ -198,19 +198,19 @@ class MergedVectors:
     def lent(self) -> Iterator[None]:
         """Inside, the model's layers use the merged vectors."""
         if self.leaf is not None:
-            self.state.vectors = dict(zip(self.keys, self.leaf.split(self.sizes), strict=True))
+            self.state.now.vectors = dict(zip(self.keys, self.leaf.split(self.sizes), strict=True))
         try:
             yield
         finally:
-            self.state.vectors = None
+            self.state.now.vectors = None
 
     def add_d_lambda(self, d_leaf: Tensor, gradient: Tensor) -> None:
         """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
-        strategy = self.state.kernel_strategy
+        strategy = self.state.now.kernel_strategy
         d_table = pmkernels.merge_vectors_gradient(d_leaf, self.task_vectors, self.offsets, strategy=strategy)
         d_lambda = self.members.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
-        if self.state.lambda_range is not None:
-            low, high = self.state.lambda_range
+        if self.state.now.lambda_range is not None:
+            low, high = self.state.now.lambda_range
             table = torch.stack([self.distinct[i].detach() for i in self.learned])
             d_lambda = d_lambda * ((table >= low) & (table <= high))
         # no place occurs twice
@@ -252,7 +252,7 @@ class MergedFactors:
         parts = [module.pareto_parts_at(name) for module, name in group]
         G = torch.stack([_given(p, "G") for p in parts])
         A = torch.stack([_given(p, "A") for p in parts])
-        return A, G @ self.state.gamma.to(G)
+        return A, G @ self.state.now.gamma.to(G)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -264,11 +264,11 @@ class MergedFactors:
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Inside, the model's layers use L and B."""
-        self.state.factors = self._keys
+        self.state.now.factors = self._keys
         try:
             yield
         finally:
-            self.state.factors = None
+            self.state.now.factors = None
 
     @torch.no_grad()
     def gradients(self, d_leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -278,7 +278,7 @@ class MergedFactors:
             A, core = self._cores(group)
             dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group]).to(core)
             dA, dC = dL @ core.mT, A.mT @ dL
-            dG = dC[..., None] * self.state.gamma.to(dC)
+            dG = dC[..., None] * self.state.now.gamma.to(dC)
             for (module, name), of_A, of_G in zip(group, dA, dG, strict=True):
                 found[id(_part(module, name, "A"))] = of_A
                 G = module.pareto_parts(name)["G"]
@@ -350,9 +350,9 @@ class GradientOfStep:
         self.graphs: CudaGraphs = cuda_graphs if self.device.type == "cuda" else "off"
         self.on_warning = on_warning or (lambda text: None)
         self.cache = self._cache(cache)
-        if self.cache is not None and self.state.cache is not None:
+        if self.cache is not None and self.state.now.cache is not None:
             # one more model in memory, not two
-            self.state.cache.clear()
+            self.state.now.cache.clear()
         self.distance = WeightDistance(model, settings.normalize_distance) if heads is None else None
         self.factors = None if heads is None else MergedFactors(model, learned)
         # what a task's gradient is taken of: L = A·C in the place of A, nothing in that of G
@@ -375,7 +375,7 @@ class GradientOfStep:
         self._warm = False
 
     def _cache(self, wanted: bool | None) -> MergedWeights | None:
-        strategy, budget = self.state.strategy, self.state.memory_budget
+        strategy, budget = self.state.now.strategy, self.state.now.memory_budget
         # a kernel strategy was asked for to be used, and fused to save the memory that a cache takes
         plain = strategy in ("auto", "cached") or (strategy == "eager" and self.device.type == "cpu")
         if wanted is False or (wanted is None and not plain):
@@ -436,12 +436,12 @@ class GradientOfStep:
     @contextlib.contextmanager
     def _lent(self) -> Iterator[None]:
         """The model at this γ, with this step's merged weights and vectors; afterwards as it was."""
-        state, before = self.state, (self.state.gamma, self.state.cache)
-        state.gamma, state.cache = self.gamma, self.cache
+        state, before = self.state, (self.state.now.gamma, self.state.now.cache)
+        state.now.gamma, state.now.cache = self.gamma, self.cache
         try:
             yield
         finally:
-            state.gamma, state.cache = before
+            state.now.gamma, state.now.cache = before
 
     def _compute(self) -> StepGradient:
         kind = self.device.type

@@ -153,7 +153,7 @@ class WeightDistance:
         self._folded: list[tuple[ParetoModule, str]] = []
         grams: list[Tensor] = []
         state = pareto_state(model)
-        self.tasks, self.strategy = len(state.task_names), state.kernel_strategy
+        self.tasks, self.strategy = len(state.task_names), state.now.kernel_strategy
         seen = set()
         for _, module in pareto_modules(model):
             for name in module.pareto_names:

@@ -26,7 +26,7 @@ from pareto_merging.errors import Interrupted, TrainingError, UserError
 from pareto_merging.learn.gradient import CudaGraphs, GradientOfStep, TasksAtOnce, widest
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.digests import TensorDigest
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
 from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
 from pareto_merging.system.files import write_text
@@ -171,11 +171,11 @@ def _clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[N
         yield
         return
     state = pareto_state(model)
-    state.lambda_range = bounds
+    state.now.lambda_range = bounds
     try:
         yield
     finally:
-        state.lambda_range = None
+        state.now.lambda_range = None
         with torch.no_grad():
             for name, parameter in learned_parameters(model).items():
                 if name.startswith("lam."):

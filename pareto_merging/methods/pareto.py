@@ -20,7 +20,7 @@ from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import merge as merge_at
-from pareto_merging.model.parameters import get_lambda, lambda_names
+from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import Preprocess
 

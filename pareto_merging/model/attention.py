@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pareto_merging.model.convert import register
 from pareto_merging.model.layer import ParetoModule, merged_property
 from pareto_merging.model.linear import ParetoLinear
 
@@ -66,8 +67,8 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
                 "attn_mask: expected a mask where is_causal is set (it is a hint about the mask), got None"
             )
         batched = query.ndim == 3
-        if not batched and self.pareto.gamma.ndim == 2:
-            raise ValueError(f"preference: expected one for an input without a batch, got {len(self.pareto.gamma)}")
+        if not batched and self.pareto.now.gamma.ndim == 2:
+            raise ValueError(f"preference: expected one for an input without a batch, got {len(self.pareto.now.gamma)}")
         batch_dim = 0 if self.batch_first or not batched else 1
         q, k, v = (self._heads(t, batched) for t in self._project(query, key, value, batch_dim))
         mask = self._mask(attn_mask, key_padding_mask, q, k)
@@ -92,7 +93,7 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         return F.linear(joined, out.weight, out.bias), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
-        """q, k and v: one product where they share their input."""
+        """Compute q, k and v: one product where they share their input."""
         bias, size = self.in_proj_bias, self.embed_dim
         project = functools.partial(self.pareto_project, bias=bias, batch_dim=batch_dim)
         if not self._qkv_same_embed_dim:
@@ -111,13 +112,14 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         return q, k, project(value, "in_proj_weight", rows=slice(2 * size, 3 * size))
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
-        """[batch, L, E], [L, batch, E] or [L, E] -> [batch, heads, L, head_dim]."""
+        """Split heads: [batch, L, E], [L, batch, E] or [L, E] becomes [batch, heads, L, head_dim]."""
         x = x if batched else x.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Both masks as one float mask [1 or batch, 1 or heads, 1 or L, S] that is added to the scores, or None."""
+        """Make one float mask of both. It is [1 or batch, 1 or heads, 1 or L, S] and added to the scores; None if there
+        is none."""
         batch, length, source = q.shape[0], q.shape[2], k.shape[2]
         mask = None
         if attn_mask is not None:
@@ -143,3 +145,6 @@ def _float_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected a boolean or floating-point mask, got {mask.dtype}")
     return mask.to(dtype)
+
+
+register(nn.MultiheadAttention, ParetoAttention, lambda module, names: set(names) <= MERGED_NAMES)

@@ -1,4 +1,4 @@
-"""Merged weights kept between calls, for as long as everything they are made of stands still: strategy ``cached``.
+"""Merged weights kept while everything they are made of stands still: strategy ``cached``.
 
 Whether a kept tensor is still right is never left to anybody's memory. Each carries a stamp of what it was made of: the
 identity, the place in memory and autograd's version counter of W0, τ, λ, A, G, B and γ, and the number of optimiser
@@ -30,7 +30,7 @@ Stamp = tuple[Any, ...]
 
 
 def stamp(parts: Mapping[str, Tensor | None], *settings: Any) -> Stamp:
-    """What tells whether any of ``parts`` may have changed, for as long as the tensors are kept alive."""
+    """Stamp ``parts``: another stamp means that one may have changed. The tensors have to be kept alive."""
     return (
         _optimizer_steps,
         *settings,
@@ -39,7 +39,7 @@ def stamp(parts: Mapping[str, Tensor | None], *settings: Any) -> Stamp:
 
 
 def stampable(*tensors: Tensor | None) -> bool:
-    """Whether the tensors' changes can be seen: those made in inference mode count no versions, fakes have no place."""
+    """Tell if the tensors' changes can be seen. Those made in inference mode count no versions, fakes have no place."""
     return not torch.compiler.is_compiling() and not any(
         t is not None and (t.is_inference() or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter))
         for t in tensors
@@ -47,7 +47,7 @@ def stampable(*tensors: Tensor | None) -> bool:
 
 
 class _Kept:
-    """One merged tensor: what it is made of (alive, so that no other tensor can get its identity), and its stamp."""
+    """One merged tensor and its stamp. What it is made of is kept alive: no other tensor can get its identity."""
 
     def __init__(
         self,
@@ -106,7 +106,8 @@ class MergedWeights:
         dtype: torch.dtype,
         merge: Callable[[Tensor | None], Tensor],
     ) -> Tensor | None:
-        """The merged tensor of ``parts``, by ``merge`` (into a tensor, or a new one) if there is none or an old one.
+        """Return the merged tensor of ``parts``. ``merge`` makes it (into a tensor, or a new one) if there is none or
+        an old one.
 
         ``key`` is the identity of the weight and ``user`` that of the layer: tied layers share what one weight makes.
         None where the budget has no room for it, or changes of its parts could not be seen.
@@ -130,7 +131,7 @@ class MergedWeights:
         return fresh.value
 
     def refresh(self, force: bool = False) -> None:
-        """Merge again what is out of date, or everything, so that later calls find it ready."""
+        """Merge again what is out of date, or everything. Later calls find it ready."""
         for kept in self._kept.values():
             if force or not kept.is_valid(kept.settings):
                 kept.merge_again(kept.value if self.in_place else None)

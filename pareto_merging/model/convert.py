@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from pareto_merging.model.attention import MERGED_NAMES, ParetoAttention
-from pareto_merging.model.layer import PARTS, ParetoModule, merged_property, pareto_modules, part_name
-from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.layer import ParetoModule, merged_property, pareto_modules
+from pareto_merging.model.parameters import PARTS, part_name
 from pareto_merging.model.state import ParetoState, pareto_states
+
+Fits: TypeAlias = Callable[[nn.Module, Sequence[str]], bool]
 
 
 @functools.cache
 def _pareto_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """``original`` with the parameters ``names`` readable as merged tensors: the λ-only wrapper of any module."""
+    """Make the Pareto form of any class: the parameters ``names`` are read as merged tensors."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _blank, (original, names), self.__getstate__()
@@ -39,27 +41,36 @@ def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
     return blank
 
 
+# class of a module -> its Pareto form, and whether that can have those parameters of that module merged
+LAYERS: dict[type[nn.Module], tuple[type[ParetoModule], Fits]] = {}
+
+
+def register(original: type[nn.Module], pareto: type[ParetoModule], fits: Fits) -> None:
+    """Give modules of exactly the class ``original`` the Pareto form ``pareto`` from now on.
+
+    Args:
+        fits: whether the form can have those parameters of that module merged; where not, and for every class that is
+            not registered, the module keeps its own forward and reads merged tensors.
+    """
+    LAYERS[original] = (pareto, fits)
+
+
 def convert(module: nn.Module, names: Sequence[str], state: ParetoState, has_parts: bool = False) -> ParetoModule:
-    """Turn ``module`` into the Pareto form of its class, in place; the caller then registers the parts of ``names``,
-    unless it ``has_parts`` already.
+    """Turn ``module`` into the Pareto form of its class, in place.
+
+    The caller then registers the parts of ``names``, unless it ``has_parts`` already.
 
     Raises:
         ValueError: the module already has an attribute that a part would be called.
     """
     original: Any = type(module)
-    # a layer with parameters of its own making, or none where its weight should be (weight_norm), is an unknown module
-    is_linear = original is nn.Linear or original is nn.modules.linear.NonDynamicallyQuantizableLinear
-    fixed: Any = None
-    if is_linear and set(names) <= {"weight", "bias"} and "weight" in module._parameters:
-        fixed = ParetoLinear
-    elif original is nn.MultiheadAttention and set(names) <= MERGED_NAMES:
-        fixed = ParetoAttention
-    for name in names:
-        for part in PARTS:
-            attribute = part_name(name, part)
-            if not has_parts and hasattr(module, attribute):
-                raise ValueError(f"{original.__name__}: expected no attribute {attribute}, which {name}'s parts need")
-    module.__class__ = _pareto_class(original, tuple(names)) if fixed is None else fixed
+    pareto, fits = LAYERS.get(original, (None, None))
+    for name, part in itertools.product(names, PARTS):
+        attribute = part_name(name, part)
+        if not has_parts and hasattr(module, attribute):
+            raise ValueError(f"{original.__name__}: expected no attribute {attribute}, which {name}'s parts need")
+    is_known = fits is not None and fits(module, names)
+    module.__class__ = pareto if is_known and pareto is not None else _pareto_class(original, tuple(names))
     assert isinstance(module, ParetoModule)
     module.pareto_names = tuple(names)
     module.pareto_original = original
@@ -71,9 +82,8 @@ def convert(module: nn.Module, names: Sequence[str], state: ParetoState, has_par
 
 def restore(module: ParetoModule) -> nn.Module:
     """Undo :func:`convert` in place: the original class, none of our attributes, no parts."""
-    for name in module.pareto_names:
-        for part in PARTS:
-            module._parameters.pop(part_name(name, part), None)
+    for name, part in itertools.product(module.pareto_names, PARTS):
+        module._parameters.pop(part_name(name, part), None)
     original: Any = module.pareto_original
     for attribute in ("pareto_names", "pareto_original", "pareto_groups", "pareto_batch_dim", "pareto"):
         module.__dict__.pop(attribute, None)
@@ -85,7 +95,7 @@ def restore(module: ParetoModule) -> nn.Module:
 
 @contextlib.contextmanager
 def unchanged_on_error(model: Any, *, buffers: bool) -> Iterator[None]:
-    """A block that turns the plain module ``model`` into a Pareto model; if it fails, the module is plain again.
+    """Guard a block that turns the plain module ``model`` into a Pareto model. If it fails, the module is plain again.
 
     ``buffers``: whether it may change the numbers in floating-point buffers, which are then kept until it is through.
     What is no plain module to begin with is not touched.
@@ -108,7 +118,8 @@ def unchanged_on_error(model: Any, *, buffers: bool) -> Iterator[None]:
 
 
 def make_plain(model: nn.Module) -> None:
-    """Every module its original class again, with none of our attributes and parts; W0 is where the parameters were."""
+    """Give every module its original class again, with none of our attributes and parts. W0 is where the parameters
+    were."""
     for _, pareto in list(pareto_modules(model)):
         restore(pareto)
     for module in model.modules():
@@ -118,7 +129,7 @@ def make_plain(model: nn.Module) -> None:
 
 
 def prepare_transformers(model: nn.Module) -> None:
-    """What torch's own transformer blocks need around Pareto layers; :func:`merge` puts their flags back.
+    """Prepare torch's own transformer blocks for Pareto layers; :func:`.fold.merge` puts their flags back.
 
     nn.TransformerEncoderLayer has a fused inference path that wants each weight as one tensor, nn.TransformerEncoder
     one with nested tensors; the ordinary path calls the layers, which can do more (a preference per item). And in a

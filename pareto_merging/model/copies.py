@@ -13,7 +13,8 @@ Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 def check_copies(
     model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
 ) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[list[str], Tensor]]]:
-    """The tensors of each fine-tuned copy by task name, and those of ``model``: (all names of a tensor, the tensor).
+    """Return the tensors of each copy by task, and those of ``model``. The latter are (all names of a tensor, the
+    tensor).
 
     Raises:
         ValueError: no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy only.
@@ -51,7 +52,7 @@ def _tensors(source: Weights) -> Mapping[str, Tensor]:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A mapping that may read a file for each tensor: which names it has is asked once.
+    """A mapping that may read a file for each tensor. Which names it has is asked once.
 
     ``name in mapping`` of ``collections.abc.Mapping`` gets the value to see whether there is one.
     """
@@ -74,13 +75,13 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:
-    """The shapes that a mapping says its tensors have, if it does."""
+    """Return the shapes that a mapping says its tensors have, if it does."""
     shapes = getattr(source, "shapes", None)
     return shapes if isinstance(shapes, Mapping) else None
 
 
 def named_tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Every tensor of a module's state dict once, with all the names it has there."""
+    """List the tensors of a module's state dict, each once with all its names there."""
     return [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
 
 
@@ -94,7 +95,7 @@ def _lookup(model: nn.Module, name: str) -> Tensor:
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """The tensors of the model by identity, each with all its names: tied weights have more than one."""
+    """List the tensors of the model by identity, each with all its names. Tied weights have more than one."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
@@ -133,7 +134,7 @@ def tensor_of(weights: Mapping[str, Tensor], name: str, task: str) -> Tensor:
 
 
 def read_tensor(weights: Mapping[str, Tensor], name: str, task: str, like: Tensor) -> Tensor:
-    """One tensor of a copy, of the shape of ``like``: a lazy mapping reads it here, and may have promised another."""
+    """Read one tensor of a copy, of the shape of ``like``. A lazy mapping may have promised another."""
     value = tensor_of(weights, name, task)
     if value.shape != like.shape:
         raise ValueError(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def preference_core(core: str, gamma: Tensor) -> Tensor:
-    """G [r, r, K] of the two structures without a learned core, r = K: G ×₃ γ is γγᵀ, or γ·e₁ᵀ (γ in the first column).
+    """Return the G [r, r, K] of a structure without a learned core. r = K, and G ×₃ γ is γγᵀ, or γ·e₁ᵀ (γ in the first
+    column).
 
     With A [N, K] and B [D, K] the low-rank term A·(G ×₃ γ)·Bᵀ is then (Aγ) ∘ (Bγ) for ``"outer-product"`` and
     (Aγ) ∘ b for ``"outer-vector"``, b the first column of B; ∘ is the outer product of two vectors.

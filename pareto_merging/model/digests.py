@@ -12,7 +12,7 @@ from pareto_merging.model.pieces import pieces_of
 
 
 class TensorDigest:
-    """SHA-256 over named tensors: 16-bit values count as the float32 they stand for, so a file and the model loaded
+    """SHA-256 over named tensors, 16-bit values counting as the float32 they stand for. So a file and the model loaded
     from it agree whatever the precision it was loaded in."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class TensorDigest:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and numbers, as :class:`TensorDigest` takes them; copies a piece at a time."""
+    """Digest a tensor's dtype, shape and numbers, as :class:`TensorDigest` takes them. Copies a piece at a time."""
     value = tensor.detach()
     dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
     digest = hashlib.sha256(f"{dtype} {list(value.shape)} ".encode())

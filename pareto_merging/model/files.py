@@ -22,12 +22,13 @@ from pareto_merging.errors import UserError
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import fold
-from pareto_merging.model.layer import LEARNED, pareto_modules, part_name
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.parameters import LEARNED, part_name
 from pareto_merging.model.parametrize import CORES, INITIAL_SCALE, parametrize
 from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
 from pareto_merging.model.preprocessing import Preprocess
-from pareto_merging.model.state import ParetoState, pareto_state
+from pareto_merging.model.state import Computation, ParetoState, pareto_state
 from pareto_merging.preferences import equal_preference
 from pareto_merging.version import VERSION
 
@@ -82,7 +83,7 @@ def _layer_map(model: nn.Module) -> dict[str, dict[str, list[str]]]:
     return {
         name: {
             "merged": list(module.pareto_names),
-            "low_rank": [p for p in module.pareto_names if module.pareto_parts(p)["A"] is not None],
+            "low_rank": [p for p in module.pareto_names if module.pareto_parameter(p).A is not None],
         }
         for name, module in pareto_modules(model)
     }
@@ -111,7 +112,7 @@ _KEY_TYPES: dict[str, Any] = {
 
 
 def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The header of a Pareto set or folded file, values decoded.
+    """Read the header of a Pareto set or folded file, values decoded.
 
     Raises:
         UserError: not such a file, of a newer version, or without one of ``keys``.
@@ -225,7 +226,7 @@ def _listed_low_rank(header: Mapping[str, Any]) -> Callable[[str, nn.Module], bo
 
 
 def load_learned(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy λ, A, G and B by name into a Pareto model; UserError names what is missing, extra, misshapen, not finite."""
+    """Copy λ, A, G and B by name into a Pareto model. UserError names what is missing, extra, misshapen, not finite."""
     learned = learned_parameters(model)
     problems = [f"lacks {name}" for name in learned if name not in tensors]
     problems += [f"has an unknown {name}" for name in tensors if name not in learned]
@@ -280,12 +281,12 @@ def save_folded(
 
 
 def read_folded_header(path: Path) -> dict[str, Any]:
-    """What a folded file says of itself. Raises UserError as :func:`load_folded`."""
+    """Read what a folded file says of itself. Raises UserError as :func:`load_folded`."""
     return read_header(Path(path), FOLDED_FORMAT, _FOLDED_KEYS)
 
 
 def load_heads(path: Path) -> dict[str, ZeroShotHead]:
-    """The zero-shot heads of a folded file by task name. Raises UserError as :func:`load_folded`."""
+    """Load the zero-shot heads of a folded file by task name. Raises UserError as :func:`load_folded`."""
     path = Path(path)
     header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
     tensors, scales = read_tensors(path), header.get("logit_scales", {})
@@ -300,7 +301,7 @@ def load_heads(path: Path) -> dict[str, ZeroShotHead]:
 
 
 def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
-    """A folded model from its file alone, in eval mode, ready for :func:`set_preference`.
+    """Load a folded model from its file alone, in eval mode, ready for :func:`set_preference`.
 
     Args:
         path: a folded file. plain: a module of the original class and shapes, where the file does not say how to build
@@ -316,7 +317,9 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
         plain = encoders.build(header["encoder"])
     tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
     names = tuple(header["task_names"])
-    state = ParetoState(names, equal_preference(len(names)), digests=header.get("digests", {}), folded=True)
+    state = ParetoState(
+        names, Computation(equal_preference(len(names))), digests=header.get("digests", {}), folded=True
+    )
     state.settings = {
         key: header[key]
         for key in (
@@ -349,7 +352,7 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> None:
-    """Compare the encoder that a file describes with its tensors before there is memory for it."""
+    """Compare the encoder that a file describes with its tensors. Before there is memory for it."""
     shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
     with torch.device("meta"):
         expected = encoders.build(description).state_dict()
@@ -361,7 +364,7 @@ def _check_description(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def _check_layers(path: Path, layers: Mapping[str, Any], plain: nn.Module) -> None:
-    """The layer map of a file beside the model: modules that are there, each with a list of its own parameters."""
+    """Compare the layer map of a file with the model. Its modules are there, each with a list of its own parameters."""
     modules = dict(plain.named_modules())
     for module_name, entry in layers.items():
         if module_name not in modules:

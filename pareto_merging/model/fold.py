@@ -1,7 +1,8 @@
-"""From a Pareto model to a plain module for one preference, or to a folded one for all."""
+"""A Pareto model made plain for one preference, or folded for all."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, cast
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 import pmkernels
 from pareto_merging.model.convert import convert, make_plain, restore
-from pareto_merging.model.layer import LEARNED, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.parameters import PARTS, MergedParameter, merged_parameters, part_name
 from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import Preference, check_preference
 
 
 def merge(model: nn.Module, gamma: Preference) -> nn.Module:
-    """A new plain module of the original class: the Pareto (or folded) model at one preference.
+    """Make the plain module of one preference, of the original class.
 
     Args:
         gamma: ``[K]`` or by task name, on the simplex.
@@ -32,7 +34,7 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     state = pareto_state(model)
     checked = check_preference(gamma, state.task_names, per_item=False).detach()
-    plain = _copy_with(model, lambda module, name: module.pareto_merged(name, checked), keep_low_rank=False)
+    plain = _copy_with(model, lambda stored: stored.module.pareto_merged(stored.name, checked), keep_low_rank=False)
     make_plain(plain)
     for parameter in plain.parameters():
         if parameter.is_floating_point():
@@ -41,7 +43,7 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A new model with λ folded in: one base W0 + Σ λ_k τ_k and the low-rank terms, no task vectors.
+    """Fold λ into the base of a new model: W0 + Σ λ_k τ_k. It has no task vectors, and the low-rank terms.
 
     It takes preferences as the Pareto model does and gives the same results at about the memory of one plain model:
     what a server loads. Folding a folded model copies it. Raises ValueError if ``model`` is no Pareto model.
@@ -52,12 +54,9 @@ def fold(model: nn.Module) -> nn.Module:
     state = pareto_state(folded)
     state.folded = True
     for _, module in list(pareto_modules(folded)):
-        kept = []
-        for name in module.pareto_names:
-            for part in ("task_vectors", "lam"):
-                module._parameters.pop(part_name(name, part), None)
-            if module._parameters.get(part_name(name, "A")) is not None:
-                kept.append(name)
+        for name, part in itertools.product(module.pareto_names, ("task_vectors", "lam")):
+            module._parameters.pop(part_name(name, part), None)
+        kept = [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]
         module.pareto_groups = {}
         if kept:
             # only the class of an unknown module depends on which of its parameters are merged
@@ -70,35 +69,25 @@ def fold(model: nn.Module) -> nn.Module:
     return folded
 
 
-def _base(module: ParetoModule, name: str) -> Tensor:
-
-    weight, parts = module._parameters[name], module.pareto_parts(name)
-    assert weight is not None
-    lam = parts["lam"]
-    if lam is not None and module.pareto.lambda_range is not None:
-        lam = lam.clamp(*module.pareto.lambda_range)
-    return pmkernels.merge_weight(weight, task_vectors=parts["task_vectors"], lam=lam)
+def _base(stored: MergedParameter) -> Tensor:
+    used = stored.at()
+    return pmkernels.merge_weight(used.weight, task_vectors=used.task_vectors, lam=used.lam)
 
 
-def _copy_with(model: nn.Module, value: Callable[[ParetoModule, str], Tensor], keep_low_rank: bool) -> nn.Module:
-    """A deep copy in which merged parameters hold ``value(module, name)`` and the task vectors are not copied."""
+def _copy_with(model: nn.Module, value: Callable[[Any], Tensor], keep_low_rank: bool) -> nn.Module:
+    """Copy a model deeply; merged parameters hold ``value(parameter)``, and task vectors are not copied."""
     memo: dict[int, Any] = {}
     with torch.no_grad():
+        for stored in merged_parameters(model):
+            merged, weight = value(stored).detach(), stored.weight
+            merged = merged.clone() if merged.data_ptr() == weight.data_ptr() else merged
+            memo[id(weight)] = nn.Parameter(merged, requires_grad=False)
         for _, module in pareto_modules(model):
-            for name in module.pareto_names:
-                weight = module._parameters[name]
-                assert weight is not None
-                if id(weight) not in memo:
-                    merged = value(module, name).detach()
-                    merged = merged.clone() if merged.data_ptr() == weight.data_ptr() else merged
-                    memo[id(weight)] = nn.Parameter(merged, requires_grad=False)
-                parts = ("task_vectors", "lam") if keep_low_rank else ("task_vectors", *LEARNED)
-                for part in parts:
-                    parameter = module._parameters.get(part_name(name, part))
-                    if parameter is not None:
-                        memo[id(parameter)] = None
-        # the current preference may carry a graph, which cannot be copied
-        for _, module in pareto_modules(model):
-            memo[id(module.pareto.gamma)] = module.pareto.gamma.detach().clone()
+            for name, part in itertools.product(module.pareto_names, PARTS):
+                parameter = module._parameters.get(part_name(name, part))
+                if parameter is not None and (part in ("task_vectors", "lam") or not keep_low_rank):
+                    memo[id(parameter)] = None
+            # the current preference may carry a graph, which cannot be copied
+            memo[id(module.pareto.now.gamma)] = module.pareto.now.gamma.detach().clone()
     # deepcopy keeps alive, and later frees, what the memo maps from; what we put there must survive as well
     return deepcopy(model, memo)

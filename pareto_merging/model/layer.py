@@ -4,9 +4,6 @@ Each is the original module with a different class. A merged parameter ``name`` 
 ``state_dict`` has it under its own name) and stands beside its task vectors τ, its λ and, where it has one, its
 low-rank term; *reading* ``module.name`` gives the merged tensor at the current preference. So code that reaches into a
 layer (``block.mlp.c_fc.weight``) sees the merged model, and forwards we do not know work as they are.
-
-The parts of ``weight`` are called ``task_vectors``, ``lam``, ``A``, ``G``, ``B``; those of any other parameter carry
-its name in front: ``bias_lam``, ``in_proj_weight_G``.
 """
 
 from __future__ import annotations
@@ -19,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.model.cores import preference_core
-from pareto_merging.model.state import ParetoState
+from pareto_merging.model.parameters import LEARNED, MergedParameter, merged_parameter, part_name
+from pareto_merging.model.state import Computation, ParetoState
 from pmkernels.checks import autocast_enabled
 
 if TYPE_CHECKING:
@@ -28,17 +25,9 @@ if TYPE_CHECKING:
 else:
     ModuleBase = object
 
-PARTS = ("task_vectors", "lam", "A", "G", "B")
-LEARNED = ("lam", "A", "G", "B")
-
-
-def part_name(name: str, part: str) -> str:
-    """The attribute that holds ``part`` of parameter ``name``: ``("bias", "lam")`` -> ``"bias_lam"``."""
-    return part if name == "weight" else f"{name}_{part}"
-
 
 class ParetoModule(ModuleBase):
-    """A module some of whose parameters are merged: what they are made of, and the merged value of each.
+    """A module some of whose parameters are merged.
 
     Attributes set by :func:`convert`: ``pareto_names`` (the parameters that are merged), ``pareto_original``,
     ``pareto_groups`` (parameter -> the name of the λ vector it uses) and ``pareto`` (the state all layers share).
@@ -50,27 +39,25 @@ class ParetoModule(ModuleBase):
     # where the items of a batch lie in the input: 1 in sequence-first transformers
     pareto_batch_dim: int = 0
     # until convert gives it the model's
-    pareto: ParetoState = ParetoState((), torch.empty(0))
+    pareto: ParetoState = ParetoState((), Computation(torch.empty(0)))
+
+    def pareto_parameter(self, name: str) -> MergedParameter:
+        """Return parameter ``name`` and what is added to it, as they are stored."""
+        parameter = merged_parameter(self, name)
+        if parameter is None:
+            raise AttributeError(f"{name}: expected a merged parameter of {type(self).__name__}, got none")
+        return parameter
 
     def pareto_parts(self, name: str) -> dict[str, Tensor | None]:
-        """Task vectors, λ, A, G and B of parameter ``name`` as they are stored; None for what it does not have."""
-        return {part: self._parameters.get(part_name(name, part)) for part in PARTS}
+        """Return the stored parts of a parameter; on its way out, use :meth:`pareto_parameter`."""
+        return self.pareto_parameter(name).parts()
 
     def pareto_parts_at(self, name: str, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
-        """The same as they are used at ``gamma`` [K], by default the current preference.
-
-        λ within the range it is clamped to, and the G of a structure that learns none (:func:`preference_core`).
-        """
-        parts, state = self.pareto_parts(name), self.pareto
-        lam, A = parts["lam"], parts["A"]
-        if lam is not None and state.lambda_range is not None:
-            parts["lam"] = lam.clamp(*state.lambda_range)
-        if A is not None and parts["G"] is None:
-            parts["G"] = preference_core(state.core, (state.gamma if gamma is None else gamma).to(A))
-        return parts
+        """Return the parts of a parameter as used; on its way out, use :meth:`pareto_parameter`."""
+        return self.pareto_parameter(name).at(gamma).parts()
 
     def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The learned parameters of this module itself, by attribute name."""
+        """Yield the learned parameters of this module itself, by attribute name."""
         for name in self.pareto_names:
             for part in LEARNED:
                 parameter = self._parameters.get(part_name(name, part))
@@ -78,11 +65,12 @@ class ParetoModule(ModuleBase):
                     yield part_name(name, part), parameter
 
     def pareto_gamma_on(self, device: torch.device) -> Tensor:
-        """The current preference, on ``device``."""
-        return self.pareto.gamma.to(device)
+        """Return the current preference, on ``device``."""
+        return self.pareto.now.gamma.to(device)
 
     def pareto_gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
-        """The preference as pareto_linear wants it for x: [K], or [batch, 1, …, K] with the items at ``batch_dim``."""
+        """Return the preference as pareto_linear wants it for x. [K], or [batch, 1, …, K] with the items at
+        ``batch_dim``."""
         gamma = self.pareto_gamma_on(x.device)
         if gamma.ndim == 1:
             return gamma
@@ -96,96 +84,93 @@ class ParetoModule(ModuleBase):
         return gamma.view(shape)
 
     def pareto_merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
-        """Parameter ``name`` merged at ``gamma`` [K], by default the current preference."""
-        weight = self._parameters[name]
-        assert weight is not None
-        state, current = self.pareto, gamma is None
-        if current and state.vectors is not None and id(weight) in state.vectors:
-            return state.vectors[id(weight)]
-        parts = self.pareto_parts_at(name, gamma)
-        if parts["A"] is None:
-            if parts["lam"] is None:
-                return weight
+        """Merge parameter ``name`` at ``gamma`` [K], by default the current preference."""
+        now, current = self.pareto.now, gamma is None
+        stored = self.pareto_parameter(name)
+        if current and now.vectors is not None and id(stored.weight) in now.vectors:
+            return now.vectors[id(stored.weight)]
+        used = stored.at(gamma)
+        if used.A is None:
+            if used.lam is None:
+                return used.weight
             gamma = None
         else:
-            gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
+            device = used.weight.device
+            gamma = self.pareto_gamma_on(device) if gamma is None else gamma.to(device)
             if gamma.ndim != 1:
                 raise ValueError(
                     f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one "
                     f"preference for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear "
                     "and nn.MultiheadAttention layers)"
                 )
-        kept = self._pareto_kept(name, gamma, weight.dtype) if current else None
-        if current and gamma is not None and state.factors is not None and id(weight) in state.factors:
-            parts |= {"A": state.factors[id(weight)], "G": None}
-            gamma = None
-        strategy = state.kernel_strategy
-        return pmkernels.merge_weight(weight, gamma=gamma, cached=kept, strategy=strategy, **parts)
+        kept = self._pareto_kept(stored, gamma, used.weight.dtype) if current else None
+        if current and gamma is not None and (factor := self._pareto_factor(stored)) is not None:
+            used, gamma = used.with_low_rank(factor, None, used.B), None
+        return pmkernels.merge_weight(
+            used.weight, gamma=gamma, cached=kept, strategy=now.kernel_strategy, **used.parts()
+        )
 
-    def _pareto_kept(self, name: str, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Parameter ``name`` merged at ``gamma`` (None: λ alone) as the model's cache keeps it, in ``dtype``."""
-        state, weight = self.pareto, self._parameters[name]
-        if state.cache is None or weight is None or getattr(self, "_is_replica", False):
+    def _pareto_factor(self, stored: MergedParameter) -> Tensor | None:
+        """Return A·C(γ) where a training step has made it. The low-rank term is that times Bᵀ."""
+        factors = self.pareto.now.factors
+        return None if factors is None else factors.get(id(stored.weight))
+
+    def _pareto_kept(self, stored: MergedParameter, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return a parameter merged at ``gamma`` as the model's cache keeps it. None: λ alone."""
+        state, weight, name = self.pareto, stored.weight, stored.name
+        if state.now.cache is None or getattr(self, "_is_replica", False):
             return None
-        stored = self.pareto_parts(name)
         if gamma is None:
-            stored |= {"A": None, "G": None, "B": None}
+            stored = stored.with_low_rank(None, None, None)
 
         def merge(out: Tensor | None) -> Tensor:
             # asked for again later, when the preference may be another
-            now = None if gamma is None else self.pareto_gamma_on(weight.device)
-            parts = self.pareto_parts_at(name, now)
-            if now is None:
-                parts |= {"A": None, "G": None, "B": None}
+            preference = None if gamma is None else self.pareto_gamma_on(weight.device)
+            used = self.pareto_parameter(name).at(preference)
+            if preference is None:
+                used = used.with_low_rank(None, None, None)
             narrow = out if weight.dtype == dtype else None
-            merged = pmkernels.merge_weight(weight, gamma=now, out=narrow, strategy=state.kernel_strategy, **parts)
+            merged = pmkernels.merge_weight(
+                weight, gamma=preference, out=narrow, strategy=state.now.kernel_strategy, **used.parts()
+            )
             return merged if merged.dtype == dtype else merged.to(dtype) if out is None else out.copy_(merged)
 
-        return state.cache.get(
+        return state.now.cache.get(
             (id(self), name, dtype, gamma is None),
             (id(weight), dtype, gamma is None),
-            {"weight": weight, **stored, "gamma": None if gamma is None else state.gamma},
-            (state.lambda_range, state.core),
+            {"weight": weight, **stored.parts(), "gamma": None if gamma is None else state.now.gamma},
+            (state.now.lambda_range, state.core),
             weight,
             dtype,
             merge,
         )
 
     def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
-        """x through the rows ``rows`` of the merged matrix ``name``: [*, in] -> [*, len(rows)]."""
-        weight: Tensor | None = self._parameters[name]
-        assert weight is not None
-        parts = self.pareto_parts_at(name)
-        if parts["lam"] is None and parts["A"] is None:
-            return F.linear(x, weight[rows], None if bias is None else bias[rows])
-        gamma = None if parts["A"] is None else self.pareto_gamma_for(x, batch_dim)
-        state = self.pareto
+        """Project x [*, in] through the rows ``rows`` of the merged matrix ``name``."""
+        stored = self.pareto_parameter(name)
+        used = stored.at()
+        if used.lam is None and used.A is None:
+            return F.linear(x, used.weight[rows], None if bias is None else bias[rows])
+        gamma = None if used.A is None else self.pareto_gamma_for(x, batch_dim)
         autocast = x.dtype != torch.float64 and autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else used.weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
         # a folded weight with a preference per item is used as it is
-        kept = None if shared is None and parts["lam"] is None else self._pareto_kept(name, shared, dtype)
+        kept = None if shared is None and used.lam is None else self._pareto_kept(stored, shared, dtype)
+        if (factor := self._pareto_factor(stored)) is not None:
+            used, gamma = used.with_low_rank(factor, None, used.B), None
         if rows != slice(None):
-            weight = weight[rows]
-            for part, axis in (("task_vectors", 1), ("A", 0)):
-                value = parts[part]
-                if value is not None:
-                    parts[part] = value[:, rows] if axis else value[rows]
+            used = used.rows(rows)
             bias = None if bias is None else bias[rows]
             kept = None if kept is None else kept[rows]
-        if state.factors is not None and id(self._parameters[name]) in state.factors:
-            # the low-rank term is A·C(γ) times Bᵀ
-            factor = state.factors[id(self._parameters[name])]
-            parts |= {"A": factor if rows == slice(None) else factor[rows], "G": None}
-            gamma = None
         return pmkernels.pareto_linear(
             x,
-            weight,
+            used.weight,
             bias=bias,
             gamma=gamma,
             cached=kept,
-            strategy=state.kernel_strategy,
-            **parts,
+            strategy=self.pareto.now.kernel_strategy,
+            **used.parts(),
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -217,9 +202,9 @@ class ParetoModule(ModuleBase):
 
         super()._apply(keep_float32, recurse)
         if (state := self.__dict__.get("pareto")) is not None:
-            state.gamma = state.gamma.to(fn(state.gamma).device)
-            if state.cache is not None:
-                state.cache.clear()
+            state.now.gamma = state.now.gamma.to(fn(state.now.gamma).device)
+            if state.now.cache is not None:
+                state.now.cache.clear()
         return self
 
 
@@ -245,14 +230,14 @@ def merged_property(name: str) -> property:
 
 
 def describe(module: ParetoModule, name: str) -> str:
-    parts = module.pareto_parts(name)
-    tasks, A = parts["task_vectors"], parts["A"]
-    folded = "folded" if tasks is None else f"tasks={tasks.shape[0]}"
-    return folded if A is None else f"{folded}, rank={A.shape[1]}"
+    """Say how many tasks a merged parameter has, and its rank."""
+    parameter = module.pareto_parameter(name)
+    tasks = "folded" if parameter.task_vectors is None else f"tasks={parameter.task_vectors.shape[0]}"
+    return tasks if parameter.A is None else f"{tasks}, rank={parameter.A.shape[1]}"
 
 
 def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:
-    """Every module of ``model`` with merged parameters, by name, each once."""
+    """Yield the modules of ``model`` with merged parameters, by name, each once."""
     for name, module in model.named_modules():
         if isinstance(module, ParetoModule):
             yield name, module

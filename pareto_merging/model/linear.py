@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from pareto_merging.model.convert import register
 from pareto_merging.model.layer import ParetoModule, describe, merged_property
+from pareto_merging.model.parametrize import parametrize
 
 
 class ParetoLinear(ParetoModule, nn.Linear):
-    """nn.Linear whose weight is W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ and whose bias is b0 + Σ_k λ_k τ_k.
+    """nn.Linear whose weight is W(γ) and whose bias is b0 + Σ_k λ_k τ_k.
 
     Input ``[*, in]``, output ``[*, out]``. A preference per item wants the items along the first dimension of x.
     """
@@ -26,9 +28,8 @@ class ParetoLinear(ParetoModule, nn.Linear):
         rank: int = 16,
         init_lambda: float = 0.3,
     ) -> ParetoLinear:
-        """One layer from its pretrained form and K fine-tuned copies (or task name -> copy); ``rank`` 0: λ only."""
-        from pareto_merging.model.parametrize import parametrize
-
+        """Make one layer from its pretrained form and K fine-tuned copies. The copies may be by task name; ``rank`` 0:
+        λ only."""
         model = parametrize(
             pretrained, finetuned, rank=rank, low_rank="all" if rank else "none", init_lambda=init_lambda
         )
@@ -41,3 +42,12 @@ class ParetoLinear(ParetoModule, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self, 'weight')}"
+
+
+def _fits(module: nn.Module, names: Sequence[str]) -> bool:
+    # a layer with parameters of its own making, or none where its weight should be (weight_norm), is an unknown module
+    return set(names) <= {"weight", "bias"} and "weight" in module._parameters
+
+
+for kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    register(kind, ParetoLinear, _fits)

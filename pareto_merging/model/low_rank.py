@@ -18,7 +18,7 @@ _OUT_PROJECTION = re.compile(r"(^|\.)(out_proj|o_proj|proj|to_out(\.\d+)?|c_proj
 
 
 def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
-    """Whether the matrix ``name`` of ``model`` has a low-rank term under the setting ``low_rank``."""
+    """Tell if the matrix ``name`` of ``model`` has a low-rank term under a setting."""
     if low_rank == "none":
         return False
     owner_name, _, attribute = name.rpartition(".")

@@ -1,89 +1,120 @@
-"""The merged and the learned parameters of a Pareto model."""
+"""A merged parameter: W0 and what is added to it.
+
+The parts of ``weight`` are attributes ``task_vectors``, ``lam``, ``A``, ``G``, ``B`` of its module; those of any other
+parameter carry its name in front: ``bias_lam``, ``in_proj_weight_G``.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.layer import LEARNED, pareto_modules, part_name
-from pareto_merging.model.state import pareto_state
+from pareto_merging.model.cores import preference_core
 
-Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
-
-
-def lambda_group(name: str, granularity: Granularity) -> str:
-    """The name of the λ vector that parameter ``name`` uses: ``blocks.3.attn.weight`` -> ``blocks.3`` per block."""
-    if granularity == "tensor":
-        return name
-    if granularity == "model":
-        return "model"
-    owner = name.rpartition(".")[0]
-    if granularity == "module":
-        return owner or name
-    parts = owner.split(".")
-    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbered[0] + 1]) if numbered else owner or name
+PARTS = ("task_vectors", "lam", "A", "G", "B")
+LEARNED = ("lam", "A", "G", "B")
 
 
-def lambda_names(model: nn.Module) -> list[str]:
-    """The names of the L λ vectors of a Pareto model, in the order of :func:`get_lambda`."""
-    return list(_lambdas(model))
+def part_name(name: str, part: str) -> str:
+    """Name the attribute that holds ``part`` of parameter ``name``: ``("bias", "lam")`` -> ``"bias_lam"``."""
+    return part if name == "weight" else f"{name}_{part}"
 
 
-def get_lambda(model: nn.Module) -> Tensor:
-    """λ of all layers as one [L, K] tensor (a copy), row l belonging to ``lambda_names(model)[l]``."""
-    tasks = len(pareto_state(model).task_names)
-    rows = list(_lambdas(model).values())
-    return torch.stack([row.detach() for row in rows]) if rows else torch.empty(0, tasks, dtype=torch.float32)
+class LowRankTerm(NamedTuple):
+    """A·(G ×₃ γ)·Bᵀ: A [N, r], G [r, r, K], B [D, r]."""
+
+    A: Tensor
+    G: Tensor
+    B: Tensor
 
 
-def set_lambda(model: nn.Module, values: Tensor) -> None:
-    """Set λ of all layers from one [L, K] tensor (or [K] for every layer, or a number for all); finite values."""
-    tasks = len(pareto_state(model).task_names)
-    rows = list(_lambdas(model).values())
-    try:
-        values = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lambda: expected a tensor of numbers, got {values!r}") from error
-    if values.ndim < 2 and values.shape in ((), (tasks,)):
-        values = values.expand(len(rows), tasks)
-    if values.shape != (len(rows), tasks):
-        raise ValueError(f"lambda: expected shape [{len(rows)}, {tasks}], got {list(values.shape)}")
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("lambda: expected finite numbers, got NaN or inf")
-    with torch.no_grad():
-        for row, value in zip(rows, values, strict=True):
-            row.copy_(value)
+@dataclass(eq=False, slots=True)
+class MergedParameter:
+    """One parameter W0 + Σλτ + A·(G ×₃ γ)·Bᵀ, as stored or as used.
 
-
-def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for _, module in pareto_modules(model):
-        for name, group in module.pareto_groups.items():
-            parameter = module._parameters[part_name(name, "lam")]
-            assert parameter is not None
-            if found.setdefault(group, parameter) is not parameter:
-                raise ValueError(
-                    f"model: expected one λ vector for {group}, got several (load_state_dict(assign=True) takes apart "
-                    "what is shared; load without it)"
-                )
-    return found
-
-
-def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """λ, A, G and B of a Pareto model by name, each tensor once: what is trained, and what a Pareto set file holds.
-
-    A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
+    Attributes:
+        module, name: the Pareto module that has it, and its attribute there.
+        path: its name in the model, ``blocks.0.attn.in_proj_weight``; the attribute where it was asked of the module.
+        weight: W0. task_vectors: [K, *shape]. lam: [K]. A, G, B: None for what it does not have; G alone is None in a
+            structure that learns none.
     """
-    found: dict[str, nn.Parameter] = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
-    seen = {id(parameter) for parameter in found.values()}
-    for prefix, module in pareto_modules(model):
-        for name in module.pareto_names:
-            for part in LEARNED:
-                parameter = module._parameters.get(part_name(name, part))
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    found[f"{part}.{prefix}.{name}" if prefix else f"{part}.{name}"] = parameter
-    return found
+
+    module: nn.Module
+    name: str
+    path: str
+    weight: Tensor
+    task_vectors: Tensor | None
+    lam: Tensor | None
+    A: Tensor | None
+    G: Tensor | None
+    B: Tensor | None
+
+    @property
+    def group(self) -> str:
+        """Return the name of the λ vector that it uses."""
+        groups: Any = self.module.pareto_groups
+        return groups[self.name]
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""
+        return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
+
+    def low_rank(self, gamma: Tensor | None = None) -> LowRankTerm | None:
+        """Return the low-rank term at ``gamma`` [K], by default the current preference. None where there is none."""
+        if self.A is None or self.B is None:
+            return None
+        state: Any = self.module.pareto
+        G = self.G
+        if G is None:
+            G = preference_core(state.core, (state.now.gamma if gamma is None else gamma).to(self.A))
+        return LowRankTerm(self.A, G, self.B)
+
+    def at(self, gamma: Tensor | None = None) -> MergedParameter:
+        """Return it as it is used at ``gamma`` [K], by default the current preference.
+
+        λ lies within the range it is clamped to, and a structure that learns no G has that of :func:`preference_core`.
+        """
+        state: Any = self.module.pareto
+        lam, term = self.lam, self.low_rank(gamma)
+        if lam is not None and state.now.lambda_range is not None:
+            lam = lam.clamp(*state.now.lambda_range)
+        return self.with_low_rank(self.A, None if term is None else term.G, self.B, lam)
+
+    def with_low_rank(
+        self, A: Tensor | None, G: Tensor | None, B: Tensor | None, lam: Tensor | None = None
+    ) -> MergedParameter:
+        """Return it with another low-rank term, and another λ where one is given."""
+        lam = self.lam if lam is None else lam
+        return MergedParameter(self.module, self.name, self.path, self.weight, self.task_vectors, lam, A, G, B)
+
+    def rows(self, rows: slice) -> MergedParameter:
+        """Return the rows ``rows`` of a merged matrix."""
+        task_vectors = None if self.task_vectors is None else self.task_vectors[:, rows]
+        A = None if self.A is None else self.A[rows]
+        return MergedParameter(
+            self.module, self.name, self.path, self.weight[rows], task_vectors, self.lam, A, self.G, self.B
+        )
+
+
+def merged_parameter(module: nn.Module, name: str, path: str = "") -> MergedParameter | None:
+    """Return the merged parameter ``name`` of a Pareto module. None where the module has set it to None."""
+    weight = module._parameters.get(name)
+    if weight is None:
+        return None
+    parts = [module._parameters.get(part_name(name, part)) for part in PARTS]
+    return MergedParameter(module, name, path or name, weight, *parts)
+
+
+def merged_parameters(model: nn.Module) -> Iterator[MergedParameter]:
+    """Yield the merged parameters of a model, each once. They come in the order of its modules; tied ones under their
+    first name."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name in getattr(module, "pareto_names", ()):
+            parameter = merged_parameter(module, name, f"{prefix}.{name}" if prefix else name)
+            if parameter is not None and id(parameter.weight) not in seen:
+                seen.add(id(parameter.weight))
+                yield parameter

@@ -1,10 +1,11 @@
-"""Any nn.Module and K fine-tuned copies of it -> a Pareto model; and from there back to plain modules."""
+"""Any nn.Module and K fine-tuned copies of it, turned into a Pareto model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights, check_copies, names_in, read_tensor
 from pareto_merging.model.digests import TensorDigest
-from pareto_merging.model.layer import ParetoModule, pareto_modules, part_name
+from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.learned import Granularity, lambda_group
 from pareto_merging.model.low_rank import LowRank, wants_low_rank
-from pareto_merging.model.parameters import Granularity, lambda_group
+from pareto_merging.model.parameters import part_name
 from pareto_merging.model.pieces import pieces_of
 from pareto_merging.model.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess
-from pareto_merging.model.state import ParetoState, pareto_states
-from pareto_merging.model.stored import Precision, PretrainedWeights, forget_stored
-from pareto_merging.model.task_vectors import LARGE, give_back_free_memory, task_vectors_of
+from pareto_merging.model.state import Computation, ParetoState, pareto_states
+from pareto_merging.model.stored import PretrainedWeights, forget_stored
+from pareto_merging.model.task_vectors import LARGE, Sources, give_back_free_memory
 from pareto_merging.preferences import equal_preference
 
 Core: TypeAlias = Literal["tensor", "outer-product", "outer-vector"]
@@ -50,7 +52,7 @@ def parametrize(
     core: Core = "tensor",
     copy: bool = True,
 ) -> nn.Module:
-    """Turn a pretrained module and K fine-tuned copies into a Pareto model: the same class, the same call signature.
+    """Turn a pretrained module and K fine-tuned copies into a Pareto model. It has the same class and call signature.
 
     Every floating-point parameter becomes W0 + Σ_k λ_k τ_k with τ_k = W_k − W0; the chosen projections add the low-rank
     term A·(G ×₃ γ)·Bᵀ. Only λ, A, G and B require a gradient. The model is a copy, unless ``copy=False``: W0 and the
@@ -97,214 +99,244 @@ def parametrize(
         copy: False turns ``pretrained`` itself into the Pareto model and returns it: there is no second W0 in memory.
             On an error it is the plain module that it was.
 
+    Longer than 60 lines because every setting is explained here.
+
     Raises:
         ValueError: no copies; missing, extra or differently shaped tensors (all are named, with the task); tensors
             tied in ``pretrained`` but different in a copy; NaN or inf in a copy; a setting out of range. TypeError: not
             a module, or something else than tensors.
     """
-    _check_settings(pretrained, rank, low_rank, granularity, buffers, init_lambda, seed)
-    if core not in CORES:
-        raise ValueError(f"core: expected {', '.join(CORES)}, got {core!r}")
-    check_density(density)
+    _check_plain(pretrained)
+    settings = _Settings(rank, low_rank, init_lambda, granularity, buffers, seed, preprocess, density, core)
+    settings.check()
     if not isinstance(copy, bool):
         raise ValueError(f"copy: expected True or False, got {copy!r}")
-    model = deepcopy(pretrained) if copy else pretrained
-    copies, tensors = check_copies(model, finetuned)
-    names = tuple(copies)
-    if "pretrained" in names:
-        raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
-    rank = rank if core == "tensor" else len(names)
-    as_stored, precision = PretrainedWeights(model), Precision()
-    apply = preprocess if callable(preprocess) else None
-    if not callable(preprocess):
-        parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
-        apply = make_preprocess(preprocess, density, seed, parameters, copies, as_stored)
-    state = ParetoState(
-        names,
-        equal_preference(len(names)),
-        settings={
-            "rank": rank,
-            "low_rank": low_rank if isinstance(low_rank, str) else "function",
-            "init_lambda": init_lambda,
-            "granularity": granularity,
-            "buffers": buffers,
-            "seed": seed,
-            "initial_scale": INITIAL_SCALE if core == "tensor" else OUTER_INITIAL_SCALE,
-            "preprocess": preprocess if isinstance(preprocess, str) else "function",
-            "density": float(density),
-            "core": core,
-        },
-        core=core,
-    )
-    hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
-
-    generator = torch.Generator("cpu").manual_seed(seed)
-    lambdas: dict[str, nn.Parameter] = {}
-    with torch.no_grad():
-        plans = [
-            _plan(
-                *(model, group, tensor, copies, rank, low_rank, generator, hashers, apply, core),
-                as_stored=as_stored,
-                precision=precision,
-            )
-            for group, tensor in tensors
-            if isinstance(tensor, nn.Parameter)
-        ]
-    # by identity: one module may have several names
-    owners: dict[int, tuple[nn.Module, list[str]]] = {}
-    for plan in plans:
-        if plan["task_vectors"] is None and plan["A"] is None:
-            continue
-        for name in plan["names"]:
-            owner, _, attribute = name.rpartition(".")
-            module = model.get_submodule(owner)
-            attributes = owners.setdefault(id(module), (module, []))[1]
-            if attribute not in attributes:
-                attributes.append(attribute)
-    # what is above changes nothing in the model
-    with unchanged_on_error(model, buffers=not copy and buffers == "average"):
-        with torch.no_grad():
-            _merge_buffers(tensors, copies, buffers, hashers, as_stored)
-        for module, attributes in owners.values():
-            convert(module, attributes, state)
-        prepare_transformers(model)
-        for plan in plans:
-            _register(model, plan, granularity, init_lambda, len(names), lambdas)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for _, pareto in pareto_modules(model):
-            for _, parameter in pareto.pareto_learned():
-                parameter.requires_grad_(True)
-        object.__setattr__(model, "pareto", state)
-        device = next((t.device for t in model.state_dict().values()), state.gamma.device)
-        state.gamma = state.gamma.to(device)
-        state.digests = {name: hasher.hexdigest() for name, hasher in hashers.items()}
-        state.stored_dtypes, state.rounding_error = precision.dtypes(), precision.relative_error
-    return forget_stored(model)
+    return _build(deepcopy(pretrained) if copy else pretrained, finetuned, settings, digests, in_place=not copy)
 
 
-def _check_settings(
-    pretrained: Any, rank: Any, low_rank: Any, granularity: str, buffers: str, init_lambda: Any, seed: Any
-) -> None:
+@dataclass(frozen=True)
+class _Settings:
+    """How a Pareto model is made of its weights: :func:`parametrize` explains each."""
+
+    rank: int
+    low_rank: LowRank
+    init_lambda: float
+    granularity: Granularity
+    buffers: str
+    seed: int
+    preprocess: PreprocessName | Preprocess
+    density: float
+    core: Core
+
+    def check(self) -> None:
+        """Raise ValueError for a setting out of range."""
+        rank, low_rank, init_lambda, seed = self.rank, self.low_rank, self.init_lambda, self.seed
+        if not callable(low_rank) and low_rank not in ("attention", "in-projection", "all", "none"):
+            raise ValueError(f"low_rank: expected attention, in-projection, all, none or a function, got {low_rank!r}")
+        if isinstance(rank, bool) or not isinstance(rank, int) or (rank < 1 and low_rank != "none"):
+            raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}")
+        if self.granularity not in ("tensor", "module", "block", "model"):
+            raise ValueError(f"granularity: expected tensor, module, block or model, got {self.granularity!r}")
+        if self.buffers not in ("pretrained", "average"):
+            raise ValueError(f"buffers: expected pretrained or average, got {self.buffers!r}")
+        if not isinstance(init_lambda, int | float) or not math.isfinite(init_lambda):
+            raise ValueError(f"init_lambda: expected a finite number, got {init_lambda!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed: expected a whole number, got {seed!r}")
+        if self.core not in CORES:
+            raise ValueError(f"core: expected {', '.join(CORES)}, got {self.core!r}")
+        check_density(self.density)
+
+    def noted(self) -> dict[str, Any]:
+        """Return them as a Pareto set file has them."""
+        return {
+            "rank": self.rank,
+            "low_rank": self.low_rank if isinstance(self.low_rank, str) else "function",
+            "init_lambda": self.init_lambda,
+            "granularity": self.granularity,
+            "buffers": self.buffers,
+            "seed": self.seed,
+            "initial_scale": INITIAL_SCALE if self.core == "tensor" else OUTER_INITIAL_SCALE,
+            "preprocess": self.preprocess if isinstance(self.preprocess, str) else "function",
+            "density": float(self.density),
+            "core": self.core,
+        }
+
+
+def _check_plain(pretrained: Any) -> None:
     if not isinstance(pretrained, nn.Module):
         raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
     if isinstance(pretrained, torch.jit.ScriptModule):
         raise TypeError("pretrained: expected a plain nn.Module, got a ScriptModule")
     if pareto_states(pretrained):
         raise ValueError("pretrained: expected a plain module, got a Pareto model")
-    if not callable(low_rank) and low_rank not in ("attention", "in-projection", "all", "none"):
-        raise ValueError(f"low_rank: expected attention, in-projection, all, none or a function, got {low_rank!r}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or (rank < 1 and low_rank != "none"):
-        raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}")
-    if granularity not in ("tensor", "module", "block", "model"):
-        raise ValueError(f"granularity: expected tensor, module, block or model, got {granularity!r}")
-    if buffers not in ("pretrained", "average"):
-        raise ValueError(f"buffers: expected pretrained or average, got {buffers!r}")
-    if not isinstance(init_lambda, int | float) or not math.isfinite(init_lambda):
-        raise ValueError(f"init_lambda: expected a finite number, got {init_lambda!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed: expected a whole number, got {seed!r}")
+
+
+def _build(
+    model: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    settings: _Settings,
+    digests: bool,
+    in_place: bool,
+) -> nn.Module:
+    """Turn the plain module ``model`` into a Pareto model in place."""
+    copies, tensors = check_copies(model, finetuned)
+    names = tuple(copies)
+    if "pretrained" in names:
+        raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
+    if settings.core != "tensor":
+        settings = replace(settings, rank=len(names))
+    state = ParetoState(names, Computation(equal_preference(len(names))), settings=settings.noted(), core=settings.core)
+    parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
+    as_stored = PretrainedWeights(model)
+    sources = Sources(copies)
+    if digests:
+        sources.hashers = {name: TensorDigest() for name in ("pretrained", *names)}
+    if callable(settings.preprocess):
+        sources.preprocess = settings.preprocess
+    else:
+        how = (settings.preprocess, settings.density, settings.seed)
+        sources.preprocess = make_preprocess(*how, parameters, copies, as_stored)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    with torch.no_grad():
+        planned = [_plan(model, group, tensor, as_stored, sources, settings, generator) for group, tensor in parameters]
+    planned = [plan for plan in planned if plan.is_merged]
+    # what is above changes nothing in the model
+    with unchanged_on_error(model, buffers=in_place and settings.buffers == "average"):
+        with torch.no_grad():
+            _merge_buffers(tensors, as_stored, sources, settings.buffers)
+        for module, attributes in _owners(model, planned):
+            convert(module, attributes, state)
+        prepare_transformers(model)
+        lambdas: dict[str, nn.Parameter] = {}
+        for plan in planned:
+            _register(model, plan, settings, len(names), lambdas)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for _, pareto in pareto_modules(model):
+            for _, parameter in pareto.pareto_learned():
+                parameter.requires_grad_(True)
+        object.__setattr__(model, "pareto", state)
+        device = next((t.device for t in model.state_dict().values()), state.now.gamma.device)
+        state.now.gamma = state.now.gamma.to(device)
+        state.digests = {name: hasher.hexdigest() for name, hasher in sources.hashers.items()}
+        state.stored_dtypes = sources.precision.dtypes()
+        state.rounding_error = sources.precision.relative_error
+    return forget_stored(model)
+
+
+@dataclass
+class _Planned:
+    """One parameter, with all its names, and what it is to get."""
+
+    names: list[str]
+    task_vectors: nn.Parameter | None = None
+    A: nn.Parameter | None = None
+    G: nn.Parameter | None = None
+    B: nn.Parameter | None = None
+
+    @property
+    def is_merged(self) -> bool:
+        return self.task_vectors is not None or self.A is not None
 
 
 def _plan(
     model: nn.Module,
     names: list[str],
     weight: Tensor,
-    copies: Mapping[str, Mapping[str, Tensor]],
-    rank: int,
-    low_rank: LowRank,
-    generator: torch.Generator,
-    hashers: Mapping[str, TensorDigest],
-    preprocess: Preprocess | None,
-    core: Core,
-    *,
     as_stored: PretrainedWeights,
-    precision: Precision,
-) -> dict[str, Any]:
-    """One parameter (with all its names): its task vectors, and A, G and B where it is to have a low-rank term."""
-    plan: dict[str, Any] = {"names": names, "task_vectors": None, "A": None, "G": None, "B": None}
+    sources: Sources,
+    settings: _Settings,
+    generator: torch.Generator,
+) -> _Planned:
+    """Read the task vectors of one parameter, and start its low-rank term."""
+    plan = _Planned(names)
     base = as_stored(names, weight)
-    precision.count("pretrained", as_stored.dtype(names, base), base.numel())
-    if hashers:
-        hashers["pretrained"].add(names[0], base)
-    task_vectors = task_vectors_of(names, weight, base, copies, precision, preprocess, hashers)
+    sources.precision.count("pretrained", as_stored.dtype(names, base), base.numel())
+    if sources.hashers:
+        sources.hashers["pretrained"].add(names[0], base)
+    task_vectors = sources.task_vectors(names, weight, base)
     if base.data_ptr() != weight.data_ptr():
         del base
         if weight.numel() >= LARGE:
             give_back_free_memory()
     if task_vectors is not None:
-        plan["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
-    if weight.ndim == 2 and any(wants_low_rank(model, name, low_rank) for name in names):
-        out_features, in_features = weight.shape
-        for part, size in (("A", out_features), ("B", in_features)):
-            bound = math.sqrt(6.0 / size)
-            start = torch.empty(size, rank, dtype=torch.float32, device="cpu")
-            start.uniform_(-bound, bound, generator=generator)
-            if core != "tensor" and part == "A":
-                # without a G that starts at zero it is A that does, or the model would not start at its base
-                start.zero_()
-            plan[part] = nn.Parameter(start.to(weight.device))
-        if core == "tensor":
-            plan["G"] = nn.Parameter(torch.zeros(rank, rank, len(copies), dtype=torch.float32, device=weight.device))
-        if weight.dtype == torch.float64:
-            for part in ("A", "G", "B"):
-                plan[part] = None if plan[part] is None else nn.Parameter(plan[part].detach().double())
+        plan.task_vectors = nn.Parameter(task_vectors, requires_grad=False)
+    if weight.ndim == 2 and any(wants_low_rank(model, name, settings.low_rank) for name in names):
+        # drawn in float32 in every dtype, A before B
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        A, B = (_kaiming_uniform(size, settings.rank, generator).to(weight.device, dtype) for size in weight.shape)
+        if settings.core == "tensor":
+            zeros = torch.zeros(settings.rank, settings.rank, len(sources.copies), dtype=dtype, device=weight.device)
+            plan.G = nn.Parameter(zeros)
+        else:
+            # without a G that starts at zero it is A that does, or the model would not start at its base
+            A.zero_()
+        plan.A, plan.B = nn.Parameter(A), nn.Parameter(B)
     return plan
 
 
+def _kaiming_uniform(size: int, rank: int, generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(6.0 / size)
+    return torch.empty(size, rank, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _owners(model: nn.Module, planned: Sequence[_Planned]) -> list[tuple[nn.Module, list[str]]]:
+    """List the modules that have merged parameters, with their names there. A module comes once, whatever names it has
+    itself."""
+    owners: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name in (name for plan in planned for name in plan.names):
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        attributes = owners.setdefault(id(module), (module, []))[1]
+        if attribute not in attributes:
+            attributes.append(attribute)
+    return list(owners.values())
+
+
 def _merge_buffers(
-    tensors: Sequence[tuple[Sequence[str], Tensor]],
-    copies: Mapping[str, Mapping[str, Tensor]],
-    buffers: str,
-    hashers: Mapping[str, TensorDigest],
-    as_stored: PretrainedWeights,
+    tensors: Sequence[tuple[Sequence[str], Tensor]], as_stored: PretrainedWeights, sources: Sources, buffers: str
 ) -> None:
+    """Average floating-point buffers over the copies where that is the setting, and digest all."""
     for names, tensor in tensors:
         is_averaged = buffers == "average" and tensor.is_floating_point()
-        if isinstance(tensor, nn.Parameter) or not (hashers or is_averaged):
+        if isinstance(tensor, nn.Parameter) or not (sources.hashers or is_averaged):
             continue
-        if hashers:
-            hashers["pretrained"].add(names[0], as_stored(names, tensor))
+        if sources.hashers:
+            sources.hashers["pretrained"].add(names[0], as_stored(names, tensor))
         wide = torch.promote_types(tensor.dtype, torch.float32)
         total = torch.zeros_like(tensor, dtype=wide) if is_averaged else None
-        for task, weights in copies.items():
+        for task, weights in sources.copies.items():
             value = read_tensor(weights, names_in(names, weights)[0], task, tensor)
-            if hashers:
-                hashers[task].add(names[0], value)
+            if sources.hashers:
+                sources.hashers[task].add(names[0], value)
             if total is not None:
                 for index in pieces_of(tensor.shape):
                     total[index] += value[index].to(total)
             # before the next one is read
             del value
         if total is not None:
-            tensor.copy_(total.div_(len(copies)))
+            tensor.copy_(total.div_(len(sources.copies)))
 
 
 def _register(
-    model: nn.Module,
-    plan: Mapping[str, Any],
-    granularity: Granularity,
-    init_lambda: float,
-    tasks: int,
-    lambdas: dict[str, nn.Parameter],
+    model: nn.Module, plan: _Planned, settings: _Settings, tasks: int, lambdas: dict[str, nn.Parameter]
 ) -> None:
     """Register the parts of one parameter with every module that owns it."""
-    if plan["task_vectors"] is None and plan["A"] is None:
-        return
-    group = lambda_group(plan["names"][0], granularity)
-    lam = None
-    if plan["task_vectors"] is not None:
-        weight = plan["task_vectors"]
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    group, lam = lambda_group(plan.names[0], settings.granularity), None
+    if plan.task_vectors is not None:
+        dtype = torch.float64 if plan.task_vectors.dtype == torch.float64 else torch.float32
         if group not in lambdas:
-            lambdas[group] = nn.Parameter(torch.full((tasks,), float(init_lambda), dtype=dtype, device=weight.device))
+            start = torch.full((tasks,), float(settings.init_lambda), dtype=dtype, device=plan.task_vectors.device)
+            lambdas[group] = nn.Parameter(start)
         lam = lambdas[group]
-    for name in plan["names"]:
+    parts = {"task_vectors": plan.task_vectors, "A": plan.A, "G": plan.G, "B": plan.B, "lam": lam}
+    for name in plan.names:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         assert isinstance(module, ParetoModule)
         if lam is not None:
             module.pareto_groups[attribute] = group
-        for part, value in {**plan, "lam": lam}.items():
-            if part != "names" and value is not None:
+        for part, value in parts.items():
+            if value is not None:
                 module.register_parameter(part_name(attribute, part), value)

@@ -15,12 +15,12 @@ CHUNK = 1 << 18
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where one of ``tensors`` is."""
+    """Return float32, or float64 where one of ``tensors`` is."""
     return widest(tensor.dtype for tensor in tensors)
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """float32, or float64 where one of ``dtypes`` is."""
+    """Return float32, or float64 where one of ``dtypes`` is."""
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
@@ -30,12 +30,13 @@ def piece_size(parts: int = 1) -> int:
 
 
 def flat_pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Cut a tensor's numbers, in their order, into pieces of at most CHUNK; views where it is contiguous."""
+    """Cut a tensor's numbers, in their order, into pieces of at most CHUNK. They are views where it is contiguous."""
     return tensor.reshape(-1).split(CHUNK)
 
 
 def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | int, ...]]:
-    """Indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
+    """Yield indices that cut a tensor of ``shape`` into views of at most CHUNK numbers. They come in the order of its
+    numbers.
 
     ``parts``: of at most CHUNK // ``parts`` numbers, for work with several temporaries.
 
@@ -56,8 +57,8 @@ def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | in
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
-    """The least and the greatest number, NaN if there is one, 0 and 0 if there are none: no mask of the tensor's size,
-    as isfinite() makes, and any() on the CPU."""
+    """Return the least and the greatest number. NaN if there is one, 0 and 0 if there are none. Makes no mask of the
+    tensor's size, as isfinite() does, and any() on the CPU."""
     if not tensor.numel():
         return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()

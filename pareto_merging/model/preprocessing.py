@@ -1,4 +1,4 @@
-"""What may be done to the task vectors before they are merged: TIES's trimming and sign election, DARE's dropping.
+"""Preprocessing of task vectors: TIES's trimming and sign election, DARE's dropping.
 
 A preprocessing is a function of one parameter's name and its K task vectors [K, *shape] (float32, or float64) that
 returns K others of the same shape. :func:`pareto_merging.parametrize` takes any such function.
@@ -23,12 +23,12 @@ AsStored: TypeAlias = Callable[[Sequence[str], Tensor], Tensor]
 
 
 def as_it_is(names: Sequence[str], tensor: Tensor) -> Tensor:
-    """The tensor itself: where the module's weights are those that are stored."""
+    """Return the tensor itself: the module's weights are those that are stored."""
     return tensor
 
 
 def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-    """value − base, flat, in the type ``wide`` and in pieces of at most CHUNK numbers."""
+    """Yield value − base, flat, in the type ``wide``. Pieces have at most CHUNK numbers."""
     base, value = base.detach(), value.detach()
     for index in pieces_of(base.shape):
         piece = base[index].to(wide)
@@ -36,14 +36,14 @@ def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tens
 
 
 def check_density(density: Any, name: str = "density") -> float:
-    """``density`` as a number in (0, 1]; ValueError otherwise."""
+    """Return ``density`` as a number in (0, 1]; ValueError otherwise."""
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise ValueError(f"{name}: expected a share of the entries in (0, 1], got {density!r}")
     return float(density)
 
 
 def trim_threshold(pieces: Callable[[], Iterator[Tensor]], density: float, task: str = "a task") -> float:
-    """The magnitude from which an entry of one task vector belongs to its largest ``density`` share.
+    """Find the magnitude from which an entry belongs to the largest ``density`` share.
 
     Over the whole task vector, not tensor by tensor, and exact: the bits of a non-negative float order as whole
     numbers, so sixteen of them at a time are counted and narrowed down, without ever holding or sorting the vector.
@@ -84,7 +84,7 @@ def trim_threshold(pieces: Callable[[], Iterator[Tensor]], density: float, task:
 
 
 def elect_sign(task_vectors: Tensor) -> Tensor:
-    """The sign of each entry's sum over the tasks, [K, *] -> [*]: 0 where the sum is exactly 0.
+    """Return the sign of each entry's sum over the tasks, [K, *] -> [*]. It is 0 where the sum is exactly 0.
 
     The published code gives such an entry the sign of the majority of all entries; the paper does not.
     """
@@ -92,7 +92,7 @@ def elect_sign(task_vectors: Tensor) -> Tensor:
 
 
 class Ties:
-    """TIES's first two steps (Yadav et al., NeurIPS 2023, algorithm 1): trim, then keep what has the elected sign.
+    """TIES's first two steps: trim, then keep what has the elected sign. Yadav et al., NeurIPS 2023, algorithm 1.
 
     What AdaMerging++ and Pareto Merging++ do to the task vectors before they learn λ.
 
@@ -139,7 +139,7 @@ class Ties:
         return cls([trim_threshold(pieces(weights), density, task) for task, weights in copies.items()])
 
     def trim(self, task_vectors: Tensor) -> Tensor:
-        """[K, *] with the entries below each task's threshold at 0."""
+        """Set the entries of [K, *] below each task's threshold to 0."""
         limits = torch.tensor(self.thresholds, dtype=task_vectors.dtype, device=task_vectors.device)
         return torch.where(task_vectors.abs() >= limits.view(-1, *[1] * (task_vectors.ndim - 1)), task_vectors, 0.0)
 
@@ -150,7 +150,7 @@ class Ties:
 
 
 class Dare:
-    """Drop And REscale (Yu et al., ICML 2024): each entry is kept with probability ``density`` and divided by it.
+    """Drop And REscale: each entry is kept with probability ``density`` and divided by it. Yu et al., ICML 2024.
 
     The draws depend on the seed, the parameter's name, the task and the place within it: the same on every device,
     and the same as those of :mod:`pareto_merging.methods.dare`.
@@ -172,13 +172,13 @@ class Dare:
 
 
 def dare_generator(seed: int, name: str, task: int) -> torch.Generator:
-    """What draws the masks of one tensor of one task, piece after piece."""
+    """Return what draws the masks of one tensor of one task, piece after piece."""
     # torch's CPU generator looks at 32 bits of its seed; the 0 keeps the draws of earlier files
     return torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {name} {task} 0".encode()))
 
 
 def dare_mask(size: int, density: float, generator: torch.Generator) -> Tensor:
-    """Which of the next ``size`` entries DARE keeps, as 0 and 1 in float32 on the CPU."""
+    """Draw which of the next ``size`` entries DARE keeps. 0 and 1 in float32 on the CPU."""
     return (torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") < density).float()
 
 
@@ -190,7 +190,7 @@ def make_preprocess(
     copies: Mapping[str, Mapping[str, Tensor]],
     as_stored: AsStored = as_it_is,
 ) -> Preprocess | None:
-    """The preprocessing called ``name``; TIES looks at all copies once for its thresholds, as :meth:`Ties.of`."""
+    """Make the preprocessing called ``name``. TIES looks at all copies once for its thresholds, as :meth:`Ties.of`."""
     if name == "none":
         return None
     if name == "ties":

@@ -15,23 +15,17 @@ from pareto_merging.preferences import Preference, check_preference
 
 
 @dataclass
-class ParetoState:
-    """What all layers of one Pareto model share: the tasks, the current preference and how the model was built.
+class Computation:
+    """How a Pareto model is computed now, as train() and eval() are.
 
-    ``gamma`` is [K], or [batch, K] for a preference per item. It is a setting of the running model, as train() and
-    eval() are, and not part of its ``state_dict``.
+    ``gamma`` is the current preference, [K], or [batch, K] for a preference per item. Nothing here is in a state_dict.
     """
 
-    task_names: tuple[str, ...]
     gamma: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
-    folded: bool = False
-    # how pmkernels computes the layers; a setting of the running model too
+    # how pmkernels computes the layers
     strategy: str = "auto"
     # bytes that kept merged weights may take, where the strategy keeps any
     memory_budget: int | None = None
-    # how γ becomes the r×r core of the low-rank term: see pareto_merging.model.cores.preference_core
-    core: str = "tensor"
     # λ is used clamped to this range; set while AdaMerging's clamp is trained through
     lambda_range: tuple[float, float] | None = None
     # merged weights kept between calls, where the strategy or a training run wants that
@@ -39,14 +33,10 @@ class ParetoState:
     # what a training step has put together for all layers at once, by the identity of W0: merged vectors, and A·C(γ)
     vectors: dict[int, Tensor] | None = None
     factors: dict[int, Tensor] | None = None
-    digests: dict[str, str] = field(default_factory=dict)
-    # of the pretrained weights and of each task, the dtypes they are stored in; ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ at equal λ
-    stored_dtypes: dict[str, str] = field(default_factory=dict)
-    rounding_error: float = 0.0
 
     @property
     def kernel_strategy(self) -> str:
-        """What pmkernels is told: keeping merged weights is the model's own business."""
+        """Return what pmkernels is told: keeping merged weights is the model's own business."""
         return "auto" if self.strategy == "cached" else self.strategy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,8 +44,29 @@ class ParetoState:
         return {**self.__dict__, "gamma": self.gamma.detach(), "vectors": None, "factors": None}
 
 
+@dataclass(slots=True)
+class ParetoState:
+    """The tasks of a Pareto model and how it was built, shared by its layers. ``now`` is how it is computed.
+
+    Attributes:
+        core: how γ becomes the r×r core of the low-rank term: see :func:`.cores.preference_core`.
+        digests: SHA-256 of the pretrained weights and of each task's.
+        stored_dtypes: of the pretrained weights and of each task, the dtypes they are stored in.
+        rounding_error: ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same.
+    """
+
+    task_names: tuple[str, ...]
+    now: Computation
+    settings: dict[str, Any] = field(default_factory=dict)
+    folded: bool = False
+    core: str = "tensor"
+    digests: dict[str, str] = field(default_factory=dict)
+    stored_dtypes: dict[str, str] = field(default_factory=dict)
+    rounding_error: float = 0.0
+
+
 def pareto_states(model: nn.Module) -> list[ParetoState]:
-    """The distinct Pareto models inside ``model`` (itself one, or a module that contains some)."""
+    """List the distinct Pareto models inside ``model``. It may be one itself, or contain some."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     found = {id(state): state for module in model.modules() if (state := module.__dict__.get("pareto")) is not None}
@@ -63,7 +74,7 @@ def pareto_states(model: nn.Module) -> list[ParetoState]:
 
 
 def pareto_state(model: nn.Module) -> ParetoState:
-    """The state of the one Pareto model in ``model``; ValueError if there is none or more than one."""
+    """Return the state of the one Pareto model in ``model``. ValueError if there is none or more than one."""
     states = pareto_states(model)
     if len(states) != 1:
         kind = type(model).__name__
@@ -90,33 +101,35 @@ def set_preference(model: nn.Module, gamma: Preference) -> None:
     for state, value in zip(states, checked, strict=True):
         # replaced, never written into: an earlier forward may still need the old value in its backward; copied,
         # because the caller may write into theirs
-        value = value.to(state.gamma.device)
+        value = value.to(state.now.gamma.device)
         if not value.requires_grad:
             # a tensor made in inference mode could not be used in training afterwards
             with torch.inference_mode(False):
                 value = value.clone()
-        state.gamma = value
+        state.now.gamma = value
 
 
 def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]]:
-    """The current preference by task name, or one such dictionary per item where it is set per item."""
+    """Return the current preference by task name. One such dictionary per item where it is set per item."""
     state = pareto_state(model)
-    rows = [dict(zip(state.task_names, row, strict=True)) for row in torch.atleast_2d(state.gamma.detach()).tolist()]
-    return rows[0] if state.gamma.ndim == 1 else rows
+    rows = [
+        dict(zip(state.task_names, row, strict=True)) for row in torch.atleast_2d(state.now.gamma.detach()).tolist()
+    ]
+    return rows[0] if state.now.gamma.ndim == 1 else rows
 
 
 @contextlib.contextmanager
 def preference(model: nn.Module, gamma: Preference) -> Iterator[nn.Module]:
-    """``with preference(model, gamma):`` sets the preference and restores the former one, also on an exception.
+    """Set the preference inside a ``with`` block. The former one is restored, also on an exception.
 
     The preference belongs to the model, not to the thread: threads that share a model want a preference per item, or a
     model each. With gradient checkpointing the backward computes the forward again, so run it inside the block too.
     """
-    before = [(state, state.gamma) for state in pareto_states(model)]
+    before = [(state, state.now.gamma) for state in pareto_states(model)]
     set_preference(model, gamma)
     try:
         yield model
     finally:
         for state, value in before:
             # the model may have moved inside the block
-            state.gamma = value.to(state.gamma.device)
+            state.now.gamma = value.to(state.now.gamma.device)

@@ -1,4 +1,4 @@
-"""Weights as they are stored, beside a module that holds them in the dtype of a run; and what rounding them costs.
+"""Weights as they are stored, beside a module that holds them rounded.
 
 A task vector is the small difference of two large tensors. Where both are rounded to 16 bits first, it is wrong by a
 tenth; so everywhere τ_k = W_k − W0 is subtracted as stored, in float32 (float64 where one of the two is), and rounded
@@ -28,7 +28,7 @@ _ATTRIBUTE = "pareto_stored"
 
 
 def remember_stored(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Note where the weights of a module are as stored, for its task vectors; returns the module.
+    """Note where the weights of a module are as stored. Its task vectors are made of those. Returns the module.
 
     Not needed after :func:`pareto_merging.load_models`. For one's own module that was made 16-bit::
 
@@ -63,12 +63,12 @@ def forget_stored(model: nn.Module) -> nn.Module:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy to be changed: it remembers nothing."""
+    """Copy a module deeply, to be changed: it remembers nothing."""
     return forget_stored(copy.deepcopy(model))
 
 
 class _Stored:
-    """What a module remembers: the weights as stored, and the dtypes that it held them in."""
+    """The weights that a module remembers as stored, and the dtypes it held them in."""
 
     def __init__(self, weights: Mapping[str, Tensor], held: Mapping[str, torch.dtype]) -> None:
         self.weights, self.held = weights, held
@@ -84,17 +84,18 @@ class _Stored:
 
 
 class PretrainedWeights:
-    """The tensors W0 of a pretrained module as they are stored, each read when it is asked for."""
+    """The tensors W0 of a pretrained module as stored, each read when asked for."""
 
     def __init__(self, model: nn.Module) -> None:
         self._stored: _Stored = model.__dict__.get(_ATTRIBUTE) or _Stored({}, {})
 
     def dtype(self, names: Sequence[str], tensor: Tensor) -> torch.dtype:
-        """The dtype that a tensor of the module is stored in, as far as it is known without reading."""
+        """Return the dtype that a tensor of the module is stored in. As far as it is known without reading."""
         return next((self._stored.dtypes[name] for name in names if name in self._stored.dtypes), tensor.dtype)
 
     def __call__(self, names: Sequence[str], tensor: Tensor) -> Tensor:
-        """One tensor of the module, under any of its names, as stored; the module's own where nothing else is known."""
+        """Return one tensor of the module, under any of its names, as stored. The module's own where nothing else is
+        known."""
         tensor, stored = tensor.detach(), self._stored
         name = next((name for name in names if name in stored.held), None)
         if name is None or not tensor.is_floating_point():
@@ -118,7 +119,7 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _rounds_to(value: Tensor, tensor: Tensor, held: torch.dtype) -> bool:
-    """Whether ``tensor`` is ``value`` in its dtype, directly or by way of the dtype it was first held in."""
+    """Tell if ``tensor`` is ``value`` in its dtype. Directly, or by way of the dtype it was first held in."""
     return all(
         torch.equal(piece.to(tensor.dtype), own) or torch.equal(piece.to(held).to(tensor.dtype), own)
         for piece, own in ((value[index].to(tensor.device), tensor[index]) for index in pieces_of(tensor.shape))
@@ -127,7 +128,7 @@ def _rounds_to(value: Tensor, tensor: Tensor, held: torch.dtype) -> bool:
 
 @dataclass
 class Precision:
-    """In which dtypes weights are stored, and what rounding their task vectors to the dtype of a run costs.
+    """The dtypes that weights are stored in, and what rounding task vectors costs.
 
     Attributes:
         numbers: of ``pretrained`` and each task, how many floating-point numbers are stored in each dtype.
@@ -150,11 +151,11 @@ class Precision:
 
     @property
     def relative_error(self) -> float:
-        """‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same, as at the start; 0 if nothing is rounded."""
+        """Return ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same. 0 if nothing is rounded."""
         return math.sqrt(self.error / self.size) if self.size else 0.0
 
     def dtypes(self) -> dict[str, str]:
-        """The dtypes of each checkpoint, those of most numbers first: ``{"pretrained": "float32", …}``."""
+        """Name the dtypes of each checkpoint, those of most numbers first. ``{"pretrained": "float32", …}``."""
         return {name: describe_dtypes(numbers) for name, numbers in self.numbers.items()}
 
 
@@ -171,7 +172,7 @@ def summarize_dtypes(dtypes: Sequence[str]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as percent in two digits: 0.00078 -> ``0.078 %``."""
+    """Write a share as percent in two digits: 0.00078 -> ``0.078 %``."""
     return f"{100 * share:.2g} %"
 
 
@@ -180,14 +181,15 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors as they are stored, on a device, each read when it is asked for.
+    """A checkpoint's tensors as stored, on a device, each read when asked for.
 
     Attributes:
         shapes, dtypes: by name, known without reading.
     """
 
     def __init__(self, own: Any, device: torch.device, others: Mapping[str, Any] | None = None) -> None:
-        """``own``: a mapping with ``shapes`` and ``dtypes``; ``others``: by name, one that has what it lacks."""
+        """Take them of ``own``, a mapping with ``shapes`` and ``dtypes``. ``others``: by name, one that has what it
+        lacks."""
         self._owner = {**(others or {}), **dict.fromkeys(own.shapes, own)}
         self._device = device
         self.shapes: dict[str, list[int]] = {name: owner.shapes[name] for name, owner in self._owner.items()}

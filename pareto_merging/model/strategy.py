@@ -1,4 +1,4 @@
-"""How the layers of a running model are computed: the strategy, and the memory that kept weights may take."""
+"""Settings of how a running model's layers are computed: strategy and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ STRATEGIES = (*pmkernels.STRATEGIES, "cached")
 
 
 def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None = None) -> None:
-    """How the layers of a Pareto model are computed from now on. A setting of the running model, as the preference is.
+    """Set how the layers of a Pareto model are computed from now on. A setting of the running model, as the preference
+    is.
 
     Args:
         model: a Pareto model, or a module that contains some.
@@ -46,7 +47,7 @@ def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None =
     # one budget for all of them
     cache = MergedWeights(memory_budget) if strategy == "cached" else None
     for state in states:
-        state.strategy, state.memory_budget, state.cache = strategy, memory_budget, cache
+        state.now.strategy, state.now.memory_budget, state.now.cache = strategy, memory_budget, cache
 
 
 def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
@@ -68,7 +69,7 @@ def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
 
 
 def merged_bytes(model: nn.Module) -> int:
-    """The bytes of all merged tensors of a Pareto model together: what strategy ``cached`` keeps."""
+    """Count the bytes of all merged tensors of a Pareto model. That is what strategy ``cached`` keeps."""
     merged = {
         id(weight): weight
         for _, module in pareto_modules(model)
@@ -79,7 +80,7 @@ def merged_bytes(model: nn.Module) -> int:
 
 
 def memory_of(device: torch.device) -> int | None:
-    """All the memory of a device in bytes; None where nobody knows."""
+    """Return all the memory of a device in bytes; None where nobody knows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and hasattr(os, "sysconf"):
@@ -89,5 +90,5 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def in_gib(size: int) -> str:
-    """Bytes for a message: ``1.5 GiB``, and what is less than a thousandth of one in bytes."""
+    """Write bytes for a message: ``1.5 GiB``. Less than a thousandth of one is in bytes."""
     return f"{size / 2**30:,.3f} GiB" if size >= 2**20 else f"{size} bytes"

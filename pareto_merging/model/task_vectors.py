@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ LARGE = 1 << 17
 
 
 def give_back_free_memory() -> None:
-    """Let the operating system have what the C library keeps of freed memory, where that is glibc.
+    """Give the operating system what glibc keeps of freed memory.
 
     Its heap keeps a hole wherever a tensor that was read lay below one that stays, which came to tens of megabytes for
     a model of 12 million parameters. Nothing but the resident memory of the process changes.
@@ -40,85 +41,91 @@ def _malloc_trim() -> Any:
         return None
 
 
-def task_vectors_of(
-    names: Sequence[str],
-    weight: Tensor,
-    base: Tensor,
-    copies: Mapping[str, Mapping[str, Tensor]],
-    precision: Precision,
-    preprocess: Preprocess | None = None,
-    hashers: Mapping[str, TensorDigest] | None = None,
-) -> Tensor | None:
-    """τ of one parameter, [K, *shape] in the dtype and on the device of ``weight``; None where they are all zero.
+@dataclass
+class Sources:
+    """The fine-tuned weights that task vectors are made of, and notes on them.
 
-    Args:
-        names: all it has. weight, base: it in the module, and as stored. precision: what is counted into.
+    Attributes:
+        copies: the K fine-tuned copies by task. preprocess: what is done to the task vectors.
+        precision: counts dtypes and what rounding costs.
+        hashers: digests of ``pretrained`` and each task; none where nobody asked for them.
     """
-    hashers = hashers or {}
-    if not weight.is_floating_point():
-        for task, weights in copies.items():
-            _subtract(names, weight, task, weights, hashers.get(task), precision, None)
-        return None
-    dtype = weight.dtype
-    if preprocess is not None:
-        # what is compared with a threshold is not rounded to 16 bits before
-        found = (tensor_of(weights, names_in(names, weights)[0], task).dtype for task, weights in copies.items())
-        dtype = widest([dtype, base.dtype, *found])
-    task_vectors, is_zero = torch.empty((len(copies), *weight.shape), dtype=dtype, device=weight.device), True
-    differences = Differences(base, task_vectors)
-    for number, (task, weights) in enumerate(copies.items()):
-        _subtract(names, weight, task, weights, hashers.get(task), precision, (differences, number))
-        if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
-            give_back_free_memory()
-        low, high = extremes(task_vectors[number])
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(
-                f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
-            )
-        is_zero = is_zero and low == high == 0
-    differences.add_to(precision)
-    if preprocess is not None:
-        return _preprocessed(preprocess, names[0], task_vectors, weight, precision)
-    return None if is_zero else task_vectors
 
+    copies: Mapping[str, Mapping[str, Tensor]]
+    preprocess: Preprocess | None = None
+    precision: Precision = field(default_factory=Precision)
+    hashers: Mapping[str, TensorDigest] = field(default_factory=dict)
 
-def _subtract(
-    names: Sequence[str],
-    weight: Tensor,
-    task: str,
-    weights: Mapping[str, Tensor],
-    hasher: TensorDigest | None,
-    precision: Precision,
-    target: tuple[Differences, int] | None,
-) -> None:
-    """Write one parameter of one copy minus W0 to its place in ``target``, rounded once; no target, no difference.
+    def task_vectors(self, names: Sequence[str], weight: Tensor, base: Tensor) -> Tensor | None:
+        """Return τ of one parameter, [K, *shape] as ``weight``; None where they are all zero.
 
-    What was read is let go on return.
+        Args:
+            names: all that it has. weight, base: it in the module, whose dtype and device τ gets, and as stored.
+        """
+        if not weight.is_floating_point():
+            for task, weights in self.copies.items():
+                self._subtract(names, weight, task, weights, None)
+            return None
+        dtype = weight.dtype
+        if self.preprocess is not None:
+            # what is compared with a threshold is not rounded to 16 bits before
+            dtypes = (tensor_of(copy, names_in(names, copy)[0], task).dtype for task, copy in self.copies.items())
+            dtype = widest([dtype, base.dtype, *dtypes])
+        shape, is_zero = (len(self.copies), *weight.shape), True
+        task_vectors = torch.empty(shape, dtype=dtype, device=weight.device)
+        differences = Differences(base, task_vectors)
+        for number, (task, weights) in enumerate(self.copies.items()):
+            self._subtract(names, weight, task, weights, (differences, number))
+            if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
+                give_back_free_memory()
+            low, high = extremes(task_vectors[number])
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(
+                    f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
+                )
+            is_zero = is_zero and low == high == 0
+        differences.add_to(self.precision)
+        if self.preprocess is not None:
+            return _preprocessed(self.preprocess, names[0], task_vectors, weight, self.precision)
+        return None if is_zero else task_vectors
 
-    Raises:
-        ValueError: another shape than that of ``weight``; names tied in the model that differ in the copy; a parameter
-            without a task vector that is not that of the model.
-    """
-    present = names_in(names, weights)
-    value, weight = read_tensor(weights, present[0], task, weight), weight.detach()
-    precision.count(task, value.dtype, value.numel())
-    # what a dict has is in memory anyway
-    by_digest = len(present) > 1 and isinstance(weights, LazyTensors)
-    digest = tensor_digest(value) if hasher is not None or by_digest else ""
-    if hasher is not None:
-        hasher.parts[names[0]] = digest
-    if target is not None:
-        differences, number = target
-        differences.write(number, value)
-    elif not _equal(value, weight):
-        raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
-    del value
-    for other in present[1:]:
-        # in a lazy mapping two of them are held only where the bits differ, which may still be the same numbers (-0.0)
-        if by_digest and tensor_digest(read_tensor(weights, other, task, weight)) == digest:
-            continue
-        if not _equal(read_tensor(weights, other, task, weight), read_tensor(weights, present[0], task, weight)):
-            raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
+    def _subtract(
+        self,
+        names: Sequence[str],
+        weight: Tensor,
+        task: str,
+        weights: Mapping[str, Tensor],
+        target: tuple[Differences, int] | None,
+    ) -> None:
+        """Write one parameter of one copy minus W0 to its place in ``target``. Without a target there is no difference.
+
+        What was read is let go on return.
+
+        Raises:
+            ValueError: another shape than that of ``weight``; names tied in the model that differ in the copy; a
+                parameter without a task vector that is not that of the model.
+        """
+        present, hasher = names_in(names, weights), self.hashers.get(task)
+        value, weight = read_tensor(weights, present[0], task, weight), weight.detach()
+        self.precision.count(task, value.dtype, value.numel())
+        # what a dict has is in memory anyway
+        by_digest = len(present) > 1 and isinstance(weights, LazyTensors)
+        digest = tensor_digest(value) if hasher is not None or by_digest else ""
+        if hasher is not None:
+            hasher.parts[names[0]] = digest
+        if target is not None:
+            differences, number = target
+            differences.write(number, value)
+        elif not _equal(value, weight):
+            raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
+        del value
+        for other in present[1:]:
+            # in a lazy mapping two of them are held only where the bits differ, which may still be the same numbers
+            # (-0.0)
+            if by_digest and tensor_digest(read_tensor(weights, other, task, weight)) == digest:
+                continue
+            if not _equal(read_tensor(weights, other, task, weight), read_tensor(weights, present[0], task, weight)):
+                raise ValueError(f"finetuned: {present[0]} and {other} are tied in pretrained but differ in {task}")
 
 
 def _equal(value: Tensor, other: Tensor) -> bool:
@@ -128,7 +135,8 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 def _preprocessed(
     preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor, precision: Precision
 ) -> Tensor | None:
-    """On the device and in the dtype of ``weight``, with memory of its own for every number; None if all are zero."""
+    """Preprocess task vectors. The result is on the device and in the dtype of ``weight``, with memory of its own for
+    every number; None if all are zero."""
     result = preprocess(name, task_vectors)
     if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -183,7 +191,7 @@ class Differences:
 
 
 def rounded(task_vectors: Tensor, like: Tensor, precision: Precision) -> Tensor:
-    """Task vectors [K, *shape] on the device and in the dtype of ``like``; what rounding costs is counted."""
+    """Round task vectors [K, *shape] to the device and dtype of ``like``. What rounding costs is counted."""
     result = task_vectors.detach().to(like).contiguous()
     if not holds(result.dtype, task_vectors.dtype):
         for index in pieces_of(result.shape[1:]):

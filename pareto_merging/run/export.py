@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders, hub
-from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
+from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.training import CHECKPOINT_NAME
 from pareto_merging.model.files import save_folded
 from pareto_merging.model.fold import merge
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import format_preference, parse_preferences
 from pareto_merging.run.folder import CONFIG_NAME, SET_NAME, check_new, open_run

@@ -98,7 +98,7 @@ class Engine:
             self._served, self.per_item = serve_layers(self._model)
             self.task_names = self._state.task_names
             self.heads: dict[str, ZeroShotHead] = {name: h.to(self.device) for name, h in load_heads(path).items()}
-            self._equal = self._state.gamma = equal_preference(len(self.task_names)).to(self.device)
+            self._equal = self._state.now.gamma = equal_preference(len(self.task_names)).to(self.device)
             captures = cuda_graphs and can_capture(self.device)
             self._graphs = Graphs(self._equal, self.dtype, max_batch) if captures else None
         self._vectorised = self.per_item
@@ -328,7 +328,7 @@ class Engine:
     def _forward(self, mode: str, images: Tensor, gamma: Tensor) -> Tensor:
         if self._served:
             self._served[0].shared.in_use = mode == "merged"
-        self._state.gamma = gamma
+        self._state.now.gamma = gamma
         features = self._model(images)
         if not isinstance(features, Tensor):
             raise TypeError(f"model: expected it to return a tensor of features, got {type(features).__name__}")
@@ -370,5 +370,5 @@ class Engine:
                 # something in the model cannot be vectorised; what is wrong besides shows below
                 self._vectorised = False
             finally:
-                self._state.gamma = self._equal
+                self._state.now.gamma = self._equal
         return torch.stack([self._compute("shared", images, gamma) for gamma in gammas])

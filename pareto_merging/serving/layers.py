@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import pmkernels
 from pareto_merging.model.attention import ParetoAttention
-from pareto_merging.model.layer import LEARNED, ParetoModule, pareto_modules, part_name
+from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.parameters import LEARNED, part_name
 
 
 @dataclass
@@ -111,9 +112,9 @@ def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
     weights: list[ServedWeight] = []
     shared, complete = SharedPreference(), True
     for _, module in pareto_modules(model):
-        names = [name for name in module.pareto_names if module.pareto_parts(name)["A"] is not None]
+        names = [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]
         kind = {ParetoLinear: ServedLinear, ParetoAttention: ServedAttention}.get(type(module))
-        if kind is None or any(module.pareto_parts(name)["G"] is None for name in names):
+        if kind is None or any(module.pareto_parameter(name).G is None for name in names):
             complete = complete and not names
             continue
         parts = {name: _served(module, name, shared) for name in names}
@@ -128,12 +129,12 @@ def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
 
 
 def _served(module: ParetoModule, name: str, shared: SharedPreference) -> ServedWeight:
-    parts, weight = module.pareto_parts(name), module._parameters[name]
-    A, G, B = parts["A"], parts["G"], parts["B"]
-    assert weight is not None and A is not None and G is not None and B is not None
+    stored = module.pareto_parameter(name)
+    weight, term = stored.weight, stored.low_rank()
+    assert term is not None
     # the kernels read B along D
-    B = B.detach().to(weight.dtype).t().contiguous().t()
-    part = ServedWeight(pmkernels.widen_weight(weight, A), G.detach().contiguous(), B, shared)
+    B = term.B.detach().to(weight.dtype).t().contiguous().t()
+    part = ServedWeight(pmkernels.widen_weight(weight, term.A), term.G.detach().contiguous(), B, shared)
     for attribute in LEARNED:
         module._parameters.pop(part_name(name, attribute), None)
     # the plain weight goes, and what reads it finds it in the wide one

@@ -14,7 +14,7 @@ from torch import nn
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.safetensors import read_shapes
 from pareto_merging.model.files import load_folded
-from pareto_merging.model.layer import LEARNED, part_name
+from pareto_merging.model.parameters import LEARNED, part_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}

@@ -16,7 +16,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.fold import fold, merge
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
 from pareto_merging.model.strategy import merged_bytes, set_strategy
@@ -187,4 +187,4 @@ def test_the_budget_decides_what_is_kept(tiny_vit: nn.Module, copies: Copies) ->
     set_strategy(model, "cached", memory_budget=needed)
     for _ in range(2):
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
-    assert model.pareto.cache.bytes <= needed
+    assert model.pareto.now.cache.bytes <= needed

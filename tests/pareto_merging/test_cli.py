@@ -107,7 +107,7 @@ def test_plan_counts_without_loading(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert run("plan", config, "--json") == 0
     rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out)}
     model = Workspace(read_config(config)).pareto_model()
-    from pareto_merging.model.parameters import learned_parameters
+    from pareto_merging.model.learned import learned_parameters
 
     learned = learned_parameters(model)
     count = {key: sum(p.numel() for n, p in learned.items() if n.startswith(key)) for key in ("lam.", "A.", "B.", "G.")}

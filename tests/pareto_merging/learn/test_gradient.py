@@ -20,7 +20,7 @@ from pareto_merging.learn.gradient import GradientOfStep, TasksAtOnce, pareto_gr
 from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.layer import pareto_modules
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
 from pareto_merging.model.strategy import set_strategy
 
@@ -134,8 +134,8 @@ def merged_by_definition(model: nn.Module, gamma: Tensor) -> dict[str, Tensor]:
                                  ("lam", "task_vectors", "A", "G", "B"))  # fmt: skip
             value = module._parameters[name].detach().double()
             if lam is not None:
-                if state.lambda_range is not None:
-                    lam = lam.clamp(*state.lambda_range)
+                if state.now.lambda_range is not None:
+                    lam = lam.clamp(*state.now.lambda_range)
                 for k in range(TASKS):
                     value = value + lam[k] * tau[k]
             if A is not None:
@@ -249,13 +249,18 @@ def test_every_gradient_is_that_of_plain_autograd(case: str, strategy: str, at_o
     for name, p in learned_parameters(model).items():
         p.requires_grad_(name in learned)
     state = pareto_state(model)
-    state.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
+    state.now.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
     step = GradientOfStep(model, heads(), learned, settings, tasks_at_once=at_once)
     for number, gamma in enumerate((GAMMA, torch.tensor([1.0, 0.0, 0.0]), GAMMA)):
         batch = images(seed=number)
-        before = state.gamma, state.cache
+        before = state.now.gamma, state.now.cache
         found = step(batch, gamma)
-        assert state.gamma is before[0] and state.cache is before[1] and state.vectors is None and state.factors is None
+        assert (
+            state.now.gamma is before[0]
+            and state.now.cache is before[1]
+            and state.now.vectors is None
+            and state.now.factors is None
+        )
         loss, gradient = expected(model, net, batch, gamma, settings, learned)
         torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
         assert_gradient(found.gradient, gradient, learned, rtol=1e-7, atol=1e-9)
@@ -362,7 +367,7 @@ def test_data_free_is_the_distance_of_the_weights(case: str, normalize: bool) ->
     settings = method(objective="weight-distance", normalize_distance=normalize, **changes)
     model = pareto(kind, **model_settings)
     learned, state = learned_parameters(model), pareto_state(model)
-    state.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
+    state.now.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
     step = GradientOfStep(model, None, learned, settings)
     merged = merged_by_definition(model, GAMMA)
     S, scale, seen = [torch.zeros(()).double()] * TASKS, [0.0] * TASKS, set()
@@ -385,7 +390,7 @@ def test_data_free_is_the_distance_of_the_weights(case: str, normalize: bool) ->
     torch.testing.assert_close(found.terms[:, 0].double(), values.detach())
     torch.testing.assert_close(found.loss.double(), loss.detach())
     assert_gradient(found.gradient, torch.cat([g.reshape(-1) for g in gradients]), learned)
-    assert pareto_state(model).vectors is None
+    assert pareto_state(model).now.vectors is None
 
 
 def test_a_folded_model_learns_its_low_rank_terms() -> None:
@@ -501,7 +506,7 @@ def test_an_exception_leaves_the_model_as_it_was(where: str, strategy: str) -> N
     pm.set_preference(model, [0.1, 0.2, 0.7])
     learned, state = learned_parameters(model), pareto_state(model)
     step = GradientOfStep(model, own, learned, method())
-    before, output = (state.gamma, state.cache, state.strategy), model(images()[0])
+    before, output = (state.now.gamma, state.now.cache, state.now.strategy), model(images()[0])
 
     def fail(*_: Any) -> None:
         if next(calls) == (1 if where == "second task" else 0):
@@ -512,7 +517,11 @@ def test_an_exception_leaves_the_model_as_it_was(where: str, strategy: str) -> N
     with pytest.raises(Broken):
         step(images(), GAMMA)
     handle.remove()
-    assert (state.gamma, state.cache, state.strategy) == before and state.vectors is None and state.factors is None
+    assert (
+        (state.now.gamma, state.now.cache, state.now.strategy) == before
+        and state.now.vectors is None
+        and state.now.factors is None
+    )
     assert torch.equal(model(images()[0]), output)
     fresh = GradientOfStep(model, own, learned, method())
     torch.testing.assert_close(step(images(), GAMMA).gradient, fresh(images(), GAMMA).gradient)
@@ -559,7 +568,7 @@ def test_compiled_models() -> None:
         GradientOfStep(m, own, learned_parameters(model), method())(batch, GAMMA).gradient for m in (model, compiled)
     ]
     torch.testing.assert_close(*results)
-    assert pareto_state(model).vectors is None
+    assert pareto_state(model).now.vectors is None
 
 
 def test_arguments_are_checked() -> None:
@@ -711,7 +720,7 @@ def test_a_capture_that_fails_is_said_once_and_changes_nothing(monkeypatch: pyte
     assert rehearsal.captures == 1 and rehearsal.replays == 0
     assert len(said) == 1
     assert said[0].startswith("cuda_graphs: going on without") and "\n" not in said[0]
-    assert pareto_state(model).vectors is None
+    assert pareto_state(model).now.vectors is None
 
 
 def test_a_failed_capture_is_an_error_where_graphs_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,7 +728,7 @@ def test_a_failed_capture_is_an_error_where_graphs_are_wanted(monkeypatch: pytes
     step = GradientOfStep(model, heads(), learned_parameters(model), method())
     rehearsal = Rehearsal(monkeypatch, step)
     step.graphs = "on"
-    before = pareto_state(model).gamma
+    before = pareto_state(model).now.gamma
     gamma = gammas(1)[0]
     step(images(), gamma)
     moved(model, 0)
@@ -730,7 +739,7 @@ def test_a_failed_capture_is_an_error_where_graphs_are_wanted(monkeypatch: pytes
     rehearsal.fail = fail
     with pytest.raises(RuntimeError, match="not while capturing"):
         step(images(), gamma)
-    assert pareto_state(model).gamma is before and pareto_state(model).vectors is None
+    assert pareto_state(model).now.gamma is before and pareto_state(model).now.vectors is None
     # tried again, with a model that can be captured now
     rehearsal.fail = lambda: None
     found = step(images(), gamma)

@@ -22,7 +22,7 @@ from pareto_merging.errors import Interrupted, TrainingError
 from pareto_merging.learn.gradient import GradientOfStep, StepGradient
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, learn_pareto_set
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.strategy import merged_bytes, set_strategy
 
@@ -87,7 +87,7 @@ def test_the_long_vectors_are_stepped_as_the_parameters_would_be(monkeypatch: py
     settings = method(**SETTINGS[case])
     model = pareto()
     state = pareto_state(model)
-    state.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
+    state.now.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
     learner = Learner(model, task_set(), settings)
     own = {name: nn.Parameter(p.detach().clone()) for name, p in learner.learned.items()}
     rates = [(settings.lambda_learning_rate or settings.learning_rate) if name.startswith("lam.") else
@@ -217,7 +217,7 @@ def test_a_step_that_fails_never_was(tmp_path: Path, fault: Any, layer: str, goo
         learner.step(step, next(batches))
     learner.save(good_steps)
     state = pareto_state(model)
-    before, moments, gamma = learned(model), [t.clone() for t in learner._state()], state.gamma
+    before, moments, gamma = learned(model), [t.clone() for t in learner._state()], state.now.gamma
     counts = [float(s["step"]) for s in learner.optimizer.state.values()]
     saved = read_tensors(tmp_path / CHECKPOINT_NAME, torch.device("cpu"))
     batch = next(batches)
@@ -231,7 +231,7 @@ def test_a_step_that_fails_never_was(tmp_path: Path, fault: Any, layer: str, goo
     for one, two in zip(learner._state(), moments, strict=True):
         assert torch.equal(one, two)
     assert [float(s["step"]) for s in learner.optimizer.state.values()] == counts
-    assert state.gamma is gamma and state.vectors is None and state.cache is None
+    assert state.now.gamma is gamma and state.now.vectors is None and state.now.cache is None
     assert_same_bits(read_tensors(tmp_path / CHECKPOINT_NAME, torch.device("cpu")), saved)
 
 
@@ -329,7 +329,7 @@ def test_learning_with_cached_holds_one_more_model() -> None:
     learner = Learner(model, task_set(), method())
     learner.step(1, next(learner.batches(0, 0)))
     held = {
-        id(cache): cache.bytes for cache in (pareto_state(model).cache, learner.gradient.cache) if cache is not None
+        id(cache): cache.bytes for cache in (pareto_state(model).now.cache, learner.gradient.cache) if cache is not None
     }
     assert sum(held.values()) <= merged_bytes(model)
 
@@ -344,4 +344,4 @@ def test_a_model_is_right_after_learning(strategy: str) -> None:
     after = model(x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, pm.merge(model, [1 / TASKS] * TASKS)(x))
-    assert pareto_state(model).lambda_range is None
+    assert pareto_state(model).now.lambda_range is None

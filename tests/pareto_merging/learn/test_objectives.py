@@ -21,7 +21,7 @@ from pareto_merging.learn.objectives import (
     tensor_norm,
 )
 from pareto_merging.model.fold import fold
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parametrize import parametrize
 
 S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)

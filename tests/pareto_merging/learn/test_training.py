@@ -29,7 +29,7 @@ from pareto_merging.learn.gradient import pareto_gradient
 from pareto_merging.learn.objectives import cosine_alignment, entropy_terms, scalarize, tensor_norm
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, learn_pareto_set
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import preference
 from pareto_merging.model.strategy import set_strategy
@@ -539,7 +539,7 @@ def test_a_failed_first_update_leaves_no_moments(tiny_vit: nn.Module, copies: Co
 
 
 def test_an_unlearned_lambda_survives_a_resume(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
-    from pareto_merging.model.parameters import get_lambda, set_lambda
+    from pareto_merging.model.learned import get_lambda, set_lambda
 
     settings = method(learn_lambda=False)
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)

@@ -18,7 +18,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import data_free, pareto
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
-from pareto_merging.model.parameters import get_lambda, learned_parameters
+from pareto_merging.model.learned import get_lambda, learned_parameters
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.preferences import sample_dirichlet
 

@@ -26,7 +26,7 @@ from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.layer import pareto_modules
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, pareto_states
 from pareto_merging.model.strategy import STRATEGIES, merged_bytes, set_strategy
 from pareto_merging.run.config import RunConfig, dump_config, read_config
@@ -198,7 +198,7 @@ def _held_in_place(model: nn.Module, x: Tensor) -> None:
 
 
 def _state_gamma(model: nn.Module, x: Tensor) -> None:
-    pareto_state(model).gamma.copy_(torch.tensor([0.7, 0.1, 0.2]))
+    pareto_state(model).now.gamma.copy_(torch.tensor([0.7, 0.1, 0.2]))
 
 
 def _foreach(model: nn.Module, x: Tensor) -> None:
@@ -216,7 +216,7 @@ def _read_and_write(model: nn.Module, x: Tensor) -> None:
 
 
 def _clamp(model: nn.Module, x: Tensor) -> None:
-    pareto_state(model).lambda_range = (0.25, 0.3)
+    pareto_state(model).now.lambda_range = (0.25, 0.3)
 
 
 def _around(model: nn.Module, x: Tensor) -> None:
@@ -413,7 +413,7 @@ def test_copies_keep_their_own(x: Tensor, how: str) -> None:
         torch.save(model, buffer)
         buffer.seek(0)
         twin = torch.load(buffer, weights_only=False)
-    kept, other = pareto_state(model).cache, pareto_state(twin).cache
+    kept, other = pareto_state(model).now.cache, pareto_state(twin).now.cache
     assert other is not None and other is not kept
     assert other.budget == 10**6
     # a GRU reads its weights when it is made, nothing else may be there
@@ -433,7 +433,7 @@ def test_folded_and_merged(x: Tensor) -> None:
     model(x)
     torch.testing.assert_close(pm.merge(model, [0.2, 0.3, 0.5])(x), expected)
     folded = pm.fold(model)
-    assert pareto_state(folded).strategy == "cached"
+    assert pareto_state(folded).now.strategy == "cached"
     for _ in range(2):
         pm.set_preference(folded, [0.2, 0.3, 0.5])
         torch.testing.assert_close(folded(x), expected)
@@ -452,7 +452,7 @@ def test_two_models_that_share_a_module() -> None:
         twin = uncached(box)
         for module, other in zip(box, twin, strict=True):
             torch.testing.assert_close(module(y), other(y))
-    assert pareto_state(box).cache.bytes == merged_bytes(box)
+    assert pareto_state(box).now.cache.bytes == merged_bytes(box)
 
 
 def test_threads_get_the_right_result(x: Tensor) -> None:
@@ -527,7 +527,7 @@ def test_rows_of_an_in_projection_come_out_of_one_merge() -> None:
     twin = uncached(model)
     for inputs in ((q, q, q), (q, k, k), (q, k, v), (q, k, q)):
         torch.testing.assert_close(model(*inputs)[0], twin(*inputs)[0])
-    assert pareto_state(model).cache.bytes == merged_bytes(model)
+    assert pareto_state(model).now.cache.bytes == merged_bytes(model)
 
 
 # memory
@@ -536,7 +536,7 @@ def test_rows_of_an_in_projection_come_out_of_one_merge() -> None:
 def test_one_more_model_and_no_more(x: Tensor) -> None:
     model = pareto()
     set_strategy(model, "cached")
-    cache = pareto_state(model).cache
+    cache = pareto_state(model).now.cache
     for gamma in ([0.2, 0.3, 0.5], [0.5, 0.3, 0.2], [0.0, 0.0, 1.0]):
         pm.set_preference(model, gamma)
         pm.set_lambda(model, gamma[0])
@@ -550,7 +550,7 @@ def test_kept_weights_are_freed(x: Tensor, change: str) -> None:
     model = pareto()
     set_strategy(model, "cached")
     model(x)
-    kept = [weakref.ref(entry.value) for entry in pareto_state(model).cache._kept.values()]
+    kept = [weakref.ref(entry.value) for entry in pareto_state(model).now.cache._kept.values()]
     assert kept
     {
         "strategy": lambda: set_strategy(model, "auto"),
@@ -560,7 +560,7 @@ def test_kept_weights_are_freed(x: Tensor, change: str) -> None:
     }[change]()
     gc.collect()
     assert not any(reference() is not None for reference in kept)
-    if (cache := pareto_state(model).cache) is not None:
+    if (cache := pareto_state(model).now.cache) is not None:
         assert cache.bytes == 0
 
 
@@ -575,7 +575,7 @@ def test_weights_that_were_replaced_are_not_kept_alive() -> None:
     model.load_state_dict(state, assign=True)
     model(y)
     gc.collect()
-    cache = pareto_state(model).cache
+    cache = pareto_state(model).now.cache
     assert cache.bytes == merged_bytes(model)
     assert [reference() for reference in old] == [None, None]
 
@@ -587,13 +587,13 @@ def test_functional_calls_do_not_pile_up() -> None:
     for _ in range(5):
         torch.func.functional_call(model, {"0.weight": torch.randn(8, 6)}, (y,))
     model(y)
-    assert pareto_state(model).cache.bytes <= 2 * merged_bytes(model)
+    assert pareto_state(model).now.cache.bytes <= 2 * merged_bytes(model)
 
 
 def test_what_does_not_fit_is_merged_every_time(x: Tensor) -> None:
     model = pareto()
     expected = model(x)
-    cache = pareto_state(model).cache = MergedWeights(budget=merged_bytes(model) // 2)
+    cache = pareto_state(model).now.cache = MergedWeights(budget=merged_bytes(model) // 2)
     for _ in range(2):
         torch.testing.assert_close(model(x), expected)
         assert 0 < cache.bytes <= cache.budget
@@ -604,15 +604,15 @@ def test_what_does_not_fit_is_merged_every_time(x: Tensor) -> None:
 
 def test_in_place_writes_into_the_same_memory_and_no_backward_is_wrong(x: Tensor) -> None:
     model = pareto()
-    cache = pareto_state(model).cache = MergedWeights(in_place=True)
+    cache = pareto_state(model).now.cache = MergedWeights(in_place=True)
     loss = model(x).square().sum()
     places = [entry.value.data_ptr() for entry in cache._kept.values()]
-    pareto_state(model).gamma = torch.tensor([0.7, 0.2, 0.1])
+    pareto_state(model).now.gamma = torch.tensor([0.7, 0.2, 0.1])
     torch.testing.assert_close(model(x), uncached(model)(x))
     assert [entry.value.data_ptr() for entry in cache._kept.values()] == places
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    pareto_state(model).gamma.copy_(torch.tensor([0.1, 0.2, 0.7]))
+    pareto_state(model).now.gamma.copy_(torch.tensor([0.1, 0.2, 0.7]))
     cache.refresh()
     entries = [entry.value.clone() for entry in cache._kept.values()]
     torch.testing.assert_close(model(x), uncached(model)(x))
@@ -628,8 +628,8 @@ def test_every_strategy_by_name() -> None:
     model = linears()
     for strategy in STRATEGIES:
         set_strategy(model, strategy)
-        assert (pareto_state(model).cache is not None) == (strategy == "cached")
-        assert pareto_state(model).kernel_strategy != "cached"
+        assert (pareto_state(model).now.cache is not None) == (strategy == "cached")
+        assert pareto_state(model).now.kernel_strategy != "cached"
 
 
 @pytest.mark.parametrize(
@@ -650,13 +650,13 @@ def test_every_strategy_by_name() -> None:
 def test_a_wrong_setting_changes_nothing(strategy: Any, budget: Any, error: type[Exception], message: str) -> None:
     model = linears()
     set_strategy(model, "cached", memory_budget=merged_bytes(model))
-    cache = pareto_state(model).cache
+    cache = pareto_state(model).now.cache
     with pytest.raises(error, match=message) as caught:
         set_strategy(model, strategy, memory_budget=budget)
     assert "\n" not in str(caught.value)
     state = pareto_state(model)
-    assert (state.strategy, state.memory_budget) == ("cached", merged_bytes(model))
-    assert state.cache is cache
+    assert (state.now.strategy, state.now.memory_budget) == ("cached", merged_bytes(model))
+    assert state.now.cache is cache
 
 
 def test_a_plain_model_has_no_strategy() -> None:

@@ -85,7 +85,7 @@ def build(folder: Path, dtype: torch.dtype, settings: dict[str, Any], width: int
 
 def measure(folder: Path, dtype: torch.dtype, settings: dict[str, Any]) -> dict[str, int]:
     """The bytes of a Pareto model's frozen and learned tensors, and those that building it took at the peak."""
-    from pareto_merging.model.parameters import learned_parameters
+    from pareto_merging.model.learned import learned_parameters
 
     # code that is loaded at first use is no memory of the model's
     build(folder / "small", dtype, settings, 64, 1)

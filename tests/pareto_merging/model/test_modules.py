@@ -184,7 +184,7 @@ def test_linear_from_linears() -> None:
     assert "A" not in plain._parameters
     named = ParetoLinear.from_linears(pretrained, {"MNIST": finetuned[0], "DTD": finetuned[1]})
     set_preference(named, {"MNIST": 1})
-    assert torch.equal(named.pareto.gamma, torch.tensor([1.0, 0.0]))
+    assert torch.equal(named.pareto.now.gamma, torch.tensor([1.0, 0.0]))
     # its own constructor makes what nn.Linear's makes
     assert ParetoLinear(3, 2)(torch.zeros(1, 3)).shape == (1, 2)
     with pytest.raises(ValueError, match="expected at least one copy that differs from pretrained"):

@@ -26,10 +26,11 @@ from pareto_merging.model.attention import ParetoAttention
 from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.fold import fold, merge
-from pareto_merging.model.layer import ParetoModule, pareto_modules, part_name
+from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.learned import get_lambda, lambda_group, lambda_names, learned_parameters, set_lambda
 from pareto_merging.model.linear import ParetoLinear
 from pareto_merging.model.low_rank import wants_low_rank
-from pareto_merging.model.parameters import get_lambda, lambda_group, lambda_names, learned_parameters, set_lambda
+from pareto_merging.model.parameters import part_name
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import get_preference, preference, set_preference
 
@@ -551,7 +552,7 @@ def test_every_part_is_registered_under_its_name(tiny_vit: nn.Module, copies: Co
             parts = module.pareto_parts(name)
             assert parts["task_vectors"] is not None
             merged = pmkernels.reference.merge_weight(
-                module._parameters[name], gamma=None if parts["A"] is None else module.pareto.gamma, **parts
+                module._parameters[name], gamma=None if parts["A"] is None else module.pareto.now.gamma, **parts
             )
             torch.testing.assert_close(module.pareto_merged(name), merged)
     assert part_name("weight", "lam") == "lam"
@@ -709,13 +710,13 @@ def test_the_default_dtype_and_device_do_not_matter(tiny_vit: nn.Module, copies:
     for (name, a), b in zip(learned_parameters(model).items(), learned_parameters(expected).values(), strict=True):
         assert a.dtype == torch.float32, name
         assert torch.equal(a, b), name
-    assert model.pareto.gamma.device.type == "cpu"
+    assert model.pareto.now.gamma.device.type == "cpu"
 
 
 def test_copies_carry_no_graph_and_wrappers_no_state(tiny_vit: nn.Module, copies: Copies) -> None:
     model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
     set_preference(model, torch.softmax(torch.zeros(2, requires_grad=True), dim=0))
-    assert not copy.deepcopy(model).pareto.gamma.requires_grad
+    assert not copy.deepcopy(model).pareto.now.gamma.requires_grad
     pickle.loads(pickle.dumps(model))
     wrapped = merge(nn.Sequential(model, nn.Linear(8, 2)), [0.5, 0.5])
     assert not any("pareto" in module.__dict__ for module in wrapped.modules())

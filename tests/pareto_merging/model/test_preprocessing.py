@@ -18,7 +18,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.model import pieces
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.model.fold import fold, merge
-from pareto_merging.model.layer import part_name
+from pareto_merging.model.parameters import part_name
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import Dare, Ties, check_density, elect_sign, make_preprocess, trim_threshold
 from pareto_merging.model.state import set_preference

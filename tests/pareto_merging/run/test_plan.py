@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pareto_merging.model.parameters import learned_parameters
+from pareto_merging.model.learned import learned_parameters
 from pareto_merging.run.config import RunConfig
 from pareto_merging.run.plan import plan_run
 from pareto_merging.run.workspace import Workspace
