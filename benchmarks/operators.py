@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pareto_merging import MethodSettings, Task
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.learn.gradient import TasksAtOnce
-from pareto_merging.learn.training import Learner
+from pareto_merging.learn.gradient import Execution, TasksAtOnce
+from pareto_merging.learn.learner import Learner
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.system.modes import eval_mode
 
@@ -63,7 +63,7 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
         for name in pareto.pareto.task_names  # type: ignore[union-attr]
     }
     settings = MethodSettings.model_validate({"steps": 10, "batch_size": 4, "rank": 4})
-    learner = Learner(pareto, sets, settings, tasks_at_once=at_once)
+    learner = Learner(pareto, sets, settings, Execution(tasks_at_once=at_once))
     batches = learner.batches(0, 0)
     with eval_mode(pareto):
         for step in (1, 2):

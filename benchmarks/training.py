@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.kernels import ceilings, relative_error
 from pareto_merging import MethodSettings, Task, learn_pareto_set, learned_parameters, set_strategy
-from pareto_merging.learn.gradient import CudaGraphs, TasksAtOnce
-from pareto_merging.learn.objectives import scalarize
-from pareto_merging.learn.training import Learner
+from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
+from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.scalarize import scalarize
 from pareto_merging.model.parameters import merged_parameters
 from pareto_merging.model.parametrize import parametrize
 from pmkernels import costs, dispatch, reference
@@ -322,8 +322,7 @@ class Ours:
             case.pareto,
             tasks,
             self.settings,
-            cuda_graphs=graphs,
-            tasks_at_once=at_once,
+            Execution(cuda_graphs=graphs, tasks_at_once=at_once),
             on_warning=self.notes.append,
         )
 
@@ -345,7 +344,6 @@ class Ours:
         return _bytes(self.case.pareto.state_dict(keep_vars=True).values())
 
     def close(self) -> None:
-        self.learner.close()
         # lets go of merged weights that were kept
         assert self.case.pareto is not None
         set_strategy(self.case.pareto, "eager")

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pareto_merging.errors import Interrupted as Interrupted
     from pareto_merging.errors import TrainingError as TrainingError
     from pareto_merging.errors import UserError as UserError
+    from pareto_merging.learn.loop import learn_pareto_set as learn_pareto_set
     from pareto_merging.learn.settings import MethodSettings as MethodSettings
-    from pareto_merging.learn.training import learn_pareto_set as learn_pareto_set
     from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
     from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
     from pareto_merging.model.attention import ParetoAttention as ParetoAttention
@@ -68,7 +68,7 @@ _HOMES = {
     "get_lambda": "model.learned.get_lambda",
     "get_preference": "model.state.get_preference",
     "lambda_names": "model.learned.lambda_names",
-    "learn_pareto_set": "learn.training.learn_pareto_set",
+    "learn_pareto_set": "learn.loop.learn_pareto_set",
     "learned_parameters": "model.learned.learned_parameters",
     "load_folded": "model.files.load_folded",
     "load_heads": "model.files.load_heads",

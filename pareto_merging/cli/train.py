@@ -57,10 +57,15 @@ def _keys() -> list[str]:
 
 
 def _described_fields(group: Any) -> Iterator[str]:
+    from pareto_merging.learn.settings import OneOf
+
     for name, field in group.model_fields.items():
         if field.description is None:
             continue
-        choices = ", ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
+        choices = ", ".join(
+            [str(value) for value in get_args(field.annotation) if get_origin(field.annotation) is Literal]
+            + [name for one in field.metadata if isinstance(one, OneOf) for name in one.table]
+        )
         has_default = not field.is_required() and field.default is not None
         default = f" (default {field.default})" if has_default else " (required)" if field.is_required() else ""
         yield f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}"

@@ -1,10 +1,29 @@
-"""How a Pareto set is learned: typed settings, with the published presets. Unknown keys are errors."""
+"""How a Pareto set is learned: typed settings, with the published presets. Unknown keys are errors.
+
+The settings are given flat, ``MethodSettings(rank=4, steps=100)``, and so they stand in files; in code they are read by
+group: ``settings.loss.mu``, ``settings.optimiser.learning_rate``.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from pareto_merging.learn.objectives import OBJECTIVES
+from pareto_merging.learn.scalarize import SCALARIZATIONS
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Chen & Kwok, ICML 2025, experiment setup
@@ -12,46 +31,40 @@ PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2408.12105 v1, section 4.1 and appendix 1
     "arxiv-v1": {"cosine": 0.1, "tensor_norm": 1.0, "concentration": 1.0},
 }
+# as the keys stand in files
+_ORDER = (
+    *("preset", "objective", "scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
+    *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
+    *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
+    *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold"),
+    "checkpoint_every",
+)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A field's annotation: its value is a name in a table."""
+
+    table: Mapping[str, Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.table:
+            raise ValueError(f"expected one of {', '.join(self.table)}")
+        return name
 
 
 class Strict(BaseModel):
+    """Settings that cannot change and know all their keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class MethodSettings(Strict):
-    """How a Pareto set is learned. "Our reading" marks what the paper leaves open."""
+class ModelSettings(Strict):
+    """What :func:`pareto_merging.parametrize` is told."""
 
-    preset: Literal["icml2025", "arxiv-v1"] = Field("icml2025", description="where the fields not given come from")
-    objective: Literal["entropy", "weight-distance"] = Field(
-        "entropy", description="S_k: entropy of the predictions (unlabelled images), or ‖W(γ) − W_k‖² (no data)"
-    )
-    scalarization: Literal["smooth-tchebycheff", "tchebycheff", "linear"] = Field(
-        "smooth-tchebycheff", description="how S_1 … S_K become one loss at γ"
-    )
-    mu: float = Field(
-        0.1, gt=0, description="smoothing of the Tchebycheff scalarisation; our reading, the paper has none"
-    )
-    # the defaults are icml2025's; _fill_from_preset puts in another preset's
-    cosine: float = Field(
-        0.0, ge=0, description="β₁ of −cos(S, 1/γ); arxiv-v1: 0.1 (our reading of its order), icml2025: 0"
-    )
-    tensor_norm: float = Field(
-        0.1, ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
-    )
-    preference: Literal["dirichlet", "equal", "fixed"] = Field(
-        "dirichlet", description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`"
-    )
-    gamma: tuple[float, ...] | None = Field(None, description="the one γ learned for with `preference: fixed`")
-    concentration: float = Field(
-        0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
-    )
-    preferences_per_step: int = Field(1, ge=1, description="γ per step; each costs a forward and backward per task")
-    information_maximisation: float = Field(
-        0.0, ge=0, description="weight of a reward for the entropy of the mean prediction; not in the paper"
-    )
-    normalize_distance: bool = Field(
-        True, description="weight-distance in units of ‖τ_k‖², so that tasks count alike; our reading"
-    )
     preprocess: Literal["none", "ties", "dare"] = Field(
         "none", description="of the task vectors: TIES's trimming and sign election (Pareto Merging++), or DARE's drops"
     )
@@ -64,28 +77,99 @@ class MethodSettings(Strict):
         "attention", description="which matrices have the low-rank term"
     )
     init_lambda: float = Field(0.3, description="where every λ starts")
-    learn_lambda: bool = Field(True, description="false: λ stays where it starts")
-    clamp_lambda: bool = Field(
-        False, description="use λ clamped to [0, 1], as the published AdaMerging code does; outside it has no gradient"
-    )
     granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="what shares one λ vector")
     buffers: Literal["pretrained", "average"] = Field(
         "pretrained", description="batch norm's statistics: the pretrained model's, or the fine-tuned ones' average"
     )
+
+
+class LossSettings(Strict):
+    """What is minimised."""
+
+    preset: Literal["icml2025", "arxiv-v1"] = Field("icml2025", description="where the fields not given come from")
+    objective: Annotated[str, OneOf(OBJECTIVES)] = Field(
+        "entropy", description="S_k: entropy of the predictions (unlabelled images), or ‖W(γ) − W_k‖² (no data)"
+    )
+    scalarization: Annotated[str, OneOf(SCALARIZATIONS)] = Field(
+        "smooth-tchebycheff", description="how S_1 … S_K become one loss at γ"
+    )
+    mu: float = Field(
+        0.1, gt=0, description="smoothing of the Tchebycheff scalarisation; our reading, the paper has none"
+    )
+    # the defaults are icml2025's; _fill_from_preset puts in another preset's
+    cosine: float = Field(
+        0.0, ge=0, description="β₁ of −cos(S, 1/γ); arxiv-v1: 0.1 (our reading of its order), icml2025: 0"
+    )
+    tensor_norm: float = Field(
+        0.1, ge=0, description="β₂ of ‖A·C·Bᵀ‖_F; icml2025: its β = 0.1, arxiv-v1: 1 (both our reading)"
+    )
+    information_maximisation: float = Field(
+        0.0, ge=0, description="weight of a reward for the entropy of the mean prediction; not in the paper"
+    )
+    normalize_distance: bool = Field(
+        True, description="weight-distance in units of ‖τ_k‖², so that tasks count alike; our reading"
+    )
+
+
+class SamplingSettings(Strict):
+    """What a step is given: preferences and images."""
+
+    preference: Literal["dirichlet", "equal", "fixed"] = Field(
+        "dirichlet", description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`"
+    )
+    gamma: tuple[float, ...] | None = Field(None, description="the one γ learned for with `preference: fixed`")
+    concentration: float = Field(
+        0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
+    )
+    preferences_per_step: int = Field(1, ge=1, description="γ per step; each costs a forward and backward per task")
+    batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
+
+    @model_validator(mode="after")
+    def _check_gamma(self) -> SamplingSettings:
+        if (self.gamma is not None) != (self.preference == "fixed"):
+            raise ValueError("gamma: expected one with preference: fixed, and none without")
+        return self
+
+
+class OptimiserSettings(Strict):
+    """How what is learned is changed."""
+
+    learn_lambda: bool = Field(True, description="false: λ stays where it starts")
+    clamp_lambda: bool = Field(
+        False, description="use λ clamped to [0, 1], as the published AdaMerging code does; outside it has no gradient"
+    )
     steps: int | None = Field(
         None, ge=0, description="optimiser steps; default 2000 for 2 tasks to 4000 for 8 or more, straight between"
     )
-    batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
     learning_rate: float = Field(1e-3, gt=0, description="Adam's")
     lambda_learning_rate: float | None = Field(
         None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's momentum parameters")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers in [0, 1)")
+        return betas
+
+
+class LogSettings(Strict):
+    """What is warned of and kept on the way; nothing of it changes the result."""
+
     collapse_threshold: float = Field(
         0.5, ge=0, le=1, description="warn when a task's mean prediction keeps less than this share of its entropy"
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+
+Group = TypeVar("Group", bound=Strict)
+
+
+class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSettings, LossSettings):
+    """How a Pareto set is learned. "Our reading" marks what the paper leaves open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,26 +180,65 @@ class MethodSettings(Strict):
             return {**PRESETS.get(preset, PRESETS["icml2025"]), **values}
         return values
 
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("expected two numbers in [0, 1)")
-        return betas
+    @model_serializer(mode="wrap")
+    def _in_order(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        return {name: values[name] for name in _ORDER if name in values}
 
-    @model_validator(mode="after")
-    def _check_gamma(self) -> MethodSettings:
-        if (self.gamma is not None) != (self.preference == "fixed"):
-            raise ValueError("gamma: expected one with preference: fixed, and none without")
-        return self
+    def _group(self, kind: type[Group]) -> Group:
+        return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
+
+    @property
+    def model(self) -> ModelSettings:
+        """Return what the model is built with."""
+        return self._group(ModelSettings)
+
+    @property
+    def loss(self) -> LossSettings:
+        """Return what is minimised."""
+        return self._group(LossSettings)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Return what a step is given."""
+        return self._group(SamplingSettings)
+
+    @property
+    def optimiser(self) -> OptimiserSettings:
+        """Return how what is learned is changed."""
+        return self._group(OptimiserSettings)
+
+    @property
+    def log(self) -> LogSettings:
+        """Return what is warned of and kept on the way."""
+        return self._group(LogSettings)
 
     def model_arguments(self) -> dict[str, Any]:
-        """The settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""
-        names = ("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "preprocess", "density", "core")
-        return {name: getattr(self, name) for name in names}
+        """Return the settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""
+        return {**self.model.model_dump(), "seed": self.seed}
+
+    def check_model(self, built: Mapping[str, Any]) -> None:
+        """Raise ValueError if a setting that was given is not the one that a model was ``built`` with.
+
+        What was not given contradicts nothing, and nothing contradicts a function of the user's own. ``init_lambda`` is
+        where λ started, wherever it is now; ``rank`` counts where there is a core of that size, ``density`` where task
+        vectors were thinned. The seed is that of the batches too, so it may differ.
+        """
+        given = self.model_fields_set & ModelSettings.model_fields.keys()
+        if built.get("core") != "tensor" or built.get("low_rank") == "none":
+            given -= {"rank"}
+        if built.get("preprocess") not in ("ties", "dare"):
+            given -= {"density"}
+        wrong = [
+            f"{name} is {getattr(self, name)!r} and the model's {built[name]!r}"
+            for name in ModelSettings.model_fields
+            if name in given and built.get(name, "function") not in ("function", getattr(self, name))
+        ]
+        if wrong:
+            raise ValueError(f"settings: expected none that contradicts the model, but {', '.join(wrong)}")
 
     def steps_for(self, tasks: int) -> int:
-        """``steps``, or the preset's: 2000 for two tasks, 4000 for eight (the paper's), straight between (ours)."""
+        """Return ``steps``, or 2000 for two tasks to 4000 for eight (the paper's), straight between (ours)."""
         if self.steps is not None:
             return self.steps
         return 2000 + round(2000 * (min(max(tasks, 2), 8) - 2) / 6)

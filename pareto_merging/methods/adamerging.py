@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, one_model
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import merge as merge_at

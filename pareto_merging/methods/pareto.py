@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.methods.interface import Merged, task_names
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import merge as merge_at

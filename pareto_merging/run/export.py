@@ -17,7 +17,7 @@ from pareto_merging.checkpoints.export import Source, export_hugging_face, expor
 from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError, user_errors
-from pareto_merging.learn.training import CHECKPOINT_NAME
+from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
 from pareto_merging.model.files import save_folded
 from pareto_merging.model.fold import merge
 from pareto_merging.model.learned import learned_parameters

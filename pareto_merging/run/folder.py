@@ -23,7 +23,10 @@ from typing import Any
 from torch import nn
 
 from pareto_merging.errors import UserError, user_errors
-from pareto_merging.learn.training import CHECKPOINT_NAME, LOG_NAME, TrainingResult, learn_pareto_set
+from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
+from pareto_merging.learn.log import LOG_NAME
+from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.measure.comparison import EFFORT, compare, default_grid, evaluated_preferences, stored_results
 from pareto_merging.measure.reports import write_comparison
 from pareto_merging.methods.registry import METHODS
@@ -129,7 +132,8 @@ def train_run(
     if any(task.evaluation is not None for task in workspace.task_configs.values()):
         # folders that do not fit are said now, and not when it is learned
         workspace.evaluation_tasks()
-    tasks = workspace.merging_tasks() if config.method.objective == "entropy" else None
+    needs = OBJECTIVES[config.method.objective].needs
+    tasks = workspace.merging_tasks() if needs == "images" else None
     model = workspace.pareto_model()
     _check_task_vectors(model, on_warning)
     is_new = not (folder / CONFIG_NAME).exists()

@@ -135,7 +135,7 @@ def test_images_of_the_wrong_task_are_noticed(case: training.Case) -> None:
         runner.step()
     assert all(torch.equal(before[name], parameter) for name, parameter in case.learned.items()), "nothing has moved"
     kept = 1 - runner.settings.betas[0] ** 3
-    moments = [state["exp_avg"].reshape(-1) / kept for state in runner.learner.optimizer.state.values()]
+    moments = [state["exp_avg"].reshape(-1) / kept for state in runner.learner.adam.optimizer.state.values()]
     flat = torch.cat([gradient.reshape(-1) for gradient in runner.gradient().values()])
     assert torch.allclose(torch.cat(moments), flat, rtol=1e-5, atol=1e-9), "what Adam was given is what is judged"
 

@@ -13,8 +13,8 @@ import pmkernels
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.training import learn_pareto_set
 from pareto_merging.model.fold import fold, merge
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parametrize import parametrize

@@ -19,9 +19,12 @@ from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
+from pareto_merging.learn import loop
+from pareto_merging.learn.checkpoint import CHECKPOINT_NAME, save_checkpoint
 from pareto_merging.learn.gradient import GradientOfStep, StepGradient
+from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.training import CHECKPOINT_NAME, Learner, learn_pareto_set
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.strategy import merged_bytes, set_strategy
@@ -98,8 +101,8 @@ def test_the_long_vectors_are_stepped_as_the_parameters_would_be(monkeypatch: py
     seen: list[Tensor] = []
     original = GradientOfStep.__call__
 
-    def watched(self: GradientOfStep, batch: Any, gamma: Tensor) -> StepGradient:
-        outcome = original(self, batch, gamma)
+    def watched(self: GradientOfStep, *given: Any) -> StepGradient:
+        outcome = original(self, *given)
         seen.append(outcome.gradient.clone())
         return outcome
 
@@ -134,18 +137,15 @@ def test_a_gradient_that_the_next_call_overwrites() -> None:
         if overwritten:
             compute, place = learner.gradient, []
 
-            class Static:
-                heads = compute.heads
+            def static(*given: Any, compute: Any = compute, place: Any = place) -> Any:
+                fresh = compute(*given)
+                if not place:
+                    place.append(StepGradient(*(value.clone() for value in fresh)))
+                for old, new in zip(place[0], fresh, strict=True):
+                    old.copy_(new)
+                return place[0]
 
-                def __call__(self, batch: Any, gamma: Tensor, compute: Any = compute, place: Any = place) -> Any:
-                    fresh = compute(batch, gamma)
-                    if not place:
-                        place.append(StepGradient(*(value.clone() for value in fresh)))
-                    for old, new in zip(place[0], fresh, strict=True):
-                        old.copy_(new)
-                    return place[0]
-
-            learner.gradient = Static()  # type: ignore[assignment]
+            learner.gradient = static  # type: ignore[assignment]
         outcomes = [learner.step(step, batch) for step, batch in enumerate(learner.batches(0, 0), start=1)]
         results.append((learned(model), outcomes))
     assert_same_bits(results[0][0], results[1][0])
@@ -165,14 +165,13 @@ def test_resumed_runs_have_the_same_bits(
     learn_pareto_set(whole, task_set(), method(**SETTINGS[case]), progress=False, folder=tmp_path / "whole")
     part = pareto()
     set_strategy(part, strategy)
-    save = Learner.save
 
-    def stop_after(self: Learner, step: int) -> None:
-        save(self, step)
+    def stop_after(learner: Learner, folder: Path, step: int) -> None:
+        save_checkpoint(learner, folder, step)
         if step == 2:
             raise Stop
 
-    monkeypatch.setattr(Learner, "save", stop_after)
+    monkeypatch.setattr(loop, "save_checkpoint", stop_after)
     with pytest.raises(Stop):
         learn_pareto_set(part, task_set(), method(**SETTINGS[case]), progress=False, folder=tmp_path / "part")
     monkeypatch.undo()
@@ -211,14 +210,14 @@ def _bad_head(tasks: dict[str, Task], learner: Learner) -> None:
 @pytest.mark.parametrize("preferences", [1, 2])
 def test_a_step_that_fails_never_was(tmp_path: Path, fault: Any, layer: str, good_steps: int, preferences: int) -> None:
     model, tasks = pareto(), task_set()
-    learner = Learner(model, tasks, method(preferences_per_step=preferences), folder=tmp_path)
+    learner = Learner(model, tasks, method(preferences_per_step=preferences))
     batches = learner.batches(0, 0)
     for step in range(1, good_steps + 1):
         learner.step(step, next(batches))
-    learner.save(good_steps)
+    save_checkpoint(learner, tmp_path, good_steps)
     state = pareto_state(model)
-    before, moments, gamma = learned(model), [t.clone() for t in learner._state()], state.now.gamma
-    counts = [float(s["step"]) for s in learner.optimizer.state.values()]
+    before, moments, gamma = learned(model), [t.clone() for t in learner.adam.state()], state.now.gamma
+    counts = [float(s["step"]) for s in learner.adam.optimizer.state.values()]
     saved = read_tensors(tmp_path / CHECKPOINT_NAME, torch.device("cpu"))
     batch = next(batches)
     fault(tasks, learner)
@@ -228,9 +227,9 @@ def test_a_step_that_fails_never_was(tmp_path: Path, fault: Any, layer: str, goo
         learner.step(good_steps + 1, batch)
     assert (caught.value.task, caught.value.step, caught.value.layer) == ("t1", good_steps + 1, layer)
     assert_same_bits(learned(model), before)
-    for one, two in zip(learner._state(), moments, strict=True):
+    for one, two in zip(learner.adam.state(), moments, strict=True):
         assert torch.equal(one, two)
-    assert [float(s["step"]) for s in learner.optimizer.state.values()] == counts
+    assert [float(s["step"]) for s in learner.adam.optimizer.state.values()] == counts
     assert state.now.gamma is gamma and state.now.vectors is None and state.now.cache is None
     assert_same_bits(read_tensors(tmp_path / CHECKPOINT_NAME, torch.device("cpu")), saved)
 

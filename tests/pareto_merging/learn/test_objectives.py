@@ -1,138 +1,181 @@
-"""Objectives, scalarisations and regularisers against plain loops."""
+"""The table of objectives, and objectives of one's own: on images with targets, and on the weights alone."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import noisy_copy, randomize
-from torch import nn
+from learn_cases import learned, same, short_run, task_set
+from pydantic import ValidationError
+from torch import Tensor, nn
 
-from pareto_merging.learn.objectives import (
-    WeightDistance,
-    cosine_alignment,
-    entropy_terms,
-    linear,
-    low_rank_square,
-    scalarize,
-    smooth_tchebycheff,
-    tchebycheff,
-    tensor_norm,
-)
-from pareto_merging.model.fold import fold
-from pareto_merging.model.learned import learned_parameters
+from pareto_merging.data.tasks import Task
+from pareto_merging.errors import Interrupted, UserError
+from pareto_merging.learn import loop
+from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
+from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.log import status_of
+from pareto_merging.learn.objectives import OBJECTIVES, Objective, ObjectiveKind, TaskTerms, register
+from pareto_merging.learn.scalarize import SCALARIZATIONS
+from pareto_merging.learn.scalarize import register as register_scalarization
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.parametrize import parametrize
-
-S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)
-GAMMA = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-
-
-def test_scalarisations_by_hand() -> None:
-    smooth = 0.1 * math.log(sum(math.exp(g * s / 0.1) for g, s in zip(GAMMA.tolist(), S.tolist(), strict=True)))
-    assert float(smooth_tchebycheff(S, GAMMA, 0.1)) == pytest.approx(smooth)
-    assert float(tchebycheff(S, GAMMA)) == pytest.approx(max(0.24, 0.2, 0.27))
-    assert float(linear(S, GAMMA)) == pytest.approx(0.24 + 0.2 + 0.27)
-    assert float(smooth_tchebycheff(S, GAMMA, 1e-6)) == pytest.approx(0.27)
-    assert math.isfinite(float(smooth_tchebycheff(1e4 * S, GAMMA, 1e-3)))
-    for kind in ("smooth-tchebycheff", "tchebycheff", "linear"):
-        assert bool(torch.isfinite(scalarize(S, GAMMA, kind, 0.1)))
-    with pytest.raises(ValueError, match="scalarization: expected"):
-        scalarize(S, GAMMA, "sum", 0.1)  # type: ignore[arg-type]
+from pareto_merging.model.state import preference
+from pareto_merging.run.config import read_config
+from pareto_merging.run.folder import train_run
 
 
-def test_cosine_is_that_of_one_over_gamma_and_survives_extremes() -> None:
-    expected = torch.cosine_similarity(S, 1 / GAMMA, dim=0)
-    torch.testing.assert_close(cosine_alignment(S, GAMMA), expected)
-    for gamma in ([1.0, 0.0, 0.0], [1 - 1e-38, 1e-38, 0.0], [0.5, 0.5, 1e-45]):
-        values = S.float().requires_grad_()
-        cosine = cosine_alignment(values, torch.tensor(gamma))
-        (grad,) = torch.autograd.grad(cosine, values)
-        assert math.isfinite(float(cosine))
-        assert bool(torch.isfinite(grad).all())
+class Teacher(Objective):
+    """KL(teacher ‖ predictions), with the teacher's logits of every image made beforehand: on images, with targets."""
+
+    watches = ("teacher_entropy",)
+    has_targets = True
+
+    def __init__(self, model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
+        self.names = list(tasks)
+        with torch.no_grad(), preference(model, {self.names[0]: 1.0}):
+            self.logits = [task.head(model(task.images.images)) for task in tasks.values()]
+
+    def targets(self, task: int, indices: Sequence[int]) -> Tensor:
+        return self.logits[task][list(indices)]
+
+    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
+        assert targets is not None
+        teacher = targets.softmax(dim=-1)
+        kl = (teacher * (targets.log_softmax(dim=-1) - logits.log_softmax(dim=-1))).sum(dim=-1).mean()
+        return TaskTerms(kl, (torch.special.entr(teacher).sum(dim=-1).mean(),))
 
 
-def test_low_rank_square() -> None:
-    generator = torch.Generator().manual_seed(0)
-    A, C, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, 3), (3, 3), (5, 3)))
-    torch.testing.assert_close(low_rank_square(A, C, B), (A @ C @ B.T).square().sum())
+class SmallLambda(Objective):
+    """Σ over the layers of (λ_k − 1)²: on the weights alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def values(self, gamma: Tensor) -> Tensor:
+        lams = [module.pareto_parts(n)["lam"] for _, module in pareto_modules(self.model) for n in module.pareto_names]
+        return torch.stack([lam for lam in lams if lam is not None]).sub(1).square().sum(dim=0)
 
 
-def model_and_copies() -> tuple[nn.Module, nn.Module, list[nn.Module]]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        plain = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
-    finetuned = [noisy_copy(plain, seed) for seed in (1, 2, 3)]
-    return parametrize(plain, finetuned, rank=2, low_rank="all"), plain, finetuned
+@pytest.fixture
+def dummies() -> Iterator[None]:
+    """Two objectives of one's own in the table, for as long as the test lasts."""
+    register(ObjectiveKind("teacher", Teacher))
+    register(ObjectiveKind("small-lambda", lambda model, tasks, settings: SmallLambda(model), needs="weights"))
+    yield
+    del OBJECTIVES["teacher"], OBJECTIVES["small-lambda"]
 
 
-def test_tensor_norm_and_its_gradient_at_zero() -> None:
-    model, _, _ = model_and_copies()
-    parameters = [p for n, p in learned_parameters(model).items() if not n.startswith("lam.")]
-    norm = tensor_norm(model, GAMMA)
-    assert float(norm) == 0
-    assert all(not bool(g.any()) for g in torch.autograd.grad(norm, parameters))
-    randomize(model)
-    total = 0.0
-    for layer in (model[0], model[2]):
-        core = sum(g * layer.G[:, :, k] for k, g in enumerate(GAMMA))
-        total += (layer.A @ core @ layer.B.T).square().sum()
-    torch.testing.assert_close(tensor_norm(model, GAMMA), total.sqrt())
-    ours = torch.autograd.grad(tensor_norm(model, GAMMA), parameters)
-    theirs = torch.autograd.grad(total.sqrt(), parameters)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-    assert float(tensor_norm(nn.Linear(2, 2), GAMMA)) == 0
+def pareto(net: nn.Module) -> nn.Module:
+    return randomize(parametrize(net, {f"t{k}": noisy_copy(net, k + 1) for k in range(2)}, rank=2))
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_weight_distance_is_the_distance_of_the_merged_weights(normalize: bool) -> None:
-    model, plain, finetuned = model_and_copies()
-    randomize(model)
-    parameters = list(learned_parameters(model).values())
-    distance = WeightDistance(model, normalize)(GAMMA)
-    weights = {
-        name: model.get_submodule(name.rpartition(".")[0]).pareto_merged(name.rpartition(".")[2], GAMMA)
-        for name, _ in plain.named_parameters()
-    }
-    expected = []
-    for copy in finetuned:
-        square = sum((weights[name] - value).square().sum() for name, value in copy.named_parameters())
-        size = sum((p - value).square().sum() for p, value in zip(plain.parameters(), copy.parameters(), strict=True))
-        expected.append(square / size if normalize else square)
-    torch.testing.assert_close(distance, torch.stack(expected))
-    for k in range(3):
-        ours = torch.autograd.grad(distance[k], parameters, retain_graph=True)
-        theirs = torch.autograd.grad(expected[k], parameters, retain_graph=True)
-        for name, a, b in zip(learned_parameters(model), ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"gradient of {name}: {text}")
+def test_the_table() -> None:
+    assert [(kind.name, kind.needs) for kind in OBJECTIVES.values()] == [
+        ("entropy", "images"),
+        ("weight-distance", "weights"),
+    ]
+    with pytest.raises(ValueError, match="objective: expected a new name, got 'entropy', which is taken"):
+        register(ObjectiveKind("entropy", Teacher))
+    with pytest.raises(ValidationError, match="expected one of entropy, weight-distance"):
+        MethodSettings(objective="teacher")
 
 
-def test_weight_distance_wants_task_vectors_and_starts_at_one_when_normalised() -> None:
-    model, _, _ = model_and_copies()
-    with pytest.raises(ValueError, match="expected task vectors"):
-        WeightDistance(fold(model))
-    for parameter in learned_parameters(model).values():
-        parameter.data.zero_()
-    torch.testing.assert_close(WeightDistance(model, True)(GAMMA), torch.ones(3, dtype=torch.float64))
+@pytest.mark.usefixtures("dummies")
+@pytest.mark.parametrize("name", ["teacher", "small-lambda"])
+@pytest.mark.parametrize("at_once", ["one", "all"])
+def test_one_of_ones_own_is_learned_with_and_resumed(
+    tiny_vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at_once: Any
+) -> None:
+    settings = short_run(objective=name, steps=5, learning_rate=0.01, preference="equal")
+    tasks = task_set(2) if OBJECTIVES[name].needs == "images" else None
+    whole = pareto(tiny_vit)
+    before = learned(whole)
+    how = {"progress": False, "tasks_at_once": at_once}
+    result = loop.learn_pareto_set(whole, tasks, settings, folder=tmp_path / "whole", **how)
+    losses = [row["loss"] for row in result.history]
+    assert losses[-1] < losses[0]
+    assert not same(learned(whole), before)
+    assert ("teacher_entropy" in result.history[0]) == (name == "teacher")
+    assert "entropy" not in result.history[0]
+
+    def stop_after(learner: Learner, folder: Path, step: int, save: Any = loop.save_checkpoint) -> None:
+        save(learner, folder, step)
+        if step == 2:
+            raise Interrupted("enough", step)
+
+    monkeypatch.setattr(loop, "save_checkpoint", stop_after)
+    with pytest.raises(Interrupted):
+        loop.learn_pareto_set(pareto(tiny_vit), tasks, settings, folder=tmp_path / "cut", **how)
+    monkeypatch.undo()
+    again = pareto(tiny_vit)
+    resumed = loop.learn_pareto_set(again, tasks, settings, folder=tmp_path / "cut", resume=True, **how)
+    assert resumed.resumed_from == 2
+    assert same(learned(again), learned(whole))
+    other = settings.model_copy(update={"objective": "entropy"})
+    with pytest.raises(UserError, match=f"differs in objective \\('{name}', now 'entropy'\\)"):
+        loop.learn_pareto_set(pareto(tiny_vit), task_set(2), other, folder=tmp_path / "cut", resume=True, **how)
 
 
-def test_entropy_terms_and_information_maximisation() -> None:
-    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    p = torch.softmax(logits, dim=-1)
-    mean_entropy = float(-(p * p.log()).sum(dim=-1).mean())
-    mean_prediction = p.mean(dim=0)
-    entropy_of_mean = float(-(mean_prediction * mean_prediction.log()).sum())
-    terms = entropy_terms(logits)
-    assert float(terms.objective) == float(terms.entropy) == pytest.approx(mean_entropy)
-    assert float(terms.mean_prediction_entropy) == pytest.approx(entropy_of_mean)
-    rewarded = entropy_terms(logits, 0.5)
-    assert float(rewarded.objective) == pytest.approx(mean_entropy + 0.5 * (math.log(4) - entropy_of_mean))
-    # every image in one class: no entropy, but the reward is lost
-    collapsed = torch.zeros(6, 4)
-    collapsed[:, 2] = 1e4
-    collapsed.requires_grad_()
-    terms = entropy_terms(collapsed, 1.0)
-    assert float(terms.entropy) == 0
-    assert float(terms.objective.detach()) == pytest.approx(math.log(4))
-    assert bool(torch.isfinite(torch.autograd.grad(terms.objective, collapsed)[0]).all())
+@pytest.mark.usefixtures("dummies")
+def test_targets_are_those_of_the_images(tiny_vit: nn.Module) -> None:
+    """A teacher that is the model itself, as it is: nothing is left to learn, whatever the order of the images."""
+    model = pareto(tiny_vit)
+    settings = short_run(objective="teacher", preference="fixed", gamma=(1.0, 0.0))
+    learner = Learner(model, task_set(2), settings)
+    outcome = learner.step(1, next(learner.batches(0, 0)))
+    assert outcome.objectives == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert status_of(outcome).startswith("loss ") and "teacher_entropy" in status_of(outcome)
+
+
+@pytest.mark.usefixtures("dummies")
+@pytest.mark.parametrize("name", ["teacher", "small-lambda"])
+def test_a_configuration_may_name_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"suite: digits\ntasks: [upright, rotated]\nmethod: {{objective: {name}, steps: 2, batch_size: 4}}\n"
+    )
+    config = read_config(path)
+    _, result = train_run(config, tmp_path / "run", progress=False)
+    assert result.steps == 2
+    assert (tmp_path / "run" / CHECKPOINT_NAME).exists()
+
+
+class TooFew(Objective):
+    watches = ("one", "two")
+
+    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
+        return TaskTerms(logits.square().mean(), (logits.mean().detach(),))
+
+
+def test_what_is_missing_is_said(tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = ObjectiveKind("bare", lambda model, tasks, settings: Objective())  # type: ignore[misc]
+    for name, kind, message in (
+        ("few", ObjectiveKind("few", lambda m, t, s: TooFew()), "objective few: expected 3 numbers of each of 2 tasks"),
+        ("bare", bare, "Protocols cannot be instantiated"),
+    ):
+        monkeypatch.setitem(OBJECTIVES, name, kind)
+        with pytest.raises((ValueError, TypeError), match=message):
+            loop.learn_pareto_set(pareto(tiny_vit), task_set(2), short_run(objective=name), progress=False)
+    monkeypatch.setitem(OBJECTIVES, "small", ObjectiveKind("small", lambda m, t, s: SmallLambda(m)))
+    with pytest.raises(TypeError, match="objective: expected a method terms in SmallLambda, got none"):
+        loop.learn_pareto_set(pareto(tiny_vit), task_set(2), short_run(objective="small"), progress=False)
+
+
+def test_a_scalarisation_of_ones_own(tiny_vit: nn.Module) -> None:
+    with pytest.raises(ValueError, match="scalarization: expected a new name, got 'linear'"):
+        register_scalarization("linear", lambda objectives, gamma, mu: objectives.sum())
+    register_scalarization("squares", lambda objectives, gamma, mu: (gamma * objectives.square()).sum())
+    try:
+        settings = short_run(scalarization="squares")
+        result = loop.learn_pareto_set(pareto(tiny_vit), task_set(2), settings, progress=False)
+        assert result.steps == 4
+    finally:
+        del SCALARIZATIONS["squares"]
+    with pytest.raises(ValidationError, match="expected one of smooth-tchebycheff, tchebycheff, linear"):
+        MethodSettings(scalarization="squares")

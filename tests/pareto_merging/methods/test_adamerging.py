@@ -16,6 +16,7 @@ from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, TrainingError
+from pareto_merging.learn.learner import Learner
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging, adamerging_preference, ties
 
@@ -182,13 +183,11 @@ def test_going_on_after_an_interruption_gives_the_same_bits(tmp_path: Path, monk
         return state_of(merged.model())
 
     whole = run()
-    from pareto_merging.learn import training
-
-    step = training.Learner.step
-    monkeypatch.setattr(training.Learner, "step", stopping_at(5, step))
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", stopping_at(5, step))
     with pytest.raises(Interrupted):
         run(folder=tmp_path)
-    monkeypatch.setattr(training.Learner, "step", step)
+    monkeypatch.setattr(Learner, "step", step)
     resumed = run(folder=tmp_path, resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     # and once more from the end: nothing is left to do

@@ -14,9 +14,10 @@ from helpers import noisy_copy, randomize
 from method_cases import image_tasks, state_of
 from torch import Tensor, nn
 
-from pareto_merging.learn.objectives import WeightDistance, tensor_norm
+from pareto_merging.learn.loop import learn_pareto_set
+from pareto_merging.learn.regularizers import tensor_norm
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.training import learn_pareto_set
+from pareto_merging.learn.weight_distance import WeightDistance
 from pareto_merging.methods import outer_product
 from pareto_merging.model.cores import preference_core
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
@@ -118,7 +119,7 @@ def test_tensor_norm_and_weight_distance(core: str) -> None:
     norm = sum(value.square().sum() for value in terms).sqrt()
     torch.testing.assert_close(tensor_norm(model, gamma), norm)
     distances = [sum((values[n] - p).square().sum() for n, p in other.named_parameters()) for other in finetuned]
-    ours = WeightDistance(model)(gamma)
+    ours = WeightDistance(model).values(gamma)
     torch.testing.assert_close(ours, torch.stack(distances))
     pairs = [("norm", tensor_norm(model, gamma), norm)]
     pairs += [(f"S_{k}", ours[k], value) for k, value in enumerate(distances)]

@@ -1,0 +1,98 @@
+"""Adam over the hundreds of small learned parameters as two long vectors: λ, and the rest, which may differ in rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.learn.flat import pieces, widest
+from pareto_merging.learn.settings import OptimiserSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Adam:
+    """The long vectors, Adam's state, and the ways between them and the model's parameters.
+
+    Args:
+        learned: name -> parameter, λ (``lam.…``) before the rest. settings: rates and momentum.
+    """
+
+    def __init__(self, learned: Mapping[str, nn.Parameter], settings: OptimiserSettings) -> None:
+        self.learned = dict(learned)
+        parameters = list(learned.values())
+        self.device, self._dtype = parameters[0].device, widest(parameters)
+        rates = {True: settings.lambda_learning_rate or settings.learning_rate, False: settings.learning_rate}
+        groups = {kind: [name for name in learned if name.startswith("lam.") == kind] for kind in rates}
+        groups = {kind: names for kind, names in groups.items() if names}
+        self._groups = list(groups.values())
+        self.vectors = [nn.Parameter(self._gathered(learned, names)) for names in self._groups]
+        self.optimizer = torch.optim.Adam(
+            [{"params": [vector], "lr": rates[kind]} for vector, kind in zip(self.vectors, groups, strict=True)],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+
+    def _gathered(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """Return the tensors of these names as one long vector."""
+        return torch.cat([tensors[name].detach().reshape(-1).to(self.device, self._dtype) for name in names])
+
+    def places(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return views, by parameter name, of the long vectors or of moments laid out alike."""
+        return {
+            name: place
+            for vector, names in zip(vectors, self._groups, strict=True)
+            for name, place in zip(names, pieces(vector.detach(), [self.learned[name] for name in names]), strict=True)
+        }
+
+    def step(self, gradient: Tensor) -> None:
+        """Move the long vectors by the flat gradient [P] of what is learned, in its order."""
+        for vector, part in zip(self.vectors, gradient.split([v.numel() for v in self.vectors]), strict=True):
+            vector.grad = part
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def scatter(self) -> None:
+        """Copy the long vectors' values to the model's parameters."""
+        with torch.no_grad():
+            torch._foreach_copy_(list[Tensor](self.learned.values()), list(self.places(self.vectors).values()))
+
+    def state(self) -> list[Tensor]:
+        """Return the long vectors and, once Adam has stepped, its moments."""
+        stepped = [vector for vector in self.vectors if vector in self.optimizer.state]
+        moments = [self.optimizer.state[vector][key] for vector in stepped for key in MOMENTS]
+        return [vector.detach() for vector in self.vectors] + moments
+
+    def put_back(self, before: Sequence[Tensor]) -> None:
+        """Undo the last step, given copies of :meth:`state` from before it."""
+        now = self.state()
+        for tensor, value in zip(now, before, strict=False):
+            tensor.copy_(value)
+        if len(before) < len(now):
+            # it was the first: there were no moments
+            self.optimizer.state.clear()
+        else:
+            for state in self.optimizer.state.values():
+                state["step"] -= 1
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return Adam's moments as ``exp_avg.<parameter>`` and ``exp_avg_sq.<parameter>``; none before a step."""
+        return {
+            f"{key}.{name}": moment
+            for key in (MOMENTS if self.optimizer.state else ())
+            for name, moment in self.places([self.optimizer.state[vector][key] for vector in self.vectors]).items()
+        }
+
+    @torch.no_grad()
+    def load(self, step: int, moments: Mapping[str, Tensor]) -> None:
+        """Take over the parameters as they are now and, after a first step, moments named as in :meth:`moments`."""
+        for vector, names in zip(self.vectors, self._groups, strict=True):
+            vector.copy_(self._gathered(self.learned, names))
+            if step:
+                self.optimizer.state[vector] = {
+                    "step": torch.tensor(float(step), dtype=torch.float32, device=vector.device),
+                    **{key: self._gathered(moments, [f"{key}.{name}" for name in names]) for key in MOMENTS},
+                }

@@ -1,0 +1,115 @@
+"""What a run goes on from: the learned parameters, Adam's moments, the step, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
+from pareto_merging.errors import UserError
+from pareto_merging.learn.adam import MOMENTS
+from pareto_merging.learn.learner import Learner
+from pareto_merging.model.digests import TensorDigest
+from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.state import pareto_state
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+FORMAT = "pareto-checkpoint"
+
+
+def save_checkpoint(learner: Learner, folder: Path, step: int) -> None:
+    """Write the state after ``step`` into the folder, atomically."""
+    tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in learned_parameters(learner.model).items()}
+    metadata = {"format": FORMAT, "step": step, **_identity(learner)}
+    write_tensors(folder / CHECKPOINT_NAME, tensors | learner.adam.moments(), metadata)
+
+
+def restore_checkpoint(learner: Learner, folder: Path) -> int:
+    """Load the folder's checkpoint and return how many steps it has done; 0 if there is none.
+
+    Raises:
+        UserError: no checkpoint of this run: other settings, weights or heads, damaged, or another file.
+    """
+    path = folder / CHECKPOINT_NAME
+    if not path.exists():
+        return 0
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: expected a training checkpoint, got another safetensors file")
+    differences = list(_differences(path, metadata, _identity(learner)))
+    if differences:
+        raise UserError(
+            f"{path}: expected one of the same settings and weights, but it differs in {', '.join(differences)}"
+        )
+    step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else -1
+    if not 0 <= step <= learner.total:
+        raise UserError(f"{path}: expected a step from 0 to {learner.total}, got {metadata.get('step')!r}")
+    tensors = read_tensors(path, learner.device)
+    everything = learned_parameters(learner.model)
+    wanted = {f"parameter.{name}": parameter for name, parameter in everything.items()}
+    if step:
+        wanted |= {f"{key}.{name}": p for name, p in learner.learned.items() for key in MOMENTS}
+    _check_tensors(path, tensors, wanted)
+    with torch.no_grad():
+        for name, parameter in everything.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    learner.adam.load(step, tensors)
+    return step
+
+
+def _identity(learner: Learner) -> dict[str, Any]:
+    """Return what a checkpoint must agree on to be gone on with: the settings, the tasks, the weights and the heads."""
+    state = pareto_state(learner.model)
+    # how often to save changes nothing about the result
+    settings = {k: v for k, v in json.loads(learner.settings.model_dump_json()).items() if k != "checkpoint_every"}
+    heads = {}
+    for name, task in learner.tasks.items():
+        digest = TensorDigest()
+        for key, tensor in task.head.state_dict().items():
+            if isinstance(tensor, Tensor):
+                digest.add(key, tensor)
+        heads[name] = digest.hexdigest()
+    return {
+        "settings": settings,
+        "task_names": list(learner.names),
+        "model": json.loads(json.dumps(state.settings)),
+        "digests": state.digests,
+        "heads": heads,
+    }
+
+
+def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a checkpoint's header says otherwise than ``identity``."""
+    for part, now in identity.items():
+        try:
+            saved = json.loads(metadata.get(part, ""))
+        except ValueError as error:
+            raise UserError(f"{path}: expected {part} in the header of a checkpoint, got none") from error
+        if saved == now:
+            continue
+        if not isinstance(saved, dict) or not isinstance(now, dict):
+            yield f"{part} ({saved!r}, now {now!r})"
+            continue
+        label = "" if part == "settings" else f"{part}: "
+        for key in dict.fromkeys((*now, *saved)):
+            if saved.get(key) != now.get(key):
+                yield f"{label}{key} ({_short(saved.get(key))}, now {_short(now.get(key))})"
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name, parameter in wanted.items():
+        value = tensors.get(name)
+        if value is None or value.shape != parameter.shape:
+            got = "none" if value is None else str(list(value.shape))
+            raise UserError(f"{path}: expected {name} of shape {list(parameter.shape)}, got {got}")
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: expected finite numbers in {name}, got NaN or inf")
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else repr(value)

@@ -1,0 +1,251 @@
+"""What a step merges at once for all layers, instead of layer by layer: vectors, and the factors A·C(γ).
+
+All biases and norms are merged in one launch and their λ differentiated in one; the small products of the low-rank
+terms are batched over the layers of one shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging.learn.flat import flat_gradient, flattened, pieces
+from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.state import ParetoState, pareto_state
+
+
+class Gathered:
+    """Vectors and factors of one model, and the gradient of its learned parameters through them.
+
+    Args:
+        model: a Pareto model. learned: name -> parameter, P numbers in all.
+
+    Attributes:
+        wanted: what a value is differentiated by: the learned parameters, but L = A·C in the place of A and nothing in
+            that of G.
+    """
+
+    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = list(learned.values())
+        self.factors = MergedFactors(model, self.parameters)
+        self.wanted = [
+            self.factors.leaves.get(id(parameter), parameter)
+            for parameter in self.parameters
+            if id(parameter) not in self.factors.cores
+        ]
+        members = list(_vectors(model))
+        self.vectors = MergedVectors(pareto_state(model), members, self.wanted) if members else None
+
+    def refresh(self) -> None:
+        """Merge with λ, A, G and γ as they are now."""
+        self.factors.refresh()
+        if self.vectors is not None:
+            self.vectors.refresh()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let the model's layers use what is merged, inside the block."""
+        with self.factors.lent(), contextlib.nullcontext() if self.vectors is None else self.vectors.lent():
+            yield
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """Return d value / d :attr:`wanted` as one flat tensor, which :meth:`finish` makes the parameters'."""
+        leaf = None if self.vectors is None else self.vectors.leaf
+        if self.vectors is None or leaf is None or not leaf.requires_grad or not value.requires_grad:
+            return flat_gradient(value, self.wanted)
+        *gradients, d_leaf = torch.autograd.grad(value, [*self.wanted, leaf], allow_unused=True)
+        flat = flattened(gradients, self.wanted)
+        if d_leaf is not None:
+            self.vectors.add_d_lambda(d_leaf, flat)
+        return flat
+
+    def finish(self, flat: Tensor) -> Tensor:
+        """Return the parameters' gradient [P] of that of :attr:`wanted`."""
+        if not self.factors.leaves:
+            return flat
+        by_identity = {id(w): part for w, part in zip(self.wanted, pieces(flat, self.wanted), strict=True)}
+        by_identity |= self.factors.gradients({key: by_identity[id(leaf)] for key, leaf in self.factors.leaves.items()})
+        return torch.cat([by_identity[id(parameter)].reshape(-1).to(flat) for parameter in self.parameters])
+
+
+def _vectors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield W0, τ and λ of every vector that is merged by λ alone, those of the first one's type and device."""
+    first: Tensor | None = None
+    seen: set[int] = set()
+    for _, module in pareto_modules(model):
+        for name in module.pareto_names:
+            weight, parts = module._parameters[name], module.pareto_parts(name)
+            lam, tau = parts["lam"], parts["task_vectors"]
+            if weight is None or weight.ndim != 1 or lam is None or tau is None or parts["A"] is not None:
+                continue
+            alike = first is None or (weight.dtype, weight.device) == (first.dtype, first.device)
+            if not alike or tau.dtype != weight.dtype or id(weight) in seen or not weight.numel():
+                continue
+            seen.add(id(weight))
+            first = weight if first is None else first
+            yield weight, tau, lam
+
+
+class MergedVectors:
+    """Every bias, norm and other vector of a model with a λ of its own, merged at once and differentiated at once.
+
+    ``refresh`` merges them into one leaf tensor z; while :meth:`lent`, the model's layers read views of it, so that
+    autograd finds dS/dz; :meth:`add_d_lambda` makes dλ of that.
+
+    Args:
+        state: the model's. members: W0, τ and λ of each vector. learned: what the flat gradient is of, in its order.
+    """
+
+    def __init__(
+        self, state: ParetoState, members: Sequence[tuple[Tensor, Tensor, Tensor]], learned: Sequence[Tensor]
+    ) -> None:
+        self.state = state
+        places: dict[int, int] = {}
+        count = 0
+        for parameter in learned:
+            places[id(parameter)] = count
+            count += parameter.numel()
+        weights, taus, lams = (list(column) for column in zip(*members, strict=True))
+        device = weights[0].device
+        self.sizes = [weight.numel() for weight in weights]
+        self.keys = [id(weight) for weight in weights]
+        # kept together a second time, and alive, so that the keys stay theirs: a thousandth of the model
+        self._originals = weights
+        self.weight = torch.cat([weight.detach() for weight in weights])
+        self.task_vectors = torch.cat([tau.detach() for tau in taus], dim=1)
+        self.offsets = torch.tensor([0, *self.sizes], device=device).cumsum(0)
+        self.distinct = list({id(lam): lam for lam in lams}.values())
+        index = {id(lam): i for i, lam in enumerate(self.distinct)}
+        # which λ each vector uses; tasks share a λ in coarser granularities
+        self.owner = torch.tensor([index[id(lam)] for lam in lams], device=device)
+        self.shared = len(self.distinct) < len(lams)
+        self.learned = [i for i, lam in enumerate(self.distinct) if id(lam) in places]
+        tasks = self.task_vectors.shape[0]
+        starts = torch.tensor([places[id(self.distinct[i])] for i in self.learned], dtype=torch.int64, device=device)
+        self.positions = (starts[:, None] + torch.arange(tasks, device=device)).reshape(-1)
+        # λ by vector, summed over the vectors that share it and picked where it is learned
+        self.picked = torch.tensor(self.learned, dtype=torch.int64, device=device)
+        self.members = torch.nn.functional.one_hot(self.owner, len(self.distinct)).t()[self.picked]
+        self.leaf = torch.empty_like(self.weight).requires_grad_(bool(self.learned))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Merge with λ as it is now."""
+        table = torch.stack([lam.detach() for lam in self.distinct])
+        if self.state.now.lambda_range is not None:
+            table = table.clamp(*self.state.now.lambda_range)
+        table = table[self.owner] if self.shared else table
+        strategy = self.state.now.kernel_strategy
+        self.leaf.copy_(pmkernels.merge_vectors(self.weight, self.task_vectors, table, self.offsets, strategy=strategy))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let the model's layers use the merged vectors, inside the block."""
+        self.state.now.vectors = dict(zip(self.keys, self.leaf.split(self.sizes), strict=True))
+        try:
+            yield
+        finally:
+            self.state.now.vectors = None
+
+    def add_d_lambda(self, d_leaf: Tensor, gradient: Tensor) -> None:
+        """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
+        strategy = self.state.now.kernel_strategy
+        d_table = pmkernels.merge_vectors_gradient(d_leaf, self.task_vectors, self.offsets, strategy=strategy)
+        d_lambda = self.members.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
+        if self.state.now.lambda_range is not None:
+            low, high = self.state.now.lambda_range
+            table = torch.stack([self.distinct[i].detach() for i in self.learned])
+            d_lambda = d_lambda * ((table >= low) & (table <= high))
+        # no place occurs twice
+        gradient[self.positions] = gradient[self.positions] + d_lambda.reshape(-1).to(gradient)
+
+
+class MergedFactors:
+    """L = A·C(γ) of every layer with a low-rank term, put together at once and differentiated once a step.
+
+    A layer needs L and B alone, and dS/dL = dW·B comes from the pass that forms dW. From Σ_k c_k dS_k/dL then follow
+    dA = dL·Cᵀ and dG[:,:,k] = γ_k AᵀdL of all layers of one shape in a few batched products, once for all tasks.
+
+    Attributes:
+        leaves: by the identity of A, the leaf that stands for it. cores: the identities of every G.
+    """
+
+    def __init__(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
+        self.state = pareto_state(model)
+        wanted = {id(parameter) for parameter in learned}
+        groups: dict[Any, list[tuple[ParetoModule, str]]] = {}
+        seen: set[int] = set()
+        for _, module in pareto_modules(model):
+            for name in module.pareto_names:
+                A = module.pareto_parts(name)["A"]
+                if A is not None and id(A) in wanted and id(A) not in seen:
+                    seen.add(id(A))
+                    groups.setdefault((A.shape, A.dtype, A.device), []).append((module, name))
+        self.groups = list(groups.values())
+        self.leaves: dict[int, Tensor] = {}
+        self.cores: set[int] = set()
+        self._stacked: list[Tensor] = []
+        self._keys: dict[int, Tensor] = {}
+        for group in self.groups:
+            stacked = torch.stack([_part(module, name, "A").detach() for module, name in group])
+            self._stacked.append(stacked)
+            for (module, name), factor in zip(group, stacked, strict=True):
+                leaf = factor.detach().requires_grad_()
+                self.leaves[id(_part(module, name, "A"))] = self._keys[id(module._parameters[name])] = leaf
+                G = module.pareto_parts(name)["G"]
+                if G is not None:
+                    self.cores.add(id(G))
+
+    def _cores(self, group: Sequence[tuple[ParetoModule, str]]) -> tuple[Tensor, Tensor]:
+        """Return A [L, N, r] and C(γ) [L, r, r] of the layers of one shape, at the model's preference."""
+        parts = [module.pareto_parts_at(name) for module, name in group]
+        G = torch.stack([_given(p, "G") for p in parts])
+        A = torch.stack([_given(p, "A") for p in parts])
+        return A, G @ self.state.now.gamma.to(G)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Put L together with A, G and γ as they are now."""
+        for group, stacked in zip(self.groups, self._stacked, strict=True):
+            A, core = self._cores(group)
+            torch.bmm(A, core, out=stacked)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let the model's layers use L and B, inside the block."""
+        self.state.now.factors = self._keys
+        try:
+            yield
+        finally:
+            self.state.now.factors = None
+
+    @torch.no_grad()
+    def gradients(self, d_leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return dA and dG by the identity of A and G, from dL by the identity of A."""
+        result: dict[int, Tensor] = {}
+        for group in self.groups:
+            A, core = self._cores(group)
+            dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group]).to(core)
+            dA, dC = dL @ core.mT, A.mT @ dL
+            dG = dC[..., None] * self.state.now.gamma.to(dC)
+            for (module, name), of_A, of_G in zip(group, dA, dG, strict=True):
+                result[id(_part(module, name, "A"))] = of_A
+                G = module.pareto_parts(name)["G"]
+                if G is not None:
+                    result[id(G)] = of_G
+        return result
+
+
+def _part(module: ParetoModule, name: str, part: str) -> Tensor:
+    return _given(module.pareto_parts(name), part)
+
+
+def _given(parts: Mapping[str, Tensor | None], part: str) -> Tensor:
+    value = parts[part]
+    assert value is not None
+    return value

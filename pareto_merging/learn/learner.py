@@ -1,0 +1,237 @@
+"""One optimiser step: preferences, the exact gradient, Adam, and checks after which a bad step never was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.data.sources import BatchStream, batch_indices
+from pareto_merging.data.tasks import Task
+from pareto_merging.errors import TrainingError
+from pareto_merging.learn.adam import Adam
+from pareto_merging.learn.gradient import Execution, GradientOfStep, StepGradient
+from pareto_merging.learn.guards import first_nonfinite
+from pareto_merging.learn.objectives import OBJECTIVES
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.state import pareto_state, preference
+from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
+
+
+@dataclass
+class StepResult:
+    """What one optimiser step saw, averaged over its preferences: plain numbers, [K] lists in the tasks' order."""
+
+    loss: float
+    objectives: list[float]
+    gammas: list[list[float]]
+    watched: dict[str, list[float]] = field(default_factory=dict)
+
+
+class StepFailure(TrainingError):
+    """A step that was undone, because something in it was not finite."""
+
+    def __init__(
+        self, task: str | None, step: int, layer: str, reason: str, kept: str = "the model holds the state before it"
+    ) -> None:
+        where = f"task {task}, " if task is not None else ""
+        super().__init__(f"step {step}, {where}{layer}: {reason}; {kept}", task, step, layer)
+        self.reason = reason
+
+
+class _Outcome(NamedTuple):
+    """What one preference of a step gave: its gradient, and on the host loss and terms [K][1 + watched]."""
+
+    gamma: Tensor
+    gradient: Tensor
+    loss: float
+    terms: list[list[float]]
+
+    def objectives(self) -> list[float]:
+        return [term[0] for term in self.terms]
+
+
+class Learner:
+    """The parameters, what differentiates them and what moves them. :meth:`step` is one optimiser step.
+
+    Args as of :func:`learn_pareto_set`, which they raise the same errors for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Mapping[str, Task] | None,
+        settings: MethodSettings,
+        execution: Execution | None = None,
+        *,
+        on_warning: Callable[[str], None] | None = None,
+    ) -> None:
+        state = pareto_state(model)
+        self.names = state.task_names
+        settings.check_model(state.settings)
+        self.needs_images = OBJECTIVES[settings.objective].needs == "images"
+        self.tasks = _checked_tasks(tasks, self.names) if self.needs_images else dict(tasks or {})
+        if settings.gamma is not None:
+            check_preference(settings.gamma, self.names, per_item=False)
+        self.model, self.settings = model, settings
+        self.total = settings.steps_for(len(self.names))
+        everything = learned_parameters(model)
+        # λ first: Adam's long vectors and the gradient are in this order
+        order = sorted(everything, key=lambda name: not name.startswith("lam."))
+        self.learned = {n: everything[n] for n in order if settings.learn_lambda or not n.startswith("lam.")}
+        if not self.learned:
+            raise ValueError("model: expected something to learn (λ, or a low-rank term), got a model with neither")
+        for name, parameter in everything.items():
+            parameter.requires_grad_(name in self.learned)
+        self.adam = Adam(self.learned, settings.optimiser)
+        self.device = self.adam.device
+        self.gradient = GradientOfStep(model, self.tasks, self.learned, settings, execution, on_warning=on_warning)
+        self.objective = self.gradient.objective
+        self.watches = self.objective.watches if self.needs_images else ()
+        dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+        self.dtype = dtypes[0] if dtypes else torch.float32
+
+    def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
+        """Yield one list of K batches of images per step, from step ``first`` on; empty without images."""
+        size = self.settings.batch_size
+        streams = [
+            BatchStream(task.images, size, first, self.total, self._order(index), workers)
+            for index, task in enumerate(self.tasks.values() if self.needs_images else ())
+        ]
+        for _ in range(first, self.total):
+            yield [self._on_device(next(stream)) for stream in streams]
+
+    def _order(self, task: int) -> tuple[int, int, int]:
+        """Return the seed of the order of a task's images."""
+        return self.settings.seed, 1, task
+
+    def _on_device(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
+
+    def gammas(self, step: int) -> list[Tensor]:
+        """Return the preferences of one step: a function of the seed and the step alone."""
+        tasks, sampling = len(self.names), self.settings.sampling
+        if sampling.preference == "equal":
+            return [equal_preference(tasks)]
+        if sampling.gamma is not None:
+            return [check_preference(sampling.gamma, self.names, per_item=False)]
+        rng = np.random.default_rng([sampling.seed, 2, step])
+        return [sample_dirichlet(sampling.concentration, tasks, rng) for _ in range(sampling.preferences_per_step)]
+
+    def _targets(self, step: int) -> list[Tensor]:
+        """Return what the objective wants beside the images of this step, by task; empty where it wants nothing."""
+        if not self.objective.has_targets:
+            return []
+        size = self.settings.batch_size
+        orders = [
+            batch_indices(len(task.images), size, step - 1, self._order(index))  # type: ignore[arg-type]
+            for index, task in enumerate(self.tasks.values())
+        ]
+        return [self.objective.targets(k, indices).to(self.device) for k, indices in enumerate(orders)]
+
+    def step(self, step: int, batch: Sequence[Tensor]) -> StepResult:
+        """Move what is learned by one step of Adam; on a NaN or inf nothing of the step remains.
+
+        Waits for the device once. ``batch``: the images of each task on the device; empty for an objective on weights.
+
+        Raises:
+            StepFailure: something is not finite, in the objectives, the gradient or the parameters after it.
+        """
+        targets = self._targets(step)
+        gammas, steps = self.gammas(step), []
+        for gamma in gammas:
+            found = self.gradient(batch, gamma, targets)
+            # the next call overwrites it
+            steps.append(StepGradient(*(t.clone() for t in found)) if len(gammas) > 1 else found)
+        gradients = [found.gradient for found in steps]
+        gradient = gradients[0] if len(gammas) == 1 else torch.stack(gradients).mean(dim=0)
+        before = [tensor.clone() for tensor in self.adam.state()]
+        self.adam.step(gradient)
+        outcomes, sums = self._read(gammas, steps, [gradient, *self.adam.state()])
+        finite = all(math.isfinite(value) for outcome in outcomes for value in outcome.objectives())
+        if not finite or not all(map(math.isfinite, sums)):
+            raise self._failed(step, batch, outcomes, before)
+        self.adam.scatter()
+        return self._result(outcomes)
+
+    def _read(
+        self, gammas: Sequence[Tensor], steps: Sequence[StepGradient], summed: Sequence[Tensor]
+    ) -> tuple[list[_Outcome], list[float]]:
+        """Return each preference's numbers and the sums of ``summed``, waiting for the device once."""
+        tasks, width = len(self.names), 1 + len(self.watches)
+        terms = steps[0].terms
+        if terms.shape != (tasks, width):
+            expected = f"{width} numbers of each of {tasks} tasks"
+            raise ValueError(f"objective {self.settings.objective}: expected {expected}, got {list(terms.shape)}")
+        rows = [torch.cat([found.loss.reshape(1).to(found.terms), found.terms.reshape(-1)]) for found in steps]
+        sums = torch.stack([tensor.sum() for tensor in summed])
+        numbers = torch.cat([torch.cat(rows).to(torch.float64), sums.to(torch.float64)]).tolist()
+        outcomes = []
+        for gamma, found in zip(gammas, steps, strict=True):
+            loss, numbers = numbers[0], numbers[1:]
+            per_task = [numbers[k * width : (k + 1) * width] for k in range(tasks)]
+            outcomes.append(_Outcome(gamma, found.gradient, loss, per_task))
+            numbers = numbers[tasks * width :]
+        return outcomes, numbers
+
+    def _result(self, outcomes: Sequence[_Outcome]) -> StepResult:
+        return StepResult(
+            loss=sum(outcome.loss for outcome in outcomes) / len(outcomes),
+            objectives=_means([outcome.objectives() for outcome in outcomes]),
+            gammas=[[round(value, 6) for value in outcome.gamma.tolist()] for outcome in outcomes],
+            watched={
+                name: _means([[term[place] for term in outcome.terms] for outcome in outcomes])
+                for place, name in enumerate(self.watches, start=1)
+            },
+        )
+
+    def _failed(
+        self, step: int, batch: Sequence[Tensor], outcomes: Sequence[_Outcome], before: Sequence[Tensor]
+    ) -> StepFailure:
+        """Return what went wrong, after everything is as it was before the step."""
+        updated = self.adam.places([vector.clone() for vector in self.adam.vectors])
+        self.adam.put_back(before)
+        for outcome in outcomes:
+            finite = all(map(math.isfinite, outcome.objectives()))
+            if not finite or not bool(torch.isfinite(outcome.gradient).all()):
+                with preference(self.model, outcome.gamma):
+                    return self._diagnosed(step, batch, outcome)
+        bad = next((name for name, value in updated.items() if not bool(torch.isfinite(value).all())), None)
+        return StepFailure(None, step, bad or "Adam's moments", "the parameter is not finite after the update")
+
+    def _diagnosed(self, step: int, batch: Sequence[Tensor], outcome: _Outcome) -> StepFailure:
+        for index, objective in enumerate(outcome.objectives()):
+            if math.isfinite(objective):
+                continue
+            task, layer = self.names[index], "the closed-form objective"
+            if batch:
+                layer = first_nonfinite(self.model, self.tasks[task].head, batch[index])
+            return StepFailure(task, step, layer, f"its objective is {objective}")
+        parts = outcome.gradient.split([parameter.numel() for parameter in self.learned.values()])
+        for name, part in zip(self.learned, parts, strict=True):
+            if not bool(torch.isfinite(part).all()):
+                return StepFailure(None, step, name, "its gradient is not finite")
+        return StepFailure(None, step, "the sum of the gradient", "it overflows")
+
+
+def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> dict[str, Task]:
+    """Return the tasks in the model's order; ValueError or TypeError if they are not the model's, or have no images."""
+    if tasks is None or set(tasks) != set(names):
+        got = "none" if tasks is None else ", ".join(tasks)
+        raise ValueError(f"tasks: expected images and a head for each of {', '.join(names)}; got {got}")
+    for name in names:
+        if not isinstance(tasks[name], Task):
+            raise TypeError(f"tasks: expected a Task for {name}, got {type(tasks[name]).__name__}")
+        if not len(tasks[name].images):  # type: ignore[arg-type]
+            raise ValueError(f"tasks: expected images for {name}, got none")
+    return {name: tasks[name] for name in names}
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]

@@ -1,0 +1,123 @@
+"""The objective ``weight-distance``: S_k = Σ_layers ‖W(γ) − W_k‖²_F, in closed form and without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pmkernels
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.objectives import Objective
+from pareto_merging.learn.regularizers import low_rank_square
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.state import pareto_state
+
+
+class WeightDistance(Objective):
+    """The distances of a Pareto model to the fine-tuned ones, without a matrix of a layer's size.
+
+    W(γ) − W_k = Σ_j (λ_j − δ_jk) τ_j + A·C·Bᵀ, so with the Gram matrix of the task vectors (once) and the r×r products
+    T_j = Aᵀτ_jB (one pass over the τ per call):
+
+        ‖W(γ) − W_k‖² = (λ − e_k)ᵀ Gram (λ − e_k) + 2 Σ_j (λ_j − δ_jk) ⟨T_j, C⟩ + ‖A·C·Bᵀ‖²
+
+    The first term of all layers is one batched product, and so are the other two of layers of one shape.
+
+    Args:
+        model: a Pareto model. Every parameter with task vectors or a low-rank term counts, tied ones once.
+        normalize: divide S_k by ‖τ_k‖² summed over the layers, so that S_k = 1 for the pretrained model and the
+            tasks are on one scale whatever the size of their task vectors (our addition; False is the plain sum).
+    """
+
+    def __init__(self, model: nn.Module, normalize: bool = False) -> None:
+        # layers with task vectors first, in the order of their Gram matrices
+        self._layers: list[tuple[ParetoModule, str]] = []
+        self._folded: list[tuple[ParetoModule, str]] = []
+        grams: list[Tensor] = []
+        state = pareto_state(model)
+        self.tasks, self.strategy = len(state.task_names), state.now.kernel_strategy
+        seen = set()
+        for _, module in pareto_modules(model):
+            for name in module.pareto_names:
+                weight = module._parameters[name]
+                if id(weight) in seen:
+                    continue
+                seen.add(id(weight))
+                task_vectors = module.pareto_parts(name)["task_vectors"]
+                if task_vectors is None:
+                    self._folded.append((module, name))
+                else:
+                    self._layers.append((module, name))
+                    grams.append(gram(task_vectors))
+        if not grams:
+            raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
+        dtype = torch.float64 if any(g.dtype == torch.float64 for g in grams) else torch.float32
+        # [L, K, K]
+        self._grams = torch.stack([g.to(grams[0].device, dtype) for g in grams])
+        scale = self._grams.diagonal(dim1=1, dim2=2).sum(dim=0) if normalize else torch.ones_like(self._grams[0, 0])
+        self.scale = torch.where(scale > 0, scale, 1.0)
+        self._identity = torch.eye(self.tasks, dtype=dtype, device=self._grams.device)
+
+    def values(self, gamma: Tensor) -> Tensor:
+        """Return S_1 … S_K [K] at gamma [K], differentiable in λ, A, G and B."""
+        parts = [module.pareto_parts_at(name, gamma) for module, name in self._layers]
+        table = torch.stack([_given(p, "lam").to(self._grams) for p in parts])
+        # row k of a layer is λ − e_k
+        difference = table[:, None, :] - self._identity
+        total = ((difference @ self._grams) * difference).sum(dim=(0, 2))
+        shapes: dict[Any, list[int]] = {}
+        folded = [module.pareto_parts_at(name, gamma) for module, name in self._folded]
+        for index, p in enumerate(parts + folded):
+            if p["A"] is not None:
+                key = (_given(p, "A").shape, _given(p, "B").shape, _given(p, "A").device, index < len(parts))
+                shapes.setdefault(key, []).append(index)
+        for (*_, has_task_vectors), group in shapes.items():
+            members = [(parts + folded)[index] for index in group]
+            A, G, B = (torch.stack([_given(p, name) for p in members]) for name in ("A", "G", "B"))
+            core = G @ gamma.to(G)
+            total = total + low_rank_square(A, core, B).sum().to(total)
+            if not has_task_vectors:
+                continue
+            projected = torch.stack(
+                [
+                    pmkernels.project_task_vectors(
+                        _given(p, "task_vectors"), _given(p, "A"), _given(p, "B"), strategy=self.strategy
+                    )
+                    for p in members
+                ]
+            )
+            # ⟨T_j, C⟩ of each layer and task [L, K]
+            inner = (projected * core[:, None]).sum(dim=(2, 3)).to(total)
+            # indexing by a list would copy it to the device, which a CUDA graph cannot
+            mine = torch.stack([difference[index] for index in group])
+            total = total + 2 * (mine * inner[:, None, :]).sum(dim=(0, 2))
+        return total / self.scale
+
+
+def _given(parts: dict[str, Tensor | None], name: str) -> Tensor:
+    value = parts[name]
+    assert value is not None
+    return value
+
+
+def gram(task_vectors: Tensor) -> Tensor:
+    """Return ⟨τ_i, τ_j⟩ of one layer, [K, *] -> [K, K], in float32 (float64).
+
+    In pieces that never copy all task vectors.
+    """
+    dtype = pmkernels.reference.accumulate_dtype(task_vectors)
+    flat = task_vectors.reshape(task_vectors.shape[0], -1)
+    total = torch.zeros(flat.shape[0], flat.shape[0], dtype=dtype, device=flat.device)
+    for piece in flat.split(1 << 20, dim=1):
+        wide = piece.to(dtype)
+        total += wide @ wide.t()
+    return total
+
+
+def make(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> WeightDistance:
+    """Return the objective, in the units that the settings name."""
+    return WeightDistance(model, settings.loss.normalize_distance)

@@ -1,0 +1,155 @@
+"""The settings: presets, groups, their order in files, and that they cannot contradict a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from helpers import noisy_copy
+from learn_cases import short_run, task_set
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pareto_merging.learn.loop import learn_pareto_set
+from pareto_merging.learn.settings import (
+    LogSettings,
+    LossSettings,
+    MethodSettings,
+    ModelSettings,
+    OptimiserSettings,
+    SamplingSettings,
+)
+from pareto_merging.model.learned import set_lambda
+from pareto_merging.model.parametrize import parametrize
+
+# the keys of config.yaml and of a checkpoint, as they have always stood there
+KEYS = [
+    *("preset", "objective", "scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
+    *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
+    *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
+    *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold", "checkpoint_every"),
+]
+GROUPS = {
+    "model": ModelSettings,
+    "loss": LossSettings,
+    "sampling": SamplingSettings,
+    "optimiser": OptimiserSettings,
+    "log": LogSettings,
+}
+
+
+def test_presets() -> None:
+    icml = MethodSettings.model_validate({})
+    assert (icml.preset, icml.cosine, icml.tensor_norm, icml.concentration) == ("icml2025", 0.0, 0.1, 0.1)
+    assert (icml.rank, icml.batch_size, icml.learning_rate, icml.betas) == (16, 32, 1e-3, (0.9, 0.999))
+    assert (icml.init_lambda, icml.mu, icml.scalarization) == (0.3, 0.1, "smooth-tchebycheff")
+    first = MethodSettings.model_validate({"preset": "arxiv-v1"})
+    assert (first.cosine, first.tensor_norm, first.concentration) == (0.1, 1.0, 1.0)
+    assert MethodSettings.model_validate({"preset": "arxiv-v1", "cosine": 0.5}).cosine == 0.5
+
+
+def test_steps_of_the_paper() -> None:
+    settings = MethodSettings.model_validate({})
+    assert [settings.steps_for(k) for k in (1, 2, 5, 8, 20)] == [2000, 2000, 3000, 4000, 4000]
+    assert MethodSettings.model_validate({"steps": 7}).steps_for(8) == 7
+
+
+def test_every_setting_of_the_method_is_documented_and_fixed() -> None:
+    assert [name for name, field in MethodSettings.model_fields.items() if not field.description] == []
+    with pytest.raises(ValidationError):
+        MethodSettings.model_validate({}).rank = 3  # type: ignore[misc]
+
+
+def test_every_setting_is_in_one_group_and_reads_the_same_there() -> None:
+    settings = MethodSettings(rank=4, mu=0.5, concentration=1.0, learning_rate=0.1, checkpoint_every=7)
+    names = [name for group in GROUPS.values() for name in group.model_fields]
+    assert sorted(names) == sorted(KEYS) == sorted(MethodSettings.model_fields)
+    for group, kind in GROUPS.items():
+        view = getattr(settings, group)
+        assert type(view) is kind
+        for name in kind.model_fields:
+            assert getattr(view, name) == getattr(settings, name), name
+        with pytest.raises(ValidationError):
+            setattr(view, next(iter(kind.model_fields)), 1)
+    assert (settings.model.rank, settings.loss.mu, settings.sampling.concentration) == (4, 0.5, 1.0)
+    assert (settings.optimiser.learning_rate, settings.log.checkpoint_every) == (0.1, 7)
+    changed = settings.model_copy(update={"mu": 0.7})
+    assert (changed.mu, changed.loss.mu, settings.loss.mu) == (0.7, 0.7, 0.5)
+
+
+def test_files_have_the_flat_keys_in_their_order() -> None:
+    settings = MethodSettings(rank=4, steps=10, preference="fixed", gamma=(0.5, 0.5))
+    assert list(settings.model_dump()) == list(json.loads(settings.model_dump_json())) == KEYS
+    assert MethodSettings.model_validate(settings.model_dump()) == settings
+    assert MethodSettings.model_validate_json(settings.model_dump_json()) == settings
+    some = settings.model_dump(exclude={"mu"}, exclude_none=True)
+    assert list(some) == [name for name in KEYS if name not in ("mu", "lambda_learning_rate")]
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 8))
+
+
+def pareto(**settings: Any) -> nn.Module:
+    net = network()
+    copies = {f"t{k}": noisy_copy(net, k + 1) for k in range(2)}
+    return parametrize(net, copies, **{"rank": 2, "low_rank": "all", **settings})
+
+
+@pytest.mark.parametrize(
+    ("built", "given", "message"),
+    [
+        (
+            {},
+            {"rank": 16, "core": "outer-product"},
+            "core is 'outer-product' and the model's 'tensor', rank is 16 and the model's 2",
+        ),
+        ({}, {"low_rank": "none"}, "low_rank is 'none' and the model's 'all'"),
+        ({}, {"init_lambda": 0.4}, "init_lambda is 0.4 and the model's 0.3"),
+        ({}, {"granularity": "model"}, "granularity is 'model' and the model's 'tensor'"),
+        ({}, {"buffers": "average"}, "buffers is 'average' and the model's 'pretrained'"),
+        ({}, {"preprocess": "ties"}, "preprocess is 'ties' and the model's 'none'"),
+        ({"preprocess": "ties"}, {"density": 0.5}, "density is 0.5 and the model's 0.2"),
+        ({"core": "outer-vector"}, {"core": "tensor"}, "core is 'tensor' and the model's 'outer-vector'"),
+        ({"low_rank": "none"}, {"low_rank": "all"}, "low_rank is 'all' and the model's 'none'"),
+    ],
+)
+def test_a_setting_that_contradicts_the_model(built: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    settings = MethodSettings.model_validate({"steps": 1, "batch_size": 2, **given})
+    with pytest.raises(ValueError, match=f"settings: expected none that contradicts the model, but {message}$"):
+        learn_pareto_set(pareto(**built), task_set(2), settings, progress=False)
+
+
+def double(name: str, taus: Tensor) -> Tensor:
+    return 2 * taus
+
+
+@pytest.mark.parametrize(
+    ("built", "given"),
+    [
+        # what was not given is the model's own affair
+        ({"rank": 4, "granularity": "block", "init_lambda": 0.1}, {}),
+        ({"core": "outer-product"}, {}),
+        # the seed is that of the batches too, and no core has the rank of a setting here
+        ({}, {"seed": 5, "rank": 2}),
+        ({"core": "outer-product"}, {"core": "outer-product", "rank": 16}),
+        ({"low_rank": "none"}, {"low_rank": "none", "rank": 16}),
+        ({}, {"density": 0.9}),
+        # a function of the user's own has no name that a setting could have
+        ({"low_rank": lambda name, module: True}, {"low_rank": "attention"}),
+        ({"preprocess": double}, {"preprocess": "ties", "density": 0.3}),
+    ],
+)
+def test_settings_that_do_not(built: dict[str, Any], given: dict[str, Any]) -> None:
+    settings = MethodSettings.model_validate({"steps": 1, "batch_size": 2, **given})
+    assert learn_pareto_set(pareto(**built), task_set(2), settings, progress=False).steps == 1
+
+
+def test_lambda_may_have_moved_on_from_where_it_started() -> None:
+    model = pareto()
+    set_lambda(model, 0.1)
+    assert learn_pareto_set(model, task_set(2), short_run(init_lambda=0.3), progress=False).steps == 4
