@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.checkpoint import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.convert import convert_checkpoint
-from pareto_merging.checkpoints.readers import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.safetensors import read_tensors, write_tensors
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.model.files import save_pareto_set

@@ -12,7 +12,7 @@ from pareto_merging.version import VERSION
 
 if TYPE_CHECKING:
     from pareto_merging.checkpoints import encoders as encoders
-    from pareto_merging.checkpoints.readers import open_checkpoint as open_checkpoint
+    from pareto_merging.checkpoints.checkpoint import open_checkpoint as open_checkpoint
     from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
     from pareto_merging.data.heads import read_head as read_head
     from pareto_merging.data.tasks import Task as Task
@@ -75,7 +75,7 @@ _HOMES = {
     "load_models": "run.workspace.load_models",
     "load_pareto_set": "model.files.load_pareto_set",
     "merge": "model.fold.merge",
-    "open_checkpoint": "checkpoints.readers.open_checkpoint",
+    "open_checkpoint": "checkpoints.checkpoint.open_checkpoint",
     "parametrize": "model.parametrize.parametrize",
     "preference": "model.state.preference",
     "read_head": "data.heads.read_head",

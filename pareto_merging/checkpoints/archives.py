@@ -22,7 +22,8 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from pareto_merging.checkpoints.pickles import MAX_BYTES, Storage, StoredTensor, read_pickle
+from pareto_merging.checkpoints.pickles import MAX_BYTES, read_pickle
+from pareto_merging.checkpoints.records import Storage, StoredTensor
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import file_stamp
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pareto_merging.checkpoints.checkpoint import open_checkpoint
+from pareto_merging.checkpoints.formats import SAFETENSORS, format_of
 from pareto_merging.checkpoints.heads import is_head, open_head
-from pareto_merging.checkpoints.readers import is_safetensors, open_checkpoint
 from pareto_merging.checkpoints.safetensors import SafetensorsFile, write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.progress import progress_bar
@@ -27,7 +28,7 @@ def convert_checkpoint(
     tensor, which is compared when it is read again.
 
     Args:
-        source: as for :func:`pareto_merging.checkpoints.readers.open_checkpoint`. dtype: of the numbers written;
+        source: as for :func:`pareto_merging.checkpoints.checkpoint.open_checkpoint`. dtype: of the numbers written;
             default: as they are.
 
     Returns:
@@ -83,7 +84,7 @@ def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
         return None
     if is_head(path):
         return *open_head(path), {"source": path.name}
-    if not is_safetensors(path):
+    if format_of(path) is not SAFETENSORS:
         return None
     file = SafetensorsFile(path)
     if set(file.shapes) != {"weight"} or "logit_scale" not in file.metadata:

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from pareto_merging.checkpoints import architecture as shapes
-from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints import encoders, hugging_face, open_clip
 from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
@@ -74,7 +74,7 @@ def export_hugging_face(
     target = _target(folder, overwrite)
     vision = shapes.from_description(encoder)
     text, text_tower = _text_side(text, text_heads)
-    preprocessor = shapes.hugging_face_preprocessing(preprocessing)
+    preprocessor = hugging_face.hugging_face_preprocessing(preprocessing)
     stored: dict[str, Tensor] = {}
     for name, tensor in _checked(tensors, shapes.expected_shapes(vision)):
         stored.update(hugging_face_vision(name, tensor))
@@ -82,9 +82,9 @@ def export_hugging_face(
         stored.update(hugging_face_text(name, tensor))
     dtype = _common_dtype(stored)
     config = (
-        shapes.hugging_face_vision_config(vision, dtype)
+        hugging_face.hugging_face_vision_config(vision, dtype)
         if text_tower is None
-        else shapes.hugging_face_clip_config(vision, text_tower, dtype)
+        else hugging_face.hugging_face_clip_config(vision, text_tower, dtype)
     )
     files = {
         PREPROCESSOR: _json(preprocessor),
@@ -123,14 +123,14 @@ def export_open_clip(
     target = _target(folder, overwrite)
     vision = shapes.from_description(encoder)
     text, text_tower = _text_side(text, text_heads)
-    preprocess_cfg = shapes.open_clip_preprocessing(preprocessing)
+    preprocess_cfg = open_clip.open_clip_preprocessing(preprocessing)
     prefix = "visual." if text else ""
     stored = {f"{prefix}{name}": tensor for name, tensor in _checked(tensors, shapes.expected_shapes(vision))}
     if vision.output_dim is None:
         stored[f"{prefix}proj"] = torch.eye(vision.width, dtype=_common_dtype(stored))
         vision = replace(vision, output_dim=vision.width)
     stored.update(text)
-    config = {"model_cfg": shapes.open_clip_model_config(vision, text_tower), "preprocess_cfg": preprocess_cfg}
+    config = {"model_cfg": open_clip.open_clip_model_config(vision, text_tower), "preprocess_cfg": preprocess_cfg}
     files = {
         CARD: (card or model_card("open_clip", encoder=encoder, has_text=bool(text))).encode(),
         OPEN_CLIP_CONFIG: _json(config),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints.archives import open_archive
+from pareto_merging.checkpoints.contents import WEIGHT_DTYPES
+from pareto_merging.checkpoints.formats import SAFETENSORS, format_of
 from pareto_merging.checkpoints.modules import walk_modules
-from pareto_merging.checkpoints.pickles import Record, StoredTensor
-from pareto_merging.checkpoints.readers import WEIGHT_DTYPES, is_safetensors
+from pareto_merging.checkpoints.records import Record, StoredTensor
 from pareto_merging.checkpoints.safetensors import SafetensorsFile
 from pareto_merging.errors import UserError
 
@@ -26,7 +27,7 @@ def open_head(source: str | Path, name: str = "weight") -> tuple[Tensor, float]:
         UserError: no such file or tensor, not a matrix of finite numbers, or no head of that release.
     """
     path = Path(source)
-    return _stored_head(path, name) if is_safetensors(path) else _pickled_head(path)
+    return _stored_head(path, name) if format_of(path) is SAFETENSORS else _pickled_head(path)
 
 
 def _stored_head(path: Path, name: str) -> tuple[Tensor, float]:
@@ -86,7 +87,7 @@ def _pickled_head(path: Path) -> tuple[Tensor, float]:
 def is_head(path: Path) -> bool:
     """Whether a file is a pickled ClassificationHead; False for what cannot be read at all."""
     try:
-        root = None if is_safetensors(path) else open_archive(path).root
+        root = None if format_of(path) is SAFETENSORS else open_archive(path).root
     except UserError:
         return False
     return isinstance(root, Record) and root.type.name.rpartition(".")[2] == "ClassificationHead"

@@ -10,43 +10,37 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pareto_merging.checkpoints.contents import WEIGHTS
+from pareto_merging.checkpoints.hugging_face import CONFIG, PREPROCESSORS
+from pareto_merging.checkpoints.open_clip import CONFIG as OPEN_CLIP_CONFIG
+from pareto_merging.checkpoints.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
+from pareto_merging.checkpoints.shards import shard_names
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import read_json
 
-# in the order in which transformers looks for them
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pt",
-    # a vision tower alone, as our own export writes it
-    "visual.safetensors",
-)
-CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
-# the second is all that transformers 5 writes for a whole CLIP
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".json", ".pkl", ".yaml", ".yml")
 _ADDRESSES = ("https://huggingface.co/", "http://huggingface.co/", "huggingface.co/", "https://hf.co/", "hf://")
 _OPEN_CLIP, _HUB = "open_clip:", "hf:"
 
 
-@dataclass(frozen=True)
-class Located:
-    """A checkpoint on this machine.
+class TagSettings(NamedTuple):
+    """What open_clip says of a pretrained tag, in its own words."""
 
-    Attributes:
-        path: a file or folder. settings: what open_clip says of a pretrained tag: ``quick_gelu``, ``heads``,
-            ``preprocess_cfg``, ``text_cfg``; empty otherwise.
-    """
+    heads: int | None
+    quick_gelu: bool
+    preprocess_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class Located(NamedTuple):
+    """A checkpoint on this machine: its file or folder, and what open_clip says of it where it has a tag."""
 
     path: Path
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: TagSettings | None = None
 
 
 def remote(source: str | Path) -> str | None:
@@ -96,39 +90,6 @@ def locate(source: str | Path) -> Located:
     )
 
 
-_OTHER_FOLDERS = {
-    "adapter_config.json": "a LoRA adapter (merge it into its base first: PEFT's merge_and_unload)",
-    "model_index.json": "a diffusers pipeline (give the folder of its image encoder)",
-    "pareto_set.safetensors": "a run of ours (pareto-merging export writes a model of it)",
-}
-
-
-def kind_of(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """Whether a folder is ``huggingface``'s or ``open_clip``'s, and the names of its weights, in order.
-
-    Raises:
-        UserError: it has neither configuration, or a broken one.
-    """
-    has_config, has_open_clip = (folder / CONFIG).is_file(), (folder / OPEN_CLIP_CONFIG).is_file()
-    if not has_config and not has_open_clip:
-        for name, what in _OTHER_FOLDERS.items():
-            if (folder / name).is_file():
-                raise UserError(f"{folder}: expected a folder with {CONFIG} or {OPEN_CLIP_CONFIG}, got {what}")
-        raise UserError(
-            f"{folder}: expected a folder with {CONFIG} or {OPEN_CLIP_CONFIG}, got neither (a file of weights can be "
-            "given by itself)"
-        )
-    if not has_open_clip:
-        return "huggingface", WEIGHTS
-    # repositories for both, or for timm and open_clip
-    has_hugging_face = has_config and "model_type" in read_json(folder / CONFIG)
-    has_weights = any((folder / name).is_file() for name in WEIGHTS)
-    others = any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS)
-    if has_hugging_face and (has_weights or not others):
-        return "huggingface", WEIGHTS
-    return "open_clip", (*OPEN_CLIP_WEIGHTS, *WEIGHTS)
-
-
 def _hub(source: str) -> Path:
     """The snapshot folder of a hub repository, with its configuration and weights."""
     name, _, revision = source.partition("@")
@@ -151,8 +112,6 @@ def _hub(source: str) -> Path:
         if weights in OPEN_CLIP_WEIGHTS:
             repository.file(OPEN_CLIP_CONFIG, commit)
         if weights.endswith(".index.json"):
-            from pareto_merging.checkpoints.readers import shard_names
-
             for shard in shard_names(found):
                 if repository.file(shard, commit) is None:
                     raise UserError(
@@ -279,13 +238,14 @@ def _open_clip(source: str) -> Located:
         # open_clip has no error class of its own: whatever its downloader met
         raise UserError(f"{source}: expected weights that open_clip can download, got {_line(error)}") from error
     vision = config.get("vision_cfg", {})
-    settings: dict[str, Any] = {"quick_gelu": bool(pretrained.get("quick_gelu", config.get("quick_gelu", False)))}
+    heads = None
     if isinstance(vision.get("width"), int) and isinstance(vision.get("layers"), int):
-        settings["heads"] = vision["width"] // vision.get("head_width", 64)
-    settings["preprocess_cfg"] = {
-        key: pretrained[key]
-        for key in ("mean", "std", "interpolation", "resize_mode")
-        if pretrained.get(key) is not None
-    }
-    settings["text_cfg"] = config.get("text_cfg", {})
+        heads = vision["width"] // vision.get("head_width", 64)
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    settings = TagSettings(
+        heads,
+        quick_gelu=bool(pretrained.get("quick_gelu", config.get("quick_gelu", False))),
+        preprocess_cfg={key: pretrained[key] for key in keys if pretrained.get(key) is not None},
+        text_cfg=config.get("text_cfg", {}),
+    )
     return Located(path, settings)

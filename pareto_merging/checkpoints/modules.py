@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from pareto_merging.checkpoints.pickles import Record, StoredTensor
+from torch import Tensor
+
+from pareto_merging.checkpoints.archives import open_archive
+from pareto_merging.checkpoints.records import Record, StoredTensor
 from pareto_merging.errors import UserError
 
 # beyond any model's; a pickle can name one record a million times over, and one inside itself
@@ -38,6 +43,26 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
         what = "a tensor alone" if isinstance(value, StoredTensor) else f"{kind} without tensors"
         raise UserError(f"{source}: expected a module or a state dict, got {what}")
     return found
+
+
+class ArchivedTensors:
+    """The tensors of an archive that ``torch.save`` or TorchScript wrote."""
+
+    def __init__(self, path: Path) -> None:
+        """Read an archive's pickle. Raises UserError as :func:`.archives.open_archive`, or if it has no tensors."""
+        self.archive = archive = open_archive(path)
+        self.files = [path]
+        self._stored: dict[str, StoredTensor] = find_tensors(archive.root, str(path))
+        self.shapes = {name: list(stored.shape) for name, stored in self._stored.items()}
+        self.dtypes = {name: stored.dtype for name, stored in self._stored.items()}
+        # tied weights share a storage; thousands of tensors in one would fill a disk
+        held = sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in self._stored.values())
+        size = path.stat().st_size
+        if held > 4 * size + 2**20:
+            raise UserError(f"{path}: expected about {size} bytes of tensors as in the file, got {held}")
+
+    def read(self, name: str) -> Tensor:
+        return self.archive.tensor(self._stored[name])
 
 
 def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:

@@ -1,4 +1,6 @@
-"""The names of Hugging Face's CLIP and of open_clip's, both towers, in both directions. Nothing here opens a file.
+"""The names that programs give a CLIP's tensors, each naming scheme a row of :data:`NAMINGS`. No file is opened here.
+
+Hugging Face's are known in both directions:
 
 =========================  ==========================================================================
 open_clip (vision)         Hugging Face, behind ``vision_model.``
@@ -17,8 +19,9 @@ The text tower has the same blocks behind ``text_model.``; its ``text_projection
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,6 +40,31 @@ class Piece:
     sources: tuple[str, ...]
     transpose: bool = False
 
+    def behind(self, prefix: str) -> Piece:
+        """Return the piece of a file that has ``prefix`` before each of these names."""
+        return Piece(tuple(f"{prefix}{source}" for source in self.sources), self.transpose)
+
+
+class Towers(NamedTuple):
+    """The two towers of a CLIP in open_clip's names, each tensor as a piece of a file's.
+
+    Attributes:
+        vision: without ``visual.``. text: empty where there is no whole text tower as CLIP's. prefix: what stands
+            before the vision tower's names in the file.
+    """
+
+    vision: dict[str, Piece]
+    text: dict[str, Piece]
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Naming:
+    """One naming scheme: its name, and a function from a file's names to the towers, or None if they are others'."""
+
+    name: str
+    towers: Callable[[Collection[str]], Towers | None]
+
 
 _BLOCK = {
     "ln_1.weight": "layer_norm1.weight",
@@ -53,7 +81,8 @@ _BLOCK = {
 _JOINED = {
     f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv") for kind in ("weight", "bias")
 }
-BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})  # what one transformer block holds, in open_clip's names
+# what one transformer block holds, in open_clip's names
+BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})
 
 _VISION = {
     "class_embedding": "embeddings.class_embedding",
@@ -70,8 +99,16 @@ _TEXT = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
-_BUFFER = "embeddings.position_ids"  # versions of transformers before 4.31 saved it
+# versions of transformers before 4.31 saved it
+_BUFFER = "embeddings.position_ids"
 _VISION_PREFIX, _TEXT_PREFIX = "vision_model.", "text_model."
+
+_TOP_NAMES = frozenset({*_VISION, "proj"})
+_OPEN_CLIP_TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
+_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+_MARKS = ("class_embedding", "conv1.weight")
+# what programs put before Hugging Face's names
+_OUTER = ("", "module.", "model.")
 
 # at most four digits: a name from a file must not make anything large, here or later
 _OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)", re.DOTALL)
@@ -214,3 +251,81 @@ def _hugging_face(name: str, tensor: Tensor, prefix: str, top: Mapping[str, str]
             yield f"{prefix}encoder.layers.{block[0]}.{theirs}", part
     else:
         raise UserError(f"checkpoint: expected the tensors of a plain CLIP, got also {listed([name])}")
+
+
+def is_plain_vision(names: Collection[str]) -> bool:
+    """Return whether these are open_clip's names of a plain vision transformer, whatever their shapes."""
+    blocks = [block_and_rest(name) for name in names if name not in _TOP_NAMES]
+    return all(block is not None and block[1] in BLOCK_NAMES for block in blocks) and {"proj", *names} >= _TOP_NAMES
+
+
+def _open_clip_towers(names: Collection[str]) -> Towers | None:
+    """Find open_clip's towers, or OpenAI's, behind any prefix: a vision tower is known by two of its tensors."""
+    mark, other = _MARKS
+    ends = [name.removesuffix(mark) for name in names if name == mark or name.endswith(f".{mark}")]
+    present = set(names)
+    prefixes = [prefix for prefix in ends if f"{prefix}{other}" in present]
+    if len(prefixes) > 1:
+        raise UserError(f"expected one vision transformer, got {len(prefixes)}: {listed(prefixes)}")
+    if not prefixes:
+        return None
+    prefix = prefixes[0]
+    vision = {name.removeprefix(prefix): Piece((name,)) for name in names if name.startswith(prefix)}
+    return Towers(vision, _open_clip_text(names, prefix), prefix)
+
+
+def _open_clip_text(names: Collection[str], vision_prefix: str) -> dict[str, Piece]:
+    """The text tower beside the vision tower; empty if it is not whole (the task-vectors release drops its blocks)."""
+    if not (vision_prefix == "visual." or vision_prefix.endswith(".visual.")):
+        return {}
+    outer = vision_prefix.removesuffix("visual.")
+    text: dict[str, Piece] = {}
+    for name in names:
+        if not name.startswith(outer) or name.startswith(vision_prefix):
+            continue
+        # open_clip's CustomTextCLIP has one more level
+        inner = name.removeprefix(outer).removeprefix("text.")
+        if inner in (*_OPEN_CLIP_TEXT, "ln_final.bias", "logit_scale") or inner.startswith("transformer.resblocks."):
+            text[inner] = Piece((name,))
+        elif inner not in _NO_WEIGHTS:
+            # a text tower of another kind
+            return {}
+    whole = all(name in text for name in _OPEN_CLIP_TEXT) and any(name.startswith("transformer.") for name in text)
+    return text if whole else {}
+
+
+def _hugging_face_towers(names: Collection[str]) -> Towers | None:
+    for prefix in _OUTER:
+        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        vision = vision_pieces(inner)
+        if vision:
+            return Towers(_behind(vision, prefix), _behind(text_pieces(inner), prefix), prefix)
+    return None
+
+
+def _behind(pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
+    return {name: piece.behind(prefix) for name, piece in pieces.items()}
+
+
+NAMINGS = [Naming("open_clip", _open_clip_towers), Naming("huggingface", _hugging_face_towers)]
+
+
+def register(naming: Naming) -> None:
+    """Add a naming scheme, which is asked before the others."""
+    NAMINGS.insert(0, naming)
+
+
+def find_towers(names: Collection[str]) -> Towers:
+    """Return the towers that the first naming scheme to know a file's names finds in them.
+
+    Raises:
+        UserError: none knows them, or one knows them and they are not whole.
+    """
+    for naming in NAMINGS:
+        towers = naming.towers(names)
+        if towers is not None:
+            return towers
+    raise UserError(
+        "expected a CLIP vision transformer (class_embedding, conv1.weight, transformer.resblocks…; or "
+        f"vision_model…), got {listed(names)}"
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.checkpoints.readers import Checkpoint
+from pareto_merging.checkpoints.checkpoint import Checkpoint
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.model.copies import check_copies
 from pareto_merging.model.learned import lambda_group

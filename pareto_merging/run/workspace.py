@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.readers import Checkpoint, open_checkpoint
+from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import FolderImages, open_images
 from pareto_merging.data.tasks import Task

@@ -101,38 +101,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-_KNOWN_STARTS = (
-    (b"version https://git-lfs", "a pointer of git-LFS and not the file itself (run git lfs pull)"),
-    (b"<!doctype html", "an HTML page (a download that failed?)"),
-    (b"<html", "an HTML page (a download that failed?)"),
-    (b"<?xml", "an XML page (a download that failed?)"),
-    (b"GGUF", "a GGUF file, which is not supported"),
-    (b"\x89HDF", "an HDF5 file, which is not supported"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
-    (b"BZh", "a bzip2 archive (unpack it first)"),
-    (b"7z\xbc\xaf", "a 7z archive (unpack it first)"),
-)
-
-
-def known_as(path: Path) -> str:
-    """What a file that is no checkpoint is, by its first bytes, in words for its user; empty for what is not known."""
-    with path.open("rb") as file:
-        start = file.read(512)
-    if start[4:9] == b"\0\0\0\0{":
-        # safetensors: the length before its header may be any bytes
-        return ""
-    text = start.lstrip().lower()
-    for mark, what in _KNOWN_STARTS:
-        if text.startswith(mark) or start.startswith(mark):
-            return what
-    if start[257:262] == b"ustar":
-        return "a tar archive (unpack it first)"
-    if start[:1] in b"{[" and start[:1]:
-        return "a JSON file (of a folder of weights, give the folder)"
-    return "" if start else "an empty file"
-
-
 def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
     """A JSON file that holds a mapping.
 

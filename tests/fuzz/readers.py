@@ -14,7 +14,7 @@ Answer = dict[str, Tensor]
 
 
 def _read_checkpoint(path: Path) -> Answer:
-    from pareto_merging.checkpoints.readers import open_checkpoint
+    from pareto_merging.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(path)
     return {name: checkpoint[name] for name in checkpoint}
@@ -66,7 +66,8 @@ READERS: dict[str, Callable[[Path], Answer]] = {
 
 def check_inert(root: Any) -> None:
     """Raises AssertionError unless ``root`` is made of plain data and the machine's own records, all the way down."""
-    from pareto_merging.checkpoints.pickles import Global, Record, Storage, StoredTensor
+    from pareto_merging.checkpoints.records import Record, Storage, StoredTensor
+    from pareto_merging.checkpoints.references import Global
 
     plain = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype)
     seen: set[int] = set()

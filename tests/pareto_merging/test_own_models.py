@@ -21,8 +21,8 @@ from support import clip, hf_files, open_clip_files, pickled_modules
 from torch import Tensor, nn
 
 import pareto_merging as pm
-from pareto_merging.checkpoints import readers
-from pareto_merging.checkpoints.readers import open_checkpoint
+from pareto_merging.checkpoints import checkpoint
+from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.data.heads import read_head
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.model.files import read_header
@@ -740,7 +740,7 @@ def test_a_plan_reads_no_weight(
     def refuse(self: Any, key: str) -> Tensor:
         raise AssertionError(f"read {key}")
 
-    monkeypatch.setattr(readers.CheckpointTensors, "__getitem__", refuse)
+    monkeypatch.setattr(checkpoint.CheckpointTensors, "__getitem__", refuse)
     source = "owner/name" if name == "hub" else files / name
     config = write_config(tmp_path / "run.yaml", source, {"a": files / "clip1", "b": files / "encoder2.pt"})
     assert run("plan", config, "--json") == 0

@@ -28,15 +28,15 @@ MEMORY, SECONDS = 300 * 2**20, 4.0
 
 def open_fully(path: Path, how: str) -> str:
     """Read all that a case has, by the lowest reader that knows it and by the one that users call; says what it was."""
-    from pareto_merging.checkpoints import archives, heads, modules, pickles, readers, safetensors
+    from pareto_merging.checkpoints import archives, checkpoint, heads, modules, pickles, safetensors
     from pareto_merging.errors import UserError
 
     if how == "machine":
         with path.open("rb") as stream:
             return type(pickles.read_pickle(stream, str(path))).__name__
     if path.is_dir():
-        checkpoint = readers.open_checkpoint(path)
-        return _sizes(checkpoint[name] for name in checkpoint)
+        opened = checkpoint.open_checkpoint(path)
+        return _sizes(opened[name] for name in opened)
     refused: UserError | None = None
     try:
         if path.suffix == ".safetensors":
@@ -48,7 +48,7 @@ def open_fully(path: Path, how: str) -> str:
     except UserError as error:
         refused = error
     # none of these is a CLIP: a UserError whatever it was before
-    for reader in (readers.open_checkpoint, heads.open_head):
+    for reader in (checkpoint.open_checkpoint, heads.open_head):
         try:
             reader(path)
         except UserError:
@@ -111,7 +111,7 @@ def main(folder: Path, pattern: str = "", part: str = "0", parts: str = "1") -> 
     warnings.simplefilter("ignore")
     import open_clip  # noqa: F401 (before the limits)
 
-    import pareto_merging.checkpoints.readers  # noqa: F401
+    import pareto_merging.checkpoints.checkpoint  # noqa: F401
 
     chosen = [c for c in cases(folder / CANARY) if (re.search(pattern, c.name) if pattern else c.heavy)]
     for index, case in enumerate(chosen[int(part) :: int(parts)]):

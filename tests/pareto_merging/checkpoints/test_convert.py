@@ -19,8 +19,8 @@ from support import clip, hf_files, open_clip_files, pickled_modules
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.checkpoints.convert import convert_checkpoint
-from pareto_merging.checkpoints.readers import open_checkpoint
 from pareto_merging.data.heads import read_head
 from pareto_merging.errors import UserError
 

@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import export, safetensors
-from pareto_merging.checkpoints.architecture import (
+from pareto_merging.checkpoints.architecture import from_description
+from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
+from pareto_merging.checkpoints.hugging_face import (
     check_hugging_face_config,
-    from_description,
     from_hugging_face_text_config,
     preprocessing_from_hugging_face,
-    preprocessing_from_open_clip,
 )
-from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
 from pareto_merging.checkpoints.names import text_pieces, vision_pieces
+from pareto_merging.checkpoints.open_clip import preprocessing_from_open_clip
 from pareto_merging.errors import UserError
 from pareto_merging.system import files
 

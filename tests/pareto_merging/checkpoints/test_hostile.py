@@ -16,7 +16,8 @@ import open_clip  # noqa: F401 (seconds that are nobody's fault)
 import pytest
 from support import forbidden, hostile, opcodes, payloads, verdicts
 
-from pareto_merging.checkpoints.pickles import Record, read_pickle
+from pareto_merging.checkpoints.pickles import read_pickle
+from pareto_merging.checkpoints.records import Record
 from pareto_merging.cli import app as cli
 
 ROOT = Path(__file__).parents[3]

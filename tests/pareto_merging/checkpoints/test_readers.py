@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.checkpoints.convert import convert_checkpoint
 from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
 from pareto_merging.checkpoints.heads import open_head
-from pareto_merging.checkpoints.pickles import ForbiddenGlobal
-from pareto_merging.checkpoints.readers import open_checkpoint
+from pareto_merging.checkpoints.references import ForbiddenGlobal
 from pareto_merging.errors import UserError
 
 pytest.importorskip("open_clip")
@@ -541,7 +541,7 @@ def test_a_folder_comes_before_a_name_on_the_hub(hub: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_environment_variables_of_the_hub_are_followed(hub: Path) -> None:
     code = (
-        "from pareto_merging.checkpoints.readers import open_checkpoint\n"
+        "from pareto_merging.checkpoints.checkpoint import open_checkpoint\n"
         "from pareto_merging.errors import UserError\n"
         "print(open_checkpoint('owner/name')['ln_pre.bias'].double().sum().item())\n"
         "try:\n    open_checkpoint('owner/other')\n"

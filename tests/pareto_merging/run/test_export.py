@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.readers import open_checkpoint
+from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.run.folder import open_run
 
 open_clip = pytest.importorskip("open_clip")

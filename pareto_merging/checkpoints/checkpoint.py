@@ -1,0 +1,200 @@
+"""Any public checkpoint of a CLIP vision transformer, read safely and tensor by tensor, in open_clip's names.
+
+==============================  =======================================================================================
+a file                          safetensors; what ``torch.save`` wrote (zip or legacy): a state dict, a training
+                                checkpoint or a whole module, as in the task-vectors release; a TorchScript archive
+a folder                        Hugging Face's (config.json), sharded or not, or open_clip's (open_clip_config.json)
+``owner/name[@revision]``       either of them on the Hugging Face Hub, or in its cache
+``open_clip:NAME/TAG``          one of open_clip's pretrained models
+==============================  =======================================================================================
+
+Names may be open_clip's or Hugging Face's, with the prefixes that programs put in front; a file is known by its
+content, not by its name. :mod:`.formats`, :mod:`.folders` and :mod:`.names` have the tables of what is known, each with
+``register``. No file can run code, and none is believed before its sizes have been compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pareto_merging.checkpoints import hub
+from pareto_merging.checkpoints.architecture import Architecture, describe, from_shapes
+from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, NamedTensors
+from pareto_merging.checkpoints.folders import layout_of, open_folder
+from pareto_merging.checkpoints.formats import open_file
+from pareto_merging.checkpoints.modules import attention_heads, normalisation, uses_quick_gelu
+from pareto_merging.checkpoints.names import Piece, Towers, find_towers, is_plain_vision, listed
+from pareto_merging.checkpoints.open_clip import preprocessing_from_open_clip, text_is_not_clips
+from pareto_merging.checkpoints.preprocessing import check_preprocessing
+from pareto_merging.errors import UserError
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """Named tensors, each read from its file when it is asked for, into memory of its own, and not kept.
+
+    Attributes:
+        source: what they were opened by. shapes, dtypes: by name, known without reading.
+    """
+
+    def __init__(self, source: str, tensors: NamedTensors, pieces: Mapping[str, Piece]) -> None:
+        self.source = source
+        self._tensors, self._pieces = tensors, dict(pieces)
+        self.shapes: dict[str, list[int]] = {name: self._shape(name) for name in self._pieces}
+        self.dtypes = {name: tensors.dtypes[piece.sources[0]] for name, piece in self._pieces.items()}
+        others = [
+            f"{name} {tensors.dtypes[part]}"
+            for name, piece in self._pieces.items()
+            for part in piece.sources
+            if tensors.dtypes[part] not in WEIGHT_DTYPES or tensors.dtypes[part] != self.dtypes[name]
+        ]
+        if others:
+            raise UserError(f"{source}: expected floating-point tensors, got {listed(others)}")
+
+    def _shape(self, name: str) -> list[int]:
+        piece = self._pieces[name]
+        shapes = [self._tensors.shapes[part] for part in piece.sources]
+        if len(shapes) > 1 and any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise UserError(f"{self.source}: expected tensors that can be joined to {name}, got shapes {shapes}")
+        if piece.transpose and len(shapes[0]) != 2:
+            raise UserError(f"{self.source}: expected a matrix for {name}, got shape {shapes[0]}")
+        if piece.transpose:
+            return shapes[0][::-1]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(shapes) > 1 else list(shapes[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor. Raises UserError: it cannot be read, or holds NaN or inf; KeyError: no such name."""
+        piece = self._pieces[name]
+        if len(piece.sources) == 1:
+            tensor = self._tensors.read(piece.sources[0])
+            tensor = tensor.t().contiguous() if piece.transpose else tensor
+        else:
+            tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
+            row = 0
+            for part in piece.sources:
+                rows = self._tensors.shapes[part][0]
+                tensor[row : row + rows] = self._tensors.read(part)
+                row += rows
+        # no copy of the tensor, and a NaN comes through
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            raise UserError(f"{self.source}: expected finite numbers, got NaN or inf in {name}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pieces
+
+
+class Checkpoint(CheckpointTensors):
+    """The vision encoder of a checkpoint, in the names of open_clip's ``visual`` tower.
+
+    Attributes:
+        format: what it was: safetensors, zip, legacy, torchscript, huggingface or open_clip.
+        encoder: how to build the module (:func:`.encoders.build`); None where only ``names`` told what it
+            is. ``quick_gelu`` in it is None where the checkpoint does not say.
+        quick_gelu, heads: its activation and its attention heads; None where the checkpoint does not say.
+        preprocessing: ``size``, ``mean`` and ``std`` of its images, or None.
+        text: the rest of a whole CLIP in open_clip's names, empty where it has no text tower, or one that is not as
+            CLIP's: then ``no_text`` says why.
+        text_heads: attention heads of that, where a configuration says.
+        path: the file or folder it was found in. weights: the files with its tensors. files: these and what else was
+            read. origin: what a converted file says it was made from.
+    """
+
+    def __init__(self, source: str, contents: Contents, names: Collection[str] = ()) -> None:
+        tensors, description = contents.tensors, contents.description
+        if names and set(tensors.shapes) == set(names):
+            towers = Towers({name: Piece((name,)) for name in tensors.shapes}, {}, "")
+        else:
+            with _named(source):
+                towers = find_towers(tensors.shapes)
+        super().__init__(source, tensors, towers.vision)
+        self.no_text = ""
+        self.text = CheckpointTensors(source, tensors, towers.text)
+        self.leave_out_text(description.no_text)
+        self.format, self.path, self.text_heads = contents.kind, contents.path, description.text_heads
+        self.weights = list(tensors.files)
+        self.files = [*self.weights, *contents.beside]
+        self.origin = dict(description.origin)
+        self.architecture: Architecture | None = None
+        self.encoder: dict[str, Any] | None = None
+        root, self.quick_gelu, self.heads = description.root, description.quick_gelu, description.heads
+        if self.quick_gelu is None:
+            self.quick_gelu = uses_quick_gelu(root, towers.prefix, source)
+        if self.heads is None:
+            self.heads = attention_heads(root, towers.prefix, source)
+        preprocessing = normalisation(root) if description.preprocessing is None else description.preprocessing
+        with _named(source):
+            self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
+            if names and (description.says_nothing or not is_plain_vision(towers.vision)):
+                # its user describes it, and it may be an encoder of another kind
+                return
+            architecture = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)
+            if description.check is not None:
+                description.check(architecture)
+        self.architecture = architecture
+        self.encoder = {**describe(architecture), "quick_gelu": self.quick_gelu}
+        if self.preprocessing is not None and self.preprocessing["size"] != architecture.image_size:
+            size = self.preprocessing["size"]
+            raise UserError(
+                f"{source}: expected images of {architecture.image_size} pixels as its positions have, got {size}"
+            )
+
+    def leave_out_text(self, reason: str) -> None:
+        """Leave out the text tower from now on if there is a reason: it would be exported as what it is not."""
+        if reason and self.text:
+            self.text, self.no_text = CheckpointTensors(self.source, self._tensors, {}), reason
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Put the source in front of a UserError from a function that does not know it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(source):
+            raise
+        raise UserError(f"{source}: {error}") from error
+
+
+def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoint:
+    """Open a checkpoint by path, hub id or open_clip tag; only headers, configurations and pickles are read.
+
+    Args:
+        names: of the tensors of an encoder that is no plain CLIP: a file with just these is taken as it is.
+
+    Raises:
+        UserError: nothing there; broken, hostile or contradictory; not a CLIP vision transformer. One line each.
+        ForbiddenGlobal: a pickle that names what could run code.
+    """
+    text = str(source)
+    with _named(text):
+        located = hub.locate(source)
+        path = located.path
+        layout = layout_of(path)
+        contents = open_file(path, text) if layout is None else open_folder(layout, path, text)
+        if located.settings is None:
+            return Checkpoint(text, contents, names)
+        settings, said = located.settings, contents.description
+        description = replace(
+            said,
+            heads=settings.heads if said.heads is None else said.heads,
+            quick_gelu=settings.quick_gelu if said.quick_gelu is None else said.quick_gelu,
+        )
+        checkpoint = Checkpoint(text, contents._replace(description=description), names)
+        if settings.preprocess_cfg and checkpoint.architecture is not None:
+            size = checkpoint.architecture.image_size
+            checkpoint.preprocessing = preprocessing_from_open_clip(settings.preprocess_cfg, size, text)
+        checkpoint.leave_out_text(text_is_not_clips(settings.text_cfg))
+        return checkpoint

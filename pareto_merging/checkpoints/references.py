@@ -1,0 +1,134 @@
+"""The classes and functions that a pickle names: which may stand in a checkpoint, as data that nothing calls."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from pareto_merging.errors import UserError
+
+
+class ForbiddenGlobal(UserError):
+    """A pickle names, or calls, something that could run code."""
+
+
+class Global(NamedTuple):
+    """A class or function by reference: never imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    @property
+    def is_class(self) -> bool:
+        """Whether it is named like a class, so that an inert record can stand for an instance."""
+        return self.name.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+_STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGES.values()}
+
+OTHER_DTYPES = {
+    str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype | torch.layout)
+} - DTYPES.keys()
+
+_BUILTINS = ("builtins", "__builtin__")
+_PLAIN_TYPES = ("set", "frozenset", "list", "tuple", "dict", "int", "float", "bool", "str", "bytes", "complex", "slice")
+# of forbidden families, what checkpoints hold as data; nothing of it is ever called
+_INERT = {
+    *((module, name) for module in _BUILTINS for name in (*_PLAIN_TYPES, "object", "bytearray", "range")),
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ),
+    *(("datetime", name) for name in ("datetime", "date", "timedelta", "timezone")),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("typing", "Any"),
+    ("collections", "deque"),
+    ("torch.torch_version", "TorchVersion"),
+    ("torch", "device"),
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.serialization", "_get_layout"),
+}
+_INERT_FAMILIES = ("torch.nn.modules", "torch.nn.parallel", "torch.optim", "torch.amp", "torch.cuda.amp")
+# functions that modules keep as attributes
+_REFERENCES = ("torch.nn.functional", "torch._C._nn")
+_OTHER_LIBRARIES = {"torch", "numpy", "pip", "setuptools", "pkg_resources", "_distutils_hack", "dill", "cloudpickle"}
+_PYTHON_2 = {"__builtin__", "copy_reg", "cPickle", "commands", "popen2", "os2", "nt", "ce", "exceptions", "new", "imp"}
+NAMES_TODAY = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess", "posix": "os", "nt": "os"}
+_FORBIDDEN = sys.stdlib_module_names | _OTHER_LIBRARIES | _PYTHON_2
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+MAX_NAME = 256
+
+
+def reference(module: str, name: str) -> Global:
+    """Return a reference, cut to a length that can be shown."""
+    return Global(module[: MAX_NAME + 1], name[: MAX_NAME + 1])
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text is a dotted name of Python's, of a length that names have."""
+    return len(text) <= MAX_NAME and _NAME.fullmatch(text) is not None
+
+
+def is_inert(named: Global) -> bool:
+    """Return whether a reference of a forbidden family is one of those that checkpoints hold as data."""
+    return named in _INERT
+
+
+def is_allowed(named: Global) -> bool:
+    """Return whether a pickle may name this; False for whatever could run code if it were called."""
+    module, name = named
+    if named in _INERT or storage_dtype(named) or (module == "torch" and name in DTYPES):
+        return True
+    if module == "__torch__" or module.startswith("__torch__."):
+        return True
+    if is_storage(named) or (module == "torch" and name in OTHER_DTYPES):
+        # of numbers that no weights of ours are
+        return True
+    if _within(module, _INERT_FAMILIES) and named.is_class and "." not in name:
+        return True
+    if module in _REFERENCES and name.isidentifier() and not name.startswith("__"):
+        return True
+    is_forbidden = module.partition(".")[0] in _FORBIDDEN or "__" in name
+    return not (is_forbidden or (module + ".").startswith("__builtins__."))
+
+
+def _within(module: str, families: tuple[str, ...]) -> bool:
+    return any(module == family or module.startswith(f"{family}.") for family in families)
+
+
+def storage_dtype(kind: Any) -> torch.dtype | None:
+    """Return the type of the numbers in a class of storages; None for what is no such class of ours."""
+    if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES:
+        return None
+    return _STORAGES.get(kind.name)
+
+
+def is_storage(kind: Global) -> bool:
+    """Return whether a reference is a class of storages, of whatever numbers."""
+    return kind.module in _STORAGE_MODULES and kind.name.endswith("Storage") and kind.is_class and "." not in kind.name
