@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pmkernels
 from pareto_merging.learn.flat import flat_gradient, flattened, pieces
-from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.parameters import LowRankTerm, MergedParameter, merged_parameters
 from pareto_merging.model.state import ParetoState, pareto_state
 
 
@@ -76,17 +76,12 @@ class Gathered:
 def _vectors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield W0, τ and λ of every vector that is merged by λ alone, those of the first one's type and device."""
     first: Tensor | None = None
-    seen: set[int] = set()
-    for _, module in pareto_modules(model):
-        for name in module.pareto_names:
-            weight, parts = module._parameters[name], module.pareto_parts(name)
-            lam, tau = parts["lam"], parts["task_vectors"]
-            if weight is None or weight.ndim != 1 or lam is None or tau is None or parts["A"] is not None:
-                continue
-            alike = first is None or (weight.dtype, weight.device) == (first.dtype, first.device)
-            if not alike or tau.dtype != weight.dtype or id(weight) in seen or not weight.numel():
-                continue
-            seen.add(id(weight))
+    for parameter in merged_parameters(model):
+        weight, lam, tau = parameter.weight, parameter.lam, parameter.task_vectors
+        if weight.ndim != 1 or lam is None or tau is None or parameter.A is not None:
+            continue
+        alike = first is None or (weight.dtype, weight.device) == (first.dtype, first.device)
+        if alike and tau.dtype == weight.dtype and weight.numel():
             first = weight if first is None else first
             yield weight, tau, lam
 
@@ -178,35 +173,26 @@ class MergedFactors:
     def __init__(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
         self.state = pareto_state(model)
         wanted = {id(parameter) for parameter in learned}
-        groups: dict[Any, list[tuple[ParetoModule, str]]] = {}
-        seen: set[int] = set()
-        for _, module in pareto_modules(model):
-            for name in module.pareto_names:
-                A = module.pareto_parts(name)["A"]
-                if A is not None and id(A) in wanted and id(A) not in seen:
-                    seen.add(id(A))
-                    groups.setdefault((A.shape, A.dtype, A.device), []).append((module, name))
+        groups: dict[Any, list[MergedParameter]] = {}
+        for parameter in merged_parameters(model):
+            A = parameter.A
+            if A is not None and id(A) in wanted:
+                groups.setdefault((A.shape, A.dtype, A.device), []).append(parameter)
         self.groups = list(groups.values())
         self.leaves: dict[int, Tensor] = {}
-        self.cores: set[int] = set()
-        self._stacked: list[Tensor] = []
+        self.cores = {id(p.G) for group in self.groups for p in group if p.G is not None}
+        self._stacked = [torch.stack([p.A.detach() for p in group if p.A is not None]) for group in self.groups]
         self._keys: dict[int, Tensor] = {}
-        for group in self.groups:
-            stacked = torch.stack([_part(module, name, "A").detach() for module, name in group])
-            self._stacked.append(stacked)
-            for (module, name), factor in zip(group, stacked, strict=True):
+        for group, stacked in zip(self.groups, self._stacked, strict=True):
+            for parameter, factor in zip(group, stacked, strict=True):
                 leaf = factor.detach().requires_grad_()
-                self.leaves[id(_part(module, name, "A"))] = self._keys[id(module._parameters[name])] = leaf
-                G = module.pareto_parts(name)["G"]
-                if G is not None:
-                    self.cores.add(id(G))
+                self.leaves[id(parameter.A)] = self._keys[id(parameter.weight)] = leaf
 
-    def _cores(self, group: Sequence[tuple[ParetoModule, str]]) -> tuple[Tensor, Tensor]:
+    def _cores(self, group: Sequence[MergedParameter]) -> tuple[Tensor, Tensor]:
         """Return A [L, N, r] and C(γ) [L, r, r] of the layers of one shape, at the model's preference."""
-        parts = [module.pareto_parts_at(name) for module, name in group]
-        G = torch.stack([_given(p, "G") for p in parts])
-        A = torch.stack([_given(p, "A") for p in parts])
-        return A, G @ self.state.now.gamma.to(G)
+        terms = _terms(group)
+        G = torch.stack([term.G for term in terms])
+        return torch.stack([term.A for term in terms]), G @ self.state.now.gamma.to(G)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -230,22 +216,16 @@ class MergedFactors:
         result: dict[int, Tensor] = {}
         for group in self.groups:
             A, core = self._cores(group)
-            dL = torch.stack([d_leaves[id(_part(module, name, "A"))] for module, name in group]).to(core)
+            dL = torch.stack([d_leaves[id(parameter.A)] for parameter in group]).to(core)
             dA, dC = dL @ core.mT, A.mT @ dL
             dG = dC[..., None] * self.state.now.gamma.to(dC)
-            for (module, name), of_A, of_G in zip(group, dA, dG, strict=True):
-                result[id(_part(module, name, "A"))] = of_A
-                G = module.pareto_parts(name)["G"]
-                if G is not None:
-                    result[id(G)] = of_G
+            for parameter, of_A, of_G in zip(group, dA, dG, strict=True):
+                result[id(parameter.A)] = of_A
+                if parameter.G is not None:
+                    result[id(parameter.G)] = of_G
         return result
 
 
-def _part(module: ParetoModule, name: str, part: str) -> Tensor:
-    return _given(module.pareto_parts(name), part)
-
-
-def _given(parts: Mapping[str, Tensor | None], part: str) -> Tensor:
-    value = parts[part]
-    assert value is not None
-    return value
+def _terms(group: Sequence[MergedParameter]) -> list[LowRankTerm]:
+    """Return the low-rank terms of layers that have one, at the model's preference."""
+    return [term for parameter in group if (term := parameter.low_rank()) is not None]

@@ -5,14 +5,13 @@ Equation 10 of Chen & Kwok, arXiv 2408.12105.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.parameters import LowRankTerm, merged_parameters
 
 
 def cosine_alignment(objectives: Tensor, gamma: Tensor) -> Tensor:
@@ -54,26 +53,17 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     Our reading: the Frobenius norm of the whole personalised part, √Σ_layers ‖·‖², not a sum of the layers' norms.
     Its gradient at G = 0 is 0. Layers of one shape are computed together, in a few batched products.
     """
-    shapes: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for A, G, B in _low_rank_parts(model, gamma):
-        shapes.setdefault((A.shape, G.shape, B.shape, A.dtype, A.device), []).append((A, G, B))
+    shapes: dict[Any, list[LowRankTerm]] = {}
+    for parameter in merged_parameters(model):
+        if (term := parameter.low_rank(gamma)) is not None:
+            key = (term.A.shape, term.G.shape, term.B.shape, term.A.dtype, term.A.device)
+            shapes.setdefault(key, []).append(term)
     if not shapes:
         return torch.zeros((), device=gamma.device)
-    wide = pmkernels.reference.accumulate_dtype(gamma, *(A for group in shapes.values() for A, _, _ in group))
+    wide = pmkernels.reference.accumulate_dtype(gamma, *(term.A for group in shapes.values() for term in group))
     total = torch.zeros((), dtype=wide, device=gamma.device)
     for group in shapes.values():
         A, G, B = (torch.stack(parts).to(wide) for parts in zip(*group, strict=True))
         total = total + low_rank_square(A, G @ gamma.to(G), B).sum().to(gamma.device)
     norm: Tensor = _ZeroSafeSqrt.apply(total)
     return norm
-
-
-def _low_rank_parts(model: nn.Module, gamma: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    seen = set()
-    for _, module in pareto_modules(model):
-        for name in module.pareto_names:
-            parts = module.pareto_parts_at(name, gamma)
-            A, G, B = parts["A"], parts["G"], parts["B"]
-            if A is not None and G is not None and B is not None and id(A) not in seen:
-                seen.add(id(A))
-                yield A, G, B

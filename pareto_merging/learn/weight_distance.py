@@ -13,7 +13,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn.objectives import Objective
 from pareto_merging.learn.regularizers import low_rank_square
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.parameters import LowRankTerm, merged_parameters
 from pareto_merging.model.state import pareto_state
 
 
@@ -34,25 +34,13 @@ class WeightDistance(Objective):
     """
 
     def __init__(self, model: nn.Module, normalize: bool = False) -> None:
-        # layers with task vectors first, in the order of their Gram matrices
-        self._layers: list[tuple[ParetoModule, str]] = []
-        self._folded: list[tuple[ParetoModule, str]] = []
-        grams: list[Tensor] = []
         state = pareto_state(model)
         self.tasks, self.strategy = len(state.task_names), state.now.kernel_strategy
-        seen = set()
-        for _, module in pareto_modules(model):
-            for name in module.pareto_names:
-                weight = module._parameters[name]
-                if id(weight) in seen:
-                    continue
-                seen.add(id(weight))
-                task_vectors = module.pareto_parts(name)["task_vectors"]
-                if task_vectors is None:
-                    self._folded.append((module, name))
-                else:
-                    self._layers.append((module, name))
-                    grams.append(gram(task_vectors))
+        parameters = list(merged_parameters(model))
+        self._layers = [p for p in parameters if p.task_vectors is not None]
+        self._folded = [p for p in parameters if p.task_vectors is None]
+        self._task_vectors = [p.task_vectors for p in parameters if p.task_vectors is not None]
+        grams = [gram(task_vectors) for task_vectors in self._task_vectors]
         if not grams:
             raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
         dtype = torch.float64 if any(g.dtype == torch.float64 for g in grams) else torch.float32
@@ -64,44 +52,34 @@ class WeightDistance(Objective):
 
     def values(self, gamma: Tensor) -> Tensor:
         """Return S_1 … S_K [K] at gamma [K], differentiable in λ, A, G and B."""
-        parts = [module.pareto_parts_at(name, gamma) for module, name in self._layers]
-        table = torch.stack([_given(p, "lam").to(self._grams) for p in parts])
+        lams = [p.at(gamma).lam for p in self._layers]
+        table = torch.stack([lam.to(self._grams) for lam in lams if lam is not None])
         # row k of a layer is λ − e_k
         difference = table[:, None, :] - self._identity
         total = ((difference @ self._grams) * difference).sum(dim=(0, 2))
-        shapes: dict[Any, list[int]] = {}
-        folded = [module.pareto_parts_at(name, gamma) for module, name in self._folded]
-        for index, p in enumerate(parts + folded):
-            if p["A"] is not None:
-                key = (_given(p, "A").shape, _given(p, "B").shape, _given(p, "A").device, index < len(parts))
-                shapes.setdefault(key, []).append(index)
+        shapes: dict[Any, list[tuple[int, LowRankTerm]]] = {}
+        for index, parameter in enumerate((*self._layers, *self._folded)):
+            if (term := parameter.low_rank(gamma)) is not None:
+                key = (term.A.shape, term.B.shape, term.A.device, index < len(self._layers))
+                shapes.setdefault(key, []).append((index, term))
         for (*_, has_task_vectors), group in shapes.items():
-            members = [(parts + folded)[index] for index in group]
-            A, G, B = (torch.stack([_given(p, name) for p in members]) for name in ("A", "G", "B"))
+            A, G, B = (torch.stack(parts) for parts in zip(*(term for _, term in group), strict=True))
             core = G @ gamma.to(G)
             total = total + low_rank_square(A, core, B).sum().to(total)
             if not has_task_vectors:
                 continue
             projected = torch.stack(
                 [
-                    pmkernels.project_task_vectors(
-                        _given(p, "task_vectors"), _given(p, "A"), _given(p, "B"), strategy=self.strategy
-                    )
-                    for p in members
+                    pmkernels.project_task_vectors(self._task_vectors[index], term.A, term.B, strategy=self.strategy)
+                    for index, term in group
                 ]
             )
             # ⟨T_j, C⟩ of each layer and task [L, K]
             inner = (projected * core[:, None]).sum(dim=(2, 3)).to(total)
             # indexing by a list would copy it to the device, which a CUDA graph cannot
-            mine = torch.stack([difference[index] for index in group])
+            mine = torch.stack([difference[index] for index, _ in group])
             total = total + 2 * (mine * inner[:, None, :]).sum(dim=(0, 2))
         return total / self.scale
-
-
-def _given(parts: dict[str, Tensor | None], name: str) -> Tensor:
-    value = parts[name]
-    assert value is not None
-    return value
 
 
 def gram(task_vectors: Tensor) -> Tensor:
