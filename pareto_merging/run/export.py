@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders, hub
+from pareto_merging.checkpoints.cards import Source, model_card
 from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
+from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME

@@ -24,8 +24,6 @@ open_clip = pytest.importorskip("open_clip")
 
 
 SMALL = Architecture(12, 4, 32, 2, 4, 49, 8, True)
-
-
 CANONICAL = [
     *("ViT-B-32", "ViT-B-32-256", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336"),
     *("ViT-H-14", "ViT-H-14-378", "ViT-g-14", "ViT-bigG-14"),

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
 import textwrap
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from support.exports import EXPORTS, PREPROCESSING, encoder, parts, small_clip
+from torch import Tensor
 
 from pareto_merging.checkpoints import export, safetensors
 from pareto_merging.checkpoints.architecture import from_description
-from pareto_merging.checkpoints.export import Source, export_hugging_face, export_open_clip, model_card
+from pareto_merging.checkpoints.export import export_hugging_face, export_open_clip
 from pareto_merging.checkpoints.hugging_face import (
     check_hugging_face_config,
     from_hugging_face_text_config,
@@ -38,32 +36,7 @@ open_clip = pytest.importorskip("open_clip")
 
 IMAGES = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.tensor([[97, 3, 98, 0, 0, 0, 0], [97, 7, 9, 11, 13, 98, 0]])
-PREPROCESSING = {"size": 12, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-EXPORTS: list[Callable[..., Path]] = [export_hugging_face, export_open_clip]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def encoder(quick_gelu: bool = True) -> dict[str, Any]:
-    sizes = {"image_size": 12, "patch_size": 4, "width": 32, "layers": 2, "heads": 4}
-    return {"arguments": {**sizes, "mlp_ratio": 1.5, "output_dim": 8}, "quick_gelu": quick_gelu}
-
-
-def small_clip(quick_gelu: bool = True) -> Any:
-    """open_clip's CLIP with sizes that are nobody's default, every parameter random: no bias is zero."""
-    vision_cfg = {"image_size": 12, "patch_size": 4, "width": 32, "layers": 2, "head_width": 8, "mlp_ratio": 1.5}
-    text_cfg = {"context_length": 7, "vocab_size": 99, "width": 24, "heads": 3, "layers": 3, "mlp_ratio": 2.0}
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = open_clip.model.CLIP(8, vision_cfg, text_cfg, quick_gelu=quick_gelu).eval()
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    return model
-
-
-def parts(clip: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    state = {name: tensor.to(dtype) for name, tensor in clip.state_dict().items()}
-    vision = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
-    return vision, {name: t for name, t in state.items() if not name.startswith("visual.")}
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -107,9 +80,6 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def names_left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-# --- what loads
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -319,9 +289,6 @@ def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
     assert all(torch.equal(stored[name], tensor) for name, tensor in vision.items())
 
 
-# --- what is refused
-
-
 def test_tensors_that_are_not_the_encoders_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     vision, text = parts(small_clip())
     cases: list[tuple[dict[str, Any], str]] = [
@@ -365,9 +332,6 @@ def _umask() -> int:
 def test_transformers_is_not_imported() -> None:
     code = "import sys, pareto_merging.checkpoints.export; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-# --- all or nothing
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -539,128 +503,6 @@ def test_a_kill_leaves_the_old_folder_or_none(name: str, count: int, tmp_path: P
     assert all(path.name.startswith(".x.") and path.name.endswith(".tmp") for path in left)
     if name in ("write_tensors", "write_bytes"):
         assert not any((path / "open_clip_config.json").exists() for path in left)
-
-
-# --- the model card
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    start, front, _ = card.split("---\n", 2)
-    assert start == ""
-    return yaml.safe_load(front)
-
-
-SOURCES = [
-    Source("pretrained", "openai/clip-vit-base-patch32", "ab12", "openai/clip-vit-base-patch32"),
-    Source("MNIST", "/data/mnist.safetensors", "cd34"),
-]
-
-
-@pytest.mark.parametrize("library", ["transformers", "open_clip"])
-@pytest.mark.parametrize("has_text", [False, True])
-def test_the_card_says_what_the_model_is(library: Any, has_text: bool) -> None:
-    card = model_card(
-        library,
-        encoder=encoder(),
-        has_text=has_text,
-        preference={"MNIST": 0.7, "DTD": 0.3},
-        method="icml2025",
-        rank=16,
-        lambda_grouping="tensor",
-        sources=SOURCES,
-        version="1.2",
-    )
-    front = front_matter(card)
-    assert front["library_name"] == library
-    assert front["base_model"] == ["openai/clip-vit-base-patch32"]
-    assert {"merge", "clip"} <= set(front["tags"])
-    assert front["pipeline_tag"] == ("zero-shot-image-classification" if has_text else "image-feature-extraction")
-    for text in ("| MNIST | 0.7 |", "| DTD | 0.3 |", "icml2025", "rank 16", "each tensor", "ab12", "cd34", "1.2"):
-        assert text in card
-    assert "## Licence" in card and "license" not in front
-
-
-def test_the_hub_library_reads_the_card() -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    card = hub.ModelCard(model_card("transformers", encoder=encoder(), has_text=True, sources=SOURCES))
-    assert card.data.library_name == "transformers"
-    assert card.data.base_model == ["openai/clip-vit-base-patch32"]
-
-
-def code_of(folder: Path) -> str:
-    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-
-
-@pytest.mark.parametrize(("with_text", "without_projection"), [(False, False), (False, True), (True, False)])
-@pytest.mark.parametrize("export_to", EXPORTS)
-def test_the_code_on_the_card_runs(
-    export_to: Callable[..., Path],
-    with_text: bool,
-    without_projection: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if export_to is export_hugging_face:
-        pytest.importorskip("transformers")
-    from PIL import Image
-
-    vision, text = parts(small_clip())
-    description = encoder()
-    if without_projection:
-        description["arguments"]["output_dim"] = None
-        del vision["proj"]
-    options: dict[str, Any] = {"encoder": description, "preprocessing": PREPROCESSING, "text_heads": 3}
-    folder = export_to(vision, tmp_path / "x", text=text if with_text else {}, **options)
-    colours = torch.randint(256, (20, 30, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    Image.fromarray(colours.numpy()).save(folder / "photo.jpg")
-    monkeypatch.chdir(folder)
-    values: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exec(code_of(folder), values)
-    assert values["features"].shape == (1, 32 if without_projection else 8)
-
-
-def test_the_card_of_a_known_model_says_how_to_put_it_into_a_whole_clip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card = model_card("open_clip", encoder={"architecture": "ViT-B-32", "quick_gelu": True}, has_text=False)
-    calls = []
-    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: calls.append((args, kwargs)))
-    code = card.split("```python\n")[1].split("```")[0]
-    exec('import open_clip\nfolder = "."\nmodel = open_clip.create_model(' + code.split("open_clip.create_model(")[1])
-    expected = {"pretrained": "openai", "force_quick_gelu": True, "pretrained_image_path": "./visual.safetensors"}
-    assert calls == [(("ViT-B-32",), expected)]
-
-
-HOSTILE = "x\n---\nlicense: evil\n| <script>alert(1)</script> `a` [b](c) *d*\u202e\x00 ![e](https://f)"
-
-
-def test_hostile_names_stay_text() -> None:
-    card = model_card(
-        "transformers",
-        encoder=encoder(),
-        has_text=False,
-        title=HOSTILE,
-        preference={HOSTILE: 1.0},
-        method=HOSTILE,
-        lambda_grouping=HOSTILE,
-        version=HOSTILE,
-        sources=[Source(HOSTILE, HOSTILE, HOSTILE, HOSTILE), Source("t", hub_id="a/b\nlicense: evil")],
-    )
-    assert front_matter(card).keys() == {"library_name", "pipeline_tag", "tags"}
-    assert card.count("\n---\n") == 1
-    assert "\u202e" not in card and "\x00" not in card
-    ours = "[Pareto Merging](https://arxiv.org/abs/2408.12105)"
-    shown = card.split("---\n", 2)[2].replace(ours, "").split("```")[0]
-    assert "script" in shown
-    # the heading's own sign, and a table's bars and alignment, are all that is not escaped
-    shown = "\n".join(line.removeprefix("## ").removeprefix("# ") for line in shown.splitlines())
-    assert not re.findall(r"(?<!\\)[`*_\[\]<>#!]", shown)
-    assert "https:" not in shown
-    rows = [line for line in card.splitlines() if line.startswith("|")]
-    unescaped = [line.replace("\\|", "").count("|") for line in rows]
-    assert unescaped == [3, 3, 3, 4, 4, 4, 4]
 
 
 def test_metadata_is_what_transformers_asks_for(tmp_path: Path) -> None:

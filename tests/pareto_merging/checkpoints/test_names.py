@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from pareto_merging.checkpoints.names import (
     BLOCK_NAMES,
+    NAMINGS,
+    Naming,
     Piece,
+    Towers,
+    find_towers,
     hugging_face_text,
     hugging_face_vision,
+    register,
     text_pieces,
     vision_pieces,
 )
@@ -248,3 +253,20 @@ def test_block_names_are_open_clips() -> None:
     prefix = "transformer.resblocks.0."
     state = plain_clip().visual.state_dict()
     assert {name.removeprefix(prefix) for name in state if name.startswith(prefix)} == BLOCK_NAMES
+
+
+def test_a_naming_of_ones_own() -> None:
+    """Registered, it is asked first; removed, its names are unknown again."""
+
+    def towers(present: Collection[str]) -> Towers | None:
+        vision = {name.removeprefix("eyes/"): Piece((name,)) for name in present if name.startswith("eyes/")}
+        return Towers(vision, {}, "eyes/") if vision else None
+
+    naming = Naming("own", towers)
+    register(naming)
+    try:
+        assert find_towers(["eyes/proj", "other"]).vision == {"proj": Piece(("eyes/proj",))}
+    finally:
+        NAMINGS.remove(naming)
+    with pytest.raises(UserError, match="expected a CLIP vision transformer"):
+        find_towers(["eyes/proj", "other"])
