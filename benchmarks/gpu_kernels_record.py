@@ -41,7 +41,8 @@ def once() -> Iterator[None]:
     """Within: what is repeated to be timed runs once or twice, as every repetition launches the same."""
     import triton
 
-    from benchmarks import serving_layers, training
+    from benchmarks.common import timing
+    from benchmarks.training import steps
 
     def do_bench(function: Callable[[], Any], *_: Any, quantiles: Sequence[float] | None = None, **__: Any) -> Any:
         function()
@@ -49,8 +50,8 @@ def once() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.testing, "do_bench", do_bench))
-        stack.enter_context(mock.patch.object(serving_layers.Effort, "suffices", lambda self, times: len(times) >= 2))
-        stack.enter_context(mock.patch.object(training, "SECONDS", 0.0))
+        stack.enter_context(mock.patch.object(timing.Effort, "suffices", lambda self, times: len(times) >= 2))
+        stack.enter_context(mock.patch.object(steps, "SECONDS", 0.0))
         yield
 
 

@@ -45,13 +45,13 @@ class Suite:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("digits", "cpu", "digits", "digits", "study"),
-        Suite("kernels", "gpu", "kernels", "kernels"),
-        Suite("training", "gpu", "training", "training", "training"),
-        Suite("layers", "gpu", "layers", "layers", "training"),
-        Suite("serving", "both", "serving", "serving", "serving"),
+        Suite("digits", "cpu", "suites.digits", "suites.digits", "study"),
+        Suite("kernels", "gpu", "suites.kernels", "suites.kernels"),
+        Suite("training", "gpu", "training.summary", "training.suite", "training"),
+        Suite("layers", "gpu", "suites.layers_summary", "suites.layers", "training"),
+        Suite("serving", "both", "serving.summary", "serving.suite", "serving"),
         Suite("goals", "gpu", "goals.table"),
-        Suite("checkpoints", "cpu", "checkpoints"),
+        Suite("checkpoints", "cpu", "checkpoints.rows"),
         Suite("fuzz", "cpu", "suites.fuzz"),
     )
 }

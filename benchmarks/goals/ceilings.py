@@ -22,9 +22,9 @@ def measure(context: Context) -> None:
     """Measure a large copy, products of 8192³ in each type, copies inside L2, and an empty launch."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        from benchmarks import tune
+        from benchmarks.common import ceilings
 
-        found = tune.measured_rates(context.device, context.quick)
+        found = ceilings.measured_rates(context.device, context.quick)
         for name, (title, unit) in NAMES.items():
             if name in found:
                 yield {"variant": title, "value": found[name], "unit_of_value": unit, "matched": True}

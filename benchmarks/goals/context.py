@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.rows import LayerRow
 from benchmarks.common.session import Session
-from benchmarks.layers import captured, rounded
+from benchmarks.common.timing import timed
 
 # milliseconds of repetitions of one variant
 WARMUP, REPETITIONS = 5, 40
@@ -49,58 +49,11 @@ class Context:
         return found
 
 
-@dataclass
-class Row:
-    """One variant of one operation on one layer: milliseconds (median, 20th and 80th percentile), cold L2 cache.
-
-    ``bytes``: what cannot but be moved. ``bound_ms``: of the operation's bytes and operations at this run's ceilings.
-    ``graph``: replayed from a CUDA graph.
-    """
-
-    layer: str
-    variant: str
-    rows: int
-    dtype: str
-    error: float
-    plain_error: float
-    matched: bool
-    tasks: int = 8
-    bytes: float | None = None
-    bound_ms: float | None = None
-    ms: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    graph: bool = False
-    reason: str | None = None
-
-
-def suite(name: str) -> Any:
-    """Import ``benchmarks.NAME`` when it is needed: a machine may lack what it needs, which is then a unit's reason."""
-    return importlib.import_module(f"benchmarks.{name}")
-
-
-def fill_times(row: Row, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> Row:
+def fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> LayerRow:
     """Time a variant that was right; off the GPU one call, which measures nothing."""
-    if not row.matched:
-        return row
-    if device.type != "cuda":
-        from benchmarks.kernels import timed
-
-        row.ms, row.p20, row.p80 = map(rounded, timed(variant, device))
-        return row
-    from triton.testing import do_bench
-
-    graph = captured(variant)
-    row.graph = graph is not None
-    function = variant if graph is None else graph.replay
-    times = do_bench(function, warmup=WARMUP, rep=REPETITIONS, quantiles=[0.5, 0.2, 0.8])
-    row.ms, row.p20, row.p80 = map(rounded, times)
+    if row.matched:
+        row.note_times(timed(variant, device, warmup=WARMUP, repetitions=REPETITIONS))
     return row
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def as_training_rates(rates: Mapping[str, float]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ GROUPS = (
     Group("ceilings", "what this card does at best: a copy, an 8192³ product, L2, a launch", 15, "ceilings:measure"),
     Group("correctness", "the hot kernels against float64, in memory full of NaN", 25, "kernels:correctness"),
     Group("reductions", "reduction of dW and weight gradient of six layers", 45, "kernels:reductions"),
-    Group("served-layers", "projections and a block with 32 preferences, cold and warm", 25, "serving:layers"),
+    Group("served-layers", "projections and a block with 32 preferences, cold and warm", 25, "served:layers"),
     Group("serving", "ViT-L/14, 32 images with 32 preferences, and one image", 50, "serving:engine"),
     Group("training-L14", "an optimiser step of ViT-L/14, K = 8", 70, "training:vit_l_14"),
     Group("training-B32", "an optimiser step of ViT-B/32, K = 8", 45, "training:vit_b_32"),

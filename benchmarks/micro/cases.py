@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.kernels import TOLERANCE, Layer, relative_error
-from benchmarks.predictions import BATCH, LANGUAGE_MODEL, TOWERS, Tower
+from benchmarks.common.errors import TOLERANCE, relative_error
+from benchmarks.common.towers import BATCH, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from pmkernels import launch, strategies
 from pmkernels.costs import Bound, Problem
 

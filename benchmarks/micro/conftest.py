@@ -37,10 +37,11 @@ import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.kernels import LOGITS, RANK, TASKS
+from benchmarks.common.towers import RANK, TASKS, TOWERS
+from benchmarks.limits.predictions import rates_of
 from benchmarks.micro import cases
 from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint, Variant
-from benchmarks.predictions import TOWERS, has_low_rank, rates_of
+from benchmarks.suites.kernels import LOGITS
 from pmkernels import STRATEGIES, costs, dispatch, launch
 
 # calls before the first that is timed: compilation, the library's choices, clocks
@@ -155,9 +156,9 @@ def default_values(axis: str, chosen: dict[str, Any], on_gpu: bool) -> Sequence[
     """Return what an axis goes through where no option says so, at the values of the axes before it."""
     if axis == "rows":
         layer = cases.find_layer(chosen["layer"])
-        return (layer.tokens, layer.items * layer.tokens) if on_gpu else (layer.tokens,)
+        return (layer.tokens, layer.rows) if on_gpu else (layer.tokens,)
     if axis == "r":
-        return (RANK if has_low_rank(chosen["layer"]) else 0,)
+        return (cases.find_layer(chosen["layer"]).rank,)
     return {
         "layer": tuple(name for name in cases.LAYERS if name.endswith("in-projection")),
         "tower": tuple(TOWER_NAMES),

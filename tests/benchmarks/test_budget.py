@@ -24,8 +24,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 def test_what_compiles_within_the_limits_passes(tmp_path: Path) -> None:
     out = tmp_path / "budget.json"
     done = run(
-        "import sys; from benchmarks import budget; "
-        f"sys.exit(budget.main(['--arch', 'sm_90', '--limit', '4', '--jobs', '1', '--out', {str(out)!r}]))"
+        "import sys; from benchmarks.budget import cli; "
+        f"sys.exit(cli.main(['--arch', 'sm_90', '--limit', '4', '--jobs', '1', '--out', {str(out)!r}]))"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| linear_fwd | bfloat16 |" in done.stdout
@@ -39,27 +39,29 @@ def test_what_compiles_within_the_limits_passes(tmp_path: Path) -> None:
 
 BROKEN = """
 import dataclasses, json, sys
-from benchmarks import budget
+from benchmarks.budget import compiling, launches as recorded
+from benchmarks.budget.architectures import ARCHITECTURES
 from pmkernels import configs, dispatch
-text = json.loads(configs.config_files()["default"])
+text = json.loads(dispatch.in_force().files["default"])
 for line in text["entries"]:
     if line["op"] == "linear" and line.get("aligned") is False and line["dtype"] == "16-bit":
         # 64 by 64 scattered elements in 128 threads: hundreds of words spill
         line["config"] = {"block_m": 64, "block_n": 64, "block_d": 64, "num_warps": 4, "num_stages": 3}
 text["entries"].append({"op": "no_such_kernel", "dtype": "any", "config": {"block_m": 16}})
 with dispatch.using(configs.Configs({"default": json.dumps(text)})):
-    launches, unused = budget.record("default")
+    launches, unused = recorded.record("default")
 assert len(unused) == 1 and "no_such_kernel" in unused[0], unused
-scattered = next(l for l in launches if l.kernel.__name__ == "linear_fwd_kernel" and "unaligned" in l.case)
-cost = budget.measure(scattered, budget.ARCHITECTURES["sm_86"])
+scattered = next(l for l in launches if l.launch.name == "linear_fwd_kernel" and "unaligned" in l.case)
+cost = compiling.measure(scattered, ARCHITECTURES["sm_86"])
 assert any("spill instructions" in fault for fault in cost.faults), cost
-whole = next(l for l in launches if l.kernel.__name__ == "linear_fwd_kernel" and "unaligned" not in l.case)
-small = dataclasses.replace(budget.ARCHITECTURES["sm_90"], shared_per_program=1000, tensor_core="QGMMA")
-cost = budget.measure(whole, small)
+whole = next(l for l in launches if l.launch.name == "linear_fwd_kernel" and "unaligned" not in l.case)
+small = dataclasses.replace(ARCHITECTURES["sm_90"], shared_per_program=1000, tensor_core="QGMMA")
+cost = compiling.measure(whole, small)
 assert any("shared memory" in fault for fault in cost.faults), cost
 assert any("no QGMMA instruction" in fault for fault in cost.faults), cost
-wrong = dataclasses.replace(whole, options={**whole.options, "BLOCK_N": 48})
-cost = budget.measure(wrong, budget.ARCHITECTURES["sm_90"])
+options = {**whole.launch.options, "BLOCK_N": {"value": 48}}
+wrong = dataclasses.replace(whole, launch=dataclasses.replace(whole.launch, options=options))
+cost = compiling.measure(wrong, ARCHITECTURES["sm_90"])
 assert any("does not compile" in fault for fault in cost.faults), cost
 sys.exit(7)
 """
@@ -69,19 +71,22 @@ WGMMA = """
 import dataclasses, subprocess, sys, tempfile
 sys.path.insert(0, "tests/benchmarks")
 import faulty_kernels, torch, triton
-from benchmarks import budget
+from benchmarks.budget import compiling
+from benchmarks.budget.architectures import ARCHITECTURES
+from benchmarks.budget.launches import Wanted
 from benchmarks.common import sass
+from benchmarks.common.launches import Launch
 launches = []
 half, single = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
 
 def faults(kernel, outputs, version=None, **options):
     options = {"num_warps": 4, "num_stages": 3, "STAGES": 3, "BLOCK": 64, **options}
     arguments = (half, half, single if "loops" in kernel else half, *[single] * outputs, 1024)
-    launch = budget.Launch(getattr(faulty_kernels, kernel), "a test", "bfloat16", "", arguments, options, "")
+    launch = Wanted(Launch.of(getattr(faulty_kernels, kernel), arguments, options), "a test", "bfloat16")
     launches.append(launch)
     if version is not None:
-        budget._assembler_version = lambda capability: version
-    return budget.measure(launch, budget.ARCHITECTURES["sm_90"]).faults
+        compiling.assembler_version = lambda capability: version
+    return compiling.measure(launch, ARCHITECTURES["sm_90"]).faults
 
 for attempt in ("compiled", "from Triton's cache"):
     (serialised,) = faults("mixed_kernel", 2, (12, 9))
@@ -104,20 +109,20 @@ for attempt in ("compiled", "from Triton's cache"):
         assert found == [], found
 
 # many at once give what each gives by itself, as another disassembler of NVIDIA's prints it
-arch, some = budget.ARCHITECTURES["sm_90"], [launches[0], launches[1], launches[5], launches[0]]
-cubins = [budget._compile(launch, arch).kernel.asm["cubin"] for launch in some]
-together = sass.disassemble(cubins, 90, budget._tool("nvdisasm"))
+arch, some = ARCHITECTURES["sm_90"], [launches[0], launches[1], launches[5], launches[0]]
+cubins = [compiling.compile_launch(launch, arch).kernel.asm["cubin"] for launch in some]
+together = sass.disassemble(cubins, 90, compiling.tool("nvdisasm"))
 for cubin, code in zip(cubins, together, strict=True):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [budget._tool("cuobjdump"), "-sass", file.name]
+        command = [compiling.tool("cuobjdump"), "-sass", file.name]
         (alone,) = sass.parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     as_read = [[(i.address, i.guard, i.opcode, i.target) for i in one.code] for one in (code, alone)]
     assert as_read[0] == as_read[1]
     assert len(sass.loops(code)) == len(sass.loops(alone)) > 0
     assert {i.operands for i in code.code if i.base == "BRA"} == {i.operands for i in alone.code if i.base == "BRA"}
-first, _, _, again = budget.measure_all(some, arch)
+first, _, _, again = compiling.measure_all(some, arch)
 assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0) and first.instructions > 100
 sys.exit(7)
 """
@@ -137,7 +142,8 @@ def test_what_spills_overflows_or_is_never_launched_is_a_fault() -> None:
 
 def test_occupancy_follows_registers_warps_and_shared_memory() -> None:
     done = run(
-        "from benchmarks.budget import ARCHITECTURES as a, occupancy as o; "
+        "from benchmarks.budget.architectures import ARCHITECTURES as a; "
+        "from benchmarks.budget.compiling import occupancy as o; "
         "print(o(a['sm_90'], 128, 0, 8), o(a['sm_90'], 32, 0, 4), o(a['sm_90'], 255, 0, 8), "
         "o(a['sm_86'], 64, 60000, 8), o(a['sm_86'], 64, 200000, 8), o(a['sm_90'], 40, 0, 4))"
     )

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoints, tables
+from benchmarks import tables
+from benchmarks.checkpoints import cli, writers
+from benchmarks.checkpoints import rows as checkpoint_rows
 
 pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
 
-DONE = checkpoints.Row(
+DONE = checkpoint_rows.Row(
     "ViT-B-32",
     "huggingface",
     "float32",
@@ -43,7 +45,7 @@ def quick(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit code and the report of a run with --quick; nothing but the report is left in ``folder``."""
     out, work = folder / "result.json", folder / "work"
     work.mkdir()
-    code = checkpoints.main(["--quick", "--work", str(work), "--out", str(out), *arguments])
+    code = cli.main(["--quick", "--work", str(work), "--out", str(out), *arguments])
     assert list(work.iterdir()) == [], "checkpoints are deleted"
     return code, json.loads(out.read_text())
 
@@ -53,7 +55,7 @@ def quick(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 def test_quick_run_goes_from_files_to_exports_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = quick(tmp_path)
     assert [(row["format"], row["status"], row["error"]) for row in report["rows"]] == [
-        (name, "done", None) for name in checkpoints.QUICK_FORMATS
+        (name, "done", None) for name in cli.QUICK_FORMATS
     ]
     assert code == 0
     assert report["suite"] == "checkpoints" and report["quick"] and report["environment"]["torch"]
@@ -65,14 +67,14 @@ def test_quick_run_goes_from_files_to_exports_and_back(tmp_path: Path, capsys: p
         assert row["features"] > 0
     assert [row["text_tower"] for row in report["rows"]] == [True, False]
     shown = capsys.readouterr().out
-    assert all(name in shown for name in checkpoints.QUICK_FORMATS) and "same bits" in shown
+    assert all(name in shown for name in cli.QUICK_FORMATS) and "same bits" in shown
 
 
 def broken(name: str) -> Callable[[Mapping[str, Any], Path, int], list[Path]]:
     """The writer of a format, whose last checkpoint is then cut off."""
 
     def write(config: Mapping[str, Any], folder: Path, tasks: int) -> list[Path]:
-        paths = checkpoints.FORMATS[name].write(config, folder, tasks)
+        paths = writers.FORMATS[name].write(config, folder, tasks)
         content = paths[-1].read_bytes()
         paths[-1].write_bytes(content[: len(content) // 2])
         return paths
@@ -82,7 +84,7 @@ def broken(name: str) -> Callable[[Mapping[str, Any], Path, int], list[Path]]:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(checkpoints.FORMATS, "broken", checkpoints.Format(broken("open_clip-pt")))
+    monkeypatch.setitem(writers.FORMATS, "broken", writers.Format(broken("open_clip-pt")))
     code, report = quick(tmp_path, "--formats", "broken")
     (row,) = report["rows"]
     assert code == 1 and row["status"] == "failed"
@@ -94,11 +96,11 @@ def test_a_format_that_cannot_be_written_is_a_failed_row(tmp_path: Path, monkeyp
     def write(config: Mapping[str, Any], folder: Path, tasks: int) -> list[Path]:
         raise OSError("No space left on device")
 
-    monkeypatch.setitem(checkpoints.FORMATS, "full", checkpoints.Format(write))
+    monkeypatch.setitem(writers.FORMATS, "full", writers.Format(write))
     code, report = quick(tmp_path, "--formats", "full")
     (row,) = report["rows"]
     assert code == 1 and (row["status"], row["error"]) == ("failed", "OSError: No space left on device")
-    assert "failed: OSError: No space left on device" in checkpoints.markdown(report)
+    assert "failed: OSError: No space left on device" in checkpoint_rows.markdown(report)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +120,10 @@ def test_a_finished_row_that_keeps_no_promise_is_said(change: dict[str, Any], sa
 
 
 def test_every_model_is_planned_in_every_format() -> None:
-    rows = checkpoints.planned(list(checkpoints.MODELS), list(checkpoints.FORMATS))
+    rows = checkpoint_rows.planned(list(checkpoint_rows.MODELS), list(writers.FORMATS))
     for model, tasks in (("ViT-B-32", 8), ("ViT-L-14", 2)):
         own = [row for row in rows if row.model == model]
-        assert {row.format for row in own if row.dtype == "float32"} == set(checkpoints.FORMATS)
+        assert {row.format for row in own if row.dtype == "float32"} == set(writers.FORMATS)
         assert {row.tasks for row in own} == {tasks}
     assert [row.dtype for row in rows].count("bfloat16") == 1
 
@@ -131,12 +133,12 @@ def test_the_committed_result_is_whole_and_keeps_its_promises() -> None:
     assert path is not None
     report = json.loads(path.read_text())
     assert report["command"].startswith("python -m benchmarks.checkpoints")
-    rows = [checkpoints.Row(**row) for row in report["rows"]]
-    planned = checkpoints.planned(list(checkpoints.MODELS), list(checkpoints.FORMATS))
+    rows = [checkpoint_rows.Row(**row) for row in report["rows"]]
+    planned = checkpoint_rows.planned(list(checkpoint_rows.MODELS), list(writers.FORMATS))
     assert [(r.model, r.format, r.dtype, r.tasks) for r in rows] == [
         (r.model, r.format, r.dtype, r.tasks) for r in planned
     ]
     for row in rows:
         assert (row.status, row.error) == ("done", None)
-        assert row.problem(checkpoints.FORMATS[row.format].text_tower) is None
+        assert row.problem(writers.FORMATS[row.format].text_tower) is None
     assert path.name in tables.block("checkpoints")

@@ -16,12 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import layers, serving_baselines, tables, training
+from benchmarks import tables
+from benchmarks.common import layer_case
 from benchmarks.common.record import Record
 from benchmarks.common.session import Session
 from benchmarks.goals import cli, kernels, table, worker
 from benchmarks.goals.context import Context
 from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
+from benchmarks.serving import names as serving_names
+from benchmarks.suites import layers
+from benchmarks.training import names
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,7 +145,7 @@ def test_the_librarys_own_products_are_compared_as_well(tmp_path: Path) -> None:
         {"unit": "ceilings/rates", "variant": name, "value": 1e12} for name in ("copy", "bfloat16")
     ]
     with torch.no_grad():
-        case = layers.Case.make(layers.TINY_LAYERS[0], 2, 12, torch.float16, torch.device("cpu"))
+        case = layer_case.Case.make(layers.TINY_LAYERS[0], 2, 12, torch.float16, torch.device("cpu"))
         (right,) = kernels._library(context, case)
         assert right.matched and 0 < right.error < 2e-3 and right.ms is not None
         product = Tensor.__matmul__
@@ -160,9 +164,9 @@ def test_every_groups_function_is_there() -> None:
 
 
 def test_the_table_names_variants_as_their_suites_do() -> None:
-    assert (table.AUTO, table.ALL, table.ONCE) == (training.AUTO, training.ALL, training.ONCE)
-    assert (table.ADAMERGING, table.STEP_LIMIT) == (training.ADAMERGING, training.LIMIT_GRAPH)
-    assert (table.ENGINE, table.REMERGE) == (serving_baselines.ENGINE, serving_baselines.REMERGE)
+    assert (table.AUTO, table.ALL, table.ONCE) == (names.AUTO, names.ALL, names.ONCE)
+    assert (table.ADAMERGING, table.STEP_LIMIT) == (names.ADAMERGING, names.LIMIT_GRAPH)
+    assert (table.ENGINE, table.REMERGE) == (serving_names.ENGINE, serving_names.REMERGE)
 
 
 def row(unit: str, variant: str, ms: float | None, **more: Any) -> dict[str, Any]:

@@ -9,14 +9,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import limits, predictions, results
+from benchmarks import results
+from benchmarks.common import towers
+from benchmarks.limits import goals as predicted_goals
+from benchmarks.limits import layers as layer_tables
+from benchmarks.limits import page as whole_page
+from benchmarks.limits import predictions
 from pmkernels import costs, strategies
 
 H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
-VIT_B, VIT_L = limits.TOWERS
+VIT_B, VIT_L = towers.TOWERS
 
 
-def vit(tower: limits.Tower) -> torch.nn.Module:
+def vit(tower: towers.Tower) -> torch.nn.Module:
     transformer = pytest.importorskip("open_clip.transformer")
     with torch.device("meta"):
         return transformer.VisionTransformer(
@@ -31,26 +36,26 @@ def vit(tower: limits.Tower) -> torch.nn.Module:
 
 
 def test_the_committed_page_is_what_is_written_now(capsys: pytest.CaptureFixture[str]) -> None:
-    assert limits.main(["--check"]) == 0, "run python -m benchmarks.limits"
+    assert whole_page.main(["--check"]) == 0, "run python -m benchmarks.limits"
 
 
 def test_check_sees_a_change_and_a_missing_page(tmp_path: Path) -> None:
     out = tmp_path / "limits.md"
-    assert limits.main(["--check", "--out", str(out)]) == 1
+    assert whole_page.main(["--check", "--out", str(out)]) == 1
     assert not out.exists()
-    assert limits.main(["--out", str(out)]) == 0
-    assert limits.main(["--check", "--out", str(out)]) == 0
+    assert whole_page.main(["--out", str(out)]) == 0
+    assert whole_page.main(["--check", "--out", str(out)]) == 0
     out.write_text(out.read_text().replace("65.5", "65.4", 1))
     changed = out.read_text()
-    assert limits.main(["--check", "--out", str(out)]) == 1
+    assert whole_page.main(["--check", "--out", str(out)]) == 1
     assert out.read_text() == changed, "--check writes nothing"
 
 
-@pytest.mark.parametrize("tower", limits.TOWERS, ids=lambda tower: tower.name)
-def test_a_tower_is_what_open_clip_builds_and_torch_counts(tower: limits.Tower) -> None:
+@pytest.mark.parametrize("tower", towers.TOWERS, ids=lambda tower: tower.name)
+def test_a_tower_is_what_open_clip_builds_and_torch_counts(tower: towers.Tower) -> None:
     model = vit(tower)
     assert tower.parameters == sum(parameter.numel() for parameter in model.parameters())
-    images = torch.empty(limits.BATCH, 3, 224, 224, device="meta")
+    images = torch.empty(towers.BATCH, 3, 224, 224, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     for tasks in (1, 3):
@@ -60,12 +65,12 @@ def test_a_tower_is_what_open_clip_builds_and_torch_counts(tower: limits.Tower) 
 
 def test_bounds_of_the_design_page() -> None:
     """Section 3 of the design: GEMM and assembly of the in-projection of ViT-L/14, K = 8, on two GPUs."""
-    layer = limits.TOWERS[1].block_layers(32)[0]
+    layer = towers.TOWERS[1].block_layers(32)[0]
     for gpu, gemm, merge in ((H200, 65.5, 14.6), ("nvidia-rtx-a6000", 334, 82)):
         rates = predictions.rates_of(gpu)
         forward, whole = (costs.bound(operation, predictions.problem(layer, 8)) for operation in ("forward", "merge"))
-        assert forward.seconds(rates, limits.KIND) * 1e6 == pytest.approx(gemm, rel=0.01)
-        assert whole.seconds(rates, limits.KIND) * 1e6 == pytest.approx(merge, rel=0.01)
+        assert forward.seconds(rates, towers.KIND) * 1e6 == pytest.approx(gemm, rel=0.01)
+        assert whole.seconds(rates, towers.KIND) * 1e6 == pytest.approx(merge, rel=0.01)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "streamed"])
@@ -78,16 +83,16 @@ def test_predictions_are_those_that_choose_a_strategy(operation: str, strategy: 
             expected = strategies.predicted_seconds(
                 predictions.configuration_file(H200), predictions.rates_of(H200), operation, strategy, counted
             )
-            assert limits.predicted(operation, strategy, counted, H200) == pytest.approx(expected)
+            assert predictions.predicted(operation, strategy, counted, H200) == pytest.approx(expected)
 
 
 def test_a_step_adds_the_assembly_and_the_task_vectors_to_the_limit() -> None:
-    tower, tasks = limits.TOWERS[0], 8
-    rates, found = predictions.rates_of(H200), predictions.step(limits.TOWERS[0], tasks, H200)
+    tower, tasks = towers.TOWERS[0], 8
+    rates, found = predictions.rates_of(H200), predictions.step(towers.TOWERS[0], tasks, H200)
     extra = 0.0
     for product in predictions.products(tower, tasks):
         merge, gradient, plain = (
-            costs.bound(name, product.problem, cached=name == "forward").seconds(rates, limits.KIND)
+            costs.bound(name, product.problem, cached=name == "forward").seconds(rates, towers.KIND)
             for name in ("merge", "weight_grad", "forward")
         )
         extra += product.times * (merge + tasks * (gradient - plain))
@@ -99,7 +104,7 @@ def test_db_of_a_block_and_task_reads_151_megabytes() -> None:
     """dy of the four linear layers of ViT-L/14, 32 images of 257 tokens, in bfloat16."""
     by_hand = 8224 * (3072 + 1024 + 4096 + 1024) * 2
     assert by_hand == 151_584_768
-    assert limits.db_bytes(VIT_L) == by_hand
+    assert layer_tables.db_bytes(VIT_L) == by_hand
     step = list(predictions.step_kernels(VIT_L, 8, H200, "cached"))
     sums = [(times, kernel) for times, kernel in step if kernel.name == "column sums"]
     assert sum(times for times, _ in sums) == 8 * 24 * 4
@@ -107,8 +112,8 @@ def test_db_of_a_block_and_task_reads_151_megabytes() -> None:
     seconds = 8 * 24 * (by_hand / (0.8 * 4.3e12) + 4 * 2e-6) + 8 * 24 * 4 * 2e-6
     assert predictions.prediction(step, H200).parts["db"] == pytest.approx(seconds), "sums, and a cast of each"
     assert not any(kernel.name == "column sums" for _, kernel in predictions.limit_kernels(VIT_L, 8, H200))
-    assert "| **ViT-L/14, a block and task** |" in limits.page()
-    assert "**152** |" in limits.page().split("| **ViT-L/14, a block and task** |")[1].splitlines()[0]
+    assert "| **ViT-L/14, a block and task** |" in whole_page.page()
+    assert "**152** |" in whole_page.page().split("| **ViT-L/14, a block and task** |")[1].splitlines()[0]
 
 
 def test_partial_sums_of_a_step_are_written_and_read_again() -> None:
@@ -130,7 +135,7 @@ def test_a_prediction_is_the_sum_of_its_kernels(way: str) -> None:
     rates = predictions.rates_of(H200)
     kernels = list(predictions.step_kernels(VIT_B, 2, H200, way))
     found = predictions.prediction(kernels, H200)
-    assert found.seconds == pytest.approx(sum(times * kernel.seconds(rates, limits.KIND) for times, kernel in kernels))
+    assert found.seconds == pytest.approx(sum(times * kernel.seconds(rates, towers.KIND) for times, kernel in kernels))
     assert found.launches == sum(times * kernel.launches for times, kernel in kernels)
     assert predictions.step(VIT_B, 2, H200).predicted[way] == found
     assert found.counted_alone == pytest.approx(found.seconds - found.parts[predictions.REST])
@@ -187,18 +192,18 @@ def test_what_an_h100_takes_longer_is_bound_by_memory() -> None:
 
 
 def test_predictions_say_so_and_two_gpus_never_stand_in_one_table() -> None:
-    page = limits.page()
+    page = whole_page.page()
     titles = [title for title, _ in predictions.DEVICES.values()]
     assert titles[:2] == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
     rates, _, rest = page.partition("## Whole models: what is counted")
     assert "±25%" in rates
     for section in rest.split("\n## "):
         assert sum(title in section for title in titles) <= 1, section.splitlines()[0]
-    for gpu, title in zip(limits.GOAL_DEVICES, titles, strict=False):
+    for gpu, title in zip(predicted_goals.GOAL_DEVICES, titles, strict=False):
         goals = page.split(f"### {title}: the goals, predicted")[1].split("###")[0]
         assert "**predicted** from counted kernels for this GPU" in goals.replace("\n", " ")
         lines = [line for line in goals.splitlines() if line.startswith("| ")][1:]
-        assert len(lines) == len(limits.goal_lines(gpu)) == 17
+        assert len(lines) == len(predicted_goals.goal_lines(gpu)) == 17
         for line in lines:
             predicted = line.split(" | ")[2]
             assert predicted.startswith("*"), line
@@ -206,7 +211,7 @@ def test_predictions_say_so_and_two_gpus_never_stand_in_one_table() -> None:
 
 
 def test_a_goal_says_what_it_may_be_off() -> None:
-    (line,) = (line for line in limits.goal_lines(H200) if line[0] == "training step ViT-L/14 ÷ limit")
+    (line,) = (line for line in predicted_goals.goal_lines(H200) if line[0] == "training step ViT-L/14 ÷ limit")
     step = predictions.step(VIT_L, 8, H200)
     besides = step.ratio("cached") - 1
     expected = (step.ratio("cached"), 1 + 0.75 * besides, 1 + 1.25 * besides)
@@ -239,21 +244,21 @@ def line_of(page: str, title: str) -> list[str]:
 
 def test_measured_figures_are_the_newest_of_that_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    page = limits.page()
-    assert line_of(page, "NVIDIA H200").count(limits.NOT_MEASURED) == 2
+    page = whole_page.page()
+    assert line_of(page, "NVIDIA H200").count(layer_tables.NOT_MEASURED) == 2
     assert "No committed `budget-*.json` has this architecture." in page
     results.write(tmp_path / "b.json", kernels_report("2026-01-02", "NVIDIA H200", 0.2))
     results.write(tmp_path / "a.json", kernels_report("2026-01-03", "NVIDIA H200", 0.131))
     results.write(tmp_path / "c.json", {**kernels_report("2026-01-04", "NVIDIA H200", 0.01), "quick": True})
     results.write(tmp_path / "d.json", kernels_report("2026-01-05", "NVIDIA H100 PCIe", 0.02))
     results.write(tmp_path / "e.json", kernels_report("2026-01-06", "NVIDIA H200", 0.03, rank=64))
-    page = limits.page()
+    page = whole_page.page()
     cells = line_of(page, "NVIDIA H200")
     assert cells[2:4] == ["65.5", "operations"]
     assert "131 streamed, 2.00×" in cells
-    assert cells.count(limits.NOT_MEASURED) == 1, "nothing was measured with a cached weight"
-    assert line_of(page, "NVIDIA RTX A6000").count(limits.NOT_MEASURED) == 2
-    assert line_of(page, "NVIDIA H100 80GB HBM3").count(limits.NOT_MEASURED) == 2, "a PCIe card is another GPU"
+    assert cells.count(layer_tables.NOT_MEASURED) == 1, "nothing was measured with a cached weight"
+    assert line_of(page, "NVIDIA RTX A6000").count(layer_tables.NOT_MEASURED) == 2
+    assert line_of(page, "NVIDIA H100 80GB HBM3").count(layer_tables.NOT_MEASURED) == 2, "a PCIe card is another GPU"
     assert "Measured: [`a.json`](results/a.json).\n" in page
     assert page.count("Measured: nothing yet on this GPU.") == 2
 
@@ -266,13 +271,13 @@ def test_the_layer_grid_is_taken_from_either_place(place: str, tmp_path: Path, m
     grid = {"rank": 16, "rows": rows}
     suites = {"layers": grid} if place == "its own suite" else {"training": {"layers": grid}}
     results.write(tmp_path / "a.json", {**kernels_report("2026-01-02", "NVIDIA H200", 0.2), "suites": suites})
-    cells = line_of(limits.page(), "NVIDIA H200")
+    cells = line_of(whole_page.page(), "NVIDIA H200")
     assert "98.3 auto, 1.50×" in cells
     assert cells[-1] == "78.6 cached, 1.20×"
     other = {**grid, "rank": 64}
     suites = {"layers": other} if place == "its own suite" else {"training": {"layers": other}}
     results.write(tmp_path / "a.json", {**kernels_report("2026-01-02", "NVIDIA H200", 0.2), "suites": suites})
-    assert line_of(limits.page(), "NVIDIA H200").count(limits.NOT_MEASURED) == 2, "another rank"
+    assert line_of(whole_page.page(), "NVIDIA H200").count(layer_tables.NOT_MEASURED) == 2, "another rank"
 
 
 def test_a_committed_budget_is_shown_for_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +288,7 @@ def test_a_committed_budget_is_shown_for_its_architecture(tmp_path: Path, monkey
     other = {**row, "arch": "sm_90", "dtype": "float32"}
     report = {"date": "2026-01-02", "suite": "budget", "rows": [row, worse, other]}
     results.write(tmp_path / "budget-2026-01-02.json", report)
-    page = limits.page()
+    page = whole_page.page()
     assert "| linear_fwd | m128 n64 d64 w8 s2 | 128 | 10.0 | 3 | 25% |" in page
     assert page.count("### Compiled for sm_90") == 1, "two GPUs of one architecture"
     assert "budget-*.json" in page.split("### Compiled for sm_90")[1].split("### Compiled for sm_86")[0]

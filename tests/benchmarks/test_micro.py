@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import predictions
-from benchmarks.kernels import Layer
+from benchmarks.common import towers
+from benchmarks.common.towers import Layer
+from benchmarks.limits import predictions
 from benchmarks.micro import cases, conftest
 from benchmarks.micro.cases import Case, LogitsPoint, Point, TowerPoint
 from pmkernels import costs, dispatch, strategies
@@ -65,7 +66,7 @@ def points(function: Callable[..., None], dtype: torch.dtype, strategy: str, r: 
         "row_point": [Point(layer, rows, 3, r, dtype, strategy, CPU) for rows in (1, 15)],
         "weight_point": [Point(layer, 0, 3, r, dtype, strategy, CPU)],
         "logits_point": [LogitsPoint(6, 10, dtype, strategy, CPU)],
-        "tower_point": [TowerPoint(predictions.Tower("tiny", 4, 2, 5, 2, 8), 3, dtype, strategy, CPU)],
+        "tower_point": [TowerPoint(towers.TINY, 3, dtype, strategy, CPU)],
     }[fixture]
 
 

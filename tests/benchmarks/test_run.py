@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 import pmkernels
-from benchmarks import digits, kernels, layers, results, run, tables
+from benchmarks import results, run, tables
+from benchmarks.common.rows import LayerRow
+from benchmarks.common.timing import Times
+from benchmarks.suites import digits, kernels, layers
 from pareto_merging.data import digits as suite
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.comparison import summarize
@@ -188,7 +191,8 @@ def test_tables_say_what_was_never_measured_and_take_the_newest(
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = "before\n<!-- results:kernels -->\nold\n<!-- end -->\nafter\n"
     assert "Times on a GPU: **not measured** yet" in tables.updated(text)
-    row = kernels.Row("forward", "layer", "bfloat16", "fused", 8, 0.0, 0.0, True, 0.5, 0.4, 0.6, 0.25)
+    row = LayerRow(op="forward", layer="layer", dtype="bfloat16", variant="fused", rows=8, bound_ms=0.25)
+    row.note_times(Times(0.5, 0.4, 0.6))
     for date, gpu in (("2026-01-02", "some-gpu"), ("2026-01-03", "another-gpu")):
         suite = {"tasks": 8, "rank": 16, "ceilings": {"copy": 1e12, "bfloat16": 1e14}, "rows": [asdict(row)]}
         report = {"date": date, "command": "c", "suites": {"kernels": suite}, "environment": {"gpu": gpu, "torch": "2"}}

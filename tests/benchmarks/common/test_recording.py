@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.recording import decode, encode
+from benchmarks.common.launches import decode, encode
+from benchmarks.common.recording import Launches
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -127,7 +128,7 @@ def test_what_decides_the_code() -> None:
     for value in (None, True, False, 1.5, "ieee", 3, tl.float32, tl.bfloat16, tl.float16):
         assert decode(encode(value)) == value
     with pytest.raises(ValueError, match="cpu tensor"):
-        encode(torch.zeros(3))
+        Launches().note(None, [torch.zeros(3)], {})
     with pytest.raises(TypeError, match="got list"):
         encode([1])
     for aligned in (True, False):

@@ -7,70 +7,43 @@ all other weights are shared with the folded tower, not copied.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
-import inspect
-import math
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import pmkernels
-from benchmarks.layers import free_memory
-from pareto_merging import ParetoAttention, fold, merge, save_folded
-from pareto_merging.checkpoints import encoders
-from pareto_merging.model.layer import ParetoModule, pareto_modules
-from pareto_merging.model.parametrize import parametrize
+from benchmarks.common.towers import RANK
+from benchmarks.serving.folded import Case, Projection, Request, linear, tower
+from benchmarks.serving.memory import tensor_bytes, unused_memory
+from benchmarks.serving.names import (
+    COPIES,
+    ENGINE,
+    ENGINE_AGAIN,
+    ENGINE_DEVICE,
+    GRAPH,
+    LIMIT,
+    LIMIT_LINEAR,
+    LOOP,
+    PEFT,
+    REMERGE,
+)
+from pareto_merging import merge
+from pareto_merging.model.layer import pareto_modules
 from pareto_merging.serving import Engine
 from pmkernels import reference
 from pmkernels.graphs import capture, warm_up
 
-TASKS, RANK = 8, 16
-# sets of preferences that calls take in turn, so that none comes twice in a row
-SETS = 4
 # of memory that is free, what merged copies may take
 SHARE_OF_MEMORY = 0.8
-
-LIMIT = "limit: plain merged model"
-LIMIT_LINEAR = "limit: plain merged model, linear layers"
-ENGINE = "engine"
-ENGINE_AGAIN = "engine, the same preference again"
-ENGINE_DEVICE = "engine, preferences on the device"
-REMERGE = "merge again for each request"
-COPIES = "batched product over merged copies"
-LOOP = "loop over distinct preferences"
-PEFT = "PEFT's mixed batch"
-GRAPH = ", CUDA graph"
 
 
 class Unavailable(Exception):
     """A variant that cannot be measured here, which is not a fault of it; the message says why."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What comes with a batch: the P distinct preferences [P, K], and the one of each item [n, K], float32.
-
-    Both are on the host, where requests arrive, and on the device, where most variants want them.
-    """
-
-    distinct: Tensor
-    each: Tensor
-    distinct_on_device: Tensor
-    each_on_device: Tensor
-
-    @classmethod
-    def make(cls, distinct: Tensor, items: int, device: torch.device) -> Request:
-        """Item i of ``items`` has preference i mod P of ``distinct`` [P, K]."""
-        each = distinct[torch.arange(items) % len(distinct)]
-        return cls(distinct, each, distinct.to(device), each.to(device))
 
 
 @dataclass
@@ -92,122 +65,6 @@ class Variant:
     def weight_bytes(self) -> int:
         """Bytes of the weights it keeps now."""
         return tensor_bytes(*self.holds) if self.weights is None else self.weights()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One folded tower on a device, in the type it is served in, and its folded file."""
-
-    name: str
-    folded: nn.Module
-    file: Path
-    dtype: torch.dtype
-    device: torch.device
-
-
-def build_case(
-    name: str, encoder: Mapping[str, Any], folder: Path, dtype: torch.dtype, device: torch.device, share: float = 0.3
-) -> Case:
-    """A random tower, folded, with low-rank terms of about ``share`` of each projection's norm for one task alone.
-
-    λ is folded, so nothing is left of the K fine-tuned copies, and none is made.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        plain = encoders.build(encoder)
-        for parameter in plain.parameters():
-            if not bool(parameter.any()):
-                # a bias that is zero hides that it is missing
-                nn.init.normal_(parameter, std=0.05)
-    # there at once: eight differences of a large model take long on a CPU
-    plain = plain.to(device, dtype)
-    weights = plain.state_dict()
-    copies = {f"task_{k + 1}": weights for k in range(TASKS)}
-    folded = fold(parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False)).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, module in pareto_modules(folded):
-            for attribute in module.pareto_names:
-                part = Projection.of(module, attribute)
-                part.G.copy_(torch.randn(part.G.shape, generator=generator))
-                term = part.A @ part.G[:, :, 0] @ part.B.t()
-                part.G.mul_(share * part.weight.float().norm() / term.norm())
-    file = folder / f"{name.lower().replace('/', '-').replace(' ', '-')}.safetensors"
-    save_folded(folded, file, encoder=encoder)
-    return Case(name, folded, file, dtype, device)
-
-
-def preferences(count: int) -> Tensor:
-    """Sets of ``count`` preferences drawn uniformly from the simplex, float32 [SETS, count, K]."""
-    drawn = torch.empty(SETS, count, TASKS).exponential_(generator=torch.Generator().manual_seed(2))
-    return drawn / drawn.sum(dim=-1, keepdim=True)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The parts of a folded projection: weight [N, D], bias [N], and A [N, R], G [R, R, K], B [D, R] in float32."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    G: Tensor
-    B: Tensor
-
-    @classmethod
-    def of(cls, module: ParetoModule, name: str) -> Projection:
-        """Parameter ``name`` of a folded layer."""
-        bias = module._parameters[name.replace("weight", "bias")]
-        stored = module.pareto_parameter(name)
-        term = stored.low_rank()
-        assert term is not None
-        return cls(stored.weight.detach(), None if bias is None else bias.detach(), *(t.detach() for t in term))
-
-    def merged(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-        """W(γ) [N, D] in the type of the weight."""
-        return pmkernels.merge_weight(self.weight, A=self.A, G=self.G, B=self.B, gamma=gamma, out=out)
-
-
-class LinearAttention(nn.Module):
-    """Self-attention of two projections, called as open_clip calls nn.MultiheadAttention."""
-
-    def __init__(self, in_proj: nn.Module, out_proj: nn.Module, heads: int) -> None:
-        super().__init__()
-        self.in_proj, self.out_proj, self.heads = in_proj, out_proj, heads
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """[n, tokens, E] -> [n, tokens, E]; key and value are the query."""
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.in_proj(query).chunk(3, dim=-1)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
-
-
-def tower(folded: nn.Module, make: Callable[[Projection], nn.Module]) -> nn.Module:
-    """The folded tower with what ``make`` makes of each projection in its place; other weights are shared."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in folded.state_dict(keep_vars=True).values()}
-    built = copy.deepcopy(folded, memo)
-    # its preference is nobody's here
-    built.__dict__.pop("pareto", None)
-    for parent in list(built.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ParetoAttention):
-                out = child.out_proj
-                assert isinstance(out, ParetoModule)
-                in_proj, out_proj = Projection.of(child, "in_proj_weight"), Projection.of(out, "weight")
-                setattr(parent, name, LinearAttention(make(in_proj), make(out_proj), child.num_heads))
-    return built.eval()
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """nn.Linear of these very tensors."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
 
 
 def plain_model(case: Case, request: Request) -> Variant:
@@ -323,7 +180,7 @@ def merged_copies(case: Case, request: Request) -> Variant:
     projections = [
         Projection.of(module, name).weight for _, module in pareto_modules(case.folded) for name in module.pareto_names
     ]
-    needed, free = count * tensor_bytes(projections), _free_memory(case.device)
+    needed, free = count * tensor_bytes(projections), unused_memory(case.device)
     if needed > SHARE_OF_MEMORY * free:
         raise Unavailable(f"{count} merged copies take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free")
     model = tower(case.folded, lambda part: Copies(part, request.distinct_on_device))
@@ -333,17 +190,6 @@ def merged_copies(case: Case, request: Request) -> Variant:
         return _in_order(model(grouped).chunk(count))
 
     return Variant(COPIES, run, (model,), set_up=True)
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that tensors can still take on the device."""
-    if device.type == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return math.inf
-    return free_memory(device)
 
 
 @dataclass
@@ -473,38 +319,3 @@ def graphed(of: Variant, images: Tensor, request: Request) -> Variant:
         return found
 
     return replace(of, name=f"{of.name}{GRAPH}", run=run)
-
-
-def tensor_bytes(*objects: Any) -> int:
-    """Bytes of all tensors that are reached from ``objects``, memory that several of them share counted once."""
-    storages = {}
-    for tensor in _tensors(list(objects)):
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), tensor.device] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
-    seen: dict[int, Any] = {}
-    while waiting:
-        found = waiting.pop()
-        if id(found) in seen or isinstance(found, type | types.ModuleType | str | bytes | int | float):
-            continue
-        # kept, so that no other object gets its address
-        seen[id(found)] = found
-        if isinstance(found, Tensor):
-            yield found
-        elif isinstance(found, Mapping):
-            waiting += list(found.values())
-        elif isinstance(found, list | tuple | set | frozenset):
-            waiting += list(found)
-        elif isinstance(found, functools.partial):
-            waiting += [found.func, found.args, found.keywords]
-        elif isinstance(found, types.MethodType):
-            waiting.append(found.__self__)
-        elif isinstance(found, types.FunctionType):
-            waiting += list(inspect.getclosurevars(found).nonlocals.values())
-        else:
-            waiting.append(getattr(found, "__dict__", {}))
-            waiting += [getattr(found, name, None) for name in getattr(type(found), "__slots__", ())]

@@ -9,10 +9,8 @@ in the same run.
 from __future__ import annotations
 
 import functools
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,26 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pmkernels
+from benchmarks.common.ceilings import ceilings
+from benchmarks.common.errors import relative_error
+from benchmarks.common.layer_case import LIMIT, Variant
+from benchmarks.common.rows import Json, LayerRow, dtype_name
 from benchmarks.common.suites import Save, nowhere
+from benchmarks.common.timing import timed
+from benchmarks.common.towers import RANK, TASKS, TINY_LAYERS, Layer
 from pmkernels import ops, reference
 from pmkernels.graphs import capture, warm_up
-
-TASKS, RANK = 8, 16
-LIMIT = "limit: merged beforehand"
-# of the error of plain PyTorch in the same precision
-TOLERANCE = 2.0
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One projection: out and in features, and the rows of its input as items times tokens."""
-
-    name: str
-    n: int
-    d: int
-    items: int
-    tokens: int
-
 
 LAYERS = (
     Layer("ViT-B/32 in-projection", 2304, 768, 32, 50),
@@ -50,71 +37,7 @@ LAYERS = (
     Layer("ViT-L/14 in-projection, one image", 3072, 1024, 1, 257),
 )
 LOGITS = ((256, 10), (256, 1000), (8192, 1000), (1024, 50257))
-TINY_LAYERS = (Layer("tiny", 40, 24, 3, 5),)
 TINY_LOGITS = ((6, 10),)
-
-
-@dataclass
-class Row:
-    """One variant of one operation: milliseconds (median, 20th and 80th percentile), or why there are none."""
-
-    op: str
-    layer: str
-    dtype: str
-    variant: str
-    rows: int
-    error: float
-    plain_error: float
-    matched: bool
-    ms: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    bound_ms: float | None = None
-
-
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
-    """Milliseconds: median, 20th and 80th percentile."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        median, low, high = do_bench(function, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-        return median, low, high
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - start) * 1e3)
-    times.sort()
-    return times[1], times[0], times[2]
-
-
-def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
-    """Bytes per second of a large copy and operations per second of a large product in each type, on random data."""
-    size = 256 if quick else 8192
-    source = torch.randn(2**10 if quick else 2**29, device=device)
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() * 4 / (timed(functools.partial(target.copy_, source), device)[0] * 1e-3)}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        ms = timed(functools.partial(torch.matmul, a, b), device)[0]
-        found[_name(dtype)] = 2 * size**3 / (ms * 1e-3)
-    return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest ‖found − truth‖ / ‖truth‖ of several tensors; 1e30 where it is not finite (JSON has no NaN)."""
-    worst = 0.0
-    for a, b in zip(found, truth, strict=True):
-        error = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
-        worst = max(worst, error if math.isfinite(error) else 1e30)
-    return worst
-
-
-Variant = Callable[[], Sequence[Tensor]]
 
 
 def measure(
@@ -127,22 +50,22 @@ def measure(
     device: torch.device,
     *,
     bound: tuple[float, float],
-    rates: dict[str, float],
+    rates: Json,
     exempt: Sequence[str] = (LIMIT,),
-) -> Iterator[Row]:
+) -> Iterator[LayerRow]:
     """A row per variant. Errors are judged against ``plain``, PyTorch's own in this precision; ``exempt``: not judged.
 
     ``bound``: operations and bytes that cannot be avoided.
     """
     plain = relative_error(variants["PyTorch"](), truth)
-    bound_ms = 1e3 * max(bound[0] / rates[_name(dtype)], bound[1] / rates["copy"])
+    bound_ms = 1e3 * max(bound[0] / rates[dtype_name(dtype)], bound[1] / rates["copy"])
     for name, variant in variants.items():
         found = variant()
         error = relative_error(found, truth) if len(found) == len(truth) else 0.0
-        matched = name in exempt or error <= TOLERANCE * plain + 1e-6
-        row = Row(op, layer, _name(dtype), name, rows, error, plain, matched, bound_ms=bound_ms)
-        if matched:
-            row.ms, row.p20, row.p80 = timed(variant, device)
+        row = LayerRow(op=op, layer=layer, dtype=dtype_name(dtype), variant=name, rows=rows, bound_ms=bound_ms)
+        row.judge(0.0 if name in exempt else error, plain)
+        if row.matched:
+            row.note_times(timed(variant, device, warmup=25, repetitions=100, graph=False))
         yield row
 
 
@@ -179,7 +102,7 @@ def _gradients(
     return list(torch.autograd.grad(y, [wanted[name] for name in names], dy.to(y.dtype)))
 
 
-def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
+def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
     """Forward, dx, the weight gradient, the low-rank gradient with a frozen λ, and the merge, at one preference."""
     values = _arguments(layer, dtype, device, per_item=False)
     x, weight, rows = values["x"], values["weight"], layer.items * layer.tokens
@@ -330,7 +253,7 @@ def _beside(
     out: Tensor,
     bound: tuple[float, float],
     common: dict[str, Any],
-) -> Iterator[Row]:
+) -> Iterator[LayerRow]:
     """Whether merging the next layer hides behind this layer's product: what running ahead could gain at most."""
     x, bias, side = values["x"], values["bias"], torch.cuda.Stream()
     merge = functools.partial(pmkernels.merge_weight, **parts, out=out, strategy="fused")
@@ -380,7 +303,7 @@ def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
     return F.linear(x, reference.merge_weight(**parts), bias)
 
 
-def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
+def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
     """One preference per item of the batch, λ folded: what a server does."""
     values = _arguments(layer, dtype, device, per_item=True)
     del values["task_vectors"], values["lam"]
@@ -427,9 +350,7 @@ def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates:
     )
 
 
-def entropy_rows(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rates: dict[str, float]
-) -> Iterator[Row]:
+def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
     """softmax_entropy, forward and backward."""
     logits = (3 * torch.randn(*shape, device=device)).to(dtype)
     grad = torch.randn(shape[0], device=device)
@@ -474,13 +395,13 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     return report
 
 
-def _rows(quick: bool, device: torch.device, rates: dict[str, float]) -> Iterator[Row]:
-    layers, logits = (TINY_LAYERS, TINY_LOGITS) if quick else (LAYERS, LOGITS)
+def _rows(quick: bool, device: torch.device, rates: Json) -> Iterator[LayerRow]:
+    layers, logits = (TINY_LAYERS[:1], TINY_LOGITS) if quick else (LAYERS, LOGITS)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     # the interpreter cuts bfloat16 off where a GPU rounds
     for dtype in dtypes if device.type == "cuda" else dtypes[1:]:
         for layer in layers if dtype == torch.bfloat16 else layers[2:3] or layers:
-            print(f"{layer.name}, {_name(dtype)}", flush=True)
+            print(f"{layer.name}, {dtype_name(dtype)}", flush=True)
             yield from layer_rows(layer, dtype, device, rates)
             if layer.items > 1:
                 yield from per_item_rows(layer, dtype, device, rates)

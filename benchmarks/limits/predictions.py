@@ -10,48 +10,17 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.kernels import RANK, Layer
-from pmkernels import configs, costs, strategies
+from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
+from pmkernels import configs, costs, dispatch, strategies
 from pmkernels.costs import Bound, Pass, Problem, Rates
 
-KIND = "16-bit"
 TASKS = (2, 4, 8)
-BATCH = 32
 # name of a configuration file -> title, architecture
 DEVICES = {
     "nvidia-h200": ("NVIDIA H200", "sm_90"),
     "nvidia-h100-80gb-hbm3": ("NVIDIA H100 80GB HBM3", "sm_90"),
     "nvidia-rtx-a6000": ("NVIDIA RTX A6000", "sm_86"),
 }
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision transformer: MLPs of four widths, ``tokens`` with the class token, patches of ``patch``² pixels."""
-
-    name: str
-    width: int
-    blocks: int
-    tokens: int
-    patch: int
-    output: int
-
-    def block_layers(self, items: int) -> tuple[Layer, ...]:
-        """The four projections of a block, for that many images."""
-        shapes = (("in-projection", 3, 1), ("out-projection", 1, 1), ("MLP fc", 4, 1), ("MLP proj", 1, 4))
-        width = self.width
-        return tuple(Layer(f"{self.name} {name}", n * width, d * width, items, self.tokens) for name, n, d in shapes)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole tower: products, biases, normalisations and embeddings."""
-        width = self.width
-        ends = width * (3 * self.patch**2 + 1 + self.tokens + 4 + self.output)
-        return self.blocks * (12 * width**2 + 13 * width) + ends
-
-
-TOWERS = (Tower("ViT-B/32", 768, 12, 50, 32, 512), Tower("ViT-L/14", 1024, 24, 257, 14, 768))
-LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))
 GROUPS: dict[str, tuple[Layer, ...]] = {
     **{f"{tower.name}, {BATCH} images": tower.block_layers(BATCH) for tower in TOWERS},
     "One image": tuple(layer for tower in TOWERS for layer in tower.block_layers(1)),
@@ -59,29 +28,23 @@ GROUPS: dict[str, tuple[Layer, ...]] = {
 }
 
 
-def has_low_rank(layer: str) -> bool:
-    """Whether A·C(γ)·Bᵀ is part of the layer: attention's projections; the language model's is taken as one."""
-    return "MLP" not in layer
-
-
 def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = False) -> Problem:
     """``layer`` as :mod:`pmkernels.costs` counts it."""
-    rank = RANK if has_low_rank(layer.name) else 0
-    return Problem(layer.items * layer.tokens, layer.n, layer.d, tasks, rank, KIND, per_row, bias)
+    return Problem(layer.rows, layer.n, layer.d, tasks, layer.rank, KIND, per_row, bias)
 
 
 @functools.cache
 def configuration_file(gpu: str) -> str:
     """The configuration file that a GPU of that name would take: its own, its architecture's, or the default one."""
     arch = DEVICES[gpu][1] if gpu in DEVICES else ""
-    files = configs.config_files()
+    files = dispatch.in_force().files
     return next((name for name in (gpu, arch) if name in files), "default")
 
 
 @functools.cache
 def rates_of(gpu: str) -> Rates:
     """The rates of a GPU of :data:`pmkernels.costs.GPUS`, measured ones where its configuration file has them."""
-    return replace(costs.GPUS[gpu], **configs.read_rates(configs.config_files()[configuration_file(gpu)]))
+    return replace(costs.GPUS[gpu], **configs.read_rates(dispatch.in_force().files[configuration_file(gpu)]))
 
 
 def predicted(
@@ -109,7 +72,6 @@ def choice(operation: str, counted: Problem, gpu: str) -> str:
 
 # a kernel and how often it is launched
 Kernels = Iterable[tuple[int, Pass]]
-
 # part of a step or of a forward -> the kernels of pmkernels.costs, and of this module, that it consists of
 PARTS = {
     "products": ("product", "dW from rows", "fused", "sum"),

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.checkpoints``: full-size models of every format, from their files and back."""

@@ -1,0 +1,245 @@
+"""Checkpoints by the code that writes the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pareto_merging.checkpoints.convert import convert_checkpoint
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Every parameter random, biases and norms too, at a scale at which activations stay near 1."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 0:
+                # the logit scale
+                continue
+            if parameter.ndim == 1:
+                parameter.copy_(0.1 * noise + ("norm" in name or "ln_" in name) * name.endswith("weight"))
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return module.eval()
+
+
+def copies(parts: Sequence[Any], tasks: int) -> Iterator[str]:
+    """``pretrained``, then ``t1`` … with small noise on the parameters of ``parts``, which are changed in place."""
+    yield "pretrained"
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for k in range(1, tasks + 1):
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for parameter, its in zip(parameters, before, strict=True):
+                bound = 0.1 * float(its.norm(dtype=torch.float32)) / its.numel() ** 0.5
+                noise = torch.empty(its.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(noise.add_(its))
+        yield f"t{k}"
+
+
+def hugging_face_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' CLIPConfig of an open_clip model, with QuickGELU as OpenAI's."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    shared = {"projection_dim": config["embed_dim"], "hidden_act": "quick_gelu"}
+    return {
+        "projection_dim": config["embed_dim"],
+        "vision_config": {
+            **shared,
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // 64,
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+        },
+        "text_config": {
+            **shared,
+            "vocab_size": text["vocab_size"],
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": text["context_length"],
+            "bos_token_id": text["vocab_size"] - 2,
+            "eos_token_id": text["vocab_size"] - 1,
+        },
+    }
+
+
+def write_hugging_face(
+    config: Mapping[str, Any], folder: Path, tasks: int, *, shard: str = "50GB", bin: bool = False, vision: bool = False
+) -> list[Path]:
+    """Folders as transformers writes them: a whole CLIPModel each.
+
+    ``shard``: the largest file. ``bin``: pytorch_model.bin, as version 4. ``vision``: the fine-tuned ones a
+    CLIPVisionModel.
+    """
+    import transformers
+
+    size = config["vision_cfg"]["image_size"]
+    model: Any = randomize(transformers.CLIPModel(transformers.CLIPConfig(**hugging_face_config(config))))
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    parts = [model.vision_model] if vision else [model.vision_model, model.visual_projection]
+    paths = []
+    for name in copies(parts, tasks):
+        path = folder / name
+        written = model
+        if vision and name != "pretrained":
+            with torch.device("meta"):
+                written = transformers.CLIPVisionModel(model.config.vision_config)
+            state = {key.removeprefix("vision_model."): value for key, value in model.vision_model.state_dict().items()}
+            written.load_state_dict(state, assign=True, strict=False)
+        if bin:
+            # transformers 5 itself writes safetensors alone
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(path)
+            torch.save(model.state_dict(), path / "pytorch_model.bin")
+        else:
+            written.save_pretrained(path, max_shard_size=shard)
+        images.save_pretrained(path)
+        paths.append(path)
+    return paths
+
+
+Save = Callable[[nn.Module, Path, Mapping[str, Any]], Path]
+
+
+def write_open_clip(
+    config: Mapping[str, Any], folder: Path, tasks: int, *, save: Save, quick_gelu: bool = False
+) -> list[Path]:
+    """open_clip's whole CLIP, K + 1 times, as ``save(model, path without a suffix, config)`` writes it."""
+    import open_clip
+
+    model = randomize(open_clip.CLIP(**config, quick_gelu=quick_gelu))
+    return [save(model, folder / name, config) for name in copies([model.visual], tasks)]
+
+
+def save_pt(model: nn.Module, path: Path, config: Mapping[str, Any], *, legacy: bool = False) -> Path:
+    """A state dict by torch.save; ``legacy``: in its format before 1.6."""
+    path = path.with_suffix(".pt")
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def save_safetensors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+    """A state dict as open_clip's training and hub scripts write it."""
+    from safetensors.torch import save_file
+
+    path = path.with_suffix(".safetensors")
+    save_file(model.state_dict(), path)
+    return path
+
+
+def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+    """What ``local-dir:`` and the hub have of an open_clip model."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.push_to_hf_hub import save_config_for_hf
+
+    path.mkdir(parents=True)
+    visual: Any = model.visual
+    visual.image_mean, visual.image_std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    visual.preprocess_cfg = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    save_config_for_hf(model, path / "open_clip_config.json", dict(config))
+    save_safetensors(model, path / "open_clip_model", config)
+    return path
+
+
+def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+    """As OpenAI published theirs: a traced CLIP, float16 but for norms and embeddings, its sizes as tensors in it."""
+    from open_clip.model import convert_weights_to_lp
+
+    size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
+    sizes = {"input_resolution": size, "context_length": context, "vocab_size": config["text_cfg"]["vocab_size"]}
+    if "input_resolution" not in dict(model.named_buffers()):
+        convert_weights_to_lp(model, torch.float16)
+        mask = model.attn_mask
+        # no part of OpenAI's state dict
+        del model.attn_mask, model.context_length, model.vocab_size
+        model.attn_mask = mask
+        for name, value in sizes.items():
+            model.register_buffer(name, torch.tensor(value))
+    images, tokens = torch.randn(1, 3, size, size).half(), torch.ones(1, context, dtype=torch.long)
+    inputs = {"forward": (images, tokens), "encode_image": (images,), "encode_text": (tokens,)}
+    path = path.with_suffix(".pt")
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace_module(model, inputs, check_trace=False), str(path))
+    return path
+
+
+class ImageEncoder(nn.Module):
+    """src/modeling.py of github.com/mlfoundations/task_vectors: what their checkpoints are pickles of."""
+
+    __module__ = "src.modeling"
+
+    def __init__(self, model: nn.Module, train_preprocess: Any, val_preprocess: Any) -> None:
+        super().__init__()
+        self.model, self.train_preprocess, self.val_preprocess = model, train_preprocess, val_preprocess
+        self.cache_dir = None
+        if hasattr(self.model, "transformer"):
+            delattr(self.model, "transformer")
+
+
+@contextlib.contextmanager
+def task_vectors_code() -> Iterator[None]:
+    """While it lasts, :class:`ImageEncoder` can be pickled as ``src.modeling``'s."""
+    module: Any = types.ModuleType("src.modeling")
+    module.ImageEncoder = ImageEncoder
+    sys.modules |= {"src": types.ModuleType("src"), "src.modeling": module}
+    try:
+        yield
+    finally:
+        del sys.modules["src"], sys.modules["src.modeling"]
+
+
+def save_task_vectors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+    """A pickle of a whole ImageEncoder, without the blocks of its text tower, around today's open_clip."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    settings = PreprocessCfg(size=config["vision_cfg"]["image_size"])
+    train, evaluate = (image_transform_v2(settings, is_train=is_train) for is_train in (True, False))
+    path = path.with_suffix(".pt")
+    with task_vectors_code():
+        torch.save(ImageEncoder(model, train, evaluate), path)
+    return path
+
+
+def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+    """What ``pareto-merging convert`` makes of an open_clip .pt."""
+    source, target = save_pt(model, path, config), path.with_suffix(".safetensors")
+    convert_checkpoint(source, target, progress=False)
+    source.unlink()
+    return target
+
+
+@dataclass(frozen=True)
+class Format:
+    """How checkpoints of a format are written, and whether the pretrained one has a text tower to export."""
+
+    write: Callable[[Mapping[str, Any], Path, int], list[Path]]
+    text_tower: bool = True
+
+
+FORMATS: dict[str, Format] = {
+    "huggingface": Format(write_hugging_face),
+    "huggingface-sharded": Format(partial(write_hugging_face, shard="200MB")),
+    "huggingface-bin": Format(partial(write_hugging_face, bin=True)),
+    "huggingface-vision": Format(partial(write_hugging_face, vision=True)),
+    "open_clip-pt": Format(partial(write_open_clip, save=save_pt)),
+    "open_clip-legacy": Format(partial(write_open_clip, save=partial(save_pt, legacy=True))),
+    "open_clip-safetensors": Format(partial(write_open_clip, save=save_safetensors)),
+    "open_clip-folder": Format(partial(write_open_clip, save=save_folder)),
+    "torchscript": Format(partial(write_open_clip, save=save_torchscript, quick_gelu=True)),
+    "task-vectors": Format(partial(write_open_clip, save=save_task_vectors, quick_gelu=True), text_tower=False),
+    "converted": Format(partial(write_open_clip, save=save_converted), text_tower=False),
+}

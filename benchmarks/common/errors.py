@@ -1,0 +1,73 @@
+"""How far results are from the truth, and how far they may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.session import FAILED
+
+# of the error of plain PyTorch in the same precision
+TOLERANCE = 2.0
+
+
+def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest ‖found − truth‖ / ‖truth‖ of several tensors; 1e30 where it is not finite (JSON has no NaN)."""
+    worst = 0.0
+    for a, b in zip(found, truth, strict=True):
+        error = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+        worst = max(worst, error if math.isfinite(error) else 1e30)
+    return worst
+
+
+LINE_TOLERANCE = 2 * TOLERANCE
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors: the largest of several results, and the largest of a row or column of one of them."""
+
+    whole: float
+    line: float
+
+    @classmethod
+    def of(cls, found: Sequence[Tensor], truth: Sequence[Tensor]) -> Errors:
+        """Rows and columns are compared with the mean size of all: one wrong tile must not hide in a large result."""
+        worst = 0.0
+        for a, b in zip(found, truth, strict=True):
+            if b.ndim != 2:
+                continue
+            size = float(b.norm()) / math.sqrt(b.numel())
+            for dim in (0, 1):
+                lines = (a.double() - b).norm(dim=dim) / math.sqrt(b.shape[dim])
+                error = float(lines.max()) / max(size, 1e-30)
+                worst = max(worst, error if math.isfinite(error) else FAILED)
+        return cls(relative_error(found, truth), worst)
+
+
+def item_error(found: Tensor, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖ of the worst item of [n, dim]; 1e30 where it is not finite."""
+    errors = (found.double() - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-30)
+    return float(errors.nan_to_num(FAILED, FAILED).max().clamp(max=FAILED))
+
+
+Gradient = dict[str, Tensor]
+
+
+def group_errors(found: Gradient, truth: Gradient) -> dict[str, float]:
+    """The relative error of the gradient of all λ together, of all A, all G and all B."""
+    if set(found) != set(truth):
+        return {"": FAILED}
+    groups: dict[str, list[str]] = {}
+    for name in truth:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return {
+        group: relative_error(
+            [torch.cat([found[name].reshape(-1) for name in names])], [torch.cat([truth[n].reshape(-1) for n in names])]
+        )
+        for group, names in groups.items()
+    }

@@ -1,0 +1,121 @@
+"""One layer with K task vectors: its inputs, the variants of each operation, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pmkernels
+from benchmarks.common.errors import relative_error
+from benchmarks.common.inputs import Source, make_activations, make_weights
+from benchmarks.common.towers import Layer
+from pmkernels import ops, reference
+
+LIMIT = "limit: merged beforehand"
+# operation of pmkernels.costs -> as results files call it
+NAMES = {"forward": "forward", "dx": "dx", "weight_grad": "weight gradient", "merge": "merge"}
+# operation as results files call it -> as pmkernels.costs does
+OPERATIONS = {name: key for key, name in NAMES.items() if key != "merge"}
+CHOICES = ("fused", "streamed")
+Variant = Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer with K task vectors: inputs for the most rows, and W(γ) in the model's type and in float64."""
+
+    layer: Layer
+    tasks: int
+    x: Tensor
+    dy: Tensor
+    parts: dict[str, Tensor]
+    bias: Tensor
+    merged: Tensor
+    exact: Tensor
+
+    @classmethod
+    def make(cls, layer: Layer, tasks: int, rows: int, dtype: torch.dtype, device: torch.device) -> Case:
+        """Make random inputs; no gradient is a sum that cancels."""
+        source = Source(device)
+        parts = make_weights(layer, tasks, layer.rank, dtype, source)
+        x, dy = make_activations(rows, layer, source, parts["task_vectors"])
+        exact = parts["weight"].double()
+        for scale, task_vector in zip(parts["lam"].double(), parts["task_vectors"], strict=True):
+            exact += scale * task_vector.double()
+        if "A" in parts:
+            core = reference.preference_core(parts["G"].double(), parts["gamma"].double())
+            exact += parts["A"].double() @ core @ parts["B"].double().t()
+        bias = source.normal(layer.n, dtype=dtype)
+        return cls(layer, tasks, x, dy, parts, bias, reference.merge_weight(**parts), exact)
+
+    def reduced(self, d_weight: Tensor) -> list[Tensor]:
+        """dλ, and dA, dG, dB where there is a low-rank term, of a dW in memory."""
+        dtype, parts = d_weight.dtype, self.parts
+        found = [torch.stack([(tau.to(dtype) * d_weight).sum() for tau in parts["task_vectors"]])]
+        if "A" in parts:
+            A, G, B, gamma = (parts[name].to(dtype) for name in ("A", "G", "B", "gamma"))
+            core = reference.preference_core(G, gamma)
+            P = d_weight @ B
+            found += [P @ core.t(), (A.t() @ P)[:, :, None] * gamma, d_weight.t() @ A @ core]
+        return found
+
+
+def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
+    """What is measured of an operation, by name; the limit of the weight gradient is dW alone."""
+    x, dy, merged, bias = case.x[:rows], case.dy[:rows], case.merged, case.bias
+
+    def forward(strategy: str, cached: Tensor | None = None) -> Variant:
+        return lambda: [pmkernels.pareto_linear(x, **case.parts, bias=bias, cached=cached, strategy=strategy)]
+
+    def backward(strategy: str, cached: Tensor | None = None) -> Variant:
+        values = {**case.parts, "x": x, "bias": bias, "cached": cached}
+        inputs = [values.get(name) for name in ops.LINEAR_INPUTS]
+        low_rank = "A" in case.parts
+        # of x, lam, A, G, B, gamma and bias
+        needs = [True, *[False] * 6] if op == "dx" else [False, True, low_rank, low_rank, low_rank, False, False]
+
+        def run() -> list[Tensor]:
+            found = ops.pareto_linear_backward(dy, *inputs, needs, strategy)
+            return [gradient for gradient, need in zip(found, needs, strict=True) if need]
+
+        return run
+
+    make = forward if op == "forward" else backward
+    found: dict[str, Variant] = {name: make(name) for name in (*CHOICES, "auto")}
+    if op == "weight gradient":
+        return {LIMIT: lambda: [dy.t() @ x], **found}
+    limit: Variant = (lambda: [F.linear(x, merged, bias)]) if op == "forward" else (lambda: [dy @ merged])
+    return {LIMIT: limit, **found, "cached": make("auto", merged)}
+
+
+def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
+    """The result in float64, and the error of plain PyTorch in the model's type.
+
+    For the weight gradient that error is at least the one of its dW: a few numbers dλ may come out right by luck.
+    """
+    x, dy = case.x[:rows], case.dy[:rows]
+    if op == "forward":
+        truth = [F.linear(x.double(), case.exact, case.bias.double())]
+        return truth, relative_error([F.linear(x, case.merged, case.bias)], truth)
+    if op == "dx":
+        truth = [dy.double() @ case.exact]
+        return truth, relative_error([dy @ case.merged], truth)
+    exact, plain = dy.double().t() @ x.double(), dy.t() @ x
+    truth = case.reduced(exact)
+    return truth, max(relative_error([plain], [exact]), relative_error(case.reduced(plain.float()), truth))
+
+
+def product_error(x: Tensor, dy: Tensor) -> tuple[float, float]:
+    """The error of the library's dW = dyᵀ·x, and what rounding allows it: its partial sums may be of 16 bits too."""
+    exact = dy.double().t() @ x.double()
+    return relative_error([dy.t() @ x], [exact]), 2 * relative_error([exact.to(x.dtype)], [exact])
+
+
+def needed_memory(layer: Layer, tasks: int, rows: int) -> float:
+    """Bytes at a point: weights in 16 bits and as the reference sums them, float64 of the truth, activations."""
+    weight, activations = layer.n * layer.d, rows * (layer.n + layer.d)
+    return weight * ((tasks + 4) * 2 + (tasks + 2) * 4 + 4 * 8) + activations * (4 * 2 + 3 * 8)

@@ -1,0 +1,54 @@
+"""Modes of PyTorch that measurements and checks run under."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def precision(kind: str) -> Iterator[None]:
+    """float32 products as that kind of entry has them: TF32 or exact."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated here is NaN until something is written to it."""
+    enabled, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn)
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """Convolutions in exact float32 as well; elsewhere PyTorch has it so."""
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before

@@ -1,0 +1,77 @@
+"""Layers and vision transformers that are measured, by their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# of the goals: tasks, rank, images in a batch, and types of 16 bits as pmkernels.costs calls them
+TASKS, RANK, BATCH, KIND = 8, 16, 32, "16-bit"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One projection: out and in features, and the rows of its input as items times tokens."""
+
+    name: str
+    n: int
+    d: int
+    items: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of its input."""
+        return self.items * self.tokens
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of A·C(γ)·Bᵀ, which attention's projections have; the language model's is taken as one."""
+        return 0 if "MLP" in self.name else RANK
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer: MLPs of four widths, patches of ``patch``² pixels of images of ``image``²."""
+
+    name: str
+    width: int
+    blocks: int
+    heads: int
+    patch: int
+    output: int
+    image: int = 224
+    timm: str = "vit_base_patch32_clip_224"
+
+    @property
+    def tokens(self) -> int:
+        """Return the patches of an image and the class token."""
+        return (self.image // self.patch) ** 2 + 1
+
+    def block_layers(self, items: int) -> tuple[Layer, ...]:
+        """Return the four projections of a block, for that many images."""
+        shapes = (("in-projection", 3, 1), ("out-projection", 1, 1), ("MLP fc", 4, 1), ("MLP proj", 1, 4))
+        width = self.width
+        return tuple(Layer(f"{self.name} {name}", n * width, d * width, items, self.tokens) for name, n, d in shapes)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of open_clip's VisionTransformer."""
+        sizes = {"image_size": self.image, "patch_size": self.patch, "width": self.width, "layers": self.blocks}
+        return {**sizes, "heads": self.heads, "mlp_ratio": 4.0, "output_dim": self.output}
+
+    @property
+    def parameters(self) -> int:
+        """Return how many the whole tower has: products, biases, normalisations and embeddings."""
+        width = self.width
+        ends = width * (3 * self.patch**2 + 1 + self.tokens + 4 + self.output)
+        return self.blocks * (12 * width**2 + 13 * width) + ends
+
+
+VIT_B = Tower("ViT-B/32", 768, 12, 12, 32, 512)
+VIT_L = Tower("ViT-L/14", 1024, 24, 16, 14, 768, timm="vit_large_patch14_clip_224")
+TOWERS = (VIT_B, VIT_L)
+# of rehearsals, which measure nothing
+TINY = Tower("tiny ViT", 32, 2, 2, 4, 8, image=8)
+TINY_LAYERS = (Layer("tiny", 40, 24, 3, 5), Layer("tiny MLP", 24, 40, 3, 5))
+LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))

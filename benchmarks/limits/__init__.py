@@ -1,0 +1,1 @@
+"""``python -m benchmarks.limits``: what layers and models cost at the least."""

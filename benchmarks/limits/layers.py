@@ -1,0 +1,196 @@
+"""What each layer costs at the least, counted and on each GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.common.layer_case import NAMES
+from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
+from benchmarks.limits import predictions
+from benchmarks.limits.measured import Figures
+from benchmarks.limits.predictions import GROUPS, TASKS, predicted, problem, rates_of
+from benchmarks.limits.words import GOAL_TASKS, figure, folded, layer_name, over_text, table
+from pmkernels import costs, dispatch
+from pmkernels.costs import Bound, Rates
+
+NOT_MEASURED = "not measured"
+
+
+def _lines(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
+    """Layer and operation of each line of a table; a merge does not depend on rows and comes once a shape."""
+    merged = set()
+    for layer in layers:
+        for operation in NAMES:
+            if operation == "merge":
+                if (layer.name, layer.n, layer.d) in merged:
+                    continue
+                merged.add((layer.name, layer.n, layer.d))
+            yield layer, operation
+
+
+def counts() -> list[str]:
+    introduction = """\
+## Counted: operations and bytes of a layer
+
+- **GFLOP**: operations of the product, 2·M·N·D; assembling W(γ) is not counted, so a merge has none.
+- **MB, K = …**: each input read once and each output written once: W0 and K task vectors, x and y. The weight gradient
+  reads the task vectors, x and dy; the gradients of λ, A, B and G that it writes are too small to count.
+- **MB, cached**: the same where W(γ) is there already, from earlier in the step."""
+    lines = [introduction, ""]
+    for group, layers in GROUPS.items():
+        rows = []
+        for layer, operation in _lines(layers):
+            if operation == "dx":
+                continue
+            counted = [costs.bound(operation, problem(layer, tasks)) for tasks in TASKS]
+            cached = costs.bound(operation, problem(layer, TASKS[0]), cached=True)
+            product = operation == "forward"
+            rows.append(
+                [
+                    layer_name(layer) if operation != "merge" else layer.name,
+                    f"{layer.n}×{layer.d}",
+                    "forward; dx" if product else NAMES[operation],
+                    figure(counted[0].operations / 1e9) if counted[0].operations else "–",
+                    *(figure(bound.bytes / 1e6) for bound in counted),
+                    figure(cached.bytes / 1e6) if product else "–",
+                ]
+            )
+        columns = ["layer", "N×D", "operation", "GFLOP", *(f"MB, K = {tasks}" for tasks in TASKS), "MB, cached"]
+        lines += [f"### Counts: {group}", *table(columns, rows, text=3)]
+    return [*lines, *_gradient_counts()]
+
+
+def db_bytes(tower: Tower) -> float:
+    """Add up the bytes of dy that db reads once more in a block and task, by the library's sum over rows."""
+    gradients = (problem(layer, GOAL_TASKS, bias=True) for layer in tower.block_layers(BATCH))
+    return sum(kernel.cache for p in gradients for kernel in costs.bias_sums(p, 0.0))
+
+
+def _gradient_counts() -> list[str]:
+    introduction = f"""\
+### Counts: what a weight gradient moves besides its product
+
+MB of a weight gradient through a dW in memory (*streamed*), K = {GOAL_TASKS}, {BATCH} images, beyond what its product
+reads and writes. The reduction reads dW (from L2 where half of that has room for it) and every τ, and writes partial
+sums of P, Q and dλ, which another launch reads. db = Σ dy reads dy once more, in a launch of its own. None of this is
+part of a bound but τ."""
+    rows = []
+    for tower in TOWERS:
+        cells = []
+        for layer in tower.block_layers(BATCH):
+            p = problem(layer, GOAL_TASKS, bias=True)
+            tiles = dispatch.lookup("default", "merge_grad", KIND, 1, p.rank, True)
+            partial = p.partials(tiles.block_n, tiles.block_d)
+            cells.append([p.weight, p.tasks * p.weight, partial, partial, p.output])
+            rows.append([layer_name(layer), *(figure(value / 1e6) for value in cells[-1])])
+        whole = [sum(column) for column in zip(*cells, strict=True)]
+        assert whole[-1] == db_bytes(tower)
+        rows.append([f"**{tower.name}, a block and task**", *(f"**{figure(value / 1e6)}**" for value in whole)])
+    columns = ["layer", "dW read", "τ read", "partial sums written", "read again", "dy read again for db"]
+    return [introduction, *table(columns, rows)]
+
+
+def _bound_of(bound: Bound, rates: Rates) -> tuple[str, str]:
+    by_operations = bound.operations / rates.products(KIND) >= bound.bytes / rates.memory
+    return figure(bound.seconds(rates, KIND) * 1e6), "operations" if by_operations else "bytes"
+
+
+def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figures) -> list[str]:
+    """One line of a GPU's table."""
+    rates, counted = rates_of(gpu), problem(layer, tasks)
+    bound = costs.bound(operation, counted)
+    micro, which = _bound_of(bound, rates)
+    rows = 0 if operation == "merge" else counted.rows
+    found = figures.get((layer.name, rows, NAMES[operation], tasks), {})
+    fused = "–" if operation == "merge" else f"*{figure(predicted(operation, 'fused', counted, gpu) * 1e6)}*"
+    streamed = figure(predicted(operation, "streamed", counted, gpu) * 1e6)
+    own = {name: ms for name, ms in found.items() if name != "cached"}
+    cells = [
+        layer_name(layer) if operation != "merge" else layer.name,
+        NAMES[operation],
+        micro,
+        which,
+        fused,
+        f"*{streamed}*",
+        _measured_cell(own, bound.seconds(rates, KIND)),
+    ]
+    if operation not in ("forward", "dx"):
+        return [*cells, "–", "–", "–"]
+    cached = costs.bound(operation, counted, cached=True)
+    cached_seconds = predicted(operation, "streamed", counted, gpu, cached=True)
+    cached_found = {name: ms for name, ms in found.items() if name == "cached"}
+    return [
+        *cells,
+        " ".join(_bound_of(cached, rates)),
+        f"*{figure(cached_seconds * 1e6)}*",
+        _measured_cell(cached_found, cached.seconds(rates, KIND)),
+    ]
+
+
+def _measured_cell(found: dict[str, float], bound: float) -> str:
+    """The fastest variant's µs, its name, and the ratio to the bound."""
+    if not found:
+        return NOT_MEASURED
+    name = min(found, key=lambda variant: found[variant])
+    return f"{figure(found[name] * 1e3)} {name}, {found[name] * 1e-3 / bound:.2f}×"
+
+
+def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
+    lines = []
+    for group, layers in GROUPS.items():
+        lines += [f"### {title}: {group}", ""]
+        for tasks in TASKS:
+            rows = [
+                layer_line(layer, operation, tasks, gpu, figures)
+                for layer, operation in _lines(layers)
+                if operation != "merge" or layer.items > 1 or layers is LANGUAGE_MODEL
+            ]
+            columns = ["layer", "operation", "bound", "by", "*fused*", "*streamed*", "measured"]
+            columns += ["bound, cached", "*cached*", "measured, cached"]
+            lines += folded(f"**K = {tasks}**, µs", table(columns, rows, text=2), tasks < GOAL_TASKS)
+    return lines
+
+
+def served_line(layer: Layer, gpu: str) -> list[str]:
+    """A folded layer at a preference per image, in µs: its bound and predictions beside those of the plain layer."""
+    rates = rates_of(gpu)
+    p = problem(layer, 0, per_row=True)
+    bound = costs.served_seconds(p, rates.products(KIND), rates.memory)
+    plain = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
+    ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
+    cells = [f"*{figure(1e6 * seconds)}*" for seconds in (plain, *ways.values())]
+    return [layer_name(layer), figure(1e6 * bound), *cells, f"*{min(ways.values()) / plain:.2f}×*"]
+
+
+def device_served(gpu: str, title: str) -> list[str]:
+    """Of the layers with a low-rank term, one image and a batch of them."""
+    served = [layer for tower in TOWERS for items in (1, BATCH) for layer in tower.block_layers(items) if layer.rank]
+    columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
+    return [
+        f"### {title}: a preference per image, folded layers",
+        "",
+        "The bound counts x twice: Bᵀx comes before t·Aᵀ. Predicted: *plain*, a library's product with merged weights; "
+        "*fused*, one kernel; *streamed*, a kernel that writes [x \\| t] and the library's product. µs",
+        *table(columns, [served_line(layer, gpu) for layer in served]),
+        "A whole block and model, with attention and the rest of the network:",
+        *table(
+            ["model", "images", "*a served block over the plain*", "*a served model over the plain*"], _served(gpu), 1
+        ),
+    ]
+
+
+def _served(gpu: str) -> list[list[str]]:
+    ways = (predictions.block_kernels, predictions.forward_kernels)
+    return [
+        [tower.name, str(items), *(over_text(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)]
+        for tower in TOWERS
+        for items in (1, BATCH)
+    ]
+
+
+COLUMNS = """\
+- **bound** and **by**: no kernel is faster at these rates, because of its operations or because of its bytes.
+- ***fused***, ***streamed***: predicted, without db. *fused* assembles W(γ) inside the product (weight gradient: dW
+  stays in registers); *streamed* goes through a scratch tensor (W(γ), or dW) and the library's product.
+- **measured**: the fastest measured strategy, its name, and its ratio to the bound.
+- **cached**: bound, prediction and measurement where W(γ) was assembled before and is only read."""

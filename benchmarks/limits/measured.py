@@ -1,0 +1,73 @@
+"""Figures of committed results files that limits are set beside."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.common.towers import RANK
+
+# (layer, rows, operation, tasks) -> variant -> milliseconds
+Figures = dict[tuple[str, int, str, int], dict[str, float]]
+
+
+def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Committed results, oldest first; a rehearsal is nobody's result."""
+    found = []
+    for path in sorted(results.RESULTS.glob("*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not report.get("quick"):
+            found.append((report.get("date", ""), path, report))
+    yield from ((path, report) for _, path, report in sorted(found, key=lambda item: item[:2]))
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as configuration files spell it: ``NVIDIA H200`` -> ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Rows of the kernels suite and of the layer grid, its own suite or (before) the training suite's."""
+    kernels = suites.get("kernels", {})
+    for row in kernels.get("rows", ()):
+        if kernels["rank"] == RANK:
+            yield {**row, "tasks": kernels["tasks"]}
+    for grid in (suites.get("training", {}).get("layers", {}), suites.get("layers", {})):
+        if grid.get("rank") == RANK:
+            yield from grid.get("rows", ())
+
+
+def measured(gpu: str) -> tuple[Figures, list[str]]:
+    """The newest committed milliseconds of our variants on that GPU, bfloat16, and the files they come from."""
+    figures: Figures = {}
+    sources: dict[tuple[str, int, str, int], str] = {}
+    for path, report in _reports():
+        where = report.get("environment", {}).get("gpu")
+        if not where or file_name(where) != gpu:
+            continue
+        mine: Figures = {}
+        for row in _layer_rows(report.get("suites", {})):
+            if row["ms"] is None or row["dtype"] != "bfloat16":
+                continue
+            if row["variant"] in ("fused", "streamed", "auto", "cached"):
+                rows = 0 if row["op"] == "merge" else row["rows"]
+                key = (row["layer"].removesuffix(", one image"), rows, row["op"], row["tasks"])
+                mine.setdefault(key, {})[row["variant"]] = row["ms"]
+        figures |= mine
+        sources |= dict.fromkeys(mine, path.name)
+    return figures, sorted(set(sources.values()))
+
+
+def compiled(arch: str) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The newest committed budget file that has the architecture, and its 16-bit rows of the three main kernels."""
+    newest = None
+    for path, report in _reports():
+        if report.get("suite") == "budget":
+            rows = [row for row in report["rows"] if row["arch"] == arch and row["dtype"] == "bfloat16"]
+            rows = [row for row in rows if row["kernel"] in ("linear_fwd_kernel", "weight_grad_kernel", "merge_kernel")]
+            newest = (path, rows) if rows else newest
+    return newest

@@ -1,0 +1,196 @@
+"""One tower at one batch with P distinct preferences: every variant judged and timed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.errors import item_error
+from benchmarks.common.rows import Row, dtype_name
+from benchmarks.common.session import FAILED
+from benchmarks.common.timing import Effort, free, in_turn, quantiles, rounded
+from benchmarks.serving import variants
+from benchmarks.serving.folded import SETS, Case, Request
+from benchmarks.serving.memory import tensor_bytes
+from benchmarks.serving.names import COPIES, GRAPH, LIMIT, LIMIT_LINEAR, LOOP, OP, REMERGE
+from benchmarks.serving.variants import Unavailable, Variant
+from pareto_merging import merge
+
+GRAPHED = (LIMIT, LIMIT_LINEAR, REMERGE, COPIES, LOOP)
+
+
+@dataclass(kw_only=True)
+class CellRow(Row):
+    """One variant at one batch with P distinct preferences.
+
+    ``p99``: the slowest call where there are fewer than a hundred ``calls``. ``weight_bytes``: every tensor that the
+    variant keeps; ``peak_bytes``: with what a call needs besides (GPU only). ``models``: weight_bytes in plain models.
+    ``to_limit``: ms over the fastest plain merged model of the same run.
+    """
+
+    model: str
+    batch: int = 0
+    preferences: int = 0
+    p99: float | None = None
+    calls: int = 0
+    images_per_second: float | None = None
+    to_limit: float | None = None
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
+    models: float | None = None
+    peak_models: float | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Features in float64 by number of distinct preferences, [items, dim], and the error of plain PyTorch."""
+
+    features: dict[int, Tensor]
+    plain_error: float
+
+    @classmethod
+    def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> Truth:
+        """Of plain models merged at ``drawn`` [P, K], for each number of ``counts``."""
+        wide, plain_error = copy.deepcopy(case.folded).double(), 0.0
+        features: dict[int, Tensor] = {}
+        for count in counts:
+            for index in range(min(count, len(images))):
+                own = images[index::count]
+                exact = merge(wide, drawn[index])(own.double())
+                plain = merge(case.folded, drawn[index])(own)
+                plain_error = max(plain_error, item_error(plain, exact))
+                found = features.setdefault(count, exact.new_zeros(len(images), exact.shape[1]))
+                found[index::count] = exact
+        return cls(features, plain_error)
+
+    def error(self, found: Tensor, items: int, count: int) -> float:
+        """Of the features of the first ``items``, with ``count`` preferences among them."""
+        # 8 images with 8 preferences have the first 8 of 32
+        exact = self.features[min(known for known in self.features if known >= count)][:items]
+        return item_error(found, exact) if found.shape == exact.shape else FAILED
+
+
+def blank(case: Case, batch: int, count: int, variant: str) -> CellRow:
+    """Return a row without figures."""
+    title = f"{case.name}, batch {batch}, {count} preference{'s' if count > 1 else ''}"
+    row = CellRow(op=OP, layer=title, dtype=dtype_name(case.dtype), variant=variant, model=case.name)
+    row.batch, row.preferences = batch, count
+    return row
+
+
+@dataclass
+class Cell:
+    """One tower at one batch with P distinct preferences: images, requests with one set of preferences each, the truth
+    of the first set, and a row for each variant."""
+
+    case: Case
+    images: Tensor
+    requests: list[Request]
+    truth: Truth
+    rows: dict[str, CellRow]
+    ready: dict[str, Variant]
+
+    @classmethod
+    def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> Cell:
+        """With the first ``count`` preferences of ``drawn`` [SETS, P, K]."""
+        requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
+        return cls(case, images, requests, truth, {}, {})
+
+    def add(self, name: str, make: Callable[[], Variant], captures: bool = False) -> None:
+        """Make a variant, call it until it is warm, and note its memory; ``captures``: it runs while it is made."""
+        row = self.rows[name] = blank(self.case, len(self.images), len(self.requests[0].distinct), name)
+        device = self.images.device
+        if device.type == "cuda":
+            free(device)
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        there = [self.case.folded, *(variant.holds for variant in self.ready.values())]
+        try:
+            _forget_peak(device)
+            variant = make()
+            if not captures:
+                _forget_peak(device)
+            for _ in range(3 if device.type == "cuda" else 1):
+                self.judge(row, variant, variant.run(self.images, self.requests[0]))
+            row.weight_bytes = variant.weight_bytes()
+            if device.type == "cuda":
+                # weights that others hold as well were there before
+                shared = tensor_bytes(*variant.holds) + tensor_bytes(*there) - tensor_bytes(*variant.holds, *there)
+                row.peak_bytes = shared + torch.cuda.max_memory_allocated() - before
+            if row.matched:
+                self.ready[name] = variant
+        except Unavailable as error:
+            row.reason = str(error)
+        except Exception as error:
+            row.fail(error)
+
+    def judge(self, row: CellRow, variant: Variant, found: Tensor) -> None:
+        """Whether every item has the features of its own preference of the first set; the worst error stays."""
+        count = 1 if variant.single else len(self.requests[0].distinct)
+        error = max(row.error, self.truth.error(found, len(self.images), count))
+        row.judge(error, self.truth.plain_error, wrong="wrong features")
+
+    def measure(self, effort: Effort) -> None:
+        """Fill in the times of what was right, and stays right while it is measured."""
+
+        def call(variant: Variant) -> Callable[[int], Tensor]:
+            return lambda number: variant.run(self.images, self.requests[0 if variant.set_up else number % SETS])
+
+        def look(name: str, number: int, found: Tensor) -> None:
+            if self.ready[name].set_up or number % SETS == 0:
+                self.judge(self.rows[name], self.ready[name], found)
+
+        calls = {name: call(variant) for name, variant in self.ready.items()}
+        for name, times in in_turn(calls, effort, self.images.device, look).items():
+            row = self.rows[name]
+            # an engine keeps merged weights once a preference has come twice
+            row.weight_bytes = self.ready[name].weight_bytes()
+            if row.matched:
+                row.note(quantiles(times))
+                assert row.ms is not None
+                row.images_per_second = rounded(1e3 * len(self.images) / row.ms)
+        compare(list(self.rows.values()))
+
+
+def compare(rows: Sequence[CellRow]) -> None:
+    """Times over the fastest limit of the same rows, and bytes over those of the plain model."""
+    fastest = min((row.ms for row in rows if row.variant.startswith("limit") and row.ms), default=None)
+    plain = next((row.weight_bytes for row in rows if row.variant == LIMIT), None)
+    for row in rows:
+        if row.ms and fastest:
+            row.to_limit = round(row.ms / fastest, 4)
+        if plain and row.weight_bytes:
+            row.models = round(row.weight_bytes / plain, 4)
+        if plain and row.peak_bytes:
+            row.peak_models = round(row.peak_bytes / plain, 4)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def counts_for(batch: int, preferences: Sequence[int]) -> list[int]:
+    """How many distinct preferences a batch can have of those asked for: 8 images at most 8."""
+    return sorted({min(count, batch) for count in preferences})
+
+
+def cell_rows(
+    case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, skip: Sequence[str] = ()
+) -> list[CellRow]:
+    """A row per variant, but those of ``skip``, at one batch with ``count`` of the preferences ``drawn``."""
+    cell = Cell.make(case, images, drawn, truth, count)
+    for name, make in variants.VARIANTS.items():
+        if name not in skip:
+            cell.add(name, functools.partial(make, case, cell.requests[0]))
+    if images.device.type == "cuda":
+        for name in GRAPHED:
+            if name in cell.ready:
+                graph = functools.partial(variants.graphed, cell.ready[name], images, cell.requests[0])
+                cell.add(f"{name}{GRAPH}", graph, captures=True)
+    cell.measure(effort)
+    return list(cell.rows.values())

@@ -1,0 +1,62 @@
+"""Bytes that objects hold, and bytes that are free."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common.timing import free_memory
+
+
+def unused_memory(device: torch.device) -> float:
+    """Bytes that tensors can still take on the device."""
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return math.inf
+    return free_memory(device)
+
+
+def tensor_bytes(*objects: Any) -> int:
+    """Bytes of all tensors that are reached from ``objects``, memory that several of them share counted once."""
+    storages = {}
+    for tensor in _tensors(list(objects)):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
+    seen: dict[int, Any] = {}
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, type | types.ModuleType | str | bytes | int | float):
+            continue
+        # kept, so that no other object gets its address
+        seen[id(found)] = found
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, Mapping):
+            waiting += list(found.values())
+        elif isinstance(found, list | tuple | set | frozenset):
+            waiting += list(found)
+        elif isinstance(found, functools.partial):
+            waiting += [found.func, found.args, found.keywords]
+        elif isinstance(found, types.MethodType):
+            waiting.append(found.__self__)
+        elif isinstance(found, types.FunctionType):
+            waiting += list(inspect.getclosurevars(found).nonlocals.values())
+        else:
+            waiting.append(getattr(found, "__dict__", {}))
+            waiting += [getattr(found, name, None) for name in getattr(type(found), "__slots__", ())]

@@ -1,0 +1,272 @@
+"""Rows of one model: each variant measured, where its gradient was right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common.errors import TOLERANCE, Gradient, group_errors
+from benchmarks.common.rows import Row, dtype_name
+from benchmarks.common.session import Once
+from benchmarks.common.timing import free, synchronize, timed_steps
+from benchmarks.common.towers import BATCH, Tower
+from benchmarks.training.bounds import bound_ms
+from benchmarks.training.models import Case, build_case, widen
+from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT, LIMIT_GRAPH, ONCE, STEP
+from benchmarks.training.ours import OURS, Ours, Profiled, Runner
+from benchmarks.training.plain import COMBINE, Combine, Limit, Plain, fastest_combine, merged_plainly
+from benchmarks.training.truths import distance_gradient, exact_gradient, exact_losses
+from pareto_merging import MethodSettings, learn_pareto_set, set_strategy
+
+# seconds of steps that are timed for each variant
+SECONDS = 1.0
+# a data-free run that would take longer is not run to its end
+LONGEST_RUN = 20.0
+VARIANTS = {
+    8: (*OURS, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    2: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    4: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+}
+
+
+@dataclass(kw_only=True)
+class StepRow(Row):
+    """One variant of a step: memory, and what follows from its milliseconds; ``reason`` may be what the run warned of.
+
+    ``host_ms``: until the call returns; ours looks at the gradient once in a step, so it waits inside. ``bound_ms``:
+    of the products, attention and merge, counted. ``run_seconds``: of the whole run of ``run_steps`` steps, computed
+    from ``ms`` unless ``run_measured``.
+    """
+
+    model: str
+    tasks: int
+    batch: int = BATCH
+    host_ms: float | None = None
+    images_per_second: float | None = None
+    peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    bound_ms: float | None = None
+    run_steps: int | None = None
+    run_seconds: float | None = None
+    run_measured: bool = False
+
+
+def measure(
+    row: StepRow,
+    make: Callable[[], Runner],
+    truth: Gradient,
+    plain: Mapping[str, float],
+    device: torch.device,
+    seconds: float,
+) -> StepRow:
+    """Return ``row`` with what was measured of the variant that ``make`` makes; whatever goes wrong is its reason.
+
+    ``plain``: the errors of plain PyTorch in this type. A gradient that is further away by more than TOLERANCE has no
+    time; neither has what runs out of memory, which is not wrong.
+    """
+    runner: Runner | None = None
+    found: Gradient | None = None
+    try:
+        free(device)
+        runner = make()
+        for _ in range(runner.warm_up):
+            runner.step()
+        found = runner.gradient()
+        errors = group_errors(found, truth)
+        worst = max(errors, key=lambda group: errors[group] / (plain.get(group, 0.0) + 1e-6))
+        row.error, row.plain_error = errors[worst], plain.get(worst, 0.0)
+        row.matched = all(error <= TOLERANCE * plain.get(group, 0.0) + 1e-6 for group, error in errors.items())
+        if not row.matched:
+            row.reason = f"wrong {worst}" if worst == "loss" else f"wrong gradient of {worst}"
+        found = None
+        if row.matched:
+            row.note(timed_steps(runner.step, device, seconds))
+            row.resident_bytes = runner.resident()
+            row.reason = "; ".join(dict.fromkeys(runner.notes)) or None
+            if device.type == "cuda":
+                row.peak_bytes = torch.cuda.max_memory_allocated()
+    except Exception as error:
+        row.fail(error)
+    finally:
+        if runner is not None:
+            runner.close()
+        runner = None
+        free(device)
+    return row
+
+
+def blank(case: Case, op: str, variant: str, dtype: torch.dtype) -> StepRow:
+    """Return a row without figures."""
+    about = {"model": case.tower.name, "tasks": case.tasks, "batch": len(case.images[0])}
+    return StepRow(op=op, layer=case.title, dtype=dtype_name(dtype), variant=variant, **about)  # type: ignore[arg-type]
+
+
+def data_free_row(case: Case, say: Callable[[str], None], seconds: float, steps: int | None) -> StepRow:
+    """Measure a step without data, and the whole run of ``steps`` if it takes no longer than :data:`LONGEST_RUN`."""
+    settings = case.settings.model_copy(update={"objective": "weight-distance"})
+    row = blank(case, DATA_FREE, AUTO, case.dtype)
+    try:
+        truth = distance_gradient(case, torch.float64)
+        plain = group_errors(distance_gradient(case, torch.float32), truth)
+    except torch.cuda.OutOfMemoryError:
+        row.reason = "out of memory in the check"
+        return row
+    # closed forms of float32 numbers that nearly cancel: what counts is that Adam's sign and size are right
+    plain = {group: max(error, 1e-3) for group, error in plain.items()}
+    row = measure(row, lambda: Ours(case, "auto", "auto", settings=settings), truth, plain, case.device, seconds)
+    if row.ms is not None:
+        published = MethodSettings.model_validate({"objective": "weight-distance", "steps": steps})
+        row.run_steps = published.steps_for(case.tasks)
+        row.run_seconds = row.run_steps * row.ms / 1e3
+        if row.run_seconds <= LONGEST_RUN:
+            say(f"{case.title}: a whole data-free run")
+            _run_data_free(case, row, published)
+    return row
+
+
+def _run_data_free(case: Case, row: StepRow, settings: MethodSettings) -> None:
+    """Note how long a whole run takes; what it learns is undone."""
+    assert case.pareto is not None
+    set_strategy(case.pareto, "auto")
+    kept = {name: parameter.detach().clone() for name, parameter in case.learned.items()}
+    synchronize(case.device)
+    start = time.perf_counter()
+    try:
+        learn_pareto_set(case.pareto, None, settings, progress=False)
+        synchronize(case.device)
+        row.run_seconds, row.run_measured = time.perf_counter() - start, True
+    except Exception as error:
+        # the rest of the case is measured all the same
+        row.fail(error)
+        row.ms = row.run_seconds = None
+    with torch.no_grad():
+        for name, parameter in case.learned.items():
+            parameter.copy_(kept[name])
+
+
+class Steps:
+    """The variants of a step of one model with K tasks; what they share is made when it is first needed.
+
+    ``rates``: gives the ceilings of this run. ``seconds``: of timed steps per variant. ``profiles``: where a profile of
+    ``auto`` goes, by the model's name.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        tasks: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        rates: Callable[[], Mapping[str, float]],
+        *,
+        batch: int = BATCH,
+        seconds: float | None = None,
+        say: Callable[[str], None] = print,
+        profiles: dict[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
+        self.device, self.rates, self.say, self.profiles = device, rates, say, profiles
+        self.seconds = SECONDS if seconds is None else seconds
+        self._make = lambda: build_case(tower, tasks, device, dtype, batch=batch)
+        self._made, self._truth = Once(self._models), Once(lambda: exact_gradient(self.case))
+        self._losses = Once(lambda: exact_losses(self._made()[0], self.case))
+        self._combine = Once(self._fastest)
+
+    def _models(self) -> tuple[nn.Module, Case]:
+        plain, case = self._make()
+        self.say(f"{case.title}: made from {case.source}")
+        return plain, case
+
+    @property
+    def case(self) -> Case:
+        """Return what every variant is given."""
+        case: Case = self._made()[1]
+        return case
+
+    def _fastest(self) -> Combine:
+        name = fastest_combine(self.case)
+        self.say(f"{self.case.title}: the baselines merge by {name}")
+        return COMBINE[name]
+
+    def _plainly(self, dtype: torch.dtype, together: bool) -> Plain:
+        """Make a step in plain PyTorch, merged in the way that is faster here."""
+        combine = self._combine()
+        return Plain(self.case, lambda part, gamma: merged_plainly(part, gamma, combine), dtype, together)
+
+    def _runner(self, variant: str, dtype: torch.dtype) -> Runner:
+        if variant in OURS:
+            return (Profiled if variant == AUTO and self.profiles is not None else Ours)(self.case, *OURS[variant])
+        if variant in (LIMIT, LIMIT_GRAPH):
+            # without a GPU there are no graphs: a rehearsal runs it as it is
+            graph = variant == LIMIT_GRAPH and self.device.type == "cuda"
+            return Limit(self._made()[0], self.case, graph)
+        return self._plainly(dtype, variant == ADAMERGING)
+
+    def row(self, variant: str, dtype: torch.dtype | None = None) -> StepRow:
+        """Measure one of :data:`VARIANTS`; ``dtype``: another type than the model's, after :meth:`widen`."""
+        case = self.case
+        dtype = case.dtype if dtype is None else dtype
+        truth, errors = (self._losses if variant in (LIMIT, LIMIT_GRAPH) else self._truth)()
+        runners: list[Runner] = []
+
+        def make() -> Runner:
+            runners.append(self._runner(variant, dtype))
+            return runners[0]
+
+        row = measure(blank(case, STEP, variant, dtype), make, truth, errors, self.device, self.seconds)
+        for runner in runners:
+            if isinstance(runner, Profiled) and self.profiles is not None:
+                self.profiles[case.tower.name] = runner.found
+        if row.ms is not None:
+            row.images_per_second = 1e3 * case.tasks * row.batch / row.ms
+            row.bound_ms = bound_ms(case, self.rates(), dtype)
+            row.run_steps = case.settings.steps_for(case.tasks)
+            row.run_seconds = row.run_steps * row.ms / 1e3
+        return self._told(row)
+
+    def data_free_row(self, steps: int | None) -> StepRow:
+        """Measure a step without data and, if it is short, a whole run of ``steps``."""
+        return self._told(data_free_row(self.case, self.say, self.seconds, steps))
+
+    def _told(self, row: StepRow) -> StepRow:
+        about = ("" if row.ms is None else f"{row.ms:.2f} ms", row.reason)
+        self.say(f"{row.layer}: {row.variant}, {row.dtype}: {', '.join(filter(None, about))}")
+        return row
+
+    def in_float32(self) -> StepRow:
+        """Measure AdaMerging's computation in float32; afterwards the case has no Pareto model any more."""
+        self._truth()
+        widen(self.case)
+        return self.row(ADAMERGING, torch.float32)
+
+    def forget(self) -> None:
+        """Let go of all but the plain model, which is all that the limit needs."""
+        self.case.pareto, self.case.parts, self.case.learned = None, {}, {}
+        self._truth.drop()
+
+    def close(self) -> None:
+        """Let go of the models."""
+        for once in (self._made, self._truth, self._losses, self._combine):
+            once.drop()
+
+
+def case_rows(
+    steps: Steps, variants: Sequence[str], *, data_free: bool = False, run_steps: int | None = None
+) -> Iterator[StepRow]:
+    """Yield a row for each of ``variants``, AdaMerging's computation in float32 too; ``run_steps``: without data."""
+    yield from map(steps.row, (variant for variant in OURS if variant in variants))
+    if data_free:
+        yield steps.data_free_row(run_steps)
+    if ONCE in variants:
+        yield steps.row(ONCE)
+    if ADAMERGING in variants:
+        if steps.case.dtype != torch.float32:
+            yield steps.row(ADAMERGING)
+        yield steps.in_float32()
+    steps.forget()
+    limits = (LIMIT, LIMIT_GRAPH) if steps.device.type == "cuda" else (LIMIT,)
+    yield from map(steps.row, (variant for variant in limits if variant in variants))

@@ -1,0 +1,73 @@
+"""The gradient and the losses in a wider type, and the errors of plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common.errors import Gradient, group_errors
+from benchmarks.common.modes import no_tf32
+from benchmarks.training.models import Case, Part
+from benchmarks.training.plain import Plain, combine_sum, low_rank_norm, merged_exactly, merged_plainly, plain_loss
+from pareto_merging.learn.scalarize import scalarize
+
+
+def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
+    """The gradient in a wider type, one task at a time, and the errors of plain PyTorch in the model's own type: the
+    larger of two ways to write the merge, rounded once or after each task."""
+    wide = torch.float64 if case.dtype == torch.float32 else torch.float32
+    with no_tf32():
+        runner = Plain(case, lambda part, gamma: merged_exactly(part, gamma, wide), wide, together=False)
+        runner.step()
+    truth = runner.gradient()
+    runner.close()
+    errors: dict[str, float] = {}
+    merges: list[Callable[[Part, Tensor], Tensor]] = [
+        lambda part, gamma: merged_exactly(part, gamma, case.dtype),
+        lambda part, gamma: merged_plainly(part, gamma, combine_sum),
+    ]
+    for merge in merges:
+        runner = Plain(case, merge, case.dtype, together=False)
+        runner.step()
+        for group, error in group_errors(runner.gradient(), truth).items():
+            errors[group] = max(error, errors.get(group, 0.0))
+        runner.close()
+    return truth, errors
+
+
+def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, float]]:
+    """Each task's loss of a plain model in a wider type, and the error of PyTorch in the model's own, or its rounding
+    where that is more: chance makes the error of one number small."""
+    wide = torch.float64 if case.dtype == torch.float32 else torch.float32
+    found: list[Gradient] = []
+    with torch.no_grad(), no_tf32():
+        for dtype in (wide, case.dtype):
+            widened = copy.deepcopy(model).to(case.device, dtype)
+            pairs = enumerate(zip(case.heads, case.images, strict=True))
+            found.append({f"loss.{task}": plain_loss(widened, head, x.to(dtype)) for task, (head, x) in pairs})
+    truth, plain = found
+    rounding = torch.finfo(case.dtype).eps
+    return truth, {group: max(error, rounding) for group, error in group_errors(plain, truth).items()}
+
+
+def distance_gradient(case: Case, dtype: torch.dtype) -> Gradient:
+    """The gradient of the data-free loss by its definition, with every difference of weights in memory."""
+    settings = case.settings
+    own: list[Tensor] = []
+    total, scale = torch.zeros(case.tasks, dtype=dtype, device=case.device), torch.zeros_like(case.gamma, dtype=dtype)
+    for part in case.parts.values():
+        if part.task_vectors is None:
+            continue
+        zero = replace(part, weight=torch.zeros_like(part.weight, dtype=dtype))
+        difference = merged_exactly(zero, case.gamma, dtype) - part.task_vectors.to(dtype)
+        total = total + difference.flatten(1).square().sum(dim=1)
+        scale = scale + part.task_vectors.to(dtype).flatten(1).square().sum(dim=1)
+    values = total / scale if settings.normalize_distance else total
+    loss = scalarize(values, case.gamma.to(values), settings.scalarization, settings.mu)
+    loss = loss + settings.tensor_norm * low_rank_norm(case.parts, case.gamma, dtype)
+    own = list(torch.autograd.grad(loss, list(case.learned.values())))
+    return dict(zip(case.learned, own, strict=True))

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.tune``: launch configurations and strategies measured on this GPU."""

@@ -1,0 +1,229 @@
+"""Strategies compared over rows, and where one overtakes the other."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pmkernels
+from benchmarks.common import layer_case, timing
+from benchmarks.common.errors import TOLERANCE, relative_error
+from benchmarks.common.session import FAILED
+from benchmarks.common.towers import Layer
+from benchmarks.suites import layers
+from benchmarks.tune.bench import Bench, microseconds
+from benchmarks.tune.cases import Case
+from benchmarks.tune.choosing import TIE
+from benchmarks.tune.judging import Prepared
+from pmkernels import strategies
+
+TASKS = (8, 2, 4)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operation of one layer, whose strategies are compared over rows."""
+
+    op: str
+    n: int
+    d: int
+    tasks: int
+    rank: int
+
+    def choose(self, rows: int, like: Tensor) -> str:
+        """What ``auto`` takes with the configuration file in use, for tensors like that."""
+        return strategies.choose(self.op, "auto", like, rows=rows, n=self.n, d=self.d, tasks=self.tasks, rank=self.rank)
+
+
+def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
+    """Rows -> the faster strategy, of times (fused, streamed). A tie goes with the next smaller number of rows that is
+    decided, else the next larger one: noise must not make crossovers. Nothing decided at all: nothing.
+    """
+    found: dict[int, str | None] = {}
+    last: str | None = None
+    for rows in sorted(times):
+        fused, streamed = times[rows]
+        if max(fused, streamed) > TIE * min(fused, streamed):
+            last = "fused" if fused < streamed else "streamed"
+        found[rows] = last
+    first = next((label for label in found.values() if label is not None), None)
+    return {} if first is None else {rows: label or first for rows, label in found.items()}
+
+
+def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[int, str]:
+    """The rows that a file must name so that the nearest one says, for every measured number, what was measured.
+
+    None where the cost model is right everywhere; else both sides of each crossover, or one line if there is none.
+    """
+    if all(predicted[rows] == label for rows, label in best.items()):
+        return {}
+    ordered = sorted(best)
+    found: dict[int, str] = {}
+    for before, after in itertools.pairwise(ordered):
+        if best[before] != best[after]:
+            found |= {before: best[before], after: best[after]}
+    return found or {ordered[0]: best[ordered[0]]}
+
+
+@dataclass
+class Strategies:
+    """Microseconds (fused, streamed) of each operation over rows, what was wrong, and what time did not suffice for."""
+
+    times: dict[Point, dict[int, tuple[float, float]]] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def measure(self, bench: Bench, layer: Layer, tasks: int, powers: Sequence[int], until: float) -> None:
+        """One layer with K task vectors; an operation counts only with all its rows."""
+        device, title = bench.device, f"strategies of {layer.name}, K = {tasks}"
+        # the interpreter cuts bfloat16 off where a GPU rounds
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        everything = sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())})
+        free = timing.free_memory(device)
+        rows = [m for m in everything if layer_case.needed_memory(layer, tasks, m) <= free]
+        if not rows or time.monotonic() > until:
+            self.missing.append(title)
+            return
+        case = layer_case.Case.make(layer, tasks, rows[-1], dtype, device)
+        for name, op in layer_case.OPERATIONS.items():
+            times: dict[int, tuple[float, float]] = {}
+            for m in rows:
+                if time.monotonic() > until:
+                    self.missing.append(f"{title}, {name}")
+                    return
+                with torch.no_grad():
+                    times[m] = self._both(bench, case, name, m)
+            self.times[Point(op, layer.n, layer.d, tasks, layer.rank)] = times
+
+    def measure_preference(self, bench: Bench, layer: Layer, powers: Sequence[int], until: float) -> None:
+        """A served layer with a preference for each image; it counts only with all its rows."""
+        title, times = f"preference of {layer.name}", dict[int, tuple[float, float]]()
+        for case in preference_cases(layer, powers):
+            # the interpreter cuts bfloat16 off where a GPU rounds
+            case = case if bench.device.type == "cuda" else replace(case, dtype="float16")
+            prepared = None if time.monotonic() > until else bench.prepare(case)
+            if prepared is None:
+                self.missing.append(title)
+                return
+            v = prepared.values
+            served = (v["x"], v["wide"], v["G"], v["right"], v["gamma"].view(case.groups, 1, -1), v["bias"])
+            if case.groups == 1:
+                served = (*served[:4], v["gamma"][0], v["bias"])
+            else:
+                served = (v["x"].view(case.groups, -1, case.d), *served[1:])
+
+            def variant(strategy: str, served: tuple[Any, ...] = served, rows: int = case.rows) -> layer_case.Variant:
+                return lambda: [pmkernels.preference_linear(*served, strategy=strategy).view(rows, -1)]
+
+            def fault(found: Sequence[Tensor], prepared: Prepared = prepared) -> str | None:
+                return prepared.fault(found)
+
+            with torch.no_grad():
+                times[case.rows] = self._compared(bench, variant, fault, f"{title}, M = {case.rows}")
+        self.times[Point("preference", layer.n, layer.d, 0, layer.rank)] = times
+
+    def _both(self, bench: Bench, case: layer_case.Case, name: str, rows: int) -> tuple[float, float]:
+        truth, plain = layer_case.truth(case, name, rows)
+        variants = layer_case.variants(case, name, rows)
+
+        def fault(found: Sequence[Tensor]) -> str | None:
+            error = relative_error(found, truth)
+            allowed = error <= TOLERANCE * plain + 1e-6
+            return None if allowed else f"error {error:.2e}, plain PyTorch {plain:.2e}"
+
+        what = f"{name} of {case.layer.name}, K = {case.tasks}, M = {rows}"
+        return self._compared(bench, variants.__getitem__, fault, what)
+
+    def _compared(
+        self,
+        bench: Bench,
+        variant: Callable[[str], layer_case.Variant],
+        fault_of: Callable[[Sequence[Tensor]], str | None],
+        what: str,
+    ) -> tuple[float, float]:
+        """Microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
+        found = []
+        for strategy in ("fused", "streamed"):
+            us = FAILED
+            try:
+                fault = fault_of(variant(strategy)())
+                if fault is None:
+                    us = microseconds(variant(strategy), bench.device)
+            except Exception as error:
+                fault = bench.survived(error)
+            if fault is not None:
+                self.wrong.append(f"{what}, {strategy}: {fault}")
+            found.append(us)
+        return found[0], found[1]
+
+
+def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[Case]:
+    """What measuring the strategies of a layer launches, to be compiled before."""
+    shape: dict[str, Any] = {"n": layer.n, "d": layer.d, "tasks": tasks, "rank": layer.rank}
+    yield from (Case("merge", **shape), Case("merge_grad", **shape))
+    for rows in sorted({*powers, layer.tokens, layer.items * layer.tokens}):
+        yield from (
+            Case("forward", **shape, rows=rows, bias=True),
+            Case("dx", **shape, rows=rows),
+            Case("weight_grad", **shape, rows=rows),
+        )
+
+
+def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
+    """What measuring the strategies of a served layer launches: a preference for each image where rows are images."""
+    for rows in sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())}):
+        groups = layer.items if rows == layer.items * layer.tokens else 1
+        yield Case("preference", layer.n, layer.d, rows, rank=layer.rank, groups=groups, bias=True)
+
+
+def choices(
+    measured: Mapping[Point, Mapping[int, tuple[float, float]]], like: Tensor
+) -> tuple[list[dict[str, Any]], dict[Point, dict[int, str]]]:
+    """Lines of the file, where the cost model with the rates and tiles in use would choose otherwise; all labels."""
+    written, labels = [], {}
+    for point, times in measured.items():
+        best = labels[point] = decided(times)
+        predicted = {rows: point.choose(rows, like) for rows in best}
+        for rows, label in boundaries(best, predicted).items():
+            line = {"op": point.op, "dtype": "16-bit", "n": point.n, "d": point.d, "tasks": point.tasks}
+            written.append({**line, "rank": point.rank, "rows": rows, "best": label})
+    return written, labels
+
+
+def measure_strategies(
+    strategies: Strategies,
+    bench: Bench,
+    among: Sequence[Layer],
+    quick: bool,
+    until: float,
+    say: Callable[[str], None],
+) -> None:
+    """Every one of these layers with every K, all of their kernels compiled ahead."""
+    powers, tasks = ((1,), (2,)) if quick else (layers.POWERS, TASKS)
+    todo = list(itertools.product(tasks, among))
+    for count, layer in todo:
+        bench.compiler.submit(None, strategy_cases(layer, count, powers))
+    for count, layer in todo:
+        for case in strategy_cases(layer, count, powers):
+            bench.compiler.fault(None, case, until)
+        strategies.measure(bench, layer, count, powers, until)
+        say(f"strategies of {layer.name}, K = {count}")
+    served = [layer for layer in among if layer.rank]
+    for layer in served:
+        bench.compiler.submit(None, _both_kernels(layer, powers))
+    for layer in served:
+        for case in _both_kernels(layer, powers):
+            bench.compiler.fault(None, case, until)
+        strategies.measure_preference(bench, layer, powers, until)
+        say(f"strategies of {layer.name} with a preference per image")
+
+
+def _both_kernels(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
+    for case in preference_cases(layer, powers):
+        yield from (case, replace(case, call="widen", bias=False))
