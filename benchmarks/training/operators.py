@@ -1,4 +1,4 @@
-"""``python -m benchmarks.operators``: how many operators one optimiser step dispatches, on the CPU.
+"""``python -m benchmarks.training.operators``: how many operators one optimiser step dispatches, on the CPU.
 
 Each operator that is not a view is at least one kernel on a GPU, and each of them costs Python about ten microseconds
 where a step is not captured as a CUDA graph. The count does not depend on the machine: it is of a vision transformer
@@ -76,7 +76,7 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.operators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.training.operators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--blocks", type=int, default=24, help="of the transformer (default: 24, as ViT-L/14)")
     parser.add_argument("--tasks", type=int, default=8, help="default: 8")
