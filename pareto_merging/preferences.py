@@ -212,7 +212,8 @@ def two_task_grid(points: int = 11) -> Tensor:
 def lattice(tasks: int, partitions: int) -> Tensor:
     """Return the Das–Dennis simplex lattice (pymoo's), [points, K]. That is every γ whose entries are multiples of
     1/partitions."""
-    from pymoo.util.ref_dirs import get_reference_directions  # takes a second to import
+    # takes a second to import
+    from pymoo.util.ref_dirs import get_reference_directions
 
     directions = get_reference_directions("das-dennis", tasks, n_partitions=partitions)
     return torch.from_numpy(directions).float()
@@ -226,7 +227,8 @@ def energy(tasks: int, points: int, seed: int = 0) -> Tensor:
 
     Raises ValueError for fewer points than tasks: the K corners are part of every such set.
     """
-    from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory  # takes a while to import
+    # takes a while to import
+    from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory
 
     if tasks == 1 and points >= 1:
         return one_hot_preferences(1)

@@ -1,3 +1,3 @@
-"""The version of the package, in one place: ``setup.py``, written files and ``__version__`` read it here."""
+"""The version of the package, read from here by code, files and setup.py."""
 
 VERSION = "0.1.0"

@@ -171,16 +171,7 @@ def load_pareto_set(
     """
     path = Path(path)
     header = read_header(path, SET_FORMAT, _SET_KEYS)
-    names = header["task_names"]
-    if isinstance(finetuned, Mapping):
-        missing = [name for name in names if name not in finetuned]
-        if missing:
-            raise UserError(f"finetuned: expected the tasks of {path}, got none named {', '.join(missing)}")
-        finetuned = {name: finetuned[name] for name in names}
-    else:
-        if len(finetuned) != len(names):
-            raise UserError(f"finetuned: expected {len(names)} copies ({', '.join(names)}), got {len(finetuned)}")
-        finetuned = dict(zip(names, finetuned, strict=True))
+    finetuned = _tasks_of(path, header["task_names"], finetuned)
     name = header.get("preprocess", "none")
     if (name == "function") != (preprocess is not None):
         expected = "the function that preprocessed the task vectors" if name == "function" else f"none beside {name!r}"
@@ -188,15 +179,11 @@ def load_pareto_set(
     settings = header["low_rank"]
     low_rank: Any = settings if settings in ("attention", "in-projection", "all", "none") else _listed_low_rank(header)
     # the file may turn out not to be theirs when pretrained is a Pareto model already
-    # A is [out, r], and a header may claim anything
-    ranks = {shape[1] for name, (shape, _) in read_shapes(path).items() if name.startswith("A.") and len(shape) == 2}
-    if header.get("core", "tensor") == "tensor" and ranks - {header["rank"]}:
-        raise UserError(f"{path}: expected rank {min(ranks)} as its A has, got {header['rank']} in the header")
     with unchanged_on_error(pretrained, buffers=not copy and header["buffers"] == "average"):
         model = parametrize(
             pretrained,
             finetuned,
-            rank=header["rank"] if ranks else 1,
+            rank=_rank_of(path, header),
             low_rank=low_rank,
             init_lambda=header["init_lambda"],
             granularity=header["lambda_grouping"],
@@ -218,6 +205,28 @@ def load_pareto_set(
             raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
         load_learned(model, read_tensors(path), path)
     return model
+
+
+def _tasks_of(
+    path: Path, names: Sequence[str], finetuned: Sequence[Weights] | Mapping[str, Weights]
+) -> dict[str, Weights]:
+    """Return the fine-tuned copies of a file's tasks, in the file's order."""
+    if isinstance(finetuned, Mapping):
+        missing = [name for name in names if name not in finetuned]
+        if missing:
+            raise UserError(f"finetuned: expected the tasks of {path}, got none named {', '.join(missing)}")
+        return {name: finetuned[name] for name in names}
+    if len(finetuned) != len(names):
+        raise UserError(f"finetuned: expected {len(names)} copies ({', '.join(names)}), got {len(finetuned)}")
+    return dict(zip(names, finetuned, strict=True))
+
+
+def _rank_of(path: Path, header: Mapping[str, Any]) -> int:
+    """Return the rank of a Pareto set file, as its header and its A [out, r] agree on it."""
+    ranks = {shape[1] for name, (shape, _) in read_shapes(path).items() if name.startswith("A.") and len(shape) == 2}
+    if header.get("core", "tensor") == "tensor" and ranks - {header["rank"]}:
+        raise UserError(f"{path}: expected rank {min(ranks)} as its A has, got {header['rank']} in the header")
+    return int(header["rank"]) if ranks else 1
 
 
 def _listed_low_rank(header: Mapping[str, Any]) -> Callable[[str, nn.Module], bool]:
@@ -357,9 +366,9 @@ def _check_description(path: Path, description: Mapping[str, Any]) -> None:
     with torch.device("meta"):
         expected = encoders.build(description).state_dict()
     for name, tensor in expected.items():
-        found = shapes.get(f"model.{name}")
-        if found != list(tensor.shape):
-            got = "none" if found is None else str(found)
+        shape = shapes.get(f"model.{name}")
+        if shape != list(tensor.shape):
+            got = "none" if shape is None else str(shape)
             raise UserError(f"{path}: does not fit the model: expected {name} {list(tensor.shape)}, got {got}")
 
 

@@ -69,8 +69,8 @@ def pareto_states(model: nn.Module) -> list[ParetoState]:
     """List the distinct Pareto models inside ``model``. It may be one itself, or contain some."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    found = {id(state): state for module in model.modules() if (state := module.__dict__.get("pareto")) is not None}
-    return list(found.values())
+    states = {id(state): state for module in model.modules() if (state := module.__dict__.get("pareto")) is not None}
+    return list(states.values())
 
 
 def pareto_state(model: nn.Module) -> ParetoState:

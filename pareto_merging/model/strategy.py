@@ -63,9 +63,9 @@ def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
             f"memory_budget: expected at least {needed} bytes (one more model) for strategy "
             f"'cached', got {budget}; 'auto' keeps as much as fits"
         )
-    there = memory_of(device)
-    if there is not None and budget > there:
-        raise ValueError(f"memory_budget: expected at most the {in_gib(there)} of {device}, got {in_gib(budget)}")
+    memory = memory_of(device)
+    if memory is not None and budget > memory:
+        raise ValueError(f"memory_budget: expected at most the {in_gib(memory)} of {device}, got {in_gib(budget)}")
 
 
 def merged_bytes(model: nn.Module) -> int:
