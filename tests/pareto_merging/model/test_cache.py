@@ -5,75 +5,25 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import json
 import pickle
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import noisy_copy, randomize
-from safetensors.torch import save_file
+from support.networks import TASKS, Everything, linears, pareto
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
-from pareto_merging.cli.app import main
-from pareto_merging.errors import UserError
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, pareto_states
-from pareto_merging.model.strategy import STRATEGIES, merged_bytes, set_strategy
-from pareto_merging.run.config import RunConfig, dump_config, read_config
-
-TASKS = 3
-
-
-class Everything(nn.Module):
-    """Tied embedding and output, convolution, batch norm, attention with q, k and v apart, GRU, layer norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.conv = nn.Conv1d(6, 4, 1)
-        self.bn = nn.BatchNorm1d(4)
-        self.attn = nn.MultiheadAttention(4, 2, kdim=6, vdim=6, batch_first=True)
-        self.gru = nn.GRU(4, 5, batch_first=True)
-        self.self_attn = nn.MultiheadAttention(6, 2, batch_first=True)
-        self.norm = nn.LayerNorm(6)
-        self.fc = nn.Linear(5, 6)
-        self.out = nn.Linear(6, 7, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        e = self.embed(x)
-        q = self.bn(self.conv(e.transpose(1, 2))).transpose(1, 2)
-        a, _ = self.attn(q, e, e)
-        h, _ = self.gru(a)
-        z = self.norm(self.fc(h))
-        # query alone, then key and value together: rows of the in-projection
-        return self.out(z + self.self_attn(z, e, e, need_weights=False)[0])
-
-
-def pareto(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Everything().eval().to(dtype)
-    settings = {"rank": 2, "low_rank": "all", **settings}
-    return randomize(pm.parametrize(net, {f"t{k}": noisy_copy(net, k + 1, 0.2) for k in range(TASKS)}, **settings))
-
-
-def linears(dtype: torch.dtype = torch.float32, low_rank: str = "all") -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 5)).to(dtype)
-    finetuned = {f"t{k}": noisy_copy(net, k + 1, 0.2) for k in range(TASKS)}
-    return randomize(pm.parametrize(net, finetuned, rank=2, low_rank=low_rank))
+from pareto_merging.model.strategy import merged_bytes, set_strategy
 
 
 @pytest.fixture
@@ -623,154 +573,4 @@ def test_in_place_writes_into_the_same_memory_and_no_backward_is_wrong(x: Tensor
 # arguments
 
 
-def test_every_strategy_by_name() -> None:
-    assert set(STRATEGIES) == {"auto", "cached", "eager", "fused", "streamed"}
-    model = linears()
-    for strategy in STRATEGIES:
-        set_strategy(model, strategy)
-        assert (pareto_state(model).now.cache is not None) == (strategy == "cached")
-        assert pareto_state(model).now.kernel_strategy != "cached"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "budget", "error", "message"),
-    [
-        ("quick", None, ValueError, "strategy: expected one of auto, .*cached, got 'quick'"),
-        (None, None, ValueError, "strategy: expected one of"),
-        ("cached", "1 GiB", TypeError, "memory_budget: expected a number of bytes or None, got '1 GiB'"),
-        ("auto", 1.5, TypeError, "memory_budget: expected a number of bytes or None, got 1.5"),
-        ("auto", True, TypeError, "memory_budget: expected a number of bytes or None, got True"),
-        ("auto", -1, ValueError, "memory_budget: expected at least 0 bytes, got -1"),
-        ("cached", 10, ValueError, "memory_budget: expected at least .* bytes .*, got 10"),
-        ("auto", 2**70, ValueError, "memory_budget: expected at most the .* GiB of cpu, got"),
-        ("fused", 10**6, ValueError, "memory_budget: expected None for strategy 'fused'"),
-        ("eager", 0, ValueError, "memory_budget: expected None for strategy 'eager'"),
-    ],
-)
-def test_a_wrong_setting_changes_nothing(strategy: Any, budget: Any, error: type[Exception], message: str) -> None:
-    model = linears()
-    set_strategy(model, "cached", memory_budget=merged_bytes(model))
-    cache = pareto_state(model).now.cache
-    with pytest.raises(error, match=message) as caught:
-        set_strategy(model, strategy, memory_budget=budget)
-    assert "\n" not in str(caught.value)
-    state = pareto_state(model)
-    assert (state.now.strategy, state.now.memory_budget) == ("cached", merged_bytes(model))
-    assert state.now.cache is cache
-
-
-def test_a_plain_model_has_no_strategy() -> None:
-    with pytest.raises(ValueError, match="model: expected a Pareto model, got Linear"):
-        set_strategy(nn.Linear(2, 2), "cached")
-
-
-def test_tied_weights_count_once() -> None:
-    model = pareto()
-    tensors = {id(m._parameters[n]): m._parameters[n] for _, m in pareto_modules(model) for n in m.pareto_names}
-    assert model.embed._parameters["weight"] is model.out._parameters["weight"]
-    assert merged_bytes(model) == sum(t.numel() for t in tensors.values()) * 8
-
-
 # the YAML keys and the command line
-
-SUITE = "suite: digits\ntasks: [upright, mirrored]\n"
-
-
-def read(folder: Path, text: str) -> RunConfig:
-    path = folder / "run.yaml"
-    path.write_text(SUITE + text + "\n")
-    return read_config(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("6 GiB", 6 * 2**30), ("6.5 GB", 6_500_000_000), ("0", 0), ("4096", 4096), ("null", None)]
-)
-def test_memory_budget_in_yaml(tmp_path: Path, text: str, size: int | None) -> None:
-    config = read(tmp_path, f"memory_budget: {text}")
-    assert config.memory_budget == size
-    again = tmp_path / "again.yaml"
-    again.write_text(dump_config(config))
-    assert read_config(again) == config
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["-1", "'-6 GiB'", "0.5", "true", ".nan", ".inf", "1e30", "5 parsecs", "[1]", "''", "inf GiB"],
-)
-def test_a_memory_budget_that_is_none(tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="memory_budget: ") as caught:
-        read(tmp_path, f"memory_budget: {text}")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", ["auto", "on", "off", "'on'", "'off'"])
-def test_cuda_graphs_in_yaml(tmp_path: Path, value: str) -> None:
-    """YAML 1.1 reads a bare ``on`` as true: the documented values must work as they are documented."""
-    config = read(tmp_path, f"cuda_graphs: {value}")
-    assert config.cuda_graphs == value.strip("'")
-    again = tmp_path / "again.yaml"
-    again.write_text(dump_config(config))
-    assert read_config(again) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("cuda_graphs: maybe", "cuda_graphs"),
-        ("cuda_graphs: 'on'\ndevice: cpu", "cuda_graphs: expected auto or off without a CUDA GPU, got 'on'"),
-        ("memory_budget: 1 KiB\nstrategy: cached", "memory_budget: expected at least"),
-        ("memory_budget: 1 KiB\nstrategy: fused", "memory_budget: expected None for strategy 'fused'"),
-        ("memory_budget: 1000 PiB", "memory_budget: expected at most"),
-        ("strategy: quick", "strategy"),
-    ],
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
-) -> None:
-    config = small_config(tmp_path)
-    path = tmp_path / "run.yaml"
-    path.write_text(config + text + "\n")
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(path), "--out", str(tmp_path / "out")])
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.strip()]
-    assert len(lines) == 1, captured.err
-    assert said in lines[0]
-    assert not (tmp_path / "out").exists()
-
-
-def small_config(folder: Path) -> str:
-    """The YAML of two tiny models on disk."""
-    transformer = pytest.importorskip("open_clip.transformer")
-    settings = {
-        "image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 4
-    }  # fmt: skip
-    (folder / "tiny.json").write_text(json.dumps(settings))
-    net = transformer.VisionTransformer(**settings)
-    tasks = ""
-    for name, module in {"base": net, "a": noisy_copy(net, 1), "b": noisy_copy(net, 2)}.items():
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
-        if name != "base":
-            tasks += f"  {name}: {{checkpoint: {name}.safetensors}}\n"
-    return (
-        "encoder: {architecture: tiny.json, pretrained: base.safetensors}\n"
-        f"tasks:\n{tasks}"
-        "method: {objective: weight-distance, steps: 1, rank: 2}\n"
-    )
-
-
-def test_the_small_configuration_runs(tmp_path: Path) -> None:
-    """So that the mistakes above are the only reason to stop."""
-    path = tmp_path / "run.yaml"
-    path.write_text(small_config(tmp_path) + "strategy: cached\nmemory_budget: 1 MiB\ncuda_graphs: 'off'\n")
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(path), "--out", str(tmp_path / "out")])
-    assert caught.value.code == 0
-
-
-def test_linear_reads_what_a_plain_layer_would() -> None:
-    model = linears()
-    set_strategy(model, "cached")
-    y = torch.randn(3, 6)
-    torch.testing.assert_close(model[0](y), F.linear(y, model[0].weight, model[0].bias))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import noisy_copy
+from pydantic import ValidationError
+from safetensors.torch import save_file
 
+from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
-from pareto_merging.run.config import dump_config, read_config
+from pareto_merging.run.config import RunConfig, dump_config, read_config
 
 
 @pytest.mark.parametrize(
@@ -112,3 +117,105 @@ def test_paths_are_relative_to_the_file_and_survive_a_round_trip(tmp_path: Path)
     again = tmp_path / "copy.yaml"
     again.write_text(dump_config(config))
     assert read_config(again) == config
+
+
+def test_every_setting_of_the_method_is_documented_and_fixed() -> None:
+    assert [name for name, field in MethodSettings.model_fields.items() if not field.description] == []
+    with pytest.raises(ValidationError):
+        MethodSettings.model_validate({}).rank = 3  # type: ignore[misc]
+
+
+SUITE = "suite: digits\ntasks: [upright, mirrored]\n"
+
+
+def read(folder: Path, text: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(SUITE + text + "\n")
+    return read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6 GiB", 6 * 2**30), ("6.5 GB", 6_500_000_000), ("0", 0), ("4096", 4096), ("null", None)]
+)
+def test_memory_budget_in_yaml(tmp_path: Path, text: str, size: int | None) -> None:
+    config = read(tmp_path, f"memory_budget: {text}")
+    assert config.memory_budget == size
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert read_config(again) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-1", "'-6 GiB'", "0.5", "true", ".nan", ".inf", "1e30", "5 parsecs", "[1]", "''", "inf GiB"],
+)
+def test_a_memory_budget_that_is_none(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="memory_budget: ") as caught:
+        read(tmp_path, f"memory_budget: {text}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["auto", "on", "off", "'on'", "'off'"])
+def test_cuda_graphs_in_yaml(tmp_path: Path, value: str) -> None:
+    """YAML 1.1 reads a bare ``on`` as true: the documented values must work as they are documented."""
+    config = read(tmp_path, f"cuda_graphs: {value}")
+    assert config.cuda_graphs == value.strip("'")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert read_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cuda_graphs: maybe", "cuda_graphs"),
+        ("cuda_graphs: 'on'\ndevice: cpu", "cuda_graphs: expected auto or off without a CUDA GPU, got 'on'"),
+        ("memory_budget: 1 KiB\nstrategy: cached", "memory_budget: expected at least"),
+        ("memory_budget: 1 KiB\nstrategy: fused", "memory_budget: expected None for strategy 'fused'"),
+        ("memory_budget: 1000 PiB", "memory_budget: expected at most"),
+        ("strategy: quick", "strategy"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    config = small_config(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(config + text + "\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1, captured.err
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def small_config(folder: Path) -> str:
+    """The YAML of two tiny models on disk."""
+    transformer = pytest.importorskip("open_clip.transformer")
+    settings = {
+        "image_size": 8, "patch_size": 4, "width": 8, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 4
+    }  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(settings))
+    net = transformer.VisionTransformer(**settings)
+    tasks = ""
+    for name, module in {"base": net, "a": noisy_copy(net, 1), "b": noisy_copy(net, 2)}.items():
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
+        if name != "base":
+            tasks += f"  {name}: {{checkpoint: {name}.safetensors}}\n"
+    return (
+        "encoder: {architecture: tiny.json, pretrained: base.safetensors}\n"
+        f"tasks:\n{tasks}"
+        "method: {objective: weight-distance, steps: 1, rank: 2}\n"
+    )
+
+
+def test_the_small_configuration_runs(tmp_path: Path) -> None:
+    """So that the mistakes above are the only reason to stop."""
+    path = tmp_path / "run.yaml"
+    path.write_text(small_config(tmp_path) + "strategy: cached\nmemory_budget: 1 MiB\ncuda_graphs: 'off'\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 0
