@@ -77,7 +77,7 @@ def parts_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         f"{prefix}.{name}" if prefix else name: (module._parameters[name].detach(), parts["task_vectors"].detach())
         for prefix, module in pareto_modules(model)
         for name in module.pareto_names
-        if (parts := module.pareto_parts(name))["task_vectors"] is not None
+        if (parts := module.pareto_parameter(name).parts())["task_vectors"] is not None
     }
 
 

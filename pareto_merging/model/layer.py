@@ -48,14 +48,6 @@ class ParetoModule(ModuleBase):
             raise AttributeError(f"{name}: expected a merged parameter of {type(self).__name__}, got none")
         return parameter
 
-    def pareto_parts(self, name: str) -> dict[str, Tensor | None]:
-        """Return the stored parts of a parameter; on its way out, use :meth:`pareto_parameter`."""
-        return self.pareto_parameter(name).parts()
-
-    def pareto_parts_at(self, name: str, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
-        """Return the parts of a parameter as used; on its way out, use :meth:`pareto_parameter`."""
-        return self.pareto_parameter(name).at(gamma).parts()
-
     def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the learned parameters of this module itself, by attribute name."""
         for name in self.pareto_names:

@@ -165,7 +165,7 @@ def test_every_source_has_low_rank_terms_in_both_projections_and_its_products_ar
     _, case = models.build_case(tiny, 2, CPU, torch.float32, batch=2, source=source)
     assert case.source == source and case.pareto is not None
     shapes = [
-        (module._parameters[name].shape, module.pareto_parts(name)["A"])  # type: ignore[union-attr]
+        (module._parameters[name].shape, module.pareto_parameter(name).A)  # type: ignore[union-attr]
         for _, module in pareto_modules(case.pareto)
         for name in module.pareto_names
     ]

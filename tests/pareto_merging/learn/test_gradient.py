@@ -150,7 +150,7 @@ def merged_by_definition(model: nn.Module, gamma: Tensor) -> dict[str, Tensor]:
     gamma = gamma.double()
     for prefix, module in pareto_modules(model):
         for name in module.pareto_names:
-            parts = module.pareto_parts(name)
+            parts = module.pareto_parameter(name).parts()
             lam, tau, A, G, B = (parts[p] if parts[p] is None else parts[p].double() for p in
                                  ("lam", "task_vectors", "A", "G", "B"))  # fmt: skip
             value = module._parameters[name].detach().double()
@@ -172,7 +172,7 @@ def merged_by_definition(model: nn.Module, gamma: Tensor) -> dict[str, Tensor]:
 
 def low_rank_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     """‖A·C·Bᵀ‖_F over all layers, from the matrices themselves."""
-    if not any(module.pareto_parts(name)["A"] is not None for _, module in pareto_modules(model) for name in
+    if not any(module.pareto_parameter(name).A is not None for _, module in pareto_modules(model) for name in
                module.pareto_names):  # fmt: skip
         return torch.zeros(()).double()
     with_it = merged_by_definition(model, gamma)
@@ -394,7 +394,7 @@ def test_data_free_is_the_distance_of_the_weights(case: str, normalize: bool) ->
     S, scale, seen = [torch.zeros(()).double()] * TASKS, [0.0] * TASKS, set()
     for prefix, module in pareto_modules(model):
         for name in module.pareto_names:
-            tau, weight = module.pareto_parts(name)["task_vectors"], module._parameters[name]
+            tau, weight = module.pareto_parameter(name).task_vectors, module._parameters[name]
             if id(weight) in seen:
                 continue
             seen.add(id(weight))

@@ -58,7 +58,7 @@ class SmallLambda(Objective):
         self.model = model
 
     def values(self, gamma: Tensor) -> Tensor:
-        lams = [module.pareto_parts(n)["lam"] for _, module in pareto_modules(self.model) for n in module.pareto_names]
+        lams = [module.pareto_parameter(n).lam for _, module in pareto_modules(self.model) for n in module.pareto_names]
         return torch.stack([lam for lam in lams if lam is not None]).sub(1).square().sum(dim=0)
 
 

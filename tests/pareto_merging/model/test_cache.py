@@ -73,7 +73,7 @@ def _parts(model: nn.Module, part: str) -> list[Tensor]:
         value
         for _, m in pareto_modules(model)
         for n in m.pareto_names
-        if (value := m.pareto_parts(n)[part]) is not None
+        if (value := m.pareto_parameter(n).parts()[part]) is not None
     ]
 
 

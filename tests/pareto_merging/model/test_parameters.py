@@ -38,7 +38,7 @@ def test_every_part_is_registered_under_its_name(tiny_vit: nn.Module, copies: Co
     for _, module in pareto_modules(model):
         assert isinstance(module, ParetoModule)
         for name in module.pareto_names:
-            parts = module.pareto_parts(name)
+            parts = module.pareto_parameter(name).parts()
             assert parts["task_vectors"] is not None
             merged = pmkernels.reference.merge_weight(
                 module._parameters[name], gamma=None if parts["A"] is None else module.pareto.now.gamma, **parts
