@@ -76,7 +76,9 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.operators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.training.operators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--blocks", type=int, default=24, help="of the transformer (default: 24, as ViT-L/14)")
     parser.add_argument("--tasks", type=int, default=8, help="default: 8")
