@@ -1,1 +1,1 @@
-"""Others' weights in and out: files read as data and written; no model is known here."""
+"""Others' weights are read as data and written here. No model is known in this room."""

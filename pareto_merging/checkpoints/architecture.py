@@ -1,4 +1,4 @@
-"""The shape of a CLIP, read off tensors' shapes or from a description of ours, and described.
+"""The shape of a CLIP is read off tensors' shapes or a description, and described.
 
 No file is opened here, and no weight is looked at. Everything that comes from outside is checked, in time proportional
 to its length: shapes and configurations may come from anybody.
@@ -43,7 +43,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """A plain CLIP text transformer: sizes as in :class:`Architecture`; its activation is the vision tower's."""
+    """A plain CLIP text transformer. Sizes are as in :class:`Architecture`; its activation is the vision tower's."""
 
     context_length: int
     vocab_size: int
@@ -57,7 +57,7 @@ class TextArchitecture:
 def from_shapes(
     shapes: Mapping[str, Sequence[int]], *, heads: int | None = None, quick_gelu: bool | None = None
 ) -> Architecture:
-    """The vision transformer whose tensors have these shapes.
+    """Return the vision transformer whose tensors have these shapes.
 
     Args:
         shapes: open_clip's vision names (without ``visual.``) -> shapes, all of them.
@@ -90,7 +90,7 @@ def from_shapes(
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the vision transformer in open_clip's names -> its shape."""
+    """Return open_clip's name of every tensor of the vision transformer -> its shape."""
     width, patch = architecture.width, architecture.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "class_embedding": (width,),
@@ -105,7 +105,8 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def text_from_shapes(shapes: Mapping[str, Sequence[int]], *, heads: int | None = None) -> TextArchitecture:
-    """The text transformer whose tensors (open_clip CLIP's names, all that are not ``visual.``) have these shapes.
+    """Return the text transformer whose tensors have these shapes. Names are open_clip CLIP's, all that are not
+    ``visual.``.
 
     Args:
         heads: default: one for every 64 features, as all of open_clip's have.
@@ -195,8 +196,8 @@ def check_heads(heads: int, width: int) -> None:
 
 
 def describe(architecture: Architecture) -> dict[str, Any]:
-    """Plain JSON for :func:`.encoders.build`: open_clip's model name where it is exactly that model's
-    vision transformer, else the arguments of VisionTransformer (``output_dim`` null without a projection).
+    """Return plain JSON that :func:`.encoders.build` takes. It is open_clip's model name where this is exactly that
+    model's vision transformer, else the arguments of VisionTransformer (``output_dim`` null without a projection).
 
     ``quick_gelu`` None is written as False.
     """
@@ -233,7 +234,7 @@ _SIZES = {"image_size", "patch_size", "width", "layers", "heads", "head_width", 
 
 
 def from_description(description: Mapping[str, Any]) -> Architecture:
-    """The inverse of :func:`describe`, for any description that :func:`.encoders.build` takes.
+    """Return the architecture that :func:`describe` describes, or any that :func:`.encoders.build` takes.
 
     Raises:
         UserError: no description of an encoder, or one that a plain CLIP cannot express (another pooling, layer scale,
@@ -275,7 +276,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
 
 @functools.lru_cache(maxsize=1)
 def _known() -> dict[Architecture, str]:
-    """Architectures with ``quick_gelu`` None -> the name of open_clip's model."""
+    """Return architectures with ``quick_gelu`` None -> the name of open_clip's model."""
     import open_clip
 
     known: dict[Architecture, str] = {}
@@ -305,14 +306,14 @@ def mlp_ratio_of(width: int, mlp_width: int) -> float:
 
 
 def checked_size(value: object, what: str) -> int:
-    """Return a positive whole number, or raise UserError."""
+    """Return a positive whole number. Raises UserError for any other."""
     if not isinstance(value, int) or not _is_size(value):
         raise UserError(f"{what}: expected a positive whole number, got {str(value)[:80]}")
     return value
 
 
 def checked_square(value: object, what: str) -> int:
-    """Return the side of a square from its side or both of them, or raise UserError."""
+    """Return the side of a square, given as one number or two. Raises UserError for any other."""
     if isinstance(value, list | tuple):
         if len(value) != 2 or value[0] != value[1]:
             raise UserError(f"{what}: expected a square, got {str(value)[:80]}")
@@ -329,7 +330,7 @@ def check_towers(architecture: Architecture, text: TextArchitecture) -> None:
 
 
 def compare(found: Architecture, claimed: Architecture) -> None:
-    """Compare what the tensors are with what a description claims; a projection may be left out.
+    """Compare what the tensors are with what a description claims. A projection may be left out.
 
     Raises:
         UserError: names the first claim that differs.

@@ -1,4 +1,4 @@
-"""The files that ``torch.save`` and TorchScript write: their pickle read as data, their tensors one by one.
+"""Files that ``torch.save`` and TorchScript write, read as data, tensor by tensor.
 
 Three containers: a zip archive (torch since 1.6), a TorchScript archive (a zip as well, whose code is never read), and
 the legacy format (pickles one after another, then the bytes of every storage). Nothing is unpacked, decompressed or
@@ -82,7 +82,7 @@ class Archive:
         )
 
     def _bytes(self, file: BinaryIO, key: str, entry: _Entry, offset: int, size: int) -> Tensor:
-        """``size`` bytes at ``offset`` of an entry, read in one pass with its checksum the first time."""
+        """Read ``size`` bytes at ``offset`` of an entry. Its checksum is compared in the same pass, the first time."""
         target = torch.empty(size, dtype=torch.uint8)
         array: Any = target.numpy()
         view = memoryview(array)
@@ -194,7 +194,7 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
 
 
 def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
-    """The length of the archive's directory, before zipfile reads it whole."""
+    """Check the length of the archive's directory before zipfile reads it whole."""
     # as zipfile finds it: the end record, and the zip64 record that a locator before it stands for
     file.seek(max(0, size - 2**16 - 200))
     tail = file.read(2**16 + 200)

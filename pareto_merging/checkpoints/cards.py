@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a merged model on the Hugging Face Hub, and the code in it that loads the model."""
+"""Model cards for the Hugging Face Hub, with code that loads the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Library = Literal["transformers", "open_clip", "safetensors"]
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint that was merged: what it is (``pretrained``, a task), where it came from, and what it held.
+    """One checkpoint that was merged.
 
     Attributes:
         name: for people. origin: a path or a Hub id. digest: of its weights, hexadecimal. hub_id: ``owner/name`` where
@@ -45,7 +45,8 @@ def model_card(
     preprocessing: Mapping[str, Any] | None = None,
     file_name: str = "",
 ) -> str:
-    """A README.md for the Hugging Face Hub: front matter it accepts, and what the model is, made of and loaded by.
+    """Return a README.md for the Hugging Face Hub. Its front matter is what the hub accepts; it says what the model is,
+    what it was made of and how it is loaded.
 
     Args:
         encoder: as :mod:`pareto_merging.checkpoints.encoders` describes it. has_text: it is a whole CLIP.

@@ -1,4 +1,4 @@
-"""Any public checkpoint of a CLIP vision transformer, read safely and tensor by tensor, in open_clip's names.
+"""Public checkpoints of CLIP vision transformers, read safely, tensor by tensor, in open_clip's names.
 
 ==============================  =======================================================================================
 a file                          safetensors; what ``torch.save`` wrote (zip or legacy): a state dict, a training
@@ -37,7 +37,8 @@ from pareto_merging.errors import UserError
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
-    """Named tensors, each read from its file when it is asked for, into memory of its own, and not kept.
+    """Named tensors that are read from their files when they are asked for. Each comes in memory of its own and is not
+    kept.
 
     Attributes:
         source: what they were opened by. shapes, dtypes: by name, known without reading.
@@ -152,14 +153,14 @@ class Checkpoint(CheckpointTensors):
             )
 
     def leave_out_text(self, reason: str) -> None:
-        """Leave out the text tower from now on if there is a reason: it would be exported as what it is not."""
+        """Leave out the text tower if there is a reason. It would be exported as what it is not."""
         if reason and self.text:
             self.text, self.no_text = CheckpointTensors(self.source, self._tensors, {}), reason
 
 
 @contextlib.contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Put the source in front of a UserError from a function that does not know it."""
+    """Put the source in front of a UserError that does not name it."""
     try:
         yield
     except UserError as error:
@@ -169,7 +170,7 @@ def _named(source: str) -> Iterator[None]:
 
 
 def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoint:
-    """Open a checkpoint by path, hub id or open_clip tag; only headers, configurations and pickles are read.
+    """Open a checkpoint by path, hub id or open_clip tag. Only headers, configurations and pickles are read.
 
     Args:
         names: of the tensors of an encoder that is no plain CLIP: a file with just these is taken as it is.

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint before its weights are: named tensors, and what stands beside them."""
+"""What is known of a checkpoint before its weights are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 class NamedTensors(Protocol):
-    """Named tensors of one or more files: what is known without reading them, and a way to read one."""
+    """Named tensors of one or more files. Shapes and types are known without reading them."""
 
     @property
     def shapes(self) -> Mapping[str, list[int]]: ...

@@ -1,4 +1,6 @@
-"""Any checkpoint as one plain safetensors file: the vision encoder in open_clip's names, and what is known of it."""
+"""A checkpoint of any format becomes one plain safetensors file. It holds the vision encoder in open_clip's names, and
+what is known of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def convert_checkpoint(
     source: str | Path, target: Path, *, dtype: torch.dtype | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Write the vision encoder, or the zero-shot head, of any checkpoint to a safetensors file, atomically.
+    """Write the vision encoder or zero-shot head of any checkpoint to a safetensors file, atomically.
 
     The header keeps how to build the encoder, how its images are made, where it came from, and a checksum of every
     tensor, which is compared when it is read again.
@@ -79,7 +81,7 @@ def convert_checkpoint(
 
 
 def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
-    """A zero-shot head's weight, its scale and what it was made from; None for what is no head."""
+    """Read a zero-shot head's weight, its scale and what it was made from. None stands for what is no head."""
     if not path.is_file():
         return None
     if is_head(path):
@@ -105,7 +107,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 
 
 def say(found: Mapping[str, Any]) -> str:
-    """What :func:`convert_checkpoint` found, for a reader, in one or two lines."""
+    """Say in one or two lines what :func:`convert_checkpoint` did."""
     if found["kind"] == "head":
         return (
             f"{found['target']}: a zero-shot head of {found['classes']} classes, {found['dim']} features, "

@@ -1,4 +1,4 @@
-"""Vision encoders by description: open_clip's, by model name or by the arguments of its VisionTransformer."""
+"""Vision encoders of open_clip by model name, or by the arguments of its VisionTransformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pareto_merging.errors import UserError
 
 
 def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
-    """What :func:`build` needs, as plain JSON. ``architecture``: an open_clip model name, or a JSON file of arguments.
+    """Return what :func:`build` needs, as plain JSON. ``architecture``: an open_clip model name, or a JSON file of
+    arguments.
 
     Raises:
         UserError: an unknown name (close ones are listed) or an unreadable file.
@@ -36,7 +37,8 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-    """The encoder of :func:`describe`, with random weights, in eval mode: images [n, 3, H, W] -> features [n, dim].
+    """Build the encoder of :func:`describe` with random weights, in eval mode. It maps images [n, 3, H, W] to features
+    [n, dim].
 
     Raises:
         UserError: the description names no architecture, or arguments that VisionTransformer does not take.
@@ -88,13 +90,15 @@ def _checked(arguments: Any) -> dict[str, Any]:
 
 
 def has_quick_gelu(description: Mapping[str, Any]) -> bool:
-    """Whether the encoder of :func:`describe` has QuickGELU: said, or as open_clip's model of that name has it."""
+    """Return whether the encoder of :func:`describe` has QuickGELU. It says so, or open_clip's model of that name has
+    it.
+    """
     named = "architecture" in description and model_config(description["architecture"]).get("quick_gelu", False)
     return bool(description.get("quick_gelu") or named)
 
 
 def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
-    """How images become the encoder's input, as CLIP does it: ``size``, and ``mean`` and ``std`` of three channels.
+    """Return how CLIP makes an encoder's input of images. That is ``size``, and ``mean`` and ``std`` of three channels.
 
     Resized to ``size`` pixels along the shorter side (bicubic), cropped to the middle, 0..1, normalised.
     """
@@ -108,7 +112,7 @@ def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_size(description: Mapping[str, Any]) -> int:
-    """The side of the square images the encoder of :func:`describe` takes, in pixels."""
+    """Return the side in pixels of the square images that an encoder takes."""
     if "architecture" in description:
         size = model_config(description["architecture"])["vision_cfg"].get("image_size", 224)
     else:
@@ -117,7 +121,9 @@ def image_size(description: Mapping[str, Any]) -> int:
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of a model by name; UserError, with names that are near, for an unknown one."""
+    """Return open_clip's configuration of a model by name. Raises UserError, with names that are near, for an unknown
+    one.
+    """
     import difflib
 
     import open_clip

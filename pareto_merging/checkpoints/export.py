@@ -1,4 +1,4 @@
-"""A merged model as a folder that transformers or open_clip loads by itself, without this library.
+"""Merged models written as folders that transformers or open_clip load without this library.
 
 A folder is written beside its place under a name that starts with a dot and ends in ``.tmp``, and renamed once it is
 whole and on the disk. Its configuration, without which nothing loads it, is written last. transformers is not needed
@@ -140,7 +140,7 @@ def export_open_clip(
 def _text_side(
     text: Mapping[str, Tensor] | None, heads: int | None
 ) -> tuple[dict[str, Tensor], shapes.TextArchitecture | None]:
-    """The text tensors, each read once, and their architecture; nothing and None where there is no text tower."""
+    """Read each text tensor once, and return them with their architecture. Nothing and None stand for no text tower."""
     tensors = {name: _plain(name, tensor) for name, tensor in (text or {}).items()}
     if not tensors:
         return {}, None
@@ -148,7 +148,7 @@ def _text_side(
 
 
 def _checked(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, each read once, checked against the encoder's."""
+    """Yield the tensors one by one, each read once and checked against the encoder's."""
     missing, extra = expected.keys() - set(tensors), set(tensors) - expected.keys()
     if missing:
         raise UserError(f"tensors: expected those of the encoder, got none named {listed(missing)}")
@@ -168,7 +168,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The smallest dtype that holds every matrix and vector: transformers makes all of a model one dtype."""
+    """Return the smallest dtype that holds every matrix and vector. transformers makes all of a model one dtype."""
     # a logit_scale in float32 must not make a float16 model twice as large
     dtypes = sorted({tensor.dtype for tensor in tensors.values() if tensor.dim()}, key=str)
     common = dtypes[0]
@@ -178,7 +178,7 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _target(folder: Path, overwrite: bool) -> Path:
-    """Where to write, links followed. Raises UserError if something is there that must not be replaced."""
+    """Return where to write, links followed. Raises UserError if something is there that must not be replaced."""
     target = Path(os.path.realpath(folder))
     if not target.exists():
         return target
@@ -202,7 +202,7 @@ def _write_folder(
     files: Mapping[str, bytes],
     extra_files: Mapping[str, bytes],
 ) -> None:
-    """Weights, extra files, then ``files`` in their order: the last is the one without which nothing loads."""
+    """Write weights, extra files, then ``files`` in their order. The last is the one without which nothing loads."""
     for name in extra_files:
         if name in {*weights, *files} or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
             raise UserError(f"extra_files: expected plain names of other files, got {listed([name])}")

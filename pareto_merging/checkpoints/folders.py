@@ -1,4 +1,4 @@
-"""Folders of weights with a configuration beside them: a table of layouts, Hugging Face's and open_clip's.
+"""Folders whose configuration describes their weights are known by a table of layouts.
 
 A user's own is added with :func:`register`; nothing else lists the layouts.
 """
@@ -27,7 +27,7 @@ def register(layout: Layout) -> None:
 
 
 def layout_of(path: Path) -> Layout | None:
-    """Return the layout of a folder, or of the folder that describes a file; None for a file by itself.
+    """Return the layout of a folder, or of the folder that describes a file. None stands for a file by itself.
 
     Raises:
         UserError: a folder without a configuration that is known, or with a broken one.
@@ -46,7 +46,7 @@ def layout_of(path: Path) -> Layout | None:
 
 
 def open_folder(layout: Layout, path: Path, source: str) -> Contents:
-    """Open a folder, or one file of its weights, by its layout; ``source`` is what messages call it.
+    """Open a folder, or one file of its weights, by its layout. ``source`` is what messages call it.
 
     Raises:
         UserError: no weights, broken ones, or a configuration that is not a CLIP's.

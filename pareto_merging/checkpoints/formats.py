@@ -1,4 +1,4 @@
-"""The formats of files of weights: a table that knows each by its first bytes, whatever its name.
+"""Files of weights are known by a table of formats, whatever their names.
 
 A user's own is added with :func:`register`; nothing else lists the formats. No format may run code of a file's.
 """
@@ -35,7 +35,7 @@ _KNOWN_STARTS = (
 
 
 def known_as(start: bytes) -> str:
-    """Return what a file that is no checkpoint is, by its first bytes, in words for its user; empty if not known."""
+    """Say by its first bytes what a file that is no checkpoint is. Empty text stands for what is not known."""
     if start[4:9] == b"\0\0\0\0{":
         # safetensors: the length before its header may be any bytes
         return ""
@@ -133,7 +133,7 @@ def open_tensors(path: Path) -> NamedTensors:
 
 
 def open_file(path: Path, source: str) -> Contents:
-    """Open a file of weights that says by itself what it is; ``source`` is what messages call it."""
+    """Open a file of weights that says by itself what it is. ``source`` is what messages call it."""
     format = format_of(path)
     tensors = format.open(path)
     description = format.describe(tensors, source)

@@ -1,4 +1,4 @@
-"""Zero-shot heads in files: their class embeddings and their scale, from safetensors or a pickled module."""
+"""Class embeddings and scales of zero-shot heads are read from safetensors or pickled modules."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _pickled_head(path: Path) -> tuple[Tensor, float]:
 
 
 def is_head(path: Path) -> bool:
-    """Whether a file is a pickled ClassificationHead; False for what cannot be read at all."""
+    """Return whether a file is a pickled ClassificationHead. False stands for what cannot be read at all, too."""
     try:
         root = None if format_of(path) is SAFETENSORS else open_archive(path).root
     except UserError:

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a path, a Hugging Face Hub id, or an open_clip model by name and pretrained tag.
+"""Checkpoints are found by path, Hugging Face Hub id, or open_clip's model and tag.
 
 Downloads are huggingface_hub's and open_clip's own, into their caches; HF_HUB_OFFLINE is respected.
 """
@@ -37,15 +37,16 @@ class TagSettings(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A checkpoint on this machine: its file or folder, and what open_clip says of it where it has a tag."""
+    """A file or folder on this machine, and what open_clip says of it under its tag."""
 
     path: Path
     settings: TagSettings | None = None
 
 
 def remote(source: str | Path) -> str | None:
-    """A hub id (as ``hf:owner/name``) or an open_clip tag, if ``source`` reads as one; whether a path of that name
-    exists is not looked at. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path."""
+    """Return a hub id (as ``hf:owner/name``) or an open_clip tag, if ``source`` reads as one. No path of that name is
+    looked for. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path.
+    """
     if isinstance(source, Path):
         return None
     for address in _ADDRESSES:
@@ -59,13 +60,13 @@ def remote(source: str | Path) -> str | None:
 
 
 def hub_id(source: str | Path) -> str:
-    """``owner/name`` of a source on the hub; empty for any other."""
+    """Return ``owner/name`` of a source on the hub, or empty text for any other."""
     text = remote(source) or ""
     return text.removeprefix(_HUB).partition("@")[0] if text.startswith(_HUB) else ""
 
 
 def locate(source: str | Path) -> Located:
-    """The checkpoint's place on this machine, downloaded first where it has to be.
+    """Find the checkpoint on this machine, downloaded first where it has to be.
 
     Args:
         source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub (``hf:owner/name``
@@ -91,7 +92,7 @@ def locate(source: str | Path) -> Located:
 
 
 def _hub(source: str) -> Path:
-    """The snapshot folder of a hub repository, with its configuration and weights."""
+    """Return the snapshot folder of a hub repository, with its configuration and weights."""
     name, _, revision = source.partition("@")
     repository = _Repository(name)
     first = repository.file(CONFIG, revision or None) or repository.file(OPEN_CLIP_CONFIG, revision or None)
@@ -122,7 +123,9 @@ def _hub(source: str) -> Path:
 
 
 def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
-    """Small files of a checkpoint's folder, those of a hub repository downloaded first; what is not there is left."""
+    """Return small files of a checkpoint's folder, those of a hub repository downloaded first. What is not there is
+    left out.
+    """
     name = hub_id(source)
     if name:
         repository = _Repository(name)
@@ -133,7 +136,9 @@ def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 class _Repository:
-    """A repository of the hub through its cache: the cache alone where the hub is not asked, or does not answer."""
+    """A repository of the hub, read through its cache. The cache alone is read where the hub is not asked or does not
+    answer.
+    """
 
     def __init__(self, name: str) -> None:
         from huggingface_hub import is_offline_mode
@@ -144,7 +149,9 @@ class _Repository:
         self.answers = not self.is_offline and _answers(name)
 
     def file(self, name: str, revision: str | None) -> Path | None:
-        """One file; None if the repository (or, offline, the cache) has none. Raises UserError if that is not known."""
+        """Return one file, or None if the repository (or, offline, the cache) has none. Raises UserError if that is not
+        known.
+        """
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -169,7 +176,7 @@ class _Repository:
         )
 
     def cached(self, names: Sequence[str]) -> Path:
-        """The first of some files that is in the cache; UserError if none is."""
+        """Return the first of some files that is in the cache. Raises UserError if none is."""
         from huggingface_hub import try_to_load_from_cache
 
         for name in names:
@@ -182,7 +189,7 @@ class _Repository:
 
 
 def _answers(repository: str) -> bool:
-    """Whether the hub answers at all, whatever it says."""
+    """Return whether the hub answers at all, whatever it says."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -1,4 +1,4 @@
-"""Hugging Face's CLIP: its config.json and preprocessor_config.json, and the folders that hold them."""
+"""Hugging Face's configurations of a CLIP, and the folders that hold them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class HuggingFaceSettings(NamedTuple):
 
 
 def from_hugging_face_config(config: Mapping[str, Any], source: str = "config.json") -> HuggingFaceSettings:
-    """The vision tower's heads and activation from a config.json, as transformers reads it (keys may be missing).
+    """Return the vision tower's heads and activation from a config.json. Keys may be missing, as in transformers.
 
     Args:
         config: of ``model_type`` clip_vision_model, or clip (with ``vision_config`` inside). source: for messages.
@@ -77,7 +77,7 @@ def from_hugging_face_config(config: Mapping[str, Any], source: str = "config.js
 
 
 def from_hugging_face_text_config(config: Mapping[str, Any], source: str = "config.json") -> HuggingFaceSettings:
-    """The text tower's heads and activation from a config.json of ``model_type`` clip.
+    """Return the text tower's heads and activation from a config.json of ``model_type`` clip.
 
     Raises:
         UserError: as :func:`from_hugging_face_config`, or an activation other than the vision tower's (open_clip's CLIP
@@ -162,7 +162,7 @@ def _settings(config: Mapping[str, Any], source: str) -> HuggingFaceSettings:
 
 
 def hugging_face_vision_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a CLIPVisionModelWithProjection (a CLIPVisionModel without a projection) of this dtype."""
+    """Return the config.json of a CLIPVisionModelWithProjection. Without a projection it is a CLIPVisionModel's."""
     kind = "CLIPVisionModel" if architecture.output_dim is None else "CLIPVisionModelWithProjection"
     return {
         "architectures": [kind],
@@ -183,7 +183,7 @@ def hugging_face_vision_config(architecture: Architecture, dtype: torch.dtype) -
 
 
 def hugging_face_text_config(text: TextArchitecture, quick_gelu: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``text_config`` of a CLIPModel."""
+    """Return the ``text_config`` of a CLIPModel."""
     return {
         "model_type": "clip_text_model",
         "vocab_size": text.vocab_size,
@@ -205,7 +205,7 @@ def hugging_face_text_config(text: TextArchitecture, quick_gelu: bool, dtype: to
 
 
 def hugging_face_clip_config(architecture: Architecture, text: TextArchitecture, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of a whole CLIPModel. Raises UserError if the two towers do not end in the same dimension."""
+    """Return the config.json of a whole CLIPModel. Raises UserError if the two towers do not end in the same dimension."""
     check_towers(architecture, text)
     vision = hugging_face_vision_config(architecture, dtype)
     del vision["architectures"]
@@ -227,7 +227,7 @@ def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
 
 
 def hugging_face_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The preprocessor_config.json of a CLIPImageProcessor. Raises UserError if ``preprocessing`` is not ours."""
+    """Return the preprocessor_config.json of a CLIPImageProcessor. Raises UserError if ``preprocessing`` is not ours."""
     size, mean, std = check_preprocessing(preprocessing).values()
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -249,7 +249,7 @@ def hugging_face_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, An
 def preprocessing_from_hugging_face(
     config: Mapping[str, Any], source: str = "preprocessor_config.json"
 ) -> dict[str, Any] | None:
-    """``size``, ``mean`` and ``std`` of a preprocessor_config.json, or of a processor_config.json that holds one.
+    """Return ``size``, ``mean`` and ``std`` of a preprocessor_config.json, or of a processor_config.json around one.
 
     Sizes may be numbers (before transformers 4.23) or mappings; what is missing is as CLIPImageProcessor has it.
     ``do_convert_rgb`` does not matter: our images are always RGB. None where nothing in it is about images.
@@ -290,7 +290,7 @@ def preprocessing_from_hugging_face(
 
 
 def is_folder(folder: Path) -> bool:
-    """Return whether transformers loads a folder: open_clip's configuration may lie beside its own."""
+    """Return whether transformers loads a folder. open_clip's configuration may lie beside its own."""
     if not (folder / CONFIG).is_file():
         return False
     if not (folder / open_clip.CONFIG).is_file():

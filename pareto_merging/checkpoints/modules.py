@@ -1,4 +1,4 @@
-"""Modules and state dicts in a pickle that was read as data: their tensors by name, and what their records tell."""
+"""Modules and state dicts in pickles that were read as data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INNER = ("state_dict", "model_state_dict", "model")
 
 
 def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
-    """The tensors of a pickled module, or of a state dict, alone or inside a training checkpoint, by name.
+    """Return the tensors of a pickled module or state dict by name. It may be inside a training checkpoint.
 
     Raises:
         UserError: there are none, or more than any model has.
@@ -66,7 +66,7 @@ class ArchivedTensors:
 
 
 def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
-    """Every module of a pickled module by name, its own first (name ``""``)."""
+    """Yield every module of a pickled module by name, its own first (name ``""``)."""
     waiting: list[tuple[str, Any]] = [("", root)]
     count = entries = 0
     while waiting:
@@ -120,7 +120,7 @@ def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
 
 
 def _set_items(record: Any) -> list[Any]:
-    """What is in a pickled set: appended to it, or the list it was made of."""
+    """Return what is in a pickled set. It was appended to the set, or the set was made of a list."""
     if not isinstance(record, Record):
         return []
     first = record.arguments[0] if record.arguments else []
@@ -128,7 +128,7 @@ def _set_items(record: Any) -> list[Any]:
 
 
 def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
-    """Whether the modules below ``prefix`` have QuickGELU or GELU; None where there is neither, or no module."""
+    """Return whether the modules below ``prefix`` have QuickGELU or GELU. None stands for neither, or no module."""
     if not isinstance(root, Record):
         return None
     names = {
@@ -141,7 +141,7 @@ def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
 
 
 def attention_heads(root: Any, prefix: str, source: str) -> int | None:
-    """``num_heads`` of the first attention below ``prefix``; None where no module says it."""
+    """Return ``num_heads`` of the first attention below ``prefix``. None stands for no module that says it."""
     if not isinstance(root, Record):
         return None
     for name, record in walk_modules(root, source):
@@ -152,7 +152,7 @@ def attention_heads(root: Any, prefix: str, source: str) -> int | None:
 
 
 def normalisation(root: Any) -> dict[str, Any] | None:
-    """``size``, ``mean`` and ``std`` of torchvision's transforms that an ImageEncoder keeps as ``val_preprocess``."""
+    """Return ``size``, ``mean`` and ``std`` of the transforms that an ImageEncoder keeps as ``val_preprocess``."""
     compose = root.state.get("val_preprocess") if isinstance(root, Record) else None
     steps = compose.state.get("transforms") if isinstance(compose, Record) else None
     found: dict[str, Any] = {}

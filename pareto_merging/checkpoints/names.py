@@ -1,4 +1,4 @@
-"""The names that programs give a CLIP's tensors, each naming scheme a row of :data:`NAMINGS`. No file is opened here.
+"""Names of a CLIP's tensors, by a table of naming schemes. No file is opened here. No file is opened here.
 
 Hugging Face's are known in both directions:
 
@@ -46,7 +46,7 @@ class Piece:
 
 
 class Towers(NamedTuple):
-    """The two towers of a CLIP in open_clip's names, each tensor as a piece of a file's.
+    """The two towers of a CLIP in open_clip's names, as pieces of a file's tensors.
 
     Attributes:
         vision: without ``visual.``. text: empty where there is no whole text tower as CLIP's. prefix: what stands
@@ -60,7 +60,7 @@ class Towers(NamedTuple):
 
 @dataclass(frozen=True)
 class Naming:
-    """One naming scheme: its name, and a function from a file's names to the towers, or None if they are others'."""
+    """One naming scheme. ``towers`` makes towers of a file's names, or None if they are others'."""
 
     name: str
     towers: Callable[[Collection[str]], Towers | None]
@@ -116,20 +116,20 @@ _HUGGING_FACE_BLOCK = re.compile(r"encoder\.layers\.(0|[1-9][0-9]{0,3})\.(.+)", 
 
 
 def block_and_rest(name: str) -> tuple[int, str] | None:
-    """``transformer.resblocks.7.ln_1.bias`` -> (7, ``ln_1.bias``); None for every other name."""
+    """Split ``transformer.resblocks.7.ln_1.bias`` into (7, ``ln_1.bias``). None stands for every other name."""
     match = _OPEN_CLIP_BLOCK.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first five names for a message of one line, whatever the names hold, and how many more there are."""
+    """Return the first five names on one line, and how many more there are. Names may hold anything."""
     ordered = sorted(names)
     shown = ", ".join((ascii(name)[1:-1] if name else "''")[:80] for name in ordered[:5])
     return shown + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 def vision_pieces(names: Collection[str]) -> dict[str, Piece]:
-    """open_clip's vision names -> how to make them of a Hugging Face CLIP's tensors.
+    """Return open_clip's vision names -> pieces of a Hugging Face CLIP's tensors.
 
     Args:
         names: all names in the file(s): a CLIPModel, a CLIPVisionModelWithProjection, or a CLIPVisionModel with or
@@ -156,7 +156,7 @@ def vision_pieces(names: Collection[str]) -> dict[str, Piece]:
 
 
 def text_pieces(names: Collection[str]) -> dict[str, Piece]:
-    """The text side of a Hugging Face CLIP in open_clip's names, as :func:`vision_pieces`; empty where there is none.
+    """Return the text side of a Hugging Face CLIP, as :func:`vision_pieces`. It is empty where there is none.
 
     ``text_projection`` and ``logit_scale`` are there where the file has them.
 
@@ -176,7 +176,7 @@ def text_pieces(names: Collection[str]) -> dict[str, Piece]:
 
 
 def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One open_clip vision tensor as Hugging Face's, behind ``vision_model.``: views of ``tensor``.
+    """Yield one open_clip vision tensor as Hugging Face's, behind ``vision_model.``. These are views of ``tensor``.
 
     ``attn.in_proj_*`` ([3·width, …]) becomes three; ``proj`` [width, dim] becomes ``visual_projection.weight``
     [dim, width]. Raises UserError for a name that a plain CLIP vision transformer does not have.
@@ -188,7 +188,7 @@ def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor
 
 
 def hugging_face_text(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of open_clip's text side as Hugging Face's, as :func:`hugging_face_vision`.
+    """Yield one tensor of open_clip's text side as Hugging Face's, as :func:`hugging_face_vision`.
 
     ``text_projection`` [width, dim] becomes ``text_projection.weight`` [dim, width]; ``logit_scale`` has no dimension
     there (some of open_clip's have one).
@@ -210,7 +210,7 @@ def _vision_prefix(names: Collection[str]) -> str | None:
 
 
 def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tuple[dict[str, Piece], set[str]]:
-    """The pieces behind ``prefix``, and the names that are none."""
+    """Return the pieces behind ``prefix``, and the names that are none."""
     top_of = {f"{prefix}{theirs}": ours for ours, theirs in top.items()}
     block_of = {theirs: ours for ours, theirs in _BLOCK.items()}
     joined_of = {theirs: ours for ours, parts in _JOINED.items() for theirs in parts}
@@ -260,7 +260,7 @@ def is_plain_vision(names: Collection[str]) -> bool:
 
 
 def _open_clip_towers(names: Collection[str]) -> Towers | None:
-    """Find open_clip's towers, or OpenAI's, behind any prefix: a vision tower is known by two of its tensors."""
+    """Find open_clip's towers, or OpenAI's, behind any prefix. Two tensors tell a vision tower."""
     mark, other = _MARKS
     ends = [name.removesuffix(mark) for name in names if name == mark or name.endswith(f".{mark}")]
     present = set(names)
@@ -275,7 +275,9 @@ def _open_clip_towers(names: Collection[str]) -> Towers | None:
 
 
 def _open_clip_text(names: Collection[str], vision_prefix: str) -> dict[str, Piece]:
-    """The text tower beside the vision tower; empty if it is not whole (the task-vectors release drops its blocks)."""
+    """Find the text tower beside the vision tower. It is empty if it is not whole: the task-vectors release drops its
+    blocks.
+    """
     if not (vision_prefix == "visual." or vision_prefix.endswith(".visual.")):
         return {}
     outer = vision_prefix.removesuffix("visual.")
@@ -316,7 +318,7 @@ def register(naming: Naming) -> None:
 
 
 def find_towers(names: Collection[str]) -> Towers:
-    """Return the towers that the first naming scheme to know a file's names finds in them.
+    """Return the towers that the first naming scheme to know these names finds.
 
     Raises:
         UserError: none knows them, or one knows them and they are not whole.

@@ -37,7 +37,7 @@ _TEXT_SIZES = ("context_length", "vocab_size", "width", "layers", "heads", "mlp_
 
 
 def open_clip_model_config(architecture: Architecture, text: TextArchitecture | None = None) -> dict[str, Any]:
-    """The ``model_cfg`` of an open_clip_config.json.
+    """Return the ``model_cfg`` of an open_clip_config.json.
 
     Args:
         text: None where there is no text tower: open_clip then builds the smallest one, with random weights.
@@ -73,7 +73,7 @@ def open_clip_model_config(architecture: Architecture, text: TextArchitecture | 
 
 
 def from_open_clip_config(config: Mapping[str, Any], source: str = "open_clip_config.json") -> Architecture:
-    """The vision transformer that an open_clip_config.json describes.
+    """Return the vision transformer that an open_clip_config.json describes.
 
     Raises:
         UserError: no ``model_cfg`` with a ``vision_cfg``, or one that a plain CLIP cannot express.
@@ -90,7 +90,7 @@ def from_open_clip_config(config: Mapping[str, Any], source: str = "open_clip_co
 
 
 def open_clip_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``preprocess_cfg`` of an open_clip_config.json. Raises UserError if ``preprocessing`` is not ours."""
+    """Return the ``preprocess_cfg`` of an open_clip_config.json. Raises UserError if ``preprocessing`` is not ours."""
     size, mean, std = check_preprocessing(preprocessing).values()
     return {
         "size": size,
@@ -106,7 +106,7 @@ def open_clip_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def preprocessing_from_open_clip(
     config: Mapping[str, Any], image_size: int, source: str = "open_clip_config.json"
 ) -> dict[str, Any]:
-    """``size``, ``mean`` and ``std`` of a ``preprocess_cfg``.
+    """Return ``size``, ``mean`` and ``std`` of a ``preprocess_cfg``.
 
     Args:
         image_size: the model's, which open_clip takes whatever ``size`` says; a missing key is as open_clip has it.
@@ -130,7 +130,7 @@ def preprocessing_from_open_clip(
 
 
 def text_is_not_clips(config: Any) -> str:
-    """Return what an open_clip text_cfg says that a CLIP's text tower does not have; empty for nothing."""
+    """Say what in an open_clip text_cfg a CLIP's text tower does not have. Empty text stands for nothing."""
     from open_clip.model import CLIPTextCfg
 
     plain = asdict(CLIPTextCfg())

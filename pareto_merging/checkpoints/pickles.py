@@ -1,4 +1,5 @@
-"""A pickle read as data: a machine that follows the opcodes and never imports, calls or builds anything of the file's.
+"""Pickles are read as data by a machine that only follows the opcodes. It never imports, calls or builds anything of
+the file's.
 
 What comes out are dictionaries with strings as keys, lists, tuples, numbers and text; a :class:`Global` for each class
 or function that is named; a :class:`Record` for each object; and a :class:`StoredTensor` for each tensor, which says
@@ -36,7 +37,7 @@ _MARK = object()
 
 
 def read_pickle(stream: BinaryIO, source: str, storages: dict[str, Storage] | None = None) -> Any:
-    """One pickle as data; the stream is left behind it.
+    """Read one pickle as data. The stream is left behind it.
 
     Args:
         stream: positioned at the pickle. source: what to call it in errors. storages: filled with every storage that

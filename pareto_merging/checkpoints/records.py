@@ -1,4 +1,4 @@
-"""What a pickle is read as: records and stored tensors, and what torch's own functions would have made of them."""
+"""Records and tensors that pickles are read as, and what torch's functions would make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DIMENSIONS = 16
 
 
 class Record:
-    """An object of the file: its class, what it was made with, its attributes, and its items if it holds some."""
+    """An object of the file, with its class, its arguments, its attributes and its items."""
 
     __slots__ = ("arguments", "items", "state", "type")
 
@@ -26,7 +26,7 @@ class Record:
 
 
 class Storage(NamedTuple):
-    """The memory of one or more tensors: its key in the file, its type and its number of elements."""
+    """The memory of one or more tensors, with its key in the file."""
 
     key: str
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that has not been read: it lies within ``storage`` and is no larger (both checked)."""
+    """A tensor that has not been read. It lies within ``storage`` and is no larger (both checked)."""
 
     storage: Storage
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""The classes and functions that a pickle names: which may stand in a checkpoint, as data that nothing calls."""
+"""Classes and functions that a pickle may name. They stand for data, and nothing calls them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Global(NamedTuple):
 
     @property
     def is_class(self) -> bool:
-        """Whether it is named like a class, so that an inert record can stand for an instance."""
+        """Return whether it is named like a class. Then an inert record can stand for an instance."""
         return self.name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
 
@@ -91,17 +91,17 @@ def reference(module: str, name: str) -> Global:
 
 
 def is_name(text: str) -> bool:
-    """Return whether a text is a dotted name of Python's, of a length that names have."""
+    """Return whether a text is a dotted name of Python's, and not too long."""
     return len(text) <= MAX_NAME and _NAME.fullmatch(text) is not None
 
 
 def is_inert(named: Global) -> bool:
-    """Return whether a reference of a forbidden family is one of those that checkpoints hold as data."""
+    """Return whether checkpoints hold a reference as data although its family is forbidden."""
     return named in _INERT
 
 
 def is_allowed(named: Global) -> bool:
-    """Return whether a pickle may name this; False for whatever could run code if it were called."""
+    """Return whether a pickle may name this. What could run code if it were called may not be named."""
     module, name = named
     if named in _INERT or storage_dtype(named) or (module == "torch" and name in DTYPES):
         return True
@@ -123,7 +123,7 @@ def _within(module: str, families: tuple[str, ...]) -> bool:
 
 
 def storage_dtype(kind: Any) -> torch.dtype | None:
-    """Return the type of the numbers in a class of storages; None for what is no such class of ours."""
+    """Return the type of the numbers in a class of storages. None stands for any other class."""
     if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES:
         return None
     return _STORAGES.get(kind.name)

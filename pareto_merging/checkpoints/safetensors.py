@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 class SafetensorsFile:
-    """A safetensors file, tensor by tensor: each is read into memory of its own, and nothing is mapped.
+    """A safetensors file, read tensor by tensor. Each comes in memory of its own, and nothing is mapped.
 
     Attributes:
         path: the file; files: it alone. metadata: its text. shapes, dtypes: by the tensors' names.
@@ -66,7 +66,7 @@ class SafetensorsFile:
         self._stamp = file_stamp(path)
 
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises UserError if the file has changed, or its checksum does not fit."""
+        """Read one tensor. Raises UserError if the file has changed, or its checksum does not fit."""
         if file_stamp(self.path) != self._stamp:
             raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")
         dtype, shape = self.dtypes[name], self.shapes[name]
@@ -86,7 +86,7 @@ class SafetensorsFile:
 
 
 def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> dict[str, int]:
-    """The checksums that our own files keep of their tensors, by name; empty for others'.
+    """Return the checksums that our own files keep of their tensors. It is empty for others' files.
 
     Raises:
         UserError: of other tensors, or the header's own does not fit: it is damaged.
@@ -105,7 +105,9 @@ def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[st
 
 
 def _checksum_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """What :func:`read_checksums` reads: CRC-32 of each tensor, and under the name ``""`` of the other metadata."""
+    """Return what :func:`read_checksums` reads. It holds the CRC-32 of each tensor, and under the name ``""`` that of
+    the other metadata.
+    """
     return json.dumps({"": _header_checksum(metadata), **{name: checksum(tensors[name]) for name in sorted(tensors)}})
 
 
@@ -115,13 +117,13 @@ def _header_checksum(metadata: Mapping[str, str]) -> int:
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes, as ``checksums`` in a safetensors file's metadata has it for each name."""
+    """Return the CRC-32 of a tensor's bytes, as ``checksums`` in a file's metadata has it."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(array)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file. Raises UserError as :func:`read_tensors`."""
+    """Return the text metadata of a safetensors file. Raises UserError as :func:`read_tensors`."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -137,7 +139,7 @@ def read_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
         UserError: the file is missing, unreadable or not safetensors; pickles (``.pt``, ``.bin``) are never opened.
@@ -179,7 +181,7 @@ def _opened(path: Path, device: str | torch.device = "cpu", *, any_name: bool = 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically; every value of ``metadata`` that is no string is stored as JSON.
+    """Write a safetensors file atomically. Every value of ``metadata`` that is no text is stored as JSON.
 
     A checksum of each tensor and of the rest of the header goes with it, and is compared when it is read.
     """
@@ -198,7 +200,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy those of some contiguous tensors that share memory with another: safetensors refuses them."""
+    """Copy those of some contiguous tensors that share memory with another. safetensors refuses them."""
     end = 0
     for name in sorted(tensors, key=lambda name: tensors[name].data_ptr()):
         start = tensors[name].data_ptr()
@@ -209,7 +211,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """safetensors writes the metadata in a random order; sorted, the same content has the same bytes."""
+    """Sort the metadata, so that the same content has the same bytes. safetensors writes it in a random order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -63,7 +63,7 @@ WEIGHT_DECAY = 0.05
 
 
 def _shuffled(x: Tensor, block: int, seed: int) -> Tensor:
-    """Puts the ``block`` x ``block`` tiles of images [n, 8, 8] in another order, the same for every image."""
+    """Put the ``block`` x ``block`` tiles of images [n, 8, 8] in another order. It is the same for every image."""
     per_row = SIDE // block
     order = torch.randperm(per_row**2, generator=torch.Generator().manual_seed(seed))
     tiles = x.reshape(-1, per_row, block, per_row, block).transpose(2, 3).flatten(1, 2)[:, order]
@@ -71,7 +71,7 @@ def _shuffled(x: Tensor, block: int, seed: int) -> Tensor:
 
 
 def _occluded(x: Tensor) -> Tensor:
-    """Blacks out a 3 x 3 square next to the middle of images [n, 8, 8]."""
+    """Black out a 3 x 3 square next to the middle of images [n, 8, 8]."""
     x = x.clone()
     x[:, 2:5, 2:5] = 0
     return x
@@ -98,7 +98,9 @@ def _check(kind: str, value: str, allowed: Sequence[str]) -> None:
 
 @cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Grey images [1797, 8, 8] in 0..1, labels [1797], and each split's row numbers (stratified, disjoint)."""
+    """Return grey images [1797, 8, 8] in 0..1, labels [1797], and each split's row numbers. Splits are stratified and
+    disjoint.
+    """
     digits = load_digits()
     rows = np.arange(len(digits.target))
     training, rest = train_test_split(rows, train_size=SPLIT_SIZES["training"], stratify=digits.target, random_state=0)
@@ -112,7 +114,7 @@ def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 @cache
 def images(task: str, split: str) -> tuple[Tensor, Tensor]:
-    """One split of one task: images float32 [n, 3, 8, 8] (normalised) and labels int64 [n].
+    """Return one split of one task. Images are float32 [n, 3, 8, 8] (normalised) and labels int64 [n].
 
     Every task sees the same digits in a split, each through its own view; no digit is in two splits. The result is
     cached and shared between callers: do not write into it.
@@ -128,13 +130,15 @@ def images(task: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def normalisation() -> tuple[float, float]:
-    """Mean and standard deviation of the grey values 0..1: what :func:`images` subtracts and divides by."""
+    """Return mean and standard deviation of the grey values 0..1. :func:`images` subtracts and divides by them."""
     grey, _, _ = _digits()
     return float(grey.mean()), float(grey.std())
 
 
 def _worded(seed: int, offset: float) -> dict[str, Tensor]:
-    """Task -> unit class vectors [10, output_dim]: the shared ones moved by ``offset`` along the task's own."""
+    """Return task -> unit class vectors [10, output_dim]. They are the shared ones moved by ``offset`` along the task's
+    own.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     shape = (CLASSES, ENCODER["output_dim"])
     shared = F.normalize(torch.randn(shape, generator=generator), dim=1)
@@ -143,12 +147,12 @@ def _worded(seed: int, offset: float) -> dict[str, Tensor]:
 
 
 def heads(seed: int = 0) -> dict[str, Tensor]:
-    """Task -> its frozen zero-shot head, float32 [10, output_dim] with unit rows."""
+    """Return task -> its frozen zero-shot head, float32 [10, output_dim] with unit rows."""
     return _worded(seed, HEAD_OFFSET)
 
 
 def build_encoder() -> VisionTransformer:
-    """A fresh encoder with random weights; maps images [n, 3, 8, 8] to features [n, output_dim]."""
+    """Build an encoder with random weights. It maps images [n, 3, 8, 8] to features [n, output_dim]."""
     return VisionTransformer(**ENCODER)
 
 
@@ -171,7 +175,7 @@ def _train(
     seed: int,
     progress: Callable[[], None] | None,
 ) -> StateDict:
-    """Trains all encoder weights by cross-entropy on x [n, 3, 8, 8], y [n], each row with class vectors [n, 10, d].
+    """Train all encoder weights by cross-entropy. x is [n, 3, 8, 8], y [n], and each row has class vectors [n, 10, d].
 
     Starts from ``start``, or from random weights. The result is rounded to float16 (and held as float32), so that
     what is measured or fine-tuned further is bit for bit what the files hold.
@@ -199,7 +203,7 @@ def _train(
 
 
 def pretrain(seed: int, progress: Callable[[], None] | None = None) -> StateDict:
-    """Trains the generalist on all tasks' training splits; returns its weights, float32 with float16 precision.
+    """Train the generalist on all tasks' training splits. Its weights are returned as float32 with float16 precision.
 
     It learns class vectors with only ``PRETRAINING_OFFSET`` of each task's offset, which makes it a sound reader of
     every view and a weak zero-shot classifier. ``progress`` is called after each step.
@@ -215,7 +219,7 @@ def pretrain(seed: int, progress: Callable[[], None] | None = None) -> StateDict
 def finetune(
     task: str, pretrained_state: StateDict, seed: int, progress: Callable[[], None] | None = None
 ) -> StateDict:
-    """Fine-tunes a copy of the generalist on one task's training split, its head frozen; returns the weights.
+    """Fine-tune a copy of the generalist on one task's training split, its head frozen.
 
     The result is float32 with float16 precision. ``progress`` is called after each step.
     """
@@ -227,14 +231,14 @@ def finetune(
 
 @torch.no_grad()
 def _accuracy(encoder: VisionTransformer, task: str, split: str, head: Tensor) -> float:
-    """Share of a task's split that the encoder and head [10, output_dim] classify rightly."""
+    """Return the share of a task's split that encoder and head classify rightly. The head is [10, output_dim]."""
     x, y = images(task, split)
     # The scale of the features and of the logits does not move the arg max.
     return ((encoder(x) @ head.T).argmax(1) == y).float().mean().item()
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes through a temporary name, so that nobody ever sees half a file."""
+    """Write through a temporary name, so that nobody ever sees half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -249,7 +253,7 @@ def _write_weights(path: Path, state: StateDict) -> None:
 
 
 def make(out: Path, seed: int = 0) -> None:
-    """Trains the generalist and the eight fine-tuned encoders and writes them, with the heads, into ``out``.
+    """Train the generalist and the fine-tuned encoders, and write them with the heads into ``out``.
 
     Files: ``encoder.json`` (``ENCODER``), ``pretrained.safetensors`` and ``finetuned_<task>.safetensors`` (float16),
     ``heads.safetensors`` (float32 [10, output_dim] per task, with ``logit_scale`` in the metadata). Accuracies are
@@ -296,7 +300,7 @@ def make(out: Path, seed: int = 0) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: ``python -m pareto_merging.data.digits --out DIR --seed 0``."""
+    """Run the command line ``python -m pareto_merging.data.digits --out DIR --seed 0``."""
     parser = argparse.ArgumentParser(
         prog="python -m pareto_merging.data.digits",
         description="Train the digits suite (one generalist, eight fine-tuned encoders, eight heads) and write it.",

@@ -11,7 +11,7 @@ from pareto_merging.checkpoints.heads import open_head
 
 
 class ZeroShotHead(nn.Module):
-    """logits = scale · normalise(features) · weightᵀ: features [n, dim] -> [n, classes], weight [classes, dim].
+    """logits = scale · normalise(features) · weightᵀ. Features [n, dim] become [n, classes] with weight [classes, dim].
 
     The rows of ``weight`` are normalised here; nothing is trained.
     """
@@ -33,7 +33,7 @@ class ZeroShotHead(nn.Module):
 
 
 def read_head(path: str | Path, name: str = "weight") -> ZeroShotHead:
-    """Read a head from a safetensors file or a pickled one, as :func:`pareto_merging.checkpoints.heads.open_head`.
+    """Read a head from a file, as :func:`pareto_merging.checkpoints.heads.open_head` does.
 
     Raises:
         UserError: no such file or tensor, or not a matrix of finite numbers.

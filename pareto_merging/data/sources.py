@@ -1,4 +1,4 @@
-"""Images as map-style datasets: from a folder, from a safetensors file, or of an embedded suite."""
+"""Images as map-style datasets from a folder, a safetensors file or an embedded suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 
 class TensorImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images held in memory: images [n, C, H, W], labels int64 [n] (−1: unlabelled)."""
+    """Images held in memory. They are [n, C, H, W] with labels int64 [n] (−1: unlabelled)."""
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         if images.ndim < 2 or not len(images) or not images.is_floating_point():
@@ -43,7 +43,7 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
-    """Images under a folder, found recursively and sorted; its direct sub-folders, if any, are the classes in order.
+    """Images under a folder, found recursively and sorted. Its direct sub-folders, if any, are the classes in order.
 
     Args:
         root: the folder. transform: PIL image -> tensor [C, H, W].
@@ -83,7 +83,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
 
 def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
-    """The images that ``source`` names.
+    """Open the images that ``source`` names.
 
     ``digits:TASK/SPLIT`` is the embedded suite; a ``.safetensors`` file holds ``images`` [n, 3, H, W], normalised, and
     perhaps ``labels`` [n]; anything else is a folder of image files, resized, cropped and normalised.
@@ -127,7 +127,8 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
 
 
 def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list[int]:
-    """The indices of batch ``step`` (from 0) of an endless stream of seeded permutations of ``size`` items.
+    """Return the indices of one batch of an endless stream of seeded permutations. Batch ``step`` counts from 0; there
+    are ``size`` items.
 
     A function of its arguments alone, so that a resumed run sees the very batches it would have seen.
     """
@@ -141,7 +142,7 @@ def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list
 
 
 class BatchStream:
-    """The batches of one task from a given step on: ``next(stream)`` is a tensor of images [batch, …]."""
+    """The batches of one task from a given step on. ``next(stream)`` is a tensor of images [batch, …]."""
 
     def __init__(
         self, dataset: Dataset[Any], batch: int, first_step: int, last_step: int, seed: Sequence[int], workers: int = 0
@@ -171,7 +172,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 @contextlib.contextmanager
 def _from_workers() -> Iterator[None]:
-    """A worker's error comes with its traceback as text; what a user needs is the last line."""
+    """Shorten a worker's error to its last line. It comes with its traceback as text."""
     try:
         yield
     except UserError as error:
@@ -196,7 +197,7 @@ class _Batches:
 
 
 def _images(items: Any) -> Tensor:
-    """The images of a fetched batch, whether items are images or (image, label) pairs."""
+    """Return the images of a fetched batch. Items are images or (image, label) pairs."""
     if isinstance(items, tuple):
         return items[0]
     first = items[0]
@@ -206,7 +207,7 @@ def _images(items: Any) -> Tensor:
 
 
 def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """All items in order as (images [b, …], labels int64 [b])."""
+    """Yield all items in order as (images [b, …], labels int64 [b])."""
     with _from_workers():
         yield from _loader(dataset, workers, batch_size=batch, collate_fn=_labelled)
 
@@ -214,7 +215,7 @@ def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Ite
 def labelled_stream(
     dataset: Dataset[Any], batch: int, steps: int, seed: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first ``steps`` batches of :func:`batch_indices` as (images [batch, …], labels int64 [batch])."""
+    """Yield the first ``steps`` batches of :func:`batch_indices`. Each is (images [batch, …], labels int64 [batch])."""
     order = _Batches(len(dataset), batch, 0, steps, seed)  # type: ignore[arg-type]
     with _from_workers():
         yield from _loader(dataset, 0, batch_sampler=order, collate_fn=_labelled)

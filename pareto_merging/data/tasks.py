@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 @dataclass
 class Task:
-    """One task as merging and evaluation see it: images and a frozen head.
+    """One task's images and its frozen head, as merging and evaluation see it.
 
     Attributes:
         images: a map-style dataset of image tensors or of (image, anything) pairs; evaluation and supervised training

@@ -8,7 +8,7 @@ from pareto_merging.errors import UserError
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of that name; ``auto``: a CUDA GPU where there is one, else the CPU. A GPU has its number.
+    """Return the device of that name. ``auto`` is a CUDA GPU where there is one, else the CPU. A GPU has its number.
 
     Raises:
         UserError: no such device, or not on this machine.

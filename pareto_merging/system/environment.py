@@ -1,4 +1,4 @@
-"""Where figures were measured, and how long and how much memory a piece of work takes."""
+"""Where figures were measured, and what a piece of work takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pareto_merging.version import VERSION
 
 
 def environment() -> dict[str, Any]:
-    """Where figures were measured."""
+    """Return where figures are measured."""
     return {
         "package": VERSION,
         "torch": torch.__version__,
@@ -41,7 +41,7 @@ def _cpu_name() -> str:
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
-    """The result of ``work``, its seconds, and its peak memory in bytes.
+    """Return the result of ``work``, its seconds, and its peak memory in bytes.
 
     With a CUDA GPU the peak is what torch had allocated there; without, it is the resident memory of the whole process
     (libraries included), so compare differences and not ratios.
@@ -60,7 +60,7 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def _resident(reset: bool = False) -> int:
-    """The process's peak resident memory in bytes; ``reset`` lets the peak start from now where the system can."""
+    """Return the process's peak resident memory in bytes. ``reset`` lets the peak start from now where the system can."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")

@@ -16,7 +16,7 @@ from pareto_merging.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of ``path`` that takes its place when the block ends without an exception.
+    """Yield a temporary path that takes the place of ``path`` when the block ends without an exception.
 
     A crash, a full disk or a kill leaves the old file or none, and at worst a file that ends in ``.tmp``.
     """
@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``target`` when the block ends without an exception."""
+    """Yield a temporary folder that takes the place of ``target`` when the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
     try:
@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def _usual_mode(mode: int) -> int:
-    """What the process's umask leaves of a mode: 0o666 for files, 0o777 for folders."""
+    """Return what the process's umask leaves of a mode (0o666 for files, 0o777 for folders)."""
     mask = os.umask(0)
     os.umask(mask)
     return mode & ~mask
@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
         UserError: missing, longer than ``limit`` bytes, not JSON, or another value; a key given twice is an error too.
@@ -120,7 +120,7 @@ def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, source: str) -> dict[str, Any]:
-    """A JSON mapping from bytes. Raises UserError as :func:`read_json`."""
+    """Parse a JSON mapping from bytes. Raises UserError as :func:`read_json`."""
     try:
         value = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -145,7 +145,7 @@ def _no_constant(name: str) -> Any:
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
-    """Size and time of last change: whether a file is the one it was. (−1, −1) if it is gone."""
+    """Return size and time of last change. They tell whether a file is the one it was. (−1, −1) if it is gone."""
     with contextlib.suppress(OSError):
         status = path.stat()
         return status.st_size, status.st_mtime_ns

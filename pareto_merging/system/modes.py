@@ -10,7 +10,9 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside (no dropout, fixed batch-norm statistics); each inner module's mode restored."""
+    """Keep every module in eval mode inside. There is no dropout, batch-norm statistics are fixed, and each inner
+    module's mode is restored.
+    """
     before = {inner: inner.training for module in modules for inner in module.modules()}
     for module in modules:
         module.eval()

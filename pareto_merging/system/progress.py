@@ -1,4 +1,4 @@
-"""Progress with time left: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with the time left, as a bar on a terminal or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ PLAIN_SECONDS = 10.0
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, done: int = 0, enabled: bool = True) -> Iterator[Advance]:
-    """``with progress_bar("training", 500) as advance: advance(step, "loss 0.31")``, step counted from 1.
+    """Show progress. ``with progress_bar("training", 500) as advance: advance(step, "loss 0.31")``, step counted from
+    1.
 
     Writes to standard error, so that standard output stays for results.
     """

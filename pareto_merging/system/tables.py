@@ -1,4 +1,4 @@
-"""Tables on the terminal: nothing is cut off, and what goes into a file or pipe is as wide as it needs to be."""
+"""Tables on the terminal. Nothing is cut off; what goes into a file or pipe is as wide as it needs to be."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One CPU thread inside: for matrices this small a second one costs more than it brings (on a busy machine fifty
-    times more), and results must not depend on the number of cores."""
+    """Keep to one CPU thread inside. For matrices this small a second one costs more than it brings (on a busy machine
+    fifty times more), and results must not depend on the number of cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
