@@ -80,13 +80,13 @@ def from_shapes(
         )
     dim = _shape(sizes, "proj", 2)[1] if "proj" in sizes else None
     layers, mlp_width = _layers(sizes), _shape(sizes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
-    found = Architecture(grid * patch, patch, width, layers, 1, mlp_width, dim, quick_gelu)
-    _compare_shapes(sizes, expected_shapes(found))
+    architecture = Architecture(grid * patch, patch, width, layers, 1, mlp_width, dim, quick_gelu)
+    _compare_shapes(sizes, expected_shapes(architecture))
     if heads is None:
-        known = (key.heads for key in _known() if _depth_and_widths(key) == _depth_and_widths(found))
+        known = (key.heads for key in _known() if _depth_and_widths(key) == _depth_and_widths(architecture))
         heads = next(known, None) or _default_heads(width)
     check_heads(heads, width)
-    return replace(found, heads=heads)
+    return replace(architecture, heads=heads)
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -156,7 +156,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, dims: int) -> tuple
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return len({found[0] for found in map(block_and_rest, shapes) if found})
+    return len({block[0] for block in map(block_and_rest, shapes) if block})
 
 
 def _block_shapes(layers: int, width: int, mlp_width: int) -> dict[str, tuple[int, ...]]:
@@ -195,7 +195,7 @@ def check_heads(heads: int, width: int) -> None:
         raise UserError(f"heads: expected a number of attention heads that divides the width {width}, got {heads!r}")
 
 
-def describe(architecture: Architecture) -> dict[str, Any]:
+def description_of(architecture: Architecture) -> dict[str, Any]:
     """Return plain JSON that :func:`.encoders.build` takes. It is open_clip's model name where this is exactly that
     model's vision transformer, else the arguments of VisionTransformer (``output_dim`` null without a projection).
 
@@ -234,7 +234,7 @@ _SIZES = {"image_size", "patch_size", "width", "layers", "heads", "head_width", 
 
 
 def from_description(description: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that :func:`describe` describes, or any that :func:`.encoders.build` takes.
+    """Return the architecture that :func:`description_of` describes, or any that :func:`.encoders.build` takes.
 
     Raises:
         UserError: no description of an encoder, or one that a plain CLIP cannot express (another pooling, layer scale,
@@ -329,13 +329,13 @@ def check_towers(architecture: Architecture, text: TextArchitecture) -> None:
         )
 
 
-def compare(found: Architecture, claimed: Architecture) -> None:
+def check_claims(actual: Architecture, claimed: Architecture) -> None:
     """Compare what the tensors are with what a description claims. A projection may be left out.
 
     Raises:
         UserError: names the first claim that differs.
     """
-    for key, value in asdict(found).items():
+    for key, value in asdict(actual).items():
         other = getattr(claimed, key)
         if value is not None and other is not None and value != other:
             raise UserError(f"expected {key} {value} as the tensors have, got {other} in the description")

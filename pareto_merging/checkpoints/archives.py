@@ -250,8 +250,8 @@ def _zip_entry(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
         raise UserError(f"{path}: expected a header before {name!r}, got none (damaged)")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    found = file.read(name_length)
-    if found != info.orig_filename.encode(encoding, "replace") or struct.unpack("<H", header[8:10])[0] != 0:
+    name_bytes = file.read(name_length)
+    if name_bytes != info.orig_filename.encode(encoding, "replace") or struct.unpack("<H", header[8:10])[0] != 0:
         raise UserError(f"{path}: expected the header of {name!r}, got another (damaged)")
     # torch can be told to write no checksums (set_crc32_options); it writes zeros then
     checksum = info.CRC or None

@@ -57,17 +57,10 @@ def model_card(
 
     Names may hold anything: they are escaped.
     """
-    base_models = [source.hub_id for source in sources if _is_hub_id(source.hub_id)]
-    front = {
-        "library_name": "open_clip" if library == "safetensors" else library,
-        "pipeline_tag": "zero-shot-image-classification" if has_text else "image-feature-extraction",
-        "tags": ["merge", "pareto-merging", "clip"],
-        **({"base_model": list(dict.fromkeys(base_models)), "base_model_relation": "merge"} if base_models else {}),
-    }
     what = "A CLIP whose vision encoder was" if has_text else "The vision encoder of a CLIP,"
     made_by = "[Pareto Merging](https://arxiv.org/abs/2408.12105)"
     parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=False) + "---\n",
+        _front_matter(library, has_text, sources),
         f"# {_escaped(title)}\n",
         f"{what} merged from fine-tuned copies for one preference over their tasks, with {made_by}.\n",
     ]
@@ -91,6 +84,17 @@ def model_card(
     parts.append(f"## Loading it\n\n```python\n{code}```\n")
     parts.append("## Licence\n\nThat of the checkpoints it was merged from: see theirs.\n")
     return "\n".join(parts)
+
+
+def _front_matter(library: Library, has_text: bool, sources: Sequence[Source]) -> str:
+    base_models = [source.hub_id for source in sources if _is_hub_id(source.hub_id)]
+    front = {
+        "library_name": "open_clip" if library == "safetensors" else library,
+        "pipeline_tag": "zero-shot-image-classification" if has_text else "image-feature-extraction",
+        "tags": ["merge", "pareto-merging", "clip"],
+        **({"base_model": list(dict.fromkeys(base_models)), "base_model_relation": "merge"} if base_models else {}),
+    }
+    return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=False) + "---\n"
 
 
 def _loading_one_file(encoder: Mapping[str, Any], preprocessing: Mapping[str, Any], file_name: str) -> str:

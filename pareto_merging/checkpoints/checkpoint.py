@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints import hub
-from pareto_merging.checkpoints.architecture import Architecture, describe, from_shapes
+from pareto_merging.checkpoints.architecture import Architecture, description_of, from_shapes
 from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, NamedTensors
 from pareto_merging.checkpoints.folders import layout_of, open_folder
 from pareto_merging.checkpoints.formats import open_file
@@ -145,7 +145,7 @@ class Checkpoint(CheckpointTensors):
             if description.check is not None:
                 description.check(architecture)
         self.architecture = architecture
-        self.encoder = {**describe(architecture), "quick_gelu": self.quick_gelu}
+        self.encoder = {**description_of(architecture), "quick_gelu": self.quick_gelu}
         if self.preprocessing is not None and self.preprocessing["size"] != architecture.image_size:
             size = self.preprocessing["size"]
             raise UserError(
@@ -187,11 +187,11 @@ def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoi
         contents = open_file(path, text) if layout is None else open_folder(layout, path, text)
         if located.settings is None:
             return Checkpoint(text, contents, names)
-        settings, said = located.settings, contents.description
+        settings, described = located.settings, contents.description
         description = replace(
-            said,
-            heads=settings.heads if said.heads is None else said.heads,
-            quick_gelu=settings.quick_gelu if said.quick_gelu is None else said.quick_gelu,
+            described,
+            heads=settings.heads if described.heads is None else described.heads,
+            quick_gelu=settings.quick_gelu if described.quick_gelu is None else described.quick_gelu,
         )
         checkpoint = Checkpoint(text, contents._replace(description=description), names)
         if settings.preprocess_cfg and checkpoint.architecture is not None:

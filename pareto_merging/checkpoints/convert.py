@@ -47,8 +47,8 @@ def convert_checkpoint(
         weight = _rounded(weight, dtype, f"{source}: weight")
         metadata: dict[str, Any] = {"logit_scale": repr(scale), **origin}
         write_tensors(target, {"weight": weight}, metadata)
-        found = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
-        return {"source": str(source), "target": str(target), **found}
+        facts = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
+        return {"source": str(source), "target": str(target), **facts}
     checkpoint = open_checkpoint(source)
     _check_target(target, checkpoint.files)
     tensors: dict[str, Tensor] = {}
@@ -106,21 +106,21 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return rounded
 
 
-def say(found: Mapping[str, Any]) -> str:
+def say(facts: Mapping[str, Any]) -> str:
     """Say in one or two lines what :func:`convert_checkpoint` did."""
-    if found["kind"] == "head":
+    if facts["kind"] == "head":
         return (
-            f"{found['target']}: a zero-shot head of {found['classes']} classes, {found['dim']} features, "
-            f"logit scale {found['logit_scale']:.4g}"
+            f"{facts['target']}: a zero-shot head of {facts['classes']} classes, {facts['dim']} features, "
+            f"logit scale {facts['logit_scale']:.4g}"
         )
-    encoder = found["encoder"]
+    encoder = facts["encoder"]
     name = encoder.get("architecture") or "{width}-wide, {layers} layers, {image_size} px".format(
         **encoder["arguments"]
     )
     gelu = {True: "QuickGELU", False: "GELU", None: "GELU or QuickGELU (the checkpoint does not say)"}
-    lines = [f"{found['target']}: {name}, {gelu[encoder['quick_gelu']]}, {found['numbers']:,} numbers"]
-    if not found["projection"]:
+    lines = [f"{facts['target']}: {name}, {gelu[encoder['quick_gelu']]}, {facts['numbers']:,} numbers"]
+    if not facts["projection"]:
         lines.append("no projection in it: the pretrained model's is used")
-    if found["text_tower"]:
+    if facts["text_tower"]:
         lines.append("its text tower was left out")
     return "; ".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pareto_merging.checkpoints.architecture import compare, from_description
+from pareto_merging.checkpoints.architecture import check_claims, from_description
 from pareto_merging.checkpoints.contents import Contents, Description, Format, NamedTensors
 from pareto_merging.checkpoints.modules import ArchivedTensors, uses_quick_gelu
 from pareto_merging.checkpoints.records import Record
@@ -88,7 +88,7 @@ def _describe_safetensors(tensors: SafetensorsFile, source: str) -> Description:
     claimed = from_description(parsed["encoder"])
     if parsed["encoder"].get("quick_gelu") is None:
         claimed = replace(claimed, quick_gelu=None)
-    check = partial(compare, claimed=claimed)
+    check = partial(check_claims, claimed=claimed)
     return replace(description, heads=claimed.heads, quick_gelu=claimed.quick_gelu, check=check)
 
 

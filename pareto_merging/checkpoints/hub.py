@@ -37,15 +37,16 @@ class TagSettings(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A file or folder on this machine, and what open_clip says of it under its tag."""
+    """A file or folder on this machine, and what open_clip says of its tag."""
 
     path: Path
     settings: TagSettings | None = None
 
 
 def remote(source: str | Path) -> str | None:
-    """Return a hub id (as ``hf:owner/name``) or an open_clip tag, if ``source`` reads as one. No path of that name is
-    looked for. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path.
+    """Return ``hf:owner/name`` or an open_clip tag, if ``source`` reads as one.
+
+    No path of that name is looked for. A ``Path``, and a text that begins with ``.``, ``/`` or ``~``, is a path.
     """
     if isinstance(source, Path):
         return None
@@ -107,13 +108,13 @@ def _hub(source: str) -> Path:
         repository.file(OPEN_CLIP_CONFIG, commit)
     orders = [WEIGHTS, OPEN_CLIP_WEIGHTS] if is_hugging_face else [OPEN_CLIP_WEIGHTS, WEIGHTS]
     for weights in (*orders[0], *orders[1]):
-        found = repository.file(weights, commit)
-        if found is None:
+        path = repository.file(weights, commit)
+        if path is None:
             continue
         if weights in OPEN_CLIP_WEIGHTS:
             repository.file(OPEN_CLIP_CONFIG, commit)
         if weights.endswith(".index.json"):
-            for shard in shard_names(found):
+            for shard in shard_names(path):
                 if repository.file(shard, commit) is None:
                     raise UserError(
                         f"{source}: expected {shard} as {weights} says, got none on the hub or in its cache"
@@ -180,9 +181,9 @@ class _Repository:
         from huggingface_hub import try_to_load_from_cache
 
         for name in names:
-            found = try_to_load_from_cache(self.name, name)
-            if isinstance(found, str):
-                return Path(found)
+            path = try_to_load_from_cache(self.name, name)
+            if isinstance(path, str):
+                return Path(path)
         if self.is_offline:
             raise UserError(f"{self.name}: expected {names[0]} in the hub's cache (HF_HUB_OFFLINE is set), got none")
         raise self._no_answer(names[0])

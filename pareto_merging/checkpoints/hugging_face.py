@@ -118,9 +118,9 @@ def check_hugging_face_config(config: Mapping[str, Any], architecture: Architect
         # a CLIPVisionModel has the key, but no projection
         **({} if architecture.output_dim is None else {"projection_dim": architecture.output_dim}),
     }
-    for key, found in claims.items():
-        if checked_size(vision[key], f"{source}: {key}") != found:
-            raise UserError(f"{source}: {key}: expected {found} as the tensors have, got {vision[key]}")
+    for key, actual in claims.items():
+        if checked_size(vision[key], f"{source}: {key}") != actual:
+            raise UserError(f"{source}: {key}: expected {actual} as the tensors have, got {vision[key]}")
     if architecture.quick_gelu not in (None, settings.quick_gelu):
         expected = "quick_gelu" if architecture.quick_gelu else "gelu"
         raise UserError(f"{source}: hidden_act: expected {expected}, got {vision['hidden_act']}")
@@ -205,7 +205,7 @@ def hugging_face_text_config(text: TextArchitecture, quick_gelu: bool, dtype: to
 
 
 def hugging_face_clip_config(architecture: Architecture, text: TextArchitecture, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the config.json of a whole CLIPModel. Raises UserError if the two towers do not end in the same dimension."""
+    """Return the config.json of a whole CLIPModel. Raises UserError if the towers do not end alike."""
     check_towers(architecture, text)
     vision = hugging_face_vision_config(architecture, dtype)
     del vision["architectures"]
@@ -227,7 +227,7 @@ def _dtype_keys(dtype: torch.dtype) -> dict[str, str]:
 
 
 def hugging_face_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the preprocessor_config.json of a CLIPImageProcessor. Raises UserError if ``preprocessing`` is not ours."""
+    """Return the preprocessor_config.json of a CLIPImageProcessor. Raises UserError for what is not ours."""
     size, mean, std = check_preprocessing(preprocessing).values()
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -285,8 +285,8 @@ def preprocessing_from_hugging_face(
         crop = checked_square([crop.get("height"), crop.get("width")], f"{source}: crop_size")
     if checked_size(crop, f"{source}: crop_size") != checked_size(size, f"{source}: size"):
         raise UserError(f"{source}: crop_size: expected {size} as size has, got {crop}")
-    found = {"size": size, "mean": config.get("image_mean", CLIP_MEAN), "std": config.get("image_std", CLIP_STD)}
-    return check_preprocessing(found, source)
+    mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
+    return check_preprocessing({"size": size, "mean": mean, "std": std}, source)
 
 
 def is_folder(folder: Path) -> bool:

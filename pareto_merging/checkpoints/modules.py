@@ -31,18 +31,18 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
         inner = [value[key] for key in _INNER if isinstance(value.get(key), dict | Record)]
         value = inner[0] if inner else value
     if isinstance(value, Record):
-        found = _module_tensors(value, source)
+        tensors = _module_tensors(value, source)
     elif isinstance(value, dict):
-        found = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
-        if any(len(name) > _MAX_NAME for name in found):
+        tensors = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
+        if any(len(name) > _MAX_NAME for name in tensors):
             raise UserError(f"{source}: expected names of at most {_MAX_NAME} letters, got a longer one")
     else:
-        found = {}
-    if not found:
+        tensors = {}
+    if not tensors:
         kind = str(value.type)[:80] if isinstance(value, Record) else f"a {type(value).__name__}"
         what = "a tensor alone" if isinstance(value, StoredTensor) else f"{kind} without tensors"
         raise UserError(f"{source}: expected a module or a state dict, got {what}")
-    return found
+    return tensors
 
 
 class ArchivedTensors:
@@ -92,7 +92,7 @@ def _is_script(record: Record) -> bool:
 
 
 def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     skipped_items = letters = 0
     for prefix, record in walk_modules(root, source):
         groups = [record.state.get("_parameters"), record.state.get("_buffers")]
@@ -113,10 +113,10 @@ def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
                 if len(key) > _MAX_NAME or letters > _MAX_LETTERS:
                     raise UserError(f"{source}: expected names of at most {_MAX_NAME} letters, got a longer one")
                 name = f"{prefix}.{key}" if prefix else key
-                if name in found or len(found) > _MAX_TENSORS:
+                if name in tensors or len(tensors) > _MAX_TENSORS:
                     raise UserError(f"{source}: expected each tensor once, got {name[:80]!r} twice")
-                found[name] = value
-    return found
+                tensors[name] = value
+    return tensors
 
 
 def _set_items(record: Any) -> list[Any]:
@@ -155,15 +155,15 @@ def normalisation(root: Any) -> dict[str, Any] | None:
     """Return ``size``, ``mean`` and ``std`` of the transforms that an ImageEncoder keeps as ``val_preprocess``."""
     compose = root.state.get("val_preprocess") if isinstance(root, Record) else None
     steps = compose.state.get("transforms") if isinstance(compose, Record) else None
-    found: dict[str, Any] = {}
+    transforms: dict[str, Any] = {}
     for step in steps if isinstance(steps, list) else []:
         if not isinstance(step, Record):
             continue
         if step.type.name == "Normalize":
-            found |= {key: step.state.get(key) for key in ("mean", "std")}
+            transforms |= {key: step.state.get(key) for key in ("mean", "std")}
         elif step.type.name == "CenterCrop":
             size = step.state.get("size")
-            found["size"] = size[0] if isinstance(size, list | tuple) and size else size
-    if set(found) != {"size", "mean", "std"}:
+            transforms["size"] = size[0] if isinstance(size, list | tuple) and size else size
+    if set(transforms) != {"size", "mean", "std"}:
         return None
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in transforms.items()}

@@ -12,8 +12,8 @@ from pareto_merging.checkpoints.architecture import (
     OPEN_CLIP_VISION_DEFAULTS,
     Architecture,
     TextArchitecture,
+    check_claims,
     check_towers,
-    compare,
     from_description,
     mlp_ratio_of,
 )
@@ -121,12 +121,12 @@ def preprocessing_from_open_clip(
         if config.get(key) not in (None, expected):
             raise UserError(f"{source}: {key}: expected {expected}, got {str(config[key])[:80]}")
     mean, std = config.get("mean"), config.get("std")
-    found = {
+    preprocessing = {
         "size": image_size,
         "mean": CLIP_MEAN if mean is None else mean,
         "std": CLIP_STD if std is None else std,
     }
-    return check_preprocessing(found, source)
+    return check_preprocessing(preprocessing, source)
 
 
 def text_is_not_clips(config: Any) -> str:
@@ -163,7 +163,7 @@ def describe_folder(folder: Path, source: str) -> Description:
     text = config["model_cfg"].get("text_cfg")
     text = text if isinstance(text, Mapping) else {}
     heads = text.get("heads") if type(text.get("heads")) is int else None
-    check = partial(compare, claimed=claimed)
+    check = partial(check_claims, claimed=claimed)
     return Description(claimed.heads, claimed.quick_gelu, preprocessing, check, heads, text_is_not_clips(text))
 
 

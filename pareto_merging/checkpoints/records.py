@@ -116,16 +116,16 @@ def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor | Record:
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    ordered: dict[str, Any] = {}
     if arguments and isinstance(arguments[0], list):
         for pair in arguments[0]:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise Broken("a dictionary that is no list of pairs")
             for key, value in string_items(list(pair)):
-                if key in found:
+                if key in ordered:
                     raise Broken(f"the key {key[:80]!r} twice")
-                found[key] = value
-    return found
+                ordered[key] = value
+    return ordered
 
 
 def _first(arguments: tuple[Any, ...]) -> Any:

@@ -56,9 +56,9 @@ class SafetensorsFile:
         large = [name for name, entry in header.items() if any(size >= 2**50 for size in entry["shape"])]
         if large:
             raise UserError(f"{path}: expected tensors that memory could hold, got {large[0][:80]!r} larger")
-        odd = [f"{name[:80]!r} {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
-        if odd:
-            raise UserError(f"{path}: expected {', '.join(_DTYPES)} tensors, got {', '.join(odd[:5])}")
+        others = [f"{name[:80]!r} {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in _DTYPES]
+        if others:
+            raise UserError(f"{path}: expected {', '.join(_DTYPES)} tensors, got {', '.join(others[:5])}")
         self.dtypes = {name: _DTYPES[entry["dtype"]] for name, entry in header.items()}
         self.shapes: dict[str, list[int]] = {name: list(entry["shape"]) for name, entry in header.items()}
         self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
@@ -96,12 +96,12 @@ def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[st
         if "source_format" in metadata:
             raise UserError(f"{path}: expected the checksums of a converted file, got none (damaged)")
         return {}
-    found = parse_json(text.encode(), f"{path}: {CHECKSUMS}")
-    if found.pop("", None) != _header_checksum(metadata):
+    sums = parse_json(text.encode(), f"{path}: {CHECKSUMS}")
+    if sums.pop("", None) != _header_checksum(metadata):
         raise UserError(f"{path}: expected the header as it was written, got another checksum (damaged)")
-    if found.keys() != set(names) or not all(type(value) is int for value in found.values()):
+    if sums.keys() != set(names) or not all(type(value) is int for value in sums.values()):
         raise UserError(f"{path}: expected a checksum for every tensor, got others (damaged)")
-    return found
+    return sums
 
 
 def _checksum_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -146,12 +146,12 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     """
     with _opened(path, device) as file:
         sums = read_checksums(path, file.metadata() or {}, list(file.keys()))
-        found = {}
+        tensors = {}
         for name in file.keys():  # noqa: SIM118
-            found[name] = file.get_tensor(name)
-            if name in sums and checksum(found[name]) != sums[name]:
+            tensors[name] = file.get_tensor(name)
+            if name in sums and checksum(tensors[name]) != sums[name]:
                 raise UserError(f"{path}: expected {name} as it was written, got another checksum (damaged)")
-        return found
+        return tensors
 
 
 @contextlib.contextmanager

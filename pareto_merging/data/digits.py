@@ -71,7 +71,7 @@ def _shuffled(x: Tensor, block: int, seed: int) -> Tensor:
 
 
 def _occluded(x: Tensor) -> Tensor:
-    """Black out a 3 x 3 square next to the middle of images [n, 8, 8]."""
+    """Black out a 3 x 3 square near the middle of images [n, 8, 8]."""
     x = x.clone()
     x[:, 2:5, 2:5] = 0
     return x

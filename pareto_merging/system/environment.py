@@ -60,7 +60,7 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def _resident(reset: bool = False) -> int:
-    """Return the process's peak resident memory in bytes. ``reset`` lets the peak start from now where the system can."""
+    """Return the process's peak resident memory in bytes. ``reset`` lets it start from now where it can."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")

@@ -16,7 +16,7 @@ from pareto_merging.errors import UserError
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of ``path`` when the block ends without an exception.
+    """Yield a temporary path that takes the place of ``path`` when the block succeeds.
 
     A crash, a full disk or a kill leaves the old file or none, and at worst a file that ends in ``.tmp``.
     """
@@ -132,12 +132,12 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:80]!r} twice")
-    return found
+    return mapping
 
 
 def _no_constant(name: str) -> Any:

@@ -13,7 +13,7 @@ from pareto_merging.checkpoints import architecture as arch
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.architecture import (
     Architecture,
-    describe,
+    description_of,
     expected_shapes,
     from_description,
     from_shapes,
@@ -24,6 +24,7 @@ open_clip = pytest.importorskip("open_clip")
 
 
 SMALL = Architecture(12, 4, 32, 2, 4, 49, 8, True)
+ARGUMENTS = description_of(SMALL)["arguments"]
 CANONICAL = [
     *("ViT-B-32", "ViT-B-32-256", "ViT-B-16", "ViT-B-16-plus-240", "ViT-L-14", "ViT-L-14-336"),
     *("ViT-H-14", "ViT-H-14-378", "ViT-g-14", "ViT-bigG-14"),
@@ -40,10 +41,10 @@ def real_shapes(description: dict[str, Any]) -> dict[str, list[int]]:
 @pytest.mark.parametrize("name", CANONICAL)
 def test_a_model_of_open_clip_is_found_by_its_shapes(name: str) -> None:
     found = from_shapes(real_shapes({"architecture": name}), quick_gelu=True)
-    assert describe(found) == {"architecture": name, "quick_gelu": True}
+    assert description_of(found) == {"architecture": name, "quick_gelu": True}
     config = open_clip.get_model_config(name)["vision_cfg"]
     assert found.heads == config["width"] // config.get("head_width", 64)
-    assert from_description(describe(found)) == found
+    assert from_description(description_of(found)) == found
 
 
 def test_heads_of_a_known_width_and_depth_are_right_at_another_resolution_and_without_a_projection() -> None:
@@ -56,7 +57,7 @@ def test_heads_of_a_known_width_and_depth_are_right_at_another_resolution_and_wi
 @pytest.mark.parametrize("output_dim", [8, 32])
 def test_another_model_is_described_by_arguments_that_build_it(mlp_width: int, output_dim: int) -> None:
     small = replace(SMALL, mlp_width=mlp_width, output_dim=output_dim)
-    description = describe(small)
+    description = description_of(small)
     assert "architecture" not in description
     assert real_shapes(description) == {name: list(shape) for name, shape in expected_shapes(small).items()}
     assert from_shapes(real_shapes(description), heads=4, quick_gelu=True) == small
@@ -71,23 +72,23 @@ def test_every_width_survives_the_ratio() -> None:
 
 def test_one_difference_from_a_model_of_open_clip_is_no_longer_that_model() -> None:
     base = from_description({"architecture": "ViT-B-32"})
-    assert describe(base)["architecture"] == "ViT-B-32"
+    assert description_of(base)["architecture"] == "ViT-B-32"
     changes: list[dict[str, Any]] = [
         *({"image_size": 320}, {"patch_size": 28}, {"layers": 11}, {"heads": 8}, {"mlp_width": 3071}),
         *({"output_dim": 511}, {"output_dim": None}),
     ]
     for change in changes:
-        assert "arguments" in describe(replace(base, **change)), change
-    assert describe(base)["quick_gelu"] is False
-    assert describe(replace(base, quick_gelu=None))["quick_gelu"] is False
+        assert "arguments" in description_of(replace(base, **change)), change
+    assert description_of(base)["quick_gelu"] is False
+    assert description_of(replace(base, quick_gelu=None))["quick_gelu"] is False
 
 
 def test_without_a_projection_the_description_says_so() -> None:
     bare = replace(SMALL, output_dim=None)
     assert "proj" not in expected_shapes(bare)
     assert from_shapes(expected_shapes(bare), heads=4, quick_gelu=True) == bare
-    assert describe(bare)["arguments"]["output_dim"] is None
-    assert from_description(describe(bare)) == bare
+    assert description_of(bare)["arguments"]["output_dim"] is None
+    assert from_description(description_of(bare)) == bare
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -177,14 +178,14 @@ def test_hostile_names_and_numbers_take_no_time() -> None:
     ],
 )
 def test_what_a_plain_clip_cannot_express_is_named(setting: str, value: object) -> None:
-    description = describe(SMALL)
+    description = description_of(SMALL)
     description["arguments"][setting] = value
     with pytest.raises(UserError, match=f"got {setting}="):
         from_description(description)
 
 
 def test_settings_without_an_effect_on_features_are_passed_over() -> None:
-    description = describe(SMALL)
+    description = description_of(SMALL)
     description["arguments"] |= {"patch_dropout": 0.5, "final_ln_after_pool": True, "pool_type": "tok"}
     description["arguments"] |= {"block_type": "default", "attn_pooler_heads": 8, "ls_init_value": None}
     assert from_description(description) == SMALL
@@ -204,12 +205,18 @@ def test_models_of_open_clip_that_are_no_plain_clip_are_refused(name: str) -> No
         ({}, "expected architecture or arguments"),
         ({"architecture": 7}, "expected architecture or arguments"),
         ({"architecture": "ViT-B-23"}, "expected an open_clip model name"),
-        ({"arguments": {**describe(SMALL)["arguments"], "heads": 5}}, "heads"),
-        ({"arguments": {**describe(SMALL)["arguments"], "image_size": [12, 16]}}, "image_size: expected a square"),
-        ({"arguments": {**describe(SMALL)["arguments"], "width": "32"}}, "width: expected a positive whole number"),
-        ({"arguments": {**describe(SMALL)["arguments"], "mlp_ratio": float("nan")}}, "mlp_ratio"),
-        ({"arguments": {**describe(SMALL)["arguments"], "mlp_ratio": float("inf")}}, "mlp_ratio"),
-        ({"arguments": {**describe(SMALL)["arguments"], "layers": None}}, "layers"),
+        ({"arguments": {**ARGUMENTS, "heads": 5}}, "heads"),
+        (
+            {"arguments": {**ARGUMENTS, "image_size": [12, 16]}},
+            "image_size: expected a square",
+        ),
+        (
+            {"arguments": {**ARGUMENTS, "width": "32"}},
+            "width: expected a positive whole number",
+        ),
+        ({"arguments": {**ARGUMENTS, "mlp_ratio": float("nan")}}, "mlp_ratio"),
+        ({"arguments": {**ARGUMENTS, "mlp_ratio": float("inf")}}, "mlp_ratio"),
+        ({"arguments": {**ARGUMENTS, "layers": None}}, "layers"),
     ],
 )
 def test_bad_descriptions_are_named(description: dict[str, Any], message: str) -> None:
