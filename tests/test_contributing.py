@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+from pareto_merging.checkpoints.formats import FORMATS
+from pareto_merging.learn.objectives import OBJECTIVES
+
+PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 # heading -> the Python below it
 SECTIONS = {
-    heading: re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    heading: blocks
     for heading, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    if (blocks := re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 }
+TABLES: list[Any] = [FORMATS, OBJECTIVES]
 
 
-@pytest.mark.parametrize("heading", [heading for heading, blocks in SECTIONS.items() if blocks])
+@pytest.fixture(autouse=True)
+def tables_as_they_were() -> Iterator[None]:
+    """What a walk registers is there for that walk only."""
+    before = [copy.copy(table) for table in TABLES]
+    yield
+    for table, members in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(members) if isinstance(table, dict) else table.extend(members)
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
 def test_python_runs(heading: str) -> None:
     namespace: dict[str, object] = {}
     for block in SECTIONS[heading]:
         exec(compile(block, f"CONTRIBUTING.md, {heading}", "exec"), namespace)
+
+
+def test_every_walk_is_there() -> None:
+    assert {"One kernel", "Add an objective", "Add a format"} <= set(SECTIONS)
