@@ -28,8 +28,8 @@ from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.evaluation import agreement, choose_for_unseen, evaluate_model, predict
 from pareto_merging.measure.metrics import hypervolume, indicators, spread, union_front
 from pareto_merging.methods import individual
-from pareto_merging.methods.interface import Merged
-from pareto_merging.methods.registry import METHODS, Choice, Method, Problem, check_needs
+from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.preferences import (
     equal_preference,
     one_hot_preferences,

@@ -4,5 +4,6 @@
 method needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are
 keyword arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
 
-``pareto_merging.methods.registry.METHODS`` has them all by name, with what there is to choose for each.
+Each file ends in its ``METHOD`` (or ``VARIANTS``): the name, what it needs, what there is to choose. The table of all
+is :mod:`pareto_merging.methods.registry`, where another can be added from outside.
 """

@@ -12,7 +12,7 @@ merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,8 +22,16 @@ from torch import nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import Merged, one_model
-from pareto_merging.model.copies import Weights
+from pareto_merging.methods.interface import (
+    Choice,
+    Copies,
+    Merged,
+    Method,
+    Problem,
+    learning_rates,
+    one_model,
+    with_density,
+)
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
@@ -53,7 +61,7 @@ FIXED: dict[str, Any] = {
 def settings(
     preset: Preset = "official", *, task_wise: bool = False, plus: bool = False, **changes: Any
 ) -> MethodSettings:
-    """AdaMerging's settings: those of ``preset``, with ``changes`` (steps, seed, learning_rate …).
+    """Return the settings of ``preset``, with ``changes`` (steps, seed, learning_rate …).
 
     Args:
         task_wise: one λ for each task's whole model instead of one per tensor. plus: AdaMerging++.
@@ -72,7 +80,7 @@ def settings(
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
@@ -80,7 +88,7 @@ def merge(
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """The model with the learned λ.
+    """Return the model with the learned λ.
 
     Args:
         tasks: by task name, unlabelled images and the frozen head.
@@ -98,3 +106,39 @@ def merge(
         # without a low-rank term the preference changes nothing
         merged = merge_at(model, [1.0 / len(tasks)] * len(tasks))
     return one_model(merged, finetuned, **{"lambda": lam})
+
+
+def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", **kind: bool) -> MethodSettings:
+    """Return AdaMerging's settings for a problem: its preset, but what the problem's own settings say of any method."""
+    base = problem.method
+    shared: dict[str, Any] = {
+        "seed": base.seed,
+        "init_lambda": base.init_lambda,
+        "buffers": base.buffers,
+        "density": base.density,
+        "checkpoint_every": base.checkpoint_every,
+        "collapse_threshold": base.collapse_threshold,
+    }
+    if base.steps is not None:
+        shared["steps"] = base.steps
+    return settings(preset, **kind, **{**shared, **choice})
+
+
+def _variant(key: str, title: str, preset: Preset = "official", **kind: bool) -> Method:
+    choices = learning_rates(1e-3)
+
+    def run(problem: Problem, choice: Choice) -> Merged:
+        method = settings_of(problem, choice, preset, **kind)
+        return merge(
+            problem.pretrained, problem.finetuned, tasks=problem.tasks or {}, method=method, **problem.going_on()
+        )
+
+    return Method(key, title, "images", run, with_density(choices) if kind.get("plus") else choices, learns=True)
+
+
+VARIANTS = (
+    _variant("adamerging-task-wise", "AdaMerging, task-wise", task_wise=True),
+    _variant("adamerging", "AdaMerging"),
+    _variant("adamerging-fusionbench", "AdaMerging, FusionBench", "fusionbench"),
+    _variant("adamerging++", "AdaMerging++", plus=True),
+)

@@ -7,7 +7,7 @@ preference.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging
-from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.copies import Weights
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, learning_rates, task_names
 
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
@@ -29,10 +28,11 @@ def merge(
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """A model for every preference, learned when it is first asked for and kept; arguments as :func:`adamerging.merge`.
+    """Learn a model for every preference when it is first asked for, and keep it.
 
-    ``facts`` counts the ``runs`` and their ``seconds``. Each run keeps its checkpoint in a folder of its own under
-    ``folder``."""
+    Arguments as :func:`adamerging.merge`. ``facts`` counts the ``runs`` and their ``seconds``. Each run keeps its
+    checkpoint in a folder of its own under ``folder``.
+    """
     method = adamerging.settings() if method is None else method
     known: dict[tuple[float, ...], nn.Module] = {}
     result = Merged(task_names(finetuned), lambda gamma: nn.Identity(), preference_aware=True)
@@ -59,3 +59,20 @@ def merge(
 
     result.at = at
     return result
+
+
+def _run(problem: Problem, choice: Choice) -> Merged:
+    method = adamerging.settings_of(problem, choice)
+    return merge(problem.pretrained, problem.finetuned, tasks=problem.tasks or {}, method=method, **problem.going_on())
+
+
+METHOD = Method(
+    "adamerging-preference",
+    "AdaMerging + preference",
+    "images",
+    _run,
+    learning_rates(1e-3),
+    stores="1 model per preference",
+    runs_per_preference=True,
+    learns=True,
+)

@@ -6,26 +6,24 @@ Buffers are averaged, as in :mod:`task_arithmetic`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights
 from pareto_merging.model.preprocessing import check_density, dare_generator, dare_mask
 
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     coefficient: float = 0.3,
     density: float = 0.5,
     seed: int = 0,
 ) -> Merged:
-    """Task arithmetic on randomly thinned task vectors; no data.
+    """Return task arithmetic on randomly thinned task vectors; no data.
 
     Args:
         coefficient: λ. density: 1 − p, the share of entries kept, in (0, 1]. seed: of the draws; the same seed gives
@@ -44,3 +42,19 @@ def merge(
         return base + coefficient * total
 
     return one_model(merge_tensors(pretrained, finetuned, piece), finetuned)
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    return [
+        {"coefficient": 0.3, "density": 0.5},
+        {"coefficient": round(min(0.5, 3 / tasks), 4), "density": 0.5},
+        {"coefficient": round(min(0.4, 2 / tasks), 4), "density": 0.8},
+        {"coefficient": 0.3, "density": 0.1},
+    ]
+
+
+def _run(problem: Problem, choice: Choice) -> Merged:
+    return merge(problem.pretrained, problem.finetuned, seed=problem.method.seed, **choice)
+
+
+METHOD = Method("dare", "DARE", "weights", _run, _choices)

@@ -7,7 +7,6 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,38 @@ from torch import nn
 
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
-from pareto_merging.methods.interface import Merged
-from pareto_merging.model.copies import Weights
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
 
 
 def settings(**changes: Any) -> MethodSettings:
-    """Pareto Merging's settings with the weight-distance objective."""
+    """Return Pareto Merging's settings with the weight-distance objective."""
     return MethodSettings.model_validate({**changes, "objective": "weight-distance"})
 
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     method: MethodSettings | None = None,
     folder: Path | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """A model for every preference from the weights alone; arguments as :func:`pareto.merge`."""
+    """Learn a model for every preference from the weights alone; arguments as :func:`pareto.merge`."""
     method = settings() if method is None else method.model_copy(update={"objective": "weight-distance"})
     return pareto.merge(
         pretrained, finetuned, tasks=None, method=method, folder=folder, resume=resume, progress=progress
     )
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    rate = method.learning_rate
+    return [{}, {"learning_rate": 10 * rate}, {"concentration": 1.0}, {"mu": 10 * method.mu}]
+
+
+def _run(problem: Problem, choice: Choice) -> Merged:
+    method = pareto.settings_of(problem, choice)
+    return merge(problem.pretrained, problem.finetuned, method=method, **problem.going_on())
+
+
+METHOD = Method("pareto-data-free", "Pareto Merging, data-free", "weights", _run, _choices, stores="1 model + low rank")

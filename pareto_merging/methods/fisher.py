@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images, one_model
 from pareto_merging.methods.per_task import check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.copies import check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 
@@ -36,7 +37,7 @@ Labels: TypeAlias = Literal["expected", "sampled", "given"]
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task],
     labels: Labels = "sampled",
@@ -82,7 +83,7 @@ def merge(
 
 def _sums(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     tasks: Mapping[str, Task],
     floor: float,
     normalize: bool,
@@ -229,3 +230,15 @@ def _label_of(item: Any, classes: int, name: str) -> int:
 def _check_labels(labels: Any) -> None:
     if labels not in ("expected", "sampled", "given"):
         raise ValueError(f"labels: expected expected, sampled or given, got {labels!r}")
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    return [
+        {"normalize": True, "floor": 1e-6},
+        {"normalize": False, "floor": 1e-6},
+        {"normalize": True, "floor": 1e-4},
+        {"normalize": True, "floor": 1e-8},
+    ]
+
+
+METHOD = Method("fisher", "Fisher merging", "images", on_images(merge), _choices)

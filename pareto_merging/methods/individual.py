@@ -5,19 +5,17 @@ As an answer to a preference: the fine-tuned model of the task that γ wants mos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.methods.interface import Copies, Merged, Method, on_weights, task_names
+from pareto_merging.model.copies import check_copies
 from pareto_merging.model.pieces import flat_pieces
 from pareto_merging.model.stored import copy_of
 
 
-def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> Merged:
-    """Nothing is merged: ``at(γ)`` is a copy of the fine-tuned model of the task with the largest γ_k, bit by bit.
+def merge(pretrained: nn.Module, finetuned: Copies) -> Merged:
+    """Give for each γ a copy of the fine-tuned model that γ wants most, bit by bit.
 
     In the dtype of ``pretrained``: weights that are stored in a wider one are rounded once.
 
@@ -37,3 +35,6 @@ def merge(pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Wei
         return model
 
     return Merged(task_names(finetuned), at, preference_aware=True)
+
+
+METHOD = Method("individual", "Individual", "weights", on_weights(merge), stores="all models", is_bound=True)

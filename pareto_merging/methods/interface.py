@@ -1,15 +1,25 @@
-"""What every method returns, whatever it is: a plain model for any preference."""
+"""What a method is given, what there is to choose for it, and what it returns: a plain model for any preference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.copies import Weights
 from pareto_merging.preferences import Preference, check_preference, equal_preference
+
+# K fine-tuned copies, in a mapping by task name
+Copies: TypeAlias = Sequence[Weights] | Mapping[str, Weights]
+Needs: TypeAlias = Literal["weights", "images", "labels"]
+Stores: TypeAlias = Literal["1 model", "1 model + low rank", "all models", "1 model per preference"]
+# hyper-parameters by name
+Choice: TypeAlias = dict[str, Any]
 
 
 @dataclass
@@ -31,7 +41,7 @@ class Merged:
     pareto: nn.Module | None = None
 
     def model(self, gamma: Preference | None = None) -> nn.Module:
-        """The plain model at one preference ([K], or by task name), by default the equal one.
+        """Return the plain model at one preference ([K], or by task name), by default the equal one.
 
         Raises:
             ValueError: not a preference (see :func:`check_preference`).
@@ -41,13 +51,110 @@ class Merged:
         return self.at(check_preference(gamma, self.task_names, per_item=False))
 
 
-def task_names(finetuned: Sequence[Weights] | Mapping[str, Weights]) -> tuple[str, ...]:
-    """The tasks' names as :func:`parametrize` gives them: the keys, or ``task_1`` … ``task_K``."""
+@dataclass
+class Problem:
+    """What there is to merge, and with what.
+
+    Attributes:
+        pretrained, finetuned: the weights, as for :func:`parametrize`. tasks: unlabelled images and heads, for the
+            methods that need "images". training: labelled images and heads, for those that need "labels".
+        method: Pareto Merging's settings; of the other methods that learn, its ``steps`` (where given) and ``seed``.
+        folder: where a method that learns keeps checkpoints, and goes on from those that are there. None: nowhere.
+    """
+
+    pretrained: nn.Module
+    finetuned: Copies
+    tasks: Mapping[str, Task] | None = None
+    training: Mapping[str, Task] | None = None
+    method: MethodSettings = field(default_factory=lambda: MethodSettings.model_validate({}))
+    folder: Path | None = None
+    progress: bool = True
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Return the tasks' names, in the order of the copies."""
+        return task_names(self.finetuned)
+
+    def going_on(self) -> dict[str, Any]:
+        """Return the arguments that tell a method that learns where it keeps checkpoints, and to go on from there."""
+        resume = self.folder is not None and self.folder.exists()
+        return {"folder": self.folder, "resume": resume, "progress": self.progress}
+
+
+def no_choice(tasks: int, method: MethodSettings) -> list[Choice]:
+    """Return the one choice of a method without hyper-parameters."""
+    return [{}]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Attributes:
+        key: what it is called by. title: the name in tables.
+        needs: "weights" alone, unlabelled "images", or "labels".
+        run: (problem, choice) -> what the method finds with that choice of its hyper-parameters.
+        choices: (tasks K, the problem's method settings) -> what to choose from, the published values first.
+        stores: what must be kept to answer any preference later (table 1 of arXiv 2408.12105 v1).
+        is_bound: an upper bound, not a merged model. runs_per_preference: each new γ costs a run of its own.
+        learns: takes optimiser steps (for estimates of time).
+    """
+
+    key: str
+    title: str
+    needs: Needs
+    run: Callable[[Problem, Choice], Merged]
+    choices: Callable[[int, MethodSettings], list[Choice]] = no_choice
+    stores: Stores = "1 model"
+    is_bound: bool = False
+    runs_per_preference: bool = False
+    learns: bool = False
+
+
+def check_needs(method: Method, problem: Problem) -> None:
+    """Raise ValueError naming the tasks without the images that the method needs."""
+    for need, argument, kind in (("images", "tasks", "unlabelled"), ("labels", "training", "labelled")):
+        lacking = [name for name in problem.task_names if name not in (getattr(problem, argument) or {})]
+        if method.needs == need and lacking:
+            raise ValueError(f"{argument}: expected {kind} images of every task, got none of {', '.join(lacking)}")
+
+
+def task_names(finetuned: Copies) -> tuple[str, ...]:
+    """Return the tasks' names as :func:`parametrize` gives them: the keys, or ``task_1`` … ``task_K``."""
     if isinstance(finetuned, Mapping):
         return tuple(finetuned)
     return tuple(f"task_{k + 1}" for k in range(len(finetuned)))
 
 
-def one_model(model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], **facts: Any) -> Merged:
-    """The result of a method that finds one model."""
+def one_model(model: nn.Module, finetuned: Copies, **facts: Any) -> Merged:
+    """Return the result of a method that finds one model."""
     return Merged(task_names(finetuned), lambda gamma: model, facts=facts)
+
+
+def on_weights(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merged]:
+    """Return how ``merge(pretrained, finetuned, **choice)`` is run on a problem."""
+    return lambda problem, choice: merge(problem.pretrained, problem.finetuned, **choice)
+
+
+def on_images(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merged]:
+    """Return how a ``merge`` that looks at the tasks' images is run on a problem."""
+
+    def run(problem: Problem, choice: Choice) -> Merged:
+        given = {"tasks": problem.tasks, "seed": problem.method.seed, "progress": problem.progress}
+        return merge(problem.pretrained, problem.finetuned, **given, **choice)
+
+    return run
+
+
+def learning_rates(published: float) -> Callable[[int, MethodSettings], list[Choice]]:
+    """Return the choice among four learning rates, the published one first."""
+    return lambda tasks, method: [{"learning_rate": published * factor} for factor in (1, 10, 30, 3)]
+
+
+def with_density(
+    choices: Callable[[int, MethodSettings], list[Choice]],
+) -> Callable[[int, MethodSettings], list[Choice]]:
+    """Return ``choices`` with TIES's published density of 0.2 for the first, half of the entries for the others."""
+    return lambda tasks, method: [
+        {**choice, **({"density": 0.5} if number else {})} for number, choice in enumerate(choices(tasks, method))
+    ]

@@ -8,7 +8,7 @@ learning + preference" is one such run per γ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,17 @@ from torch.nn import functional as F
 from pareto_merging.data.sources import labelled_stream
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.methods.interface import Merged, one_model
-from pareto_merging.methods.interface import task_names as names_of
-from pareto_merging.model.copies import Weights, named_tensors
+from pareto_merging.methods.interface import (
+    Choice,
+    Copies,
+    Merged,
+    Method,
+    Problem,
+    learning_rates,
+    one_model,
+    task_names,
+)
+from pareto_merging.model.copies import named_tensors
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 from pareto_merging.preferences import Preference, check_preference, equal_preference
 from pareto_merging.system.modes import eval_mode
@@ -28,7 +36,7 @@ from pareto_merging.system.progress import progress_bar
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     training: Mapping[str, Task],
     steps: int = 500,
@@ -53,7 +61,7 @@ def merge(
         ValueError: no labelled images of a task. UserError: a label that its head does not have. TrainingError: a loss
             or a trained parameter that is not finite.
     """
-    names = names_of(finetuned)
+    names = task_names(finetuned)
     missing = [name for name in names if name not in training or not len(training[name].images)]  # type: ignore[arg-type]
     if missing:
         raise ValueError(f"training: expected labelled images of every task, got none of {', '.join(missing)}")
@@ -114,3 +122,18 @@ def _loss(name: str, head: nn.Module, model: nn.Module, images: Tensor, labels: 
             f"task {name}: expected a label in [0, {logits.shape[-1]}) for every training image, got {int(foreign[0])}"
         )
     return F.cross_entropy(logits.float(), labels)
+
+
+def _run(problem: Problem, choice: Choice) -> Merged:
+    return merge(
+        problem.pretrained,
+        problem.finetuned,
+        training=problem.training or {},
+        batch_size=problem.method.batch_size,
+        seed=problem.method.seed,
+        progress=problem.progress,
+        **{"steps": problem.method.steps_for(len(problem.task_names)), **choice},
+    )
+
+
+METHOD = Method("multitask", "Multi-task training", "labels", _run, learning_rates(1e-4), is_bound=True, learns=True)

@@ -11,7 +11,8 @@ Pareto Merging.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +21,12 @@ from torch import nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
-from pareto_merging.methods.interface import Merged
-from pareto_merging.model.copies import Weights
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
 
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task] | None,
     variation: Literal[1, 2] = 1,
@@ -35,7 +35,7 @@ def merge(
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """A model for every preference from a structure of rank one; other arguments as :func:`pareto.merge`."""
+    """Learn a model for every preference from a structure of rank one; other arguments as :func:`pareto.merge`."""
     if variation not in (1, 2):
         raise ValueError(f"variation: expected 1 or 2, got {variation!r}")
     core = "outer-product" if variation == 1 else "outer-vector"
@@ -43,3 +43,17 @@ def merge(
     return pareto.merge(
         pretrained, finetuned, tasks=tasks, method=method, folder=folder, resume=resume, progress=progress
     )
+
+
+def _variant(variation: Literal[1, 2]) -> Method:
+    def run(problem: Problem, choice: Choice) -> Merged:
+        method = pareto.settings_of(problem, choice)
+        given = {"tasks": problem.tasks, "variation": variation, "method": method, **problem.going_on()}
+        return merge(problem.pretrained, problem.finetuned, **given)
+
+    return replace(
+        pareto.METHOD, key=f"outer-product-{variation}", title=f"Outer product, variation {variation}", run=run
+    )
+
+
+VARIANTS = (_variant(1), _variant(2))

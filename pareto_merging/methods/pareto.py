@@ -9,16 +9,18 @@ can be plugged in). With ``objective="weight-distance"`` it is data-free: see :m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import Merged, task_names
-from pareto_merging.model.copies import Weights
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, task_names, with_density
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
@@ -27,7 +29,7 @@ from pareto_merging.model.preprocessing import Preprocess
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task] | None,
     method: MethodSettings | None = None,
@@ -36,7 +38,7 @@ def merge(
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """A model for every preference, all from one run; ``result.pareto`` is the Pareto model.
+    """Learn a model for every preference in one run; ``result.pareto`` is the Pareto model.
 
     Args:
         tasks: by task name, unlabelled images and the frozen head; None for the data-free objective.
@@ -53,3 +55,38 @@ def merge(
 
     facts = {"lambda": dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))}
     return Merged(task_names(finetuned), at, preference_aware=method.low_rank != "none", facts=facts, pareto=model)
+
+
+def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSettings:
+    """Return the problem's settings with a choice, as Pareto Merging's whatever the configuration's own run is."""
+    same = {"objective": "entropy", "preprocess": "none", "core": "tensor", "preference": "dirichlet", "gamma": None}
+    return MethodSettings.model_validate({**problem.method.model_dump(), **same, **choice, **fixed})
+
+
+def choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    """Return the configuration's own settings first; then weaker regularisation and other rates."""
+    rate = method.learning_rate
+    return [
+        {},
+        {"concentration": 1.0, "tensor_norm": 0.01, "learning_rate": 3 * rate},
+        {"learning_rate": 3 * rate, "lambda_learning_rate": 3 * (method.lambda_learning_rate or rate)},
+        {"concentration": 1.0, "tensor_norm": 0.01},
+    ]
+
+
+def _run(problem: Problem, choice: Choice, **fixed: Any) -> Merged:
+    method = settings_of(problem, choice, **fixed)
+    return merge(problem.pretrained, problem.finetuned, tasks=problem.tasks, method=method, **problem.going_on())
+
+
+METHOD = Method("pareto", "Pareto Merging", "images", _run, choices, stores="1 model + low rank", learns=True)
+VARIANTS = (
+    METHOD,
+    replace(
+        METHOD,
+        key="pareto++",
+        title="Pareto Merging++",
+        run=partial(_run, preprocess="ties"),
+        choices=with_density(choices),
+    ),
+)

@@ -12,14 +12,14 @@ from torch.utils.data import Dataset
 
 from pareto_merging.data.sources import batch_indices
 from pareto_merging.data.tasks import Task
-from pareto_merging.methods.interface import task_names
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.methods.interface import Copies, task_names
+from pareto_merging.model.copies import check_copies
 from pareto_merging.model.stored import copy_of
 
 
 def each_finetuned(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     tasks: Mapping[str, Task],
 ) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
     """Each task, a working copy of ``pretrained`` with its fine-tuned weights, and its (names of a tensor, tensor).

@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images, one_model
 from pareto_merging.methods.per_task import (
     check_count,
     check_number,
@@ -40,7 +41,7 @@ from pareto_merging.methods.per_task import (
     to_model,
 )
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.copies import check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 
@@ -59,7 +60,7 @@ class Rows(NamedTuple):
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     tasks: Mapping[str, Task],
     alpha: float = 0.9,
@@ -103,7 +104,7 @@ def merge(
 
 def _sums(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     tasks: Mapping[str, Task],
     alpha: float,
     images: int,
@@ -282,3 +283,10 @@ class GramRecorder(TorchFunctionMode):
             flat = flat.to(self._grams[rows].dtype)
             self._grams[rows].addmm_(flat.t(), flat)
         self._counts[rows] = self._counts.get(rows, 0) + len(flat)
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    return [{"alpha": alpha} for alpha in (0.9, 0.5, 1.0, 0.1)]
+
+
+METHOD = Method("regmean", "RegMean", "images", on_images(merge), _choices)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.methods.interface import Copies
+from pareto_merging.model.copies import check_copies
 from pareto_merging.model.pieces import piece_size, wide_dtype
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 
@@ -18,7 +19,7 @@ Combine = Callable[[str, int, Tensor, Tensor], Tensor]
 @torch.no_grad()
 def merge_tensors(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     combine: Combine,
     gamma: Tensor | None = None,
 ) -> nn.Module:

@@ -5,18 +5,25 @@ Of parameters; buffers, to which the published code does the same, are averaged 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import nn
 
-from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_weights, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights
 
 
-def merge(
-    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], *, coefficient: float = 0.3
-) -> Merged:
-    """W0 plus ``coefficient`` (λ, one number for all tasks and tensors) times the sum of the task vectors; no data."""
+def merge(pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 0.3) -> Merged:
+    """Add the sum of the task vectors, times ``coefficient``, to W0; no data.
+
+    ``coefficient``: λ, one number for all tasks and tensors.
+    """
     model = merge_tensors(pretrained, finetuned, lambda name, place, base, taus: base + coefficient * taus.sum(dim=0))
     return one_model(model, finetuned)
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    # 0.3 is the published value for eight tasks; fewer task vectors bear a larger one
+    return [{"coefficient": round(c, 4)} for c in (0.3, min(0.5, 3 / tasks), min(0.4, 2 / tasks), 0.2)]
+
+
+METHOD = Method("task-arithmetic", "Task arithmetic", "weights", on_weights(merge), _choices)

@@ -7,19 +7,16 @@ arithmetic with coefficient c.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor, nn
 
-from pareto_merging.methods.interface import Merged, task_names
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_weights, task_names
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.copies import check_copies
 
 
-def merge(
-    pretrained: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights], *, coefficient: float = 1.0
-) -> Merged:
-    """A model for every preference, put together when asked for; no data. ``coefficient``: λ."""
+def merge(pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 1.0) -> Merged:
+    """Put a model together for every preference that is asked for; no data. ``coefficient``: λ."""
     check_copies(pretrained, finetuned)
 
     def at(gamma: Tensor) -> nn.Module:
@@ -29,3 +26,17 @@ def merge(
         return merge_tensors(pretrained, finetuned, combine, gamma)
 
     return Merged(task_names(finetuned), at, preference_aware=True)
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    return [{"coefficient": c} for c in (1.0, 1.5, 0.75, 2.0)]
+
+
+METHOD = Method(
+    "task-arithmetic-preference",
+    "Task arithmetic + preference",
+    "weights",
+    on_weights(merge),
+    _choices,
+    stores="all models",
+)

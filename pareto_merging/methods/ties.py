@@ -10,27 +10,27 @@ the code takes the sign that most entries have; and buffers are averaged, not tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
-from pareto_merging.methods.interface import Merged, one_model
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_weights, one_model
 from pareto_merging.methods.streaming import merge_tensors
-from pareto_merging.model.copies import Weights, check_copies
+from pareto_merging.model.copies import check_copies
 from pareto_merging.model.preprocessing import Ties
 from pareto_merging.model.stored import PretrainedWeights
 
 
 def merge(
     pretrained: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
+    finetuned: Copies,
     *,
     coefficient: float = 0.3,
     density: float = 0.2,
     combine: Literal["mean", "sum"] = "sum",
 ) -> Merged:
-    """The TIES-merged model; no data.
+    """Return the TIES-merged model; no data.
 
     Args:
         coefficient: λ; the paper's default is 1 with "mean", the published vision code's 0.3 with "sum".
@@ -50,3 +50,15 @@ def merge(
         return base + coefficient * total
 
     return one_model(merge_tensors(pretrained, finetuned, piece), finetuned, thresholds=list(ties.thresholds))
+
+
+def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
+    return [
+        {"coefficient": 0.3, "density": 0.2, "combine": "sum"},
+        {"coefficient": 1.0, "density": 0.2, "combine": "mean"},
+        {"coefficient": round(min(0.5, 2 / tasks), 4), "density": 0.5, "combine": "sum"},
+        {"coefficient": round(min(0.8, 3 / tasks), 4), "density": 0.2, "combine": "sum"},
+    ]
+
+
+METHOD = Method("ties", "TIES-Merging", "weights", on_weights(merge), _choices)

@@ -13,7 +13,8 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.registry import METHODS, Problem, run
+from pareto_merging.methods.interface import Problem
+from pareto_merging.methods.registry import METHODS, run
 
 pytestmark = pytest.mark.gpu
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -365,7 +366,7 @@ def test_a_failed_try_does_not_end_the_method_nor_a_failed_method_the_rest(monke
             raise LinAlgError("the matrix\nis singular")
         return ties.run(problem, choice)
 
-    monkeypatch.setitem(METHODS, "ties", type(ties)(ties.title, ties.needs, run, ties.choices))
+    monkeypatch.setitem(METHODS, "ties", dataclasses.replace(ties, run=run))
     compared = comparison(effort=2)
     found = compared.run("ties")
     assert found["status"] == "done"
@@ -388,7 +389,7 @@ def test_what_goes_wrong_while_measuring_is_one_method_s(error: Exception, monke
         return Merged(problem.task_names, at)
 
     dare = METHODS["dare"]
-    monkeypatch.setitem(METHODS, "dare", type(dare)(dare.title, dare.needs, run, dare.choices))
+    monkeypatch.setitem(METHODS, "dare", dataclasses.replace(dare, run=run))
     found = comparison().run("dare")
     assert (found["status"], found["reason"]) == ("failed", str(error))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 from helpers import noisy_copy
@@ -13,9 +16,9 @@ from method_cases import conv_net, image_tasks, labelled_tasks, state_of
 from torch import Tensor, nn
 
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods import adamerging, registry
-from pareto_merging.methods.interface import Merged
-from pareto_merging.methods.registry import METHODS, Problem, check_needs
+from pareto_merging.methods import adamerging, registry, task_arithmetic
+from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
+from pareto_merging.methods.registry import METHODS, register
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 LEARNED = [name for name, method in METHODS.items() if method.learns or name == "pareto-data-free"]
@@ -237,3 +240,45 @@ def test_checkpoints_are_gone_on_from(name: str, tmp_path: Path) -> None:
     if kept:
         log = next(tmp_path.rglob("log.jsonl")).read_text()
         assert '"event": "resumed", "step": 2' in log
+
+
+def halfway(problem: Problem, choice: Choice) -> Merged:
+    """W0 + λ/K Σ_k τ_k: a method of one's own, made of two that are there."""
+    count = len(problem.task_names)
+    merged = task_arithmetic.merge(problem.pretrained, problem.finetuned, coefficient=choice["share"] / count)
+    merged.facts["copies"] = count
+    return merged
+
+
+@pytest.fixture
+def dummy() -> Iterator[Method]:
+    """A method of one's own in the table, for as long as the test lasts."""
+    choices = [{"share": 0.5}, {"share": 1.0}]
+    yield register(Method("halfway", "Half the way", "weights", halfway, lambda tasks, method: choices))
+    del METHODS["halfway"]
+
+
+def test_a_method_of_ones_own(dummy: Method, tiny_vit: nn.Module) -> None:
+    given = problem(tiny_vit, 2)
+    result = registry.run("halfway", given, share=1.0)
+    assert result.facts == {"copies": 2} and not result.preference_aware
+    average = state_of(registry.run("weight-averaging", given).model())
+    for name, value in state_of(result.model()).items():
+        torch.testing.assert_close(value, average[name])
+    with pytest.raises(ValueError, match="method: expected a new key, got 'halfway', which is taken"):
+        register(dummy)
+
+
+def test_compare_runs_a_method_of_ones_own(dummy: Method, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("suite: digits\ntasks: [upright, rotated]\n")
+    arguments = ("--methods", "pretrained,halfway", "--effort", 2, "--preferences", "equal", "--quiet")
+    assert command_line.run("compare", config, "--out", tmp_path / "out", *arguments) == 0
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(report["methods"]) == ["pretrained", "halfway"]
+    assert (report["methods"]["halfway"]["title"], report["methods"]["halfway"]["seeds"]) == (dummy.title, 1)
+    stored = json.loads((tmp_path / "out" / "halfway-seed-0.json").read_text())
+    assert [row["choice"] for row in stored["candidates"]] == dummy.choices(2, MethodSettings())
+    assert dummy.title in (tmp_path / "out" / "compare.md").read_text()
+    assert command_line.run("compare", "--help") == 0
+    assert f"halfway: {dummy.title}" in capsys.readouterr().out

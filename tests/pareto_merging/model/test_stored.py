@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging.methods import fisher, registry
-from pareto_merging.methods.registry import METHODS, Problem
+from pareto_merging.methods.interface import Problem
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.model import pieces
 from pareto_merging.model.stored import PretrainedWeights, describe_dtypes, percent, summarize_dtypes
 from pareto_merging.run.config import RunConfig, dump_config
