@@ -1,7 +1,8 @@
 """``python -m benchmarks.run``: measure a suite and write one JSON file with everything needed to judge it.
 
 On a GPU the file is written again after every row, and SIGTERM or the time limit end the run with what there is. What
-the project aims at, in minutes and in order of value, is ``python -m benchmarks.goals``.
+the project aims at, in minutes and in order of value, is ``python -m benchmarks.goals``. ``--base REV`` times one
+operation in this tree against another commit instead.
 """
 
 from __future__ import annotations
@@ -15,22 +16,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.common.suites import SUITES, Save, measured_on
+from benchmarks import base, results
+from benchmarks.common.suites import SUITES, measured_on
 
 # on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
 GPU_SUITES, CPU_SUITES, SUITES_OF_BOTH = (measured_on(device) for device in ("gpu", "cpu", "both"))
-EXIT_WRONG, EXIT_TIME = 1, 3
+EXIT_WRONG, EXIT_UNUSABLE, EXIT_TIME = 1, 2, 3
 
 EPILOG = """\
+examples:
+  python -m benchmarks.run --suite serving
+  python -m benchmarks.run --base main --operation merge --layer 4096x1024
+                                            merge_weight of this tree against that of main, in turn
+
 exit codes:
   0    everything was measured and right
-  1    something was wrong: its rows have no time and say why
+  1    something was wrong: its rows have no time and say why; the outputs of two commits differ
+  2    no such commit, or one of the two cannot do what is to be timed
   3    the time limit came first; the file has every row until then
   128 + N  signal N came first; the file has every row until then
 """
@@ -72,28 +80,8 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _measure(report: dict[str, Any], names: Sequence[str], quick: bool, all_of_them: bool, save: Save) -> list[str]:
-    """Measure suites into ``report``; what could not be, for want of a package."""
-    lacking = []
-    for name in names:
-
-        def keep(suite: dict[str, Any], name: str = name) -> None:
-            report["suites"][name] = suite
-            save(report)
-
-        try:
-            suite = SUITES[name].measuring
-        except ImportError as error:
-            if not all_of_them:
-                raise
-            lacking.append(f"{name}: not run, for want of {error.name}")
-            continue
-        keep(suite.run(quick, keep))
-    return lacking
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 1 if a result was wrong."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description=__doc__,
@@ -121,73 +109,139 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="end after that long with what there is (default: no limit)")
     parser.add_argument("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
+    base.add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if chosen.minutes is not None and not chosen.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {chosen.minutes:g}")
-    start = time.perf_counter()
-    report = results.header(["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])])
-    report["quick"] = chosen.quick
-    of_suite = chosen.suite in CPU_SUITES or (chosen.suite in SUITES_OF_BOTH and not torch.cuda.is_available())
-    if of_suite:
-        report["suite"] = chosen.suite
-    elif chosen.quick and not torch.cuda.is_available():
-        # before a kernel is imported: without a GPU a rehearsal interprets them
-        os.environ["TRITON_INTERPRET"] = "1"
-    code, lacking = 0, list[str]()
-    out = chosen.out
+    return chosen
 
-    def save(found: dict[str, Any]) -> None:
-        nonlocal out
-        out = out or _default_path(report)
-        report.update(found)
-        results.write(out, {**report, "ended": "running"})
-        if chosen.minutes is not None and time.perf_counter() - start > 60 * chosen.minutes:
+
+class Run:
+    """One run of a suite, or of all for a GPU: its report, which is written to a file as it grows.
+
+    ``alone``: of one suite, in a file of its own; else suites of a GPU stand in a file named after it.
+    """
+
+    def __init__(self, chosen: argparse.Namespace, command: Sequence[str]) -> None:
+        self.chosen, self.start, self.lacking = chosen, time.perf_counter(), list[str]()
+        on_gpu = torch.cuda.is_available()
+        self.alone = chosen.suite in CPU_SUITES or (chosen.suite in SUITES_OF_BOTH and not on_gpu)
+        self.report: dict[str, Any] = {**results.header(command), "quick": chosen.quick}
+        if self.alone:
+            self.report["suite"] = chosen.suite
+        elif chosen.quick and not on_gpu:
+            # before a kernel is imported: without a GPU a rehearsal interprets them
+            os.environ["TRITON_INTERPRET"] = "1"
+
+    @property
+    def path(self) -> Path:
+        """Return the file that is written."""
+        if self.chosen.out is None:
+            self.chosen.out = _default_path(self.report)
+        out: Path = self.chosen.out
+        return out
+
+    def save(self, figures: dict[str, Any]) -> None:
+        """Write what there is so far; raise Ended when the time is up."""
+        self.report.update(figures)
+        results.write(self.path, {**self.report, "ended": "running"})
+        minutes = self.chosen.minutes
+        if minutes is not None and time.perf_counter() - self.start > 60 * minutes:
             raise Ended("time limit", EXIT_TIME)
 
-    with _ended_by_signals():
-        try:
-            if chosen.suite in CPU_SUITES:
-                report |= SUITES[chosen.suite].measuring.run(
-                    chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs
-                )
-            elif of_suite:
-                report["environment"] = results.machine()
-                report |= SUITES[chosen.suite].measuring.run(chosen.quick, lambda suite: save(report | suite))
-            else:
-                report |= {"environment": results.machine(), "clocks_before": results.clocks(), "suites": {}}
-                names = (*GPU_SUITES, *SUITES_OF_BOTH) if chosen.suite == "all" else (chosen.suite,)
-                # captures may collect garbage, thousands of times: what was imported need not be looked through
-                gc.collect()
-                gc.freeze()
-                lacking = _measure(report, names, chosen.quick, chosen.suite == "all", save)
-                report["clocks_after"] = results.clocks()
-            report["ended"] = "complete"
-        except Ended as end:
-            report["ended"], code = end.how, end.code
-        finally:
-            gc.unfreeze()
-    report["environment"] = {**results.machine(), "seconds_in_all": round(time.perf_counter() - start, 1)}
-    out = out or _default_path(report)
-    results.write(out, report)
-    # a suite that was ended before its first row has nothing to say
-    tables = () if of_suite and code and "rows" not in report else _tables(report, chosen.suite, of_suite)
-    print("\n".join([*tables, *lacking]))
-    print(out)
+    def measure(self) -> int:
+        """Measure everything and write it; the exit code."""
+        code = 0
+        with _ended_by_signals():
+            try:
+                self._alone() if self.alone else self._on_gpu()
+                self.report["ended"] = "complete"
+            except Ended as end:
+                self.report["ended"], code = end.how, end.code
+            finally:
+                gc.unfreeze()
+        seconds = round(time.perf_counter() - self.start, 1)
+        self.report["environment"] = {**results.machine(), "seconds_in_all": seconds}
+        results.write(self.path, self.report)
+        return code
+
+    def _alone(self) -> None:
+        chosen, suite = self.chosen, SUITES[self.chosen.suite].measuring
+        if chosen.suite in CPU_SUITES:
+            self.report |= suite.run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs)
+        else:
+            self.report["environment"] = results.machine()
+            self.report |= suite.run(chosen.quick, self.save)
+
+    def _on_gpu(self) -> None:
+        suites: dict[str, Any] = {}
+        self.report |= {"environment": results.machine(), "clocks_before": results.clocks(), "suites": suites}
+        # captures may collect garbage, thousands of times: what was imported need not be looked through
+        gc.collect()
+        gc.freeze()
+        every = self.chosen.suite == "all"
+        for name in (*GPU_SUITES, *SUITES_OF_BOTH) if every else (self.chosen.suite,):
+
+            def keep(figures: dict[str, Any], name: str = name) -> None:
+                suites[name] = figures
+                self.save({})
+
+            try:
+                suite = SUITES[name].measuring
+            except ImportError as error:
+                if not every:
+                    raise
+                self.lacking.append(f"{name}: not run, for want of {error.name}")
+                continue
+            keep(suite.run(self.chosen.quick, keep))
+        self.report["clocks_after"] = results.clocks()
+
+    def tables(self) -> Iterator[str]:
+        """Yield the tables of what was measured."""
+        if not self.alone:
+            for name, figures in self.report.get("suites", {}).items():
+                yield SUITES[name].showing.markdown(figures)
+        elif self.report["ended"] == "complete" or "rows" in self.report:
+            # a suite that was ended before its first row has nothing to say
+            yield SUITES[self.chosen.suite].showing.markdown(self.report)
+
+    @property
+    def wrong(self) -> list[dict[str, Any]]:
+        """Return the rows that are wrong."""
+        measured = [self.report, *self.report.get("suites", {}).values()]
+        return [row for suite in measured for row in suite.get("rows", ()) if not row["matched"]]
+
+
+def _compare(chosen: argparse.Namespace, command: Sequence[str]) -> int:
+    """Time one operation against another commit; the exit code."""
+    try:
+        comparison = base.compare(chosen.base, base.asked(chosen), rounds=chosen.rounds)
+    except base.BaseError as error:
+        print(f"run: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    print(comparison)
+    if chosen.out is not None:
+        report = {**results.header(command), "suite": "base", "environment": results.machine()}
+        results.write(chosen.out, report | asdict(comparison))
+        print(chosen.out)
+    return 0 if comparison.matched else EXIT_WRONG
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is 1 if a result was wrong."""
+    chosen = parse(arguments)
+    command = ["python -m benchmarks.run", *(arguments if arguments is not None else sys.argv[1:])]
+    if chosen.base is not None:
+        return _compare(chosen, command)
+    run = Run(chosen, command)
+    code = run.measure()
+    print("\n".join([*run.tables(), *run.lacking]))
+    print(run.path)
     if code:
-        print(f"ended by {report['ended']}: the file has every row until then")
-    measured = [report, *report.get("suites", {}).values()]
-    wrong = [row for suite in measured for row in suite.get("rows", ()) if not row["matched"]]
-    for row in wrong:
+        print(f"ended by {run.report['ended']}: the file has every row until then")
+    for row in run.wrong:
         print(f"WRONG {row['op']}, {row['layer']}, {row['dtype']}, {row['variant']}: error {row['error']:.2e}")
-    return EXIT_WRONG if wrong else code
-
-
-def _tables(report: dict[str, Any], suite: str, of_suite: bool) -> Iterator[str]:
-    if of_suite:
-        yield SUITES[suite].showing.markdown(report)
-        return
-    for name, found in report.get("suites", {}).items():
-        yield SUITES[name].showing.markdown(found)
+    return EXIT_WRONG if run.wrong else code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,216 @@
+"""``python -m benchmarks.run --base REV``: one operation in this tree against another commit, in one run.
+
+A temporary worktree of REV is made, and one process for each tree. Both are given the same inputs and time the same
+operation, a round at a time and in turn, so that a machine that slows down slows both down. The ratio is that of two
+rounds that follow each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.errors import TOLERANCE, relative_error
+from benchmarks.common.operation import OPERATIONS
+
+ROOT = Path(__file__).parent.parent
+WORKER = Path(__file__).parent / "common" / "operation.py"
+
+
+class BaseError(ValueError):
+    """A commit that is not there, or a tree that cannot do what is to be timed."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is timed: an operation of a layer of ``n`` × ``d``, by its names in :mod:`benchmarks.common.operation`."""
+
+    operation: str
+    n: int
+    d: int
+    rows: int
+    tasks: int
+    rank: int
+    dtype: str
+    strategy: str
+
+    def __str__(self) -> str:
+        size = f"{self.n}×{self.d}, {self.rows} rows, K = {self.tasks}, r = {self.rank}"
+        return f"{self.operation}, {size}, {self.dtype}, {self.strategy}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A median with its 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figures:
+        """Return the figures of one or more values."""
+        low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
+        return cls(statistics.median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Milliseconds of both trees, ours over the base's, and how far our outputs are from the base's."""
+
+    operation: Operation
+    base: str
+    rounds: int
+    ours_ms: Figures
+    base_ms: Figures
+    ratio: Figures
+    error: float
+
+    @property
+    def matched(self) -> bool:
+        """Say whether both trees compute the same, to the rounding of the type."""
+        return self.error <= TOLERANCE * torch.finfo(getattr(torch, self.operation.dtype)).eps
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}; {self.rounds} rounds in turn: median, 20th to 80th percentile"]
+        for name, figures in (("this tree", self.ours_ms), (self.base, self.base_ms)):
+            lines.append(f"{name:<12} {figures.median:.4g} ms ({figures.p20:.4g}–{figures.p80:.4g})")
+        lines.append(f"{'ratio':<12} {self.ratio.median:.3f}× ({self.ratio.p20:.3f}–{self.ratio.p80:.3f})")
+        same = "the same bits" if self.error == 0 else f"{self.error:.1e} apart"
+        return "\n".join([*lines, f"{'outputs':<12} {same}{'' if self.matched else ': WRONG in one of them'}"])
+
+
+def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def worktree(root: Path, revision: str) -> Iterator[tuple[Path, str]]:
+    """Check ``revision`` out into a temporary folder; yield it and the commit's short name.
+
+    Raises:
+        BaseError: not a commit of the repository at ``root``, or no repository.
+    """
+    if _git(root, "rev-parse", "--git-dir").returncode:
+        raise BaseError(f"--base: expected a git checkout, got {root}")
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "--short", f"{revision}^{{commit}}").stdout.strip()
+    if not commit:
+        raise BaseError(f"--base: expected a commit, branch or tag of {root}, got {revision!r}")
+    with tempfile.TemporaryDirectory(prefix="base-") as folder:
+        tree = Path(folder) / "tree"
+        made = _git(root, "worktree", "add", "--detach", str(tree), commit)
+        if made.returncode:
+            raise BaseError(f"--base: expected a worktree of {commit}, got {made.stderr.strip().splitlines()[-1]}")
+        try:
+            yield tree, commit
+        finally:
+            _git(root, "worktree", "remove", "--force", str(tree))
+
+
+@contextlib.contextmanager
+def _worker(tree: Path, name: str, what: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Start the process of one tree, and see that it is that tree's library which it times."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    command = [sys.executable, "-P", str(WORKER), json.dumps(what)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, cwd=tree, env=environment, **pipes) as process:
+        try:
+            place = Path(_answer(process, name)["pmkernels"])
+            if not place.resolve().is_relative_to(tree.resolve()):
+                raise BaseError(f"{name}: expected pmkernels of {tree}, got {place}")
+            yield process
+        finally:
+            process.kill()
+
+
+def _answer(process: subprocess.Popen[str], name: str) -> Any:
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    if not line:
+        last = process.stderr.read().strip().splitlines() or ["nothing"]
+        raise BaseError(f"{name}: expected to time the operation, got {last[-1]}")
+    return json.loads(line)
+
+
+def _round(process: subprocess.Popen[str], name: str) -> float:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return float(_answer(process, name))
+
+
+def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: int = 20, calls: int = 10) -> Comparison:
+    """Time ``operation`` in the tree at ``root`` and at ``revision``, in turn; ``calls``: of a round, off the GPU.
+
+    Raises:
+        BaseError: no such commit, or one of the trees cannot do it.
+    """
+    what = {**asdict(operation), "calls": calls, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder, worktree(root, revision) as (tree, commit):
+        outputs = {name: Path(folder) / f"{number}.pt" for number, name in enumerate(("this tree", commit))}
+        with (
+            _worker(root, "this tree", {**what, "outputs": str(outputs["this tree"])}) as ours,
+            _worker(tree, commit, {**what, "outputs": str(outputs[commit])}) as base,
+        ):
+            times = [(_round(ours, "this tree"), _round(base, commit)) for _ in range(1 + rounds)]
+        found, expected = (torch.load(path, weights_only=True) for path in outputs.values())
+    # the first round of a process is slower than any other
+    mine, theirs = zip(*times[1:], strict=True)
+    ratio = Figures.of([a / b for a, b in times[1:]])
+    error = relative_error([t.double() for t in found], [t.double() for t in expected])
+    return Comparison(operation, commit, rounds, Figures.of(mine), Figures.of(theirs), ratio, error)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is compared with a commit."""
+    group = parser.add_argument_group("with --base")
+    group.add_argument(
+        "--base", metavar="REV", help="time one operation in this tree against that commit, and no suite"
+    )
+    group.add_argument("--operation", choices=tuple(OPERATIONS), default="forward", help="(default: forward)")
+    group.add_argument("--layer", default="3072x1024", metavar="OUTxIN", help="(default: 3072x1024)")
+    group.add_argument("--rows", type=int, default=257, help="of the input (default: 257)")
+    group.add_argument("--tasks", type=int, default=8, help="(default: 8)")
+    group.add_argument("--rank", type=int, default=16, help="0: no low-rank term (default: 16)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16, on a CPU float32)"
+    )
+    group.add_argument("--strategy", help="(default: auto on a GPU, else eager)")
+    group.add_argument("--rounds", type=int, default=20, help="of each tree, in turn (default: 20)")
+
+
+def asked(chosen: argparse.Namespace) -> Operation:
+    """Read the operation from a command line.
+
+    Raises:
+        BaseError: a layer or a number that is none.
+    """
+    on_gpu = torch.cuda.is_available()
+    n, _, d = chosen.layer.partition("x")
+    if not (n.isdecimal() and d.isdecimal() and int(n) and int(d)):
+        raise BaseError(f"--layer: expected OUTxIN, as in 3072x1024, got {chosen.layer!r}")
+    for name, least in (("rows", 1), ("tasks", 1), ("rank", 0), ("rounds", 1)):
+        if getattr(chosen, name) < least:
+            raise BaseError(f"--{name}: expected at least {least}, got {getattr(chosen, name)}")
+    return Operation(
+        operation=chosen.operation,
+        n=int(n),
+        d=int(d),
+        rows=chosen.rows,
+        tasks=chosen.tasks,
+        rank=chosen.rank,
+        dtype=chosen.dtype or ("bfloat16" if on_gpu else "float32"),
+        strategy=chosen.strategy or ("auto" if on_gpu else "eager"),
+    )
