@@ -33,12 +33,12 @@ from pareto_merging.checkpoints.modules import attention_heads, normalisation, u
 from pareto_merging.checkpoints.names import Piece, Towers, find_towers, is_plain_vision, listed
 from pareto_merging.checkpoints.open_clip import preprocessing_from_open_clip, text_is_not_clips
 from pareto_merging.checkpoints.preprocessing import check_preprocessing
+from pareto_merging.checkpoints.tensors import TensorMapping
 from pareto_merging.errors import UserError
 
 
-class CheckpointTensors(Mapping[str, Tensor]):
-    """Named tensors that are read from their files when they are asked for. Each comes in memory of its own and is not
-    kept.
+class CheckpointTensors(TensorMapping):
+    """Named tensors, each read from its file when asked for, and not kept.
 
     Attributes:
         source: what they were opened by. shapes, dtypes: by name, known without reading.
@@ -47,7 +47,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
     def __init__(self, source: str, tensors: NamedTensors, pieces: Mapping[str, Piece]) -> None:
         self.source = source
         self._tensors, self._pieces = tensors, dict(pieces)
-        self.shapes: dict[str, list[int]] = {name: self._shape(name) for name in self._pieces}
+        self.shapes = {name: self._shape(name) for name in self._pieces}
         self.dtypes = {name: tensors.dtypes[piece.sources[0]] for name, piece in self._pieces.items()}
         others = [
             f"{name} {tensors.dtypes[part]}"
@@ -60,16 +60,16 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
     def _shape(self, name: str) -> list[int]:
         piece = self._pieces[name]
-        shapes = [self._tensors.shapes[part] for part in piece.sources]
+        shapes = [list(self._tensors.shapes[part]) for part in piece.sources]
         if len(shapes) > 1 and any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
             raise UserError(f"{self.source}: expected tensors that can be joined to {name}, got shapes {shapes}")
         if piece.transpose and len(shapes[0]) != 2:
             raise UserError(f"{self.source}: expected a matrix for {name}, got shape {shapes[0]}")
         if piece.transpose:
             return shapes[0][::-1]
-        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(shapes) > 1 else list(shapes[0])
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if len(shapes) > 1 else shapes[0]
 
-    def __getitem__(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Read one tensor. Raises UserError: it cannot be read, or holds NaN or inf; KeyError: no such name."""
         piece = self._pieces[name]
         if len(piece.sources) == 1:
@@ -86,15 +86,6 @@ class CheckpointTensors(Mapping[str, Tensor]):
         if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             raise UserError(f"{self.source}: expected finite numbers, got NaN or inf in {name}")
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._pieces
 
 
 class Checkpoint(CheckpointTensors):

@@ -8,28 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from pareto_merging.checkpoints.architecture import Architecture
+from pareto_merging.checkpoints.tensors import Tensors
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # of a folder's weights, in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-class NamedTensors(Protocol):
-    """Named tensors of one or more files. Shapes and types are known without reading them."""
-
-    @property
-    def shapes(self) -> Mapping[str, list[int]]: ...
-
-    @property
-    def dtypes(self) -> Mapping[str, torch.dtype]: ...
+class NamedTensors(Tensors, Protocol):
+    """Named tensors of one or more files."""
 
     @property
     def files(self) -> Sequence[Path]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor, nn
+
+from pareto_merging.checkpoints.tensors import TensorMapping
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 
@@ -51,27 +53,21 @@ def _tensors(source: Weights) -> Mapping[str, Tensor]:
     raise TypeError(f"finetuned: expected modules or state dicts, got {type(source).__name__}")
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """A mapping that may read a file for each tensor. Which names it has is asked once.
-
-    ``name in mapping`` of ``collections.abc.Mapping`` gets the value to see whether there is one.
-    """
+class LazyTensors(TensorMapping):
+    """A user's mapping that may read a file for each tensor. Which names it has is asked once."""
 
     def __init__(self, source: Mapping[str, Tensor]) -> None:
-        self.source, self.shapes = source, _shapes(source)
-        self._names = dict.fromkeys(source if self.shapes is None else self.shapes)
+        self.source, shapes = source, _shapes(source)
+        self._names = dict.fromkeys(source if shapes is None else shapes)
+        if shapes is not None:
+            self.shapes = shapes
 
-    def __getitem__(self, name: str) -> Tensor:
+    @property
+    def names(self) -> Collection[str]:
+        return self._names
+
+    def read(self, name: str) -> Tensor:
         return self.source[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:

@@ -15,13 +15,14 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints.tensors import TensorMapping, Tensors
 from pareto_merging.model.pieces import pieces_of
 
 _ATTRIBUTE = "pareto_stored"
@@ -180,30 +181,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors as stored, on a device, each read when asked for.
+class StoredTensors(TensorMapping):
+    """A checkpoint's tensors as stored, on a device, each read when asked for."""
 
-    Attributes:
-        shapes, dtypes: by name, known without reading.
-    """
-
-    def __init__(self, own: Any, device: torch.device, others: Mapping[str, Any] | None = None) -> None:
-        """Take them of ``own``, a mapping with ``shapes`` and ``dtypes``. ``others``: by name, one that has what it
-        lacks."""
+    def __init__(self, own: Tensors, device: torch.device, others: Mapping[str, Tensors] | None = None) -> None:
+        """Take the tensors of ``own``. ``others``: by name, one that has what it lacks."""
         self._owner = {**(others or {}), **dict.fromkeys(own.shapes, own)}
         self._device = device
-        self.shapes: dict[str, list[int]] = {name: owner.shapes[name] for name, owner in self._owner.items()}
-        self.dtypes: dict[str, torch.dtype] = {name: owner.dtypes[name] for name, owner in self._owner.items()}
+        self.shapes = {name: owner.shapes[name] for name, owner in self._owner.items()}
+        self.dtypes = {name: owner.dtypes[name] for name, owner in self._owner.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._owner[name][name]
-        return tensor.to(self._device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
+    def read(self, name: str) -> Tensor:
+        return self._owner[name].read(name).to(self._device)

@@ -439,7 +439,7 @@ def _check_classes(name: str, task: Task, head: ZeroShotHead) -> None:
         )
 
 
-def check_tensors(path: Path | str, shapes: Mapping[str, list[int]], expected: Mapping[str, list[int]]) -> None:
+def check_tensors(path: Path | str, shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
     """UserError naming the tensors of ``path`` that are missing, extra or of another shape than ``expected``."""
     problems = [f"lacks {name}" for name in expected if name not in shapes]
     problems += [f"has an extra {name}" for name in shapes if name not in expected]
