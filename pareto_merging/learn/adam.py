@@ -1,4 +1,7 @@
-"""Adam over the hundreds of small learned parameters as two long vectors: λ, and the rest, which may differ in rate."""
+"""Adam over all learned parameters as two long vectors: λ, and the rest.
+
+There are hundreds of small ones; the two groups may differ in their rate.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Adam:
         }
 
     def step(self, gradient: Tensor) -> None:
-        """Move the long vectors by the flat gradient [P] of what is learned, in its order."""
+        """Move the long vectors by the flat gradient [P] of what is learned."""
         for vector, part in zip(self.vectors, gradient.split([v.numel() for v in self.vectors]), strict=True):
             vector.grad = part
         self.optimizer.step()
@@ -88,7 +91,7 @@ class Adam:
 
     @torch.no_grad()
     def load(self, step: int, moments: Mapping[str, Tensor]) -> None:
-        """Take over the parameters as they are now and, after a first step, moments named as in :meth:`moments`."""
+        """Take over the parameters as they are now. After a first step also moments named as in :meth:`moments`."""
         for vector, names in zip(self.vectors, self._groups, strict=True):
             vector.copy_(self._gathered(self.learned, names))
             if step:

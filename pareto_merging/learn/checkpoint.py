@@ -1,4 +1,7 @@
-"""What a run goes on from: the learned parameters, Adam's moments, the step, and what they belong to."""
+"""Checkpoints: what a run goes on from.
+
+The learned parameters, Adam's moments, the step, and what they belong to.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def save_checkpoint(learner: Learner, folder: Path, step: int) -> None:
 
 
 def restore_checkpoint(learner: Learner, folder: Path) -> int:
-    """Load the folder's checkpoint and return how many steps it has done; 0 if there is none.
+    """Load the folder's checkpoint and return how many steps it has done. 0 if there is none.
 
     Raises:
         UserError: no checkpoint of this run: other settings, weights or heads, damaged, or another file.
@@ -63,7 +66,7 @@ def restore_checkpoint(learner: Learner, folder: Path) -> int:
 
 
 def _identity(learner: Learner) -> dict[str, Any]:
-    """Return what a checkpoint must agree on to be gone on with: the settings, the tasks, the weights and the heads."""
+    """Return what a checkpoint must agree on: the settings, tasks, weights and heads."""
     state = pareto_state(learner.model)
     # how often to save changes nothing about the result
     settings = {k: v for k, v in json.loads(learner.settings.model_dump_json()).items() if k != "checkpoint_every"}

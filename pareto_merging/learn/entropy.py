@@ -1,6 +1,6 @@
-"""The objective ``entropy``: S_k is the mean Shannon entropy of the predictions on a batch of task k, without labels.
+"""The objective ``entropy``: S_k is the mean entropy of the predictions on task k.
 
-Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
+On batches without labels. Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MEAN_PREDICTION = "mean_prediction_entropy"
 
 
 class Entropy(Objective):
-    """The entropy of each task's predictions; the log says that of the mean prediction too, which shows collapse."""
+    """The entropy of each task's predictions. The log says that of the mean prediction too, which shows collapse."""
 
     watches = ("entropy", MEAN_PREDICTION)
 

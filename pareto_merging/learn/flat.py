@@ -15,7 +15,7 @@ def widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Return gradients as one tensor [P] in the widest dtype of the parameters, zero for those that are None."""
+    """Return gradients as one tensor [P], zero for None. Its dtype is the widest of the parameters'."""
     pairs = list(zip(gradients, parameters, strict=True))
     absent = max((parameter.numel() for gradient, parameter in pairs if gradient is None), default=0)
     zeros = torch.zeros(absent, dtype=widest(parameters), device=parameters[0].device)
@@ -25,7 +25,7 @@ def flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) 
 
 
 def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return d value / d parameters as one tensor [P] in their widest dtype, zero where nothing depends."""
+    """Return d value / d parameters as one tensor [P]. Its dtype is their widest; what has no part in it is zero."""
     if not value.requires_grad:
         size = sum(parameter.numel() for parameter in parameters)
         return torch.zeros(size, dtype=widest(parameters), device=parameters[0].device)
@@ -33,6 +33,6 @@ def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return views of a long vector, of the shapes of the tensors ``like`` in their order."""
+    """Return views of a long vector in the shapes of the tensors ``like``."""
     parts = vector.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -1,4 +1,4 @@
-"""What a step merges at once for all layers, instead of layer by layer: vectors, and the factors A·C(γ).
+"""What a step merges for all layers at once: vectors, and the factors A·C(γ).
 
 All biases and norms are merged in one launch and their λ differentiated in one; the small products of the low-rank
 terms are batched over the layers of one shape.
@@ -74,7 +74,7 @@ class Gathered:
 
 
 def _vectors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield W0, τ and λ of every vector that is merged by λ alone, those of the first one's type and device."""
+    """Yield W0, τ and λ of the vectors that λ alone merges. Only those of the first one's type and device."""
     first: Tensor | None = None
     for parameter in merged_parameters(model):
         weight, lam, tau = parameter.weight, parameter.lam, parameter.task_vectors
@@ -87,7 +87,7 @@ def _vectors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 class MergedVectors:
-    """Every bias, norm and other vector of a model with a λ of its own, merged at once and differentiated at once.
+    """Every bias, norm and other vector with a λ, merged and differentiated at once.
 
     ``refresh`` merges them into one leaf tensor z; while :meth:`lent`, the model's layers read views of it, so that
     autograd finds dS/dz; :meth:`add_d_lambda` makes dλ of that.
@@ -161,7 +161,7 @@ class MergedVectors:
 
 
 class MergedFactors:
-    """L = A·C(γ) of every layer with a low-rank term, put together at once and differentiated once a step.
+    """L = A·C(γ) of every low-rank term, put together and differentiated at once.
 
     A layer needs L and B alone, and dS/dL = dW·B comes from the pass that forms dW. From Σ_k c_k dS_k/dL then follow
     dA = dL·Cᵀ and dG[:,:,k] = γ_k AᵀdL of all layers of one shape in a few batched products, once for all tasks.
@@ -189,7 +189,7 @@ class MergedFactors:
                 self.leaves[id(parameter.A)] = self._keys[id(parameter.weight)] = leaf
 
     def _cores(self, group: Sequence[MergedParameter]) -> tuple[Tensor, Tensor]:
-        """Return A [L, N, r] and C(γ) [L, r, r] of the layers of one shape, at the model's preference."""
+        """Return A [L, N, r] and C(γ) [L, r, r] of layers of one shape."""
         terms = _terms(group)
         G = torch.stack([term.G for term in terms])
         return torch.stack([term.A for term in terms]), G @ self.state.now.gamma.to(G)
@@ -212,7 +212,7 @@ class MergedFactors:
 
     @torch.no_grad()
     def gradients(self, d_leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Return dA and dG by the identity of A and G, from dL by the identity of A."""
+        """Return dA and dG by their parameter's identity, from dL by that of A."""
         result: dict[int, Tensor] = {}
         for group in self.groups:
             A, core = self._cores(group)

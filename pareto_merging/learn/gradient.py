@@ -1,4 +1,4 @@
-"""The gradient of one optimiser step: exact, at the activation memory of one task, and where it can be a CUDA graph.
+"""The gradient of one optimiser step: exact, at the activation memory of one task.
 
 The loss depends on the learned parameters only through S_1 … S_K and the closed-form norm. So for each task: forward,
 backward, keep that task's small gradient, free its activations (a micro-step); then dL/dS_k from the K numbers S, and
@@ -201,7 +201,7 @@ class GradientOfStep:
         return MergedWeights(budget, in_place=True)
 
     def __call__(self, batch: Sequence[Tensor], gamma: Tensor, targets: Sequence[Tensor] = ()) -> StepGradient:
-        """Return the gradient at ``gamma`` [K] for the images of each task, and their targets, on the device."""
+        """Return the gradient at ``gamma`` [K] for images and targets of each task. They lie on the device."""
         self._place(batch, targets, gamma)
         if self.graphs == "off":
             return self._compute()
@@ -218,7 +218,7 @@ class GradientOfStep:
         return self._outputs
 
     def _place(self, batch: Sequence[Tensor], targets: Sequence[Tensor], gamma: Tensor) -> None:
-        """Put images, targets and γ where a captured graph looks for them; other shapes want another graph."""
+        """Put images, targets and γ where a captured graph looks for them. Other shapes want another graph."""
         given = [*batch, *targets]
         shapes = [(tensor.shape, tensor.dtype) for tensor in given]
         if self.tasks_at_once == "all" and len({(shape[1:], dtype) for shape, dtype in shapes[: len(batch)]}) > 1:
@@ -250,7 +250,7 @@ class GradientOfStep:
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[None]:
-        """Set the model to this γ and this step's merged weights, inside the block; afterwards it is as it was."""
+        """Set the model to this γ and this step's merged weights, inside the block."""
         state, before = self.state, (self.state.now.gamma, self.state.now.cache)
         state.now.gamma, state.now.cache = self.gamma, self.cache
         try:
@@ -286,7 +286,7 @@ class GradientOfStep:
         return self._inputs[place] if place < len(self._inputs) else None
 
     def _micro_step(self, task: int, autocast: torch.dtype | None) -> Callable[[], TaskTerms]:
-        """Return what runs the forward of the batch in hand; ``autocast``: the caller's type, if they have it on."""
+        """Return what runs the forward of the batch in hand. ``autocast``: the caller's type, if they have it on."""
 
         def run() -> TaskTerms:
             with self._casting(autocast):
@@ -300,7 +300,7 @@ class GradientOfStep:
         return _NOTHING if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
 
     def _all_at_once(self, gathered: Gathered, autocast: torch.dtype | None) -> StepGradient:
-        """Run one forward and one backward of all tasks' images: every dW is formed once, for the loss itself."""
+        """Run one forward and one backward of all tasks' images. Every dW is formed once, for the loss itself."""
         batch = self._inputs[: len(self.heads)]
         sizes = [len(images) for images in batch]
         with self._casting(autocast):
@@ -317,7 +317,7 @@ class GradientOfStep:
         return _with_norm(outcome, self.parameters, self.settings, self._norm)
 
     def _closed_form(self) -> StepGradient:
-        """Differentiate an objective on the weights: its values share everything, so one graph serves all tasks."""
+        """Differentiate an objective on the weights. Its values share everything, so one graph serves all tasks."""
         values = self.objective.values(self.gamma)
         loss, coefficients = _scalarized(values, self.gamma, self.settings)
         surrogate = (values * coefficients).sum()

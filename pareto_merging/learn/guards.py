@@ -1,4 +1,4 @@
-"""Guards of a run: collapsing tasks, numbers that are not finite, λ's range, and requests to stop."""
+"""Guards of a run: collapse, numbers that are not finite, λ's range, requests to stop."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ SMOOTHING = 0.95
 
 
 class CollapseWatch:
-    """Watches the entropy of each task's mean prediction, which falls when every image ends up in one class.
+    """Watches the entropy of each task's mean prediction.
 
-    On a batch of n images and C classes it can reach log min(n, C); staying under a share of that is reported once.
+    It falls when every image ends up in one class. On a batch of n images and C classes it can reach log min(n, C);
+    staying under a share of that is reported once.
     """
 
     def __init__(self, tasks: Mapping[str, Task], settings: MethodSettings, warn: Callable[[str], None]) -> None:
@@ -63,7 +64,7 @@ def _classes(head: nn.Module) -> int:
 
 
 def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:
-    """Name where a NaN or inf first appears on the way from images [n, …] to logits: a parameter or a module."""
+    """Name where a NaN or inf first appears between images [n, …] and logits. A parameter or a module."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return f"parameter {name}"
@@ -95,7 +96,10 @@ def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:
 
 @contextlib.contextmanager
 def clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[None]:
-    """Use λ clamped inside, where it is learned and checkpointed as it is; afterwards the model holds what was used."""
+    """Use λ clamped, inside the block.
+
+    It is learned and checkpointed as it is; afterwards the model holds what was used.
+    """
     if bounds is None:
         yield
         return
@@ -113,7 +117,7 @@ def clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[No
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts at once as usual."""
+    """Give a function that says whether Ctrl-C or SIGTERM has come. A second Ctrl-C interrupts at once as usual."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

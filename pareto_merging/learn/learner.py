@@ -1,4 +1,4 @@
-"""One optimiser step: preferences, the exact gradient, Adam, and checks after which a bad step never was."""
+"""One optimiser step: preferences, gradient, Adam, and checks. A step that fails never was."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pareto_merging.preferences import check_preference, equal_preference, sampl
 
 @dataclass
 class StepResult:
-    """What one optimiser step saw, averaged over its preferences: plain numbers, [K] lists in the tasks' order."""
+    """What one optimiser step saw, averaged over its preferences. Plain numbers, [K] lists in the tasks' order."""
 
     loss: float
     objectives: list[float]
@@ -46,7 +46,7 @@ class StepFailure(TrainingError):
 
 
 class _Outcome(NamedTuple):
-    """What one preference of a step gave: its gradient, and on the host loss and terms [K][1 + watched]."""
+    """What one preference of a step gave. Loss and terms [K][1 + watched] are on the host."""
 
     gamma: Tensor
     gradient: Tensor
@@ -98,7 +98,7 @@ class Learner:
         self.dtype = dtypes[0] if dtypes else torch.float32
 
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
-        """Yield one list of K batches of images per step, from step ``first`` on; empty without images."""
+        """Yield one list of K batches of images per step, after step ``first``. Empty where none are needed."""
         size = self.settings.batch_size
         streams = [
             BatchStream(task.images, size, first, self.total, self._order(index), workers)
@@ -125,7 +125,7 @@ class Learner:
         return [sample_dirichlet(sampling.concentration, tasks, rng) for _ in range(sampling.preferences_per_step)]
 
     def _targets(self, step: int) -> list[Tensor]:
-        """Return what the objective wants beside the images of this step, by task; empty where it wants nothing."""
+        """Return what the objective wants beside the images of this step. Empty where it wants nothing."""
         if not self.objective.has_targets:
             return []
         size = self.settings.batch_size
@@ -136,9 +136,10 @@ class Learner:
         return [self.objective.targets(k, indices).to(self.device) for k, indices in enumerate(orders)]
 
     def step(self, step: int, batch: Sequence[Tensor]) -> StepResult:
-        """Move what is learned by one step of Adam; on a NaN or inf nothing of the step remains.
+        """Move what is learned by one step of Adam.
 
-        Waits for the device once. ``batch``: the images of each task on the device; empty for an objective on weights.
+        On a NaN or inf nothing of the step remains. Waits for the device once. ``batch``: the images of each task on
+        the device; empty for an objective on weights.
 
         Raises:
             StepFailure: something is not finite, in the objectives, the gradient or the parameters after it.
@@ -221,7 +222,7 @@ class Learner:
 
 
 def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> dict[str, Task]:
-    """Return the tasks in the model's order; ValueError or TypeError if they are not the model's, or have no images."""
+    """Return the tasks in the model's order. ValueError or TypeError if they are not the model's, or lack images."""
     if tasks is None or set(tasks) != set(names):
         got = "none" if tasks is None else ", ".join(tasks)
         raise ValueError(f"tasks: expected images and a head for each of {', '.join(names)}; got {got}")

@@ -18,9 +18,9 @@ Write: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 @contextlib.contextmanager
 def open_log(learner: Learner, folder: Path | None, first: int) -> Iterator[Write]:
-    """Start the log, or keep its lines up to step ``first`` and go on; gives what writes an entry.
+    """Start the log, or keep its lines up to step ``first`` and go on.
 
-    Nothing is written without a folder.
+    Gives what writes an entry. Nothing is written without a folder.
     """
     if folder is None:
         yield lambda entry: None
@@ -72,7 +72,7 @@ def entry_of(learner: Learner, step: int, outcome: StepResult) -> dict[str, Any]
 
 
 def status_of(outcome: StepResult) -> str:
-    """Return what a progress bar says of one step: the loss, and the first of what the objective watches."""
+    """Return what a progress bar says of one step. The loss, and the first of what the objective watches."""
     text = f"loss {outcome.loss:.4f}"
     for name, values in list(outcome.watched.items())[:1]:
         text += f"  {name} " + " ".join(f"{value:.2f}" for value in values)

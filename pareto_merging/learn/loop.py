@@ -1,4 +1,4 @@
-"""Learning a Pareto set: the loop over the steps, with its guards, its log and its checkpoints."""
+"""Learning a Pareto set: the loop, with its guards, its log and its checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from pareto_merging.system.progress import progress_bar
 
 @dataclass
 class TrainingResult:
-    """``steps`` done in all, of them ``resumed_from`` in an earlier process; one dictionary per step of this one."""
+    """What a run did.
+
+    ``steps`` in all, of them ``resumed_from`` in an earlier process; ``history``: one dictionary per step of this one.
+    """
 
     steps: int
     resumed_from: int
@@ -131,7 +134,7 @@ def _run(
 
 @contextlib.contextmanager
 def _last_good_state(learner: Learner, folder: Path | None, log: Write) -> Iterator[None]:
-    """Keep the state before a step that fails, where there is a folder, and say where it is."""
+    """Keep the state before a step that fails, and say where it is. Without a folder there is nowhere to keep it."""
     try:
         yield
     except StepFailure as failure:

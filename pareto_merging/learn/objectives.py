@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 
 class TaskTerms(NamedTuple):
-    """S_k of one batch, and what the log says beside it: scalars, in the order of the objective's ``watches``."""
+    """S_k of one batch, and what the log says beside it. Scalars; ``watched`` is in the order of ``watches``."""
 
     objective: Tensor
     watched: tuple[Tensor, ...] = ()
 
 
 class Objective(Protocol):
-    """The objectives S_1 … S_K of one run; a subclass overrides what it has use for.
+    """The objectives S_1 … S_K of one run.
 
-    An objective on images has ``terms``; one on the weights alone has ``values``.
+    A subclass overrides what it has use for: an objective on images has ``terms``; one on the weights alone has
+    ``values``.
 
     Attributes:
         watches: the names of what the log says of each task beside S_k.
@@ -39,15 +40,15 @@ class Objective(Protocol):
     has_targets: bool = False
 
     def targets(self, task: int, indices: Sequence[int]) -> Tensor:
-        """Return what is wanted of these images of task k beside their logits, [n, *] on any device."""
+        """Return what is wanted of these images of task k. [n, *], on any device."""
         raise _lacking(self, "targets")
 
     def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
-        """Return S_k of a batch's logits [n, C], differentiable in them; nothing may wait for the device."""
+        """Return S_k of a batch's logits [n, C], differentiable in them. Nothing may wait for the device."""
         raise _lacking(self, "terms")
 
     def values(self, gamma: Tensor) -> Tensor:
-        """Return S_1 … S_K [K] at gamma [K] in closed form, differentiable in what is learned."""
+        """Return S_1 … S_K [K] at gamma [K], differentiable in what is learned."""
         raise _lacking(self, "values")
 
 

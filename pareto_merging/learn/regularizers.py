@@ -1,6 +1,6 @@
-"""What the loss has beside the scalarised objectives: the cosine of S with 1/γ, and the norm of the low-rank part.
+"""What the loss has beside the objectives: a cosine and a norm.
 
-Equation 10 of Chen & Kwok, arXiv 2408.12105.
+The cosine of S with 1/γ, and the norm of the low-rank part. Equation 10 of Chen & Kwok, arXiv 2408.12105.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ Scalarization: TypeAlias = "Callable[[Tensor, Tensor, float], Tensor]"
 
 
 def smooth_tchebycheff(objectives: Tensor, gamma: Tensor, mu: float = 0.1) -> Tensor:
-    """Return μ·log Σ_k exp(γ_k S_k / μ) of objectives [K] at gamma [K] (Lin et al. 2024; equation 7)."""
+    """Return μ·log Σ_k exp(γ_k S_k / μ) of objectives [K] at gamma [K]. Lin et al. 2024; equation 7."""
     return mu * (gamma * objectives / mu).logsumexp(dim=-1)
 
 

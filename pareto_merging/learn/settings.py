@@ -218,7 +218,7 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
         return {**self.model.model_dump(), "seed": self.seed}
 
     def check_model(self, built: Mapping[str, Any]) -> None:
-        """Raise ValueError if a setting that was given is not the one that a model was ``built`` with.
+        """Raise ValueError if a setting that was given contradicts what a model was ``built`` with.
 
         What was not given contradicts nothing, and nothing contradicts a function of the user's own. ``init_lambda`` is
         where λ started, wherever it is now; ``rank`` counts where there is a core of that size, ``density`` where task
@@ -238,7 +238,7 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
             raise ValueError(f"settings: expected none that contradicts the model, but {', '.join(wrong)}")
 
     def steps_for(self, tasks: int) -> int:
-        """Return ``steps``, or 2000 for two tasks to 4000 for eight (the paper's), straight between (ours)."""
+        """Return ``steps``, or 2000 for two tasks to 4000 for eight. That is the paper's; straight between is ours."""
         if self.steps is not None:
             return self.steps
         return 2000 + round(2000 * (min(max(tasks, 2), 8) - 2) / 6)

@@ -18,10 +18,10 @@ from pareto_merging.model.state import pareto_state
 
 
 class WeightDistance(Objective):
-    """The distances of a Pareto model to the fine-tuned ones, without a matrix of a layer's size.
+    """The distances of a Pareto model to the fine-tuned ones.
 
-    W(γ) − W_k = Σ_j (λ_j − δ_jk) τ_j + A·C·Bᵀ, so with the Gram matrix of the task vectors (once) and the r×r products
-    T_j = Aᵀτ_jB (one pass over the τ per call):
+    No matrix of a layer's size is formed: W(γ) − W_k = Σ_j (λ_j − δ_jk) τ_j + A·C·Bᵀ, so with the Gram matrix of the
+    task vectors (once) and the r×r products T_j = Aᵀτ_jB (one pass over the τ per call):
 
         ‖W(γ) − W_k‖² = (λ − e_k)ᵀ Gram (λ − e_k) + 2 Σ_j (λ_j − δ_jk) ⟨T_j, C⟩ + ‖A·C·Bᵀ‖²
 

@@ -1,4 +1,4 @@
-"""AdaMerging: λ learned by minimising the entropy of the predictions on unlabelled images (Yang et al., ICLR 2024).
+"""AdaMerging: λ learned on unlabelled images (Yang et al., ICLR 2024).
 
 min_λ Σ_k S_k(W0 + Σ_k λ_k τ_k), equation 1 of arXiv 2408.12105: one λ vector per parameter tensor ("layer-wise"), or
 one for the model ("task-wise"). AdaMerging++ has the task vectors trimmed and their signs elected by TIES first.
@@ -109,7 +109,10 @@ def merge(
 
 
 def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", **kind: bool) -> MethodSettings:
-    """Return AdaMerging's settings for a problem: its preset, but what the problem's own settings say of any method."""
+    """Return AdaMerging's settings for a problem.
+
+    Its preset, and what the problem's own settings say of any method.
+    """
     base = problem.method
     shared: dict[str, Any] = {
         "seed": base.seed,

@@ -1,7 +1,7 @@
-"""AdaMerging + preference: min_λ Σ_k γ_k S_k, one run for every γ (equation 4 of arXiv 2408.12105).
+"""AdaMerging + preference: min_λ Σ_k γ_k S_k, one run for every γ.
 
-Linear scalarisation at a fixed preference; the equal preference is AdaMerging. It costs a run and a model per
-preference.
+Equation 4 of arXiv 2408.12105: linear scalarisation at a fixed preference; the equal preference is AdaMerging. It costs
+a run and a model per preference.
 """
 
 from __future__ import annotations

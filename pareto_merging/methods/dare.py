@@ -1,7 +1,7 @@
-"""DARE: drop task-vector entries at random, rescale the rest (Yu et al., "Language models are Super Mario", ICML 2024).
+"""DARE: drop task-vector entries at random, rescale the rest.
 
-τ̃_k = m_k ⊙ τ_k / (1 − p) with m_k ~ Bernoulli(1 − p); then W = W0 + λ Σ_k τ̃_k, task arithmetic on what is left.
-Buffers are averaged, as in :mod:`task_arithmetic`.
+Yu et al., "Language models are Super Mario", ICML 2024: τ̃_k = m_k ⊙ τ_k / (1 − p) with m_k ~ Bernoulli(1 − p); then W
+= W0 + λ Σ_k τ̃_k, task arithmetic on what is left. Buffers are averaged, as in :mod:`task_arithmetic`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Data-free Pareto Merging: S_k = Σ_layers ‖W(γ) − W_k‖²_F instead of entropies (Chen & Kwok, ICML 2025).
+"""Data-free Pareto Merging: distances to the fine-tuned weights instead of entropies.
 
-The distances have closed forms in Gram matrices and r×r products (:class:`WeightDistance`), so no image is seen, no
-forward is run and thousands of steps take seconds. Our reading: each S_k in units of ‖τ_k‖², so that tasks count
-alike.
+S_k = Σ_layers ‖W(γ) − W_k‖²_F (Chen & Kwok, ICML 2025). The distances have closed forms in Gram matrices and r×r
+products (:class:`WeightDistance`), so no image is seen, no forward is run and thousands of steps take seconds. Our
+reading: each S_k in units of ‖τ_k‖², so that tasks count alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Fisher merging: each entry averaged with the Fisher information of each model (Matena & Raffel, NeurIPS 2022).
+"""Fisher merging: entries averaged with the Fisher information of each model.
 
-W = Σ_k F_k W_k / Σ_k F_k, entry by entry (their equation 4 with λ_k = 1), where F_k is the diagonal of the Fisher
-information of the k-th fine-tuned model with its head on its task's images:
+Matena & Raffel, NeurIPS 2022: W = Σ_k F_k W_k / Σ_k F_k, entry by entry (their equation 4 with λ_k = 1), where F_k is
+the diagonal of the Fisher information of the k-th fine-tuned model with its head on its task's images:
 
     F_k = mean over images x of E_{y ~ p(y|x)} (d log p(y|x) / dW)²
 
@@ -47,7 +47,7 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> Merged:
-    """The Fisher-merged model; buffers, and parameters that no forward uses, get the average.
+    """Return the Fisher-merged model. Buffers, and parameters that no forward uses, get the average.
 
     Beside the models (pretrained, K copies, result) there are at most three more in float32: F_k, Σ F_k W_k and Σ F_k;
     and a fourth in the storage dtype: a working copy with the weights of task k. The result comes after F_k and the
@@ -89,7 +89,7 @@ def _sums(
     normalize: bool,
     **how: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """Σ F_k W_k and Σ F_k by the first name of each parameter, and ‖F_k‖ before the division."""
+    """Return Σ F_k W_k and Σ F_k by each parameter's first name, and the ‖F_k‖."""
     numerator: dict[str, Tensor] = {}
     denominator: dict[str, Tensor] = {}
     norms = []
@@ -125,7 +125,7 @@ def diagonal_fisher(
     progress: bool = True,
     name: str = "the task",
 ) -> dict[str, Tensor]:
-    """The diagonal Fisher information of ``task.head(model(image))``, one forward per image.
+    """Return the diagonal Fisher information of ``task.head(model(image))``, one forward per image.
 
     Args:
         model: any module, run in eval mode on batches of one image; weights, mode, gradients and flags stay.
@@ -159,12 +159,7 @@ def diagonal_fisher(
     ):
         for step, index in enumerate(indices):
             item = task.images[index]
-            logits = task.head(model(to_model(image_of(item)[None], model)))
-            if logits.ndim != 2 or len(logits) != 1:
-                raise ValueError(f"{name}: expected logits of shape [1, classes], got {list(logits.shape)}")
-            if not bool(torch.isfinite(logits).all()):
-                raise UserError(f"{name}: expected finite logits, got NaN or inf (are the images finite?)")
-            log_p = torch.log_softmax(logits[0].to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+            log_p = _log_probabilities(task, model, image_of(item), name)
             p = log_p.detach().double().exp().cpu()
             if labels == "expected":
                 chosen = [(c, weight) for c, weight in enumerate(p.tolist()) if weight > 0]
@@ -182,9 +177,19 @@ def diagonal_fisher(
     return fisher
 
 
+def _log_probabilities(task: Task, model: nn.Module, image: Tensor, name: str) -> Tensor:
+    """Return log p [C] of one image, with its graph."""
+    logits = task.head(model(to_model(image[None], model)))
+    if logits.ndim != 2 or len(logits) != 1:
+        raise ValueError(f"{name}: expected logits of shape [1, classes], got {list(logits.shape)}")
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"{name}: expected finite logits, got NaN or inf (are the images finite?)")
+    return torch.log_softmax(logits[0].to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
 @contextlib.contextmanager
 def _squared_gradients(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Iterator[Any]:
-    """``add(value, weight, keep_graph)`` adds weight·(d value / d parameter)² to ``sums``.
+    """Give ``add(value, weight, keep_graph)``, which adds weight·(d value / d parameter)² to ``sums``.
 
     Each gradient is squared and freed as soon as it is complete, so that there is never a whole model of them.
     """

@@ -15,9 +15,9 @@ from pareto_merging.model.stored import copy_of
 
 
 def merge(pretrained: nn.Module, finetuned: Copies) -> Merged:
-    """Give for each γ a copy of the fine-tuned model that γ wants most, bit by bit.
+    """Give for each γ a copy of the fine-tuned model that it wants most.
 
-    In the dtype of ``pretrained``: weights that are stored in a wider one are rounded once.
+    Bit by bit, in the dtype of ``pretrained``: weights that are stored in a wider one are rounded once.
 
     Raises ValueError as :func:`parametrize`, and ``at`` for numbers that are not finite.
     """

@@ -1,4 +1,4 @@
-"""What a method is given, what there is to choose for it, and what it returns: a plain model for any preference."""
+"""What a method is given, what there is to choose, and what it returns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Merged:
     pareto: nn.Module | None = None
 
     def model(self, gamma: Preference | None = None) -> nn.Module:
-        """Return the plain model at one preference ([K], or by task name), by default the equal one.
+        """Return the plain model at a preference, by default the equal one. [K], or by task name.
 
         Raises:
             ValueError: not a preference (see :func:`check_preference`).
@@ -76,7 +76,7 @@ class Problem:
         return task_names(self.finetuned)
 
     def going_on(self) -> dict[str, Any]:
-        """Return the arguments that tell a method that learns where it keeps checkpoints, and to go on from there."""
+        """Return where a method that learns keeps checkpoints and goes on from, as arguments."""
         resume = self.folder is not None and self.folder.exists()
         return {"folder": self.folder, "resume": resume, "progress": self.progress}
 
@@ -154,7 +154,7 @@ def learning_rates(published: float) -> Callable[[int, MethodSettings], list[Cho
 def with_density(
     choices: Callable[[int, MethodSettings], list[Choice]],
 ) -> Callable[[int, MethodSettings], list[Choice]]:
-    """Return ``choices`` with TIES's published density of 0.2 for the first, half of the entries for the others."""
+    """Return ``choices`` with TIES's published density first, and 0.5 for the others."""
     return lambda tasks, method: [
         {**choice, **({"density": 0.5} if number else {})} for number, choice in enumerate(choices(tasks, method))
     ]

@@ -7,8 +7,10 @@ learning + preference" is one such run per γ.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +49,11 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> Merged:
-    """A copy of ``pretrained`` trained on all tasks together; of ``finetuned`` only the task names are used.
+    """Train a copy of ``pretrained`` on all tasks together.
 
-    AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics
-    fixed. Weights are trained in float32 (float64 where ``pretrained`` is), from the pretrained ones as stored, and
-    rounded to the dtype of ``pretrained`` once at the end.
+    Of ``finetuned`` only the task names are used. AdamW with a linear warm-up over a tenth of the steps and a cosine
+    decay; dropout off and batch-norm statistics fixed. Weights are trained in float32 (float64 where ``pretrained``
+    is), from the pretrained ones as stored, and rounded to the dtype of ``pretrained`` once at the end.
 
     Args:
         training: by task name, labelled images and the frozen head. steps, batch_size: per step, a batch of every task.
@@ -66,62 +68,75 @@ def merge(
     if missing:
         raise ValueError(f"training: expected labelled images of every task, got none of {', '.join(missing)}")
     weights = equal_preference(len(names)) if gamma is None else check_preference(gamma, names, per_item=False)
-    model, as_stored = copy_of(pretrained), PretrainedWeights(pretrained)
-    stored = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
-    names_by_tensor = {id(tensor): group for group, tensor in named_tensors(model)}
-    for tensor, dtype in stored:
-        if dtype in (torch.float16, torch.bfloat16):
-            wide = as_stored(names_by_tensor.get(id(tensor), ()), tensor)
-            tensor.data = wide.to(tensor.device, torch.float32, copy=True)
-    parameters = [p.requires_grad_(True) for p in model.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    streams = [
-        labelled_stream(training[name].images, batch_size, steps, (seed, 3, index)) for index, name in enumerate(names)
-    ]
-    heads = [training[name].head for name in names]
-    with eval_mode(model, *heads), progress_bar("multi-task training", steps, enabled=progress) as advance:
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, steps)
-            losses = []
-            for name, head, weight, stream in zip(names, heads, weights.tolist(), streams, strict=True):
-                images, labels = next(stream)
-                loss = weight * _loss(name, head, model, images, labels, parameters[0])
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    raise TrainingError(
-                        f"step {step}, task {name}: the loss of multi-task training is {losses[-1]}",
-                        name,
-                        step,
-                        "the loss",
-                    )
-                # a head's own parameters must get no gradient
-                loss.backward(inputs=parameters)
-            optimizer.step()
-            optimizer.zero_grad()
-            advance(step, f"loss {math.fsum(losses):.4f}")
-    for tensor, dtype in stored:
-        tensor.data = tensor.data.to(dtype)
+    model = copy_of(pretrained)
+    with _wide(model, PretrainedWeights(pretrained)) as parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        tasks = []
+        for index, (name, weight) in enumerate(zip(names, weights.tolist(), strict=True)):
+            batches = labelled_stream(training[name].images, batch_size, steps, (seed, 3, index))
+            tasks.append(_Training(name, training[name].head, weight, batches))
+        heads = [task.head for task in tasks]
+        with eval_mode(model, *heads), progress_bar("multi-task training", steps, enabled=progress) as advance:
+            for step in range(1, steps + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * _schedule(step, steps)
+                losses = [task.backward(model, parameters, step) for task in tasks]
+                optimizer.step()
+                optimizer.zero_grad()
+                advance(step, f"loss {math.fsum(losses):.4f}")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise TrainingError(f"step {steps}: {name} is not finite after multi-task training", None, steps, name)
     return one_model(model, finetuned)
 
 
+@contextlib.contextmanager
+def _wide(model: nn.Module, as_stored: PretrainedWeights) -> Iterator[list[Tensor]]:
+    """Give the parameters to train, in float32 instead of 16 bits. Afterwards they are rounded once."""
+    stored = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    names_by_tensor = {id(tensor): group for group, tensor in named_tensors(model)}
+    for tensor, dtype in stored:
+        if dtype in (torch.float16, torch.bfloat16):
+            wide = as_stored(names_by_tensor.get(id(tensor), ()), tensor)
+            tensor.data = wide.to(tensor.device, torch.float32, copy=True)
+    yield [p.requires_grad_(True) for p in model.parameters() if p.is_floating_point()]
+    for tensor, dtype in stored:
+        tensor.data = tensor.data.to(dtype)
+
+
+@dataclass
+class _Training:
+    """One task of a run: its frozen head, its weight γ_k, its labelled batches."""
+
+    name: str
+    head: nn.Module
+    weight: float
+    batches: Iterator[tuple[Tensor, Tensor]]
+
+    def backward(self, model: nn.Module, parameters: list[Tensor], step: int) -> float:
+        """Add the gradient of γ_k CE_k on the next batch, and return that loss."""
+        loss = self.weight * self._loss(model, *next(self.batches), parameters[0])
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            what = f"the loss of multi-task training is {value}"
+            raise TrainingError(f"step {step}, task {self.name}: {what}", self.name, step, "the loss")
+        # a head's own parameters must get no gradient
+        loss.backward(inputs=parameters)
+        return value
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+        logits = self.head(model(images.to(like.device, like.dtype if images.is_floating_point() else None)))
+        labels = labels.to(logits.device)
+        foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
+        if len(foreign):
+            expected = f"a label in [0, {logits.shape[-1]}) for every training image"
+            raise UserError(f"task {self.name}: expected {expected}, got {int(foreign[0])}")
+        return F.cross_entropy(logits.float(), labels)
+
+
 def _schedule(step: int, steps: int) -> float:
     warm = min(1.0, step / max(1.0, 0.1 * steps))
     return warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-
-
-def _loss(name: str, head: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, like: Tensor) -> Tensor:
-    logits = head(model(images.to(like.device, like.dtype if images.is_floating_point() else None)))
-    labels = labels.to(logits.device)
-    foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
-    if len(foreign):
-        raise UserError(
-            f"task {name}: expected a label in [0, {logits.shape[-1]}) for every training image, got {int(foreign[0])}"
-        )
-    return F.cross_entropy(logits.float(), labels)
 
 
 def _run(problem: Problem, choice: Choice) -> Merged:

@@ -1,6 +1,6 @@
-"""The paper's two variations with outer products in place of the tensor G ×₃ γ (appendix 5 of arXiv 2408.12105 v1).
+"""The paper's two variations with outer products in place of G ×₃ γ.
 
-Variation 1: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ (Bγ) with A [N, K], B [D, K].
+Appendix 5 of arXiv 2408.12105 v1. Variation 1: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ (Bγ) with A [N, K], B [D, K].
 Variation 2: W(γ) = W0 + Σ_k λ_k τ_k + (Aγ) ∘ b with A [N, K], b [D].
 
 The copy of the paper that we have lost the formulas and kept the words ("transform the preference vector to a matrix
@@ -35,7 +35,7 @@ def merge(
     resume: bool = False,
     progress: bool = True,
 ) -> Merged:
-    """Learn a model for every preference from a structure of rank one; other arguments as :func:`pareto.merge`."""
+    """Learn a model for every preference from a structure of rank one. Other arguments as :func:`pareto.merge`."""
     if variation not in (1, 2):
         raise ValueError(f"variation: expected 1 or 2, got {variation!r}")
     core = "outer-product" if variation == 1 else "outer-vector"

@@ -1,7 +1,8 @@
-"""Pareto Merging: the Pareto set of merged models, learned in one run without labels (Chen & Kwok, ICML 2025).
+"""Pareto Merging: the Pareto set of merged models, learned in one run without labels.
 
-W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (equation 6), trained on the smooth Tchebycheff scalarisation of the tasks'
-entropies at sampled γ (equation 10); settings that the paper leaves open say so in :class:`MethodSettings`.
+Chen & Kwok, ICML 2025: W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (equation 6), trained on the smooth Tchebycheff
+scalarisation of the tasks' entropies at sampled γ (equation 10); settings that the paper leaves open say so in
+:class:`MethodSettings`.
 
 Pareto Merging++ has the task vectors trimmed and their signs elected by TIES first (``preprocess="ties"``; any function
 can be plugged in). With ``objective="weight-distance"`` it is data-free: see :mod:`data_free`.
@@ -58,7 +59,7 @@ def merge(
 
 
 def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSettings:
-    """Return the problem's settings with a choice, as Pareto Merging's whatever the configuration's own run is."""
+    """Return the problem's settings with a choice, as Pareto Merging's. Whatever the configuration's own run is."""
     same = {"objective": "entropy", "preprocess": "none", "core": "tensor", "preference": "dirichlet", "gamma": None}
     return MethodSettings.model_validate({**problem.method.model_dump(), **same, **choice, **fixed})
 

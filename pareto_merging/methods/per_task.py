@@ -22,11 +22,10 @@ def each_finetuned(
     finetuned: Copies,
     tasks: Mapping[str, Task],
 ) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
-    """Each task, a working copy of ``pretrained`` with its fine-tuned weights, and its (names of a tensor, tensor).
+    """Yield each task, a model with its fine-tuned weights, and (names of a tensor, tensor).
 
     One working copy for all: it holds a task's weights, rounded to the dtype of ``pretrained``, until the next is asked
-    for. Raises ValueError as
-    :func:`parametrize`, and for tasks other than those of the copies or without images.
+    for. Raises ValueError as :func:`parametrize`, and for tasks other than those of the copies or without images.
     """
     model = copy_of(pretrained)
     copies, tensors = check_copies(model, finetuned)
@@ -39,7 +38,7 @@ def each_finetuned(
 
 
 def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
-    """ValueError unless ``tasks`` has images and a head for each of ``names`` and nothing else."""
+    """Raise ValueError unless ``tasks`` has images and a head for ``names`` and nothing else."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"tasks: expected a mapping from task name to Task, got {type(tasks).__name__}")
     for name in names:
@@ -55,7 +54,7 @@ def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
 
 
 def chosen_images(dataset: Dataset[Any], images: int, seed: int, name: str) -> list[int]:
-    """The indices of the first ``images`` (or all) of a seeded permutation of the dataset."""
+    """Return the indices of the first ``images`` (or all) of a seeded permutation."""
     check_count("images", images)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
@@ -66,25 +65,25 @@ def chosen_images(dataset: Dataset[Any], images: int, seed: int, name: str) -> l
 
 
 def image_of(item: Any) -> Tensor:
-    """The image of a dataset's item, an image or an (image, anything) pair."""
+    """Return the image of a dataset's item, an image or an (image, anything) pair."""
     image: Tensor = item[0] if isinstance(item, tuple | list) else item
     return image
 
 
 def to_model(images: Tensor, model: nn.Module) -> Tensor:
-    """Images on the model's device and, if floating-point, in its dtype."""
+    """Put images on the model's device and, if floating-point, in its dtype."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     return images.to(first.device, first.dtype if images.is_floating_point() else None)
 
 
 def check_count(name: str, value: Any) -> None:
-    """ValueError unless ``value`` is a whole number of at least 1."""
+    """Raise ValueError unless ``value`` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def check_number(name: str, value: Any, highest: float = math.inf) -> float:
-    """``value`` as a finite number in [0, highest]; ValueError otherwise."""
+    """Return ``value`` as a finite number in [0, highest]; ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest or value == math.inf:
         expected = f"in [0, {highest:g}]" if highest < math.inf else "that is finite and at least 0"
         raise ValueError(f"{name}: expected a number {expected}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The pretrained model as it is: what zero-shot use gets, and where every task vector starts."""
+"""The pretrained model as it is: what zero-shot use gets."""
 
 from __future__ import annotations
 

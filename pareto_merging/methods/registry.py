@@ -35,7 +35,7 @@ def register(method: Method) -> Method:
 
 
 def run(name: str, problem: Problem, **choice: Any) -> Merged:
-    """Run method ``name`` of :data:`METHODS` on a problem, with its published values where ``choice`` gives none.
+    """Run method ``name`` on a problem, with its published values where ``choice`` gives none.
 
     Raises:
         KeyError: no such method. ValueError: what the method needs is not there.

@@ -1,6 +1,7 @@
-"""RegMean: each linear map merged by least squares on its inputs (Jin et al., "Dataless knowledge fusion", ICLR 2023).
+"""RegMean: each linear map merged by least squares on its inputs.
 
-For a linear map y = x·Wᵀ, the W whose outputs on all tasks' inputs are nearest to those of the fine-tuned maps:
+Jin et al., "Dataless knowledge fusion", ICLR 2023. For a linear map y = x·Wᵀ, the W whose outputs on all tasks' inputs
+are nearest to those of the fine-tuned maps:
 
     Wᵀ = (Σ_k G_k)⁻¹ Σ_k G_k W_kᵀ,    G_k = X_kᵀ X_k / rows of X_k    (their equation 2)
 
@@ -50,7 +51,7 @@ _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
 class Rows(NamedTuple):
-    """Rows [start, stop) of the parameter ``name`` as a linear map x·Pᵀ; ``right``: all of it as x·P."""
+    """Rows [start, stop) of a parameter as a linear map x·Pᵀ. ``right``: all of it as x·P."""
 
     name: str
     start: int
@@ -70,7 +71,7 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> Merged:
-    """The RegMean-merged model.
+    """Return the RegMean-merged model.
 
     Beside the models (pretrained, K copies, result) there are the Grams, one [D, D] in float32 per linear map with D
     inputs, of the task in hand and of all tasks; Σ_k G_k (W_k − W̄), as large as the linear maps in float32; and, until
@@ -112,7 +113,7 @@ def _sums(
     seed: int,
     progress: bool,
 ) -> tuple[dict[Rows, Tensor], dict[str, Tensor]]:
-    """Σ_k G_k of each linear map, and Σ_k (W_k − W̄)·G_k of each parameter in its own layout."""
+    """Return Σ_k G_k of each map, and Σ_k (W_k − W̄)·G_k of each parameter. The latter in its own layout."""
     grams: dict[Rows, Tensor] = {}
     changes: dict[str, Tensor] = {}
     copies, _ = check_copies(pretrained, finetuned)
@@ -172,7 +173,7 @@ def _task_grams(
 
 
 def _solve(name: str, grams: dict[Rows, Tensor], change: Tensor, ridge: float) -> None:
-    """W − W̄ in the place of its right-hand side; the Grams of ``name`` are used up."""
+    """Put W − W̄ in the place of its right-hand side. The Grams of ``name`` are used up."""
     own = {rows: grams.pop(rows) for rows in list(grams) if rows.name == name}
     cuts = sorted({cut for rows in own for cut in (rows.start, rows.stop)})
     # an attention that is fed one input here and several there has Grams for all its rows and for some of them
@@ -195,12 +196,13 @@ def _solve(name: str, grams: dict[Rows, Tensor], change: Tensor, ridge: float) -
 
 
 class GramRecorder(TorchFunctionMode):
-    """While it is active, adds up XᵀX of the inputs of every 2-D parameter that is used as a linear map.
+    """A mode that adds up XᵀX of the inputs of every linear map.
 
-    Uses are known by the identity of the parameter in ``F.linear(x, P)`` (nn.Linear and whoever calls it),
-    ``F.multi_head_attention_forward`` (P in its in-, q-, k-, v- and out-projection) and ``x @ P`` (matmul, mm), where
-    W = Pᵀ. Results are unchanged. PyTorch's fused transformer paths step aside for an active mode. Not seen: scripted
-    modules, and a matrix computed from the parameter (``x @ P.t()``, weight norm); those parameters are averaged.
+    That is every 2-D parameter that is used as one while the mode is active. Uses are known by the identity of the
+    parameter in ``F.linear(x, P)`` (nn.Linear and whoever calls it), ``F.multi_head_attention_forward`` (P in its in-,
+    q-, k-, v- and out-projection) and ``x @ P`` (matmul, mm), where W = Pᵀ. Results are unchanged. PyTorch's fused
+    transformer paths step aside for an active mode. Not seen: scripted modules, and a matrix computed from the
+    parameter (``x @ P.t()``, weight norm); those parameters are averaged.
 
     Of a parameter used several times all inputs count. If it is used in other ways too (an embedding, say), these do
     not; nor does ``x @ P`` where there is an F.linear. An attention whose queries, keys and values come from several
@@ -220,7 +222,7 @@ class GramRecorder(TorchFunctionMode):
         self._counts: dict[Rows, int] = {}
 
     def means(self) -> dict[Rows, Tensor]:
-        """XᵀX / rows of each map, float32 (float64 for float64 inputs); the recorder is empty afterwards."""
+        """Return XᵀX / rows of each map, and forget it. In float32, or float64 for float64 inputs."""
         linear = {rows.name for rows in self._grams if not rows.right}
         kept = [rows for rows in self._grams if not rows.right or rows.name not in linear]
         means = {rows: self._grams[rows].div_(self._counts[rows]) for rows in kept}

@@ -23,15 +23,15 @@ def merge_tensors(
     combine: Combine,
     gamma: Tensor | None = None,
 ) -> nn.Module:
-    """A copy of ``pretrained`` in which every floating-point parameter is put together by ``combine``, piece by piece.
+    """Return a copy of ``pretrained`` whose parameters ``combine`` puts together piece by piece.
 
-    A piece is at most CHUNK // K consecutive numbers of one tensor with its K task vectors, in float32 (float64 where
-    the weights are), so that beside the models there is never as much as one more of their larger tensors; where the
-    copies are lazy mappings, one tensor of each of them is read at a time. W0 and W_k are taken as they are stored
-    (:mod:`pareto_merging.model.stored`), and the result is rounded to the dtype of ``pretrained`` once. Of
-    floating-point buffers the result has the average of the copies', weighted with ``gamma`` [K] where it is given:
-    other combinations can make batch norm's variances negative. Tensors that are not floating point are the pretrained
-    ones. Raises ValueError as :func:`parametrize`, and for numbers that are not finite.
+    Those that are floating point. A piece is at most CHUNK // K consecutive numbers of one tensor with its K task
+    vectors, in float32 (float64 where the weights are), so that beside the models there is never as much as one more of
+    their larger tensors; where the copies are lazy mappings, one tensor of each of them is read at a time. W0 and W_k
+    are taken as they are stored (:mod:`pareto_merging.model.stored`), and the result is rounded to the dtype of
+    ``pretrained`` once. Of floating-point buffers the result has the average of the copies', weighted with ``gamma``
+    [K] where it is given: other combinations can make batch norm's variances negative. Tensors that are not floating
+    point are the pretrained ones. Raises ValueError as :func:`parametrize`, and for numbers that are not finite.
     """
 
     def average(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:

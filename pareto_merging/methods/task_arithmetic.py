@@ -1,6 +1,7 @@
-"""Task arithmetic: W = W0 + λ Σ_k τ_k (Ilharco et al., "Editing models with task arithmetic", ICLR 2023).
+"""Task arithmetic: W = W0 + λ Σ_k τ_k.
 
-Of parameters; buffers, to which the published code does the same, are averaged (:func:`merge_tensors`).
+Ilharco et al., "Editing models with task arithmetic", ICLR 2023. Of parameters; buffers, to which the published code
+does the same, are averaged (:func:`merge_tensors`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Task arithmetic + preference: W(γ) = W0 + λ Σ_k γ_k τ_k (Chen & Kwok, arXiv 2408.12105, section 3.4).
+"""Task arithmetic + preference: W(γ) = W0 + λ Σ_k γ_k τ_k.
 
-The paper weights the task vectors with the preference directly and does not say at which λ; ours is a setting. At
-λ = 1 a one-hot γ is the fine-tuned model itself and the equal γ the weight average; at λ = K·c the equal γ is task
-arithmetic with coefficient c.
+Chen & Kwok, arXiv 2408.12105, section 3.4. The paper weights the task vectors with the preference directly and does not
+say at which λ; ours is a setting. At λ = 1 a one-hot γ is the fine-tuned model itself and the equal γ the weight
+average; at λ = K·c the equal γ is task arithmetic with coefficient c.
 """
 
 from __future__ import annotations
