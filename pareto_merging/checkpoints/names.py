@@ -1,4 +1,4 @@
-"""Names of a CLIP's tensors, by a table of naming schemes. No file is opened here. No file is opened here.
+"""Names of a CLIP's tensors, by a table of naming schemes. No file is opened here.
 
 Hugging Face's are known in both directions:
 
@@ -66,21 +66,23 @@ class Naming:
     towers: Callable[[Collection[str]], Towers | None]
 
 
-_BLOCK = {
-    "ln_1.weight": "layer_norm1.weight",
-    "ln_1.bias": "layer_norm1.bias",
-    "attn.out_proj.weight": "self_attn.out_proj.weight",
-    "attn.out_proj.bias": "self_attn.out_proj.bias",
-    "ln_2.weight": "layer_norm2.weight",
-    "ln_2.bias": "layer_norm2.bias",
-    "mlp.c_fc.weight": "mlp.fc1.weight",
-    "mlp.c_fc.bias": "mlp.fc1.bias",
-    "mlp.c_proj.weight": "mlp.fc2.weight",
-    "mlp.c_proj.bias": "mlp.fc2.bias",
-}
-_JOINED = {
-    f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv") for kind in ("weight", "bias")
-}
+_KINDS = ("weight", "bias")
+
+
+def _both(layers: Mapping[str, str]) -> dict[str, str]:
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in _KINDS}
+
+
+_BLOCK = _both(
+    {
+        "ln_1": "layer_norm1",
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+)
+_JOINED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv") for kind in _KINDS}
 # what one transformer block holds, in open_clip's names
 BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})
 
@@ -88,16 +90,12 @@ _VISION = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
     "conv1.weight": "embeddings.patch_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
+    **_both({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
 }
 _TEXT = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
+    **_both({"ln_final": "final_layer_norm"}),
 }
 # versions of transformers before 4.31 saved it
 _BUFFER = "embeddings.position_ids"

@@ -129,7 +129,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Name -> (shape, dtype such as F16) from the header alone. Raises UserError as :func:`read_tensors`."""
+    """Return name -> (shape, dtype such as F16) from the header alone. Raises UserError as :func:`read_tensors`."""
     with _opened(path) as file:
         return {
             name: (part.get_shape(), part.get_dtype())

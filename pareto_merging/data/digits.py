@@ -15,7 +15,6 @@ Run ``python -m pareto_merging.data.digits --out DIR --seed 0`` to train and wri
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
 
+from pareto_merging.system.files import atomic_path, write_text
 from pareto_merging.system.threads import one_thread
 
 StateDict = dict[str, Tensor]
@@ -237,19 +237,13 @@ def _accuracy(encoder: VisionTransformer, task: str, split: str, head: Tensor) -
     return ((encoder(x) @ head.T).argmax(1) == y).float().mean().item()
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary name, so that nobody ever sees half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_weights(path: Path, state: StateDict, metadata: dict[str, str] | None = None) -> None:
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
 
 
-def _write_weights(path: Path, state: StateDict) -> None:
-    tensors = {name: value.half().contiguous() for name, value in state.items()}
-    _write(path, lambda temporary: save_file(tensors, temporary))
+def _half(state: StateDict) -> StateDict:
+    return {name: value.half().contiguous() for name, value in state.items()}
 
 
 def make(out: Path, seed: int = 0) -> None:
@@ -260,13 +254,9 @@ def make(out: Path, seed: int = 0) -> None:
     printed on the way.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     task_heads = heads(seed)
-    _write(out / "encoder.json", lambda temporary: temporary.write_text(json.dumps(ENCODER, indent=2) + "\n"))
-    _write(
-        out / "heads.safetensors",
-        lambda temporary: save_file(task_heads, temporary, metadata={"logit_scale": str(LOGIT_SCALE)}),
-    )
+    write_text(out / "encoder.json", json.dumps(ENCODER, indent=2) + "\n")
+    _write_weights(out / "heads.safetensors", task_heads, {"logit_scale": str(LOGIT_SCALE)})
 
     encoder = _random_encoder(seed)
     scores: list[tuple[float, float]] = []
@@ -287,14 +277,14 @@ def make(out: Path, seed: int = 0) -> None:
     with one_thread(), tqdm(total=total, unit="step", disable=None) as bar:
         bar.set_description("generalist")
         pretrained = pretrain(seed, bar.update)
-        _write_weights(out / "pretrained.safetensors", pretrained)
+        _write_weights(out / "pretrained.safetensors", _half(pretrained))
         scores = [report(pretrained, "generalist", task) for task in TASKS]
         report_mean("generalist")
         scores = []
         for task in TASKS:
             bar.set_description(task)
             finetuned = finetune(task, pretrained, seed, bar.update)
-            _write_weights(out / f"finetuned_{task}.safetensors", finetuned)
+            _write_weights(out / f"finetuned_{task}.safetensors", _half(finetuned))
             scores.append(report(finetuned, "individual", task))
         report_mean("individual")
 
