@@ -77,9 +77,10 @@ class Learner:
         settings.check_model(state.settings)
         self.needs_images = OBJECTIVES[settings.objective].needs == "images"
         self.tasks = _checked_tasks(tasks, self.names) if self.needs_images else dict(tasks or {})
+        fixed: Tensor | None = None
         if settings.gamma is not None:
-            check_preference(settings.gamma, self.names, per_item=False)
-        self.model, self.settings = model, settings
+            fixed = check_preference(settings.gamma, self.names, per_item=False)
+        self.model, self.settings, self._fixed = model, settings, fixed
         self.total = settings.steps_for(len(self.names))
         everything = learned_parameters(model)
         # λ first: Adam's long vectors and the gradient are in this order
@@ -119,8 +120,8 @@ class Learner:
         tasks, sampling = len(self.names), self.settings.sampling
         if sampling.preference == "equal":
             return [equal_preference(tasks)]
-        if sampling.gamma is not None:
-            return [check_preference(sampling.gamma, self.names, per_item=False)]
+        if self._fixed is not None:
+            return [self._fixed]
         rng = np.random.default_rng([sampling.seed, 2, step])
         return [sample_dirichlet(sampling.concentration, tasks, rng) for _ in range(sampling.preferences_per_step)]
 
