@@ -13,8 +13,8 @@ merged.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias, Unpack
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from pareto_merging.methods.interface import (
     Merged,
     Method,
     Problem,
+    Run,
+    learning,
     learning_rates,
     one_model,
     with_density,
@@ -84,9 +86,7 @@ def merge(
     *,
     tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    **run: Unpack[Run],
 ) -> Merged:
     """Return the model with the learned λ.
 
@@ -94,13 +94,13 @@ def merge(
         tasks: by task name, unlabelled images and the frozen head.
         method: of :func:`settings`, by default the preset ``official``. Any other settings are made AdaMerging's: what
             :data:`FIXED` names is as it says, and a sampled preference becomes the equal one.
-        folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
+        run: ``folder`` and ``resume``, where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = settings() if method is None else method
     changes = {**FIXED, **({"preference": "equal"} if method.preference == "dirichlet" else {})}
     method = method.model_copy(update=changes)
-    model = parametrize(pretrained, finetuned, **method.model_arguments(), digests=folder is not None)
-    learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
+    model = parametrize(pretrained, finetuned, **method.model_arguments(), digests=run.get("folder") is not None)
+    learn_pareto_set(model, tasks, method, **run)
     lam = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))
     with torch.no_grad():
         # without a low-rank term the preference changes nothing
@@ -127,21 +127,14 @@ def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", *
     return settings(preset, **kind, **{**shared, **choice})
 
 
-def _variant(key: str, title: str, preset: Preset = "official", **kind: bool) -> Method:
-    choices = learning_rates(1e-3)
-
-    def run(problem: Problem, choice: Choice) -> Merged:
-        method = settings_of(problem, choice, preset, **kind)
-        return merge(
-            problem.pretrained, problem.finetuned, tasks=problem.tasks or {}, method=method, **problem.going_on()
-        )
-
-    return Method(key, title, "images", run, with_density(choices) if kind.get("plus") else choices, learns=True)
+def _variant(key: str, title: str, **kind: Any) -> Method:
+    choices = with_density(learning_rates(1e-3)) if kind.get("plus") else learning_rates(1e-3)
+    return Method(key, title, "images", learning(merge, partial(settings_of, **kind)), choices, learns=True)
 
 
 VARIANTS = (
     _variant("adamerging-task-wise", "AdaMerging, task-wise", task_wise=True),
     _variant("adamerging", "AdaMerging"),
-    _variant("adamerging-fusionbench", "AdaMerging, FusionBench", "fusionbench"),
+    _variant("adamerging-fusionbench", "AdaMerging, FusionBench", preset="fusionbench"),
     _variant("adamerging++", "AdaMerging++", plus=True),
 )

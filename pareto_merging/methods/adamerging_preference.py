@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, learning_rates, task_names
+from pareto_merging.methods.interface import Copies, Merged, Method, Run, learning, learning_rates, task_names
 
 
 def merge(
@@ -24,9 +24,7 @@ def merge(
     *,
     tasks: Mapping[str, Task],
     method: MethodSettings | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    **run: Unpack[Run],
 ) -> Merged:
     """Learn a model for every preference when it is first asked for, and keep it.
 
@@ -42,17 +40,11 @@ def merge(
         key = tuple(round(value, 6) for value in gamma.tolist())
         if key not in known:
             start = time.perf_counter()
-            inside = None if folder is None else folder / "-".join(f"{value:.6g}" for value in key)
+            own = run.copy()
+            if (folder := run.get("folder")) is not None:
+                own["folder"] = folder / "-".join(f"{value:.6g}" for value in key)
             fixed = method.model_copy(update={"preference": "fixed", "gamma": tuple(gamma.tolist())})
-            known[key] = adamerging.merge(
-                pretrained,
-                finetuned,
-                tasks=tasks,
-                method=fixed,
-                folder=inside,
-                resume=resume and inside is not None,
-                progress=progress,
-            ).model()
+            known[key] = adamerging.merge(pretrained, finetuned, tasks=tasks, method=fixed, **own).model()
             result.facts["runs"] += 1
             result.facts["seconds"] += time.perf_counter() - start
         return known[key]
@@ -61,16 +53,11 @@ def merge(
     return result
 
 
-def _run(problem: Problem, choice: Choice) -> Merged:
-    method = adamerging.settings_of(problem, choice)
-    return merge(problem.pretrained, problem.finetuned, tasks=problem.tasks or {}, method=method, **problem.going_on())
-
-
 METHOD = Method(
     "adamerging-preference",
     "AdaMerging + preference",
     "images",
-    _run,
+    learning(merge, adamerging.settings_of),
     learning_rates(1e-3),
     stores="1 model per preference",
     runs_per_preference=True,

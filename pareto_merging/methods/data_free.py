@@ -7,14 +7,13 @@ reading: each S_k in units of ‖τ_k‖², so that tasks count alike.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, Run
 
 
 def settings(**changes: Any) -> MethodSettings:
@@ -27,15 +26,11 @@ def merge(
     finetuned: Copies,
     *,
     method: MethodSettings | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    **run: Unpack[Run],
 ) -> Merged:
     """Learn a model for every preference from the weights alone; arguments as :func:`pareto.merge`."""
     method = settings() if method is None else method.model_copy(update={"objective": "weight-distance"})
-    return pareto.merge(
-        pretrained, finetuned, tasks=None, method=method, folder=folder, resume=resume, progress=progress
-    )
+    return pareto.merge(pretrained, finetuned, tasks=None, method=method, **run)
 
 
 def _choices(tasks: int, method: MethodSettings) -> list[Choice]:

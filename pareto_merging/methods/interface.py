@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from torch import Tensor, nn
 
@@ -51,6 +51,14 @@ class Merged:
         return self.at(check_preference(gamma, self.task_names, per_item=False))
 
 
+class Run(TypedDict, total=False):
+    """What a method that learns is told of its run: see :func:`learn_pareto_set`."""
+
+    folder: Path | None
+    resume: bool
+    progress: bool
+
+
 @dataclass
 class Problem:
     """What there is to merge, and with what.
@@ -75,8 +83,8 @@ class Problem:
         """Return the tasks' names, in the order of the copies."""
         return task_names(self.finetuned)
 
-    def going_on(self) -> dict[str, Any]:
-        """Return where a method that learns keeps checkpoints and goes on from, as arguments."""
+    def going_on(self) -> Run:
+        """Return what a method that learns is told: it goes on from what the folder has."""
         resume = self.folder is not None and self.folder.exists()
         return {"folder": self.folder, "resume": resume, "progress": self.progress}
 
@@ -142,6 +150,18 @@ def on_images(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merge
     def run(problem: Problem, choice: Choice) -> Merged:
         given = {"tasks": problem.tasks, "seed": problem.method.seed, "progress": problem.progress}
         return merge(problem.pretrained, problem.finetuned, **given, **choice)
+
+    return run
+
+
+def learning(
+    merge: Callable[..., Merged], settings: Callable[[Problem, Choice], MethodSettings], **fixed: Any
+) -> Callable[[Problem, Choice], Merged]:
+    """Return how a ``merge`` that learns on images is run on a problem."""
+
+    def run(problem: Problem, choice: Choice) -> Merged:
+        given = {"tasks": problem.tasks, "method": settings(problem, choice), **problem.going_on(), **fixed}
+        return merge(problem.pretrained, problem.finetuned, **given)
 
     return run
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
+from pareto_merging.methods.interface import Copies, Merged, Run, learning
 
 
 def merge(
@@ -31,29 +30,22 @@ def merge(
     tasks: Mapping[str, Task] | None,
     variation: Literal[1, 2] = 1,
     method: MethodSettings | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    **run: Unpack[Run],
 ) -> Merged:
     """Learn a model for every preference from a structure of rank one. Other arguments as :func:`pareto.merge`."""
     if variation not in (1, 2):
         raise ValueError(f"variation: expected 1 or 2, got {variation!r}")
     core = "outer-product" if variation == 1 else "outer-vector"
     method = (MethodSettings.model_validate({}) if method is None else method).model_copy(update={"core": core})
-    return pareto.merge(
-        pretrained, finetuned, tasks=tasks, method=method, folder=folder, resume=resume, progress=progress
+    return pareto.merge(pretrained, finetuned, tasks=tasks, method=method, **run)
+
+
+VARIANTS = tuple(
+    replace(
+        pareto.METHOD,
+        key=f"outer-product-{variation}",
+        title=f"Outer product, variation {variation}",
+        run=learning(merge, pareto.settings_of, variation=variation),
     )
-
-
-def _variant(variation: Literal[1, 2]) -> Method:
-    def run(problem: Problem, choice: Choice) -> Merged:
-        method = pareto.settings_of(problem, choice)
-        given = {"tasks": problem.tasks, "variation": variation, "method": method, **problem.going_on()}
-        return merge(problem.pretrained, problem.finetuned, **given)
-
-    return replace(
-        pareto.METHOD, key=f"outer-product-{variation}", title=f"Outer product, variation {variation}", run=run
-    )
-
-
-VARIANTS = (_variant(1), _variant(2))
+    for variation in (1, 2)
+)

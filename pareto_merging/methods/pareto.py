@@ -13,15 +13,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, task_names, with_density
+from pareto_merging.methods.interface import (
+    Choice,
+    Copies,
+    Merged,
+    Method,
+    Problem,
+    Run,
+    learning,
+    task_names,
+    with_density,
+)
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
@@ -35,21 +44,19 @@ def merge(
     tasks: Mapping[str, Task] | None,
     method: MethodSettings | None = None,
     preprocess: Preprocess | None = None,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    **run: Unpack[Run],
 ) -> Merged:
     """Learn a model for every preference in one run; ``result.pareto`` is the Pareto model.
 
     Args:
         tasks: by task name, unlabelled images and the frozen head; None for the data-free objective.
         method: by default the preset ``icml2025``. preprocess: of the task vectors, instead of ``method.preprocess``.
-        folder, resume: where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
+        run: ``folder`` and ``resume``, where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = MethodSettings.model_validate({}) if method is None else method
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
     model = parametrize(pretrained, finetuned, **arguments)
-    learn_pareto_set(model, tasks, method, folder=folder, resume=resume, progress=progress)
+    learn_pareto_set(model, tasks, method, **run)
 
     def at(gamma: Tensor) -> nn.Module:
         return merge_at(model, gamma)
@@ -75,19 +82,20 @@ def choices(tasks: int, method: MethodSettings) -> list[Choice]:
     ]
 
 
-def _run(problem: Problem, choice: Choice, **fixed: Any) -> Merged:
-    method = settings_of(problem, choice, **fixed)
-    return merge(problem.pretrained, problem.finetuned, tasks=problem.tasks, method=method, **problem.going_on())
-
-
-METHOD = Method("pareto", "Pareto Merging", "images", _run, choices, stores="1 model + low rank", learns=True)
-VARIANTS = (
-    METHOD,
-    replace(
-        METHOD,
-        key="pareto++",
-        title="Pareto Merging++",
-        run=partial(_run, preprocess="ties"),
-        choices=with_density(choices),
-    ),
+METHOD = Method(
+    "pareto",
+    "Pareto Merging",
+    "images",
+    learning(merge, settings_of),
+    choices,
+    stores="1 model + low rank",
+    learns=True,
 )
+PLUS = replace(
+    METHOD,
+    key="pareto++",
+    title="Pareto Merging++",
+    run=learning(merge, partial(settings_of, preprocess="ties")),
+    choices=with_density(choices),
+)
+VARIANTS = (METHOD, PLUS)

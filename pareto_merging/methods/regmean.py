@@ -33,14 +33,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images, one_model
-from pareto_merging.methods.per_task import (
-    check_count,
-    check_number,
-    chosen_images,
-    each_finetuned,
-    image_of,
-    to_model,
-)
+from pareto_merging.methods.per_task import check_count, check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.copies import check_copies
 from pareto_merging.system.modes import eval_mode
