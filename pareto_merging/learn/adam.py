@@ -24,9 +24,8 @@ class Adam:
     """
 
     def __init__(self, learned: Mapping[str, nn.Parameter], settings: OptimiserSettings) -> None:
-        self.learned = dict(learned)
-        parameters = list(learned.values())
-        self.device, self._dtype = parameters[0].device, widest(parameters)
+        self.learned, self.parameters = dict(learned), list(learned.values())
+        self.device, self._dtype = self.parameters[0].device, widest(self.parameters)
         rates = {True: settings.lambda_learning_rate or settings.learning_rate, False: settings.learning_rate}
         groups = {kind: [name for name in learned if name.startswith("lam.") == kind] for kind in rates}
         groups = {kind: names for kind, names in groups.items() if names}
@@ -61,7 +60,7 @@ class Adam:
     def scatter(self) -> None:
         """Copy the long vectors' values to the model's parameters."""
         with torch.no_grad():
-            torch._foreach_copy_(list[Tensor](self.learned.values()), list(self.places(self.vectors).values()))
+            torch._foreach_copy_(list[Tensor](self.parameters), list(self.places(self.vectors).values()))
 
     def state(self) -> list[Tensor]:
         """Return the long vectors and, once Adam has stepped, its moments."""

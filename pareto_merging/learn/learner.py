@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from pareto_merging.data.sources import BatchStream, batch_indices
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.adam import Adam
+from pareto_merging.learn.flat import pieces
 from pareto_merging.learn.gradient import Execution, GradientOfStep, StepGradient
 from pareto_merging.learn.guards import first_nonfinite
 from pareto_merging.learn.objectives import OBJECTIVES
@@ -43,18 +43,6 @@ class StepFailure(TrainingError):
         where = f"task {task}, " if task is not None else ""
         super().__init__(f"step {step}, {where}{layer}: {reason}; {kept}", task, step, layer)
         self.reason = reason
-
-
-class _Outcome(NamedTuple):
-    """What one preference of a step gave. Loss and terms [K][1 + watched] are on the host."""
-
-    gamma: Tensor
-    gradient: Tensor
-    loss: float
-    terms: list[list[float]]
-
-    def objectives(self) -> list[float]:
-        return [term[0] for term in self.terms]
 
 
 class Learner:
@@ -145,78 +133,74 @@ class Learner:
         Raises:
             StepFailure: something is not finite, in the objectives, the gradient or the parameters after it.
         """
-        targets = self._targets(step)
-        gammas, steps = self.gammas(step), []
+        targets, gammas = self._targets(step), self.gammas(step)
+        outcomes = []
         for gamma in gammas:
-            found = self.gradient(batch, gamma, targets)
+            outcome = self.gradient(batch, gamma, targets)
             # the next call overwrites it
-            steps.append(StepGradient(*(t.clone() for t in found)) if len(gammas) > 1 else found)
-        gradients = [found.gradient for found in steps]
+            outcomes.append(outcome if len(gammas) == 1 else StepGradient(*(t.clone() for t in outcome)))
+        gradients = [outcome.gradient for outcome in outcomes]
         gradient = gradients[0] if len(gammas) == 1 else torch.stack(gradients).mean(dim=0)
         before = [tensor.clone() for tensor in self.adam.state()]
         self.adam.step(gradient)
-        outcomes, sums = self._read(gammas, steps, [gradient, *self.adam.state()])
-        finite = all(math.isfinite(value) for outcome in outcomes for value in outcome.objectives())
-        if not finite or not all(map(math.isfinite, sums)):
-            raise self._failed(step, batch, outcomes, before)
+        losses, terms, sums = self._read(outcomes, [gradient, *self.adam.state()])
+        if not bool(torch.isfinite(terms[..., 0]).all() and torch.isfinite(sums).all()):
+            raise self._failed(step, batch, gammas, gradients, terms[..., 0].tolist(), before)
         self.adam.scatter()
-        return self._result(outcomes)
-
-    def _read(
-        self, gammas: Sequence[Tensor], steps: Sequence[StepGradient], summed: Sequence[Tensor]
-    ) -> tuple[list[_Outcome], list[float]]:
-        """Return each preference's numbers and the sums of ``summed``, waiting for the device once."""
-        tasks, width = len(self.names), 1 + len(self.watches)
-        terms = steps[0].terms
-        if terms.shape != (tasks, width):
-            expected = f"{width} numbers of each of {tasks} tasks"
-            raise ValueError(f"objective {self.settings.objective}: expected {expected}, got {list(terms.shape)}")
-        rows = [torch.cat([found.loss.reshape(1).to(found.terms), found.terms.reshape(-1)]) for found in steps]
-        sums = torch.stack([tensor.sum() for tensor in summed])
-        numbers = torch.cat([torch.cat(rows).to(torch.float64), sums.to(torch.float64)]).tolist()
-        outcomes = []
-        for gamma, found in zip(gammas, steps, strict=True):
-            loss, numbers = numbers[0], numbers[1:]
-            per_task = [numbers[k * width : (k + 1) * width] for k in range(tasks)]
-            outcomes.append(_Outcome(gamma, found.gradient, loss, per_task))
-            numbers = numbers[tasks * width :]
-        return outcomes, numbers
-
-    def _result(self, outcomes: Sequence[_Outcome]) -> StepResult:
+        objectives, *watched = (_means(column.tolist()) for column in terms.unbind(dim=2))
         return StepResult(
-            loss=sum(outcome.loss for outcome in outcomes) / len(outcomes),
-            objectives=_means([outcome.objectives() for outcome in outcomes]),
-            gammas=[[round(value, 6) for value in outcome.gamma.tolist()] for outcome in outcomes],
-            watched={
-                name: _means([[term[place] for term in outcome.terms] for outcome in outcomes])
-                for place, name in enumerate(self.watches, start=1)
-            },
+            loss=sum(losses) / len(losses),
+            objectives=objectives,
+            gammas=[[round(value, 6) for value in gamma.tolist()] for gamma in gammas],
+            watched=dict(zip(self.watches, watched, strict=True)),
         )
 
+    def _read(self, outcomes: Sequence[StepGradient], summed: Sequence[Tensor]) -> tuple[list[float], Tensor, Tensor]:
+        """Return losses, terms [preferences, K, 1 + watched] and sums on the host. Waits for the device once."""
+        shape = (len(self.names), 1 + len(self.watches))
+        if outcomes[0].terms.shape != shape:
+            expected = f"{shape[1]} numbers of each of {shape[0]} tasks"
+            got = list(outcomes[0].terms.shape)
+            raise ValueError(f"objective {self.settings.objective}: expected {expected}, got {got}")
+        parts = (
+            torch.stack([outcome.loss for outcome in outcomes]),
+            torch.stack([outcome.terms for outcome in outcomes]),
+            torch.stack([tensor.sum() for tensor in summed]),
+        )
+        numbers = torch.cat([part.reshape(-1).to(torch.float64) for part in parts]).cpu()
+        losses, terms, sums = numbers.split([part.numel() for part in parts])
+        return losses.tolist(), terms.view(len(outcomes), *shape), sums
+
     def _failed(
-        self, step: int, batch: Sequence[Tensor], outcomes: Sequence[_Outcome], before: Sequence[Tensor]
+        self,
+        step: int,
+        batch: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        objectives: Sequence[Sequence[float]],
+        before: Sequence[Tensor],
     ) -> StepFailure:
         """Return what went wrong, after everything is as it was before the step."""
         updated = self.adam.places([vector.clone() for vector in self.adam.vectors])
         self.adam.put_back(before)
-        for outcome in outcomes:
-            finite = all(map(math.isfinite, outcome.objectives()))
-            if not finite or not bool(torch.isfinite(outcome.gradient).all()):
-                with preference(self.model, outcome.gamma):
-                    return self._diagnosed(step, batch, outcome)
+        for gamma, gradient, values in zip(gammas, gradients, objectives, strict=True):
+            if not all(map(math.isfinite, values)) or not bool(torch.isfinite(gradient).all()):
+                with preference(self.model, gamma):
+                    return self._diagnosed(step, batch, gradient, values)
         bad = next((name for name, value in updated.items() if not bool(torch.isfinite(value).all())), None)
         return StepFailure(None, step, bad or "Adam's moments", "the parameter is not finite after the update")
 
-    def _diagnosed(self, step: int, batch: Sequence[Tensor], outcome: _Outcome) -> StepFailure:
-        for index, objective in enumerate(outcome.objectives()):
+    def _diagnosed(
+        self, step: int, batch: Sequence[Tensor], gradient: Tensor, objectives: Sequence[float]
+    ) -> StepFailure:
+        for index, objective in enumerate(objectives):
             if math.isfinite(objective):
                 continue
             task, layer = self.names[index], "the closed-form objective"
             if batch:
                 layer = first_nonfinite(self.model, self.tasks[task].head, batch[index])
             return StepFailure(task, step, layer, f"its objective is {objective}")
-        parts = outcome.gradient.split([parameter.numel() for parameter in self.learned.values()])
-        for name, part in zip(self.learned, parts, strict=True):
+        for name, part in zip(self.learned, pieces(gradient, self.adam.parameters), strict=True):
             if not bool(torch.isfinite(part).all()):
                 return StepFailure(None, step, name, "its gradient is not finite")
         return StepFailure(None, step, "the sum of the gradient", "it overflows")

@@ -84,7 +84,7 @@ class Problem:
         return task_names(self.finetuned)
 
     def going_on(self) -> Run:
-        """Return what a method that learns is told: it goes on from what the folder has."""
+        """Return what a method that learns is told. It goes on from what the folder has."""
         resume = self.folder is not None and self.folder.exists()
         return {"folder": self.folder, "resume": resume, "progress": self.progress}
 
