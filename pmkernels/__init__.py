@@ -6,7 +6,8 @@ Six operations, each with its definition in plain PyTorch under the same name in
 
 from pmkernels import reference
 from pmkernels.entropy import softmax_entropy
-from pmkernels.linear import merge_weight, pareto_linear
+from pmkernels.linear import pareto_linear
+from pmkernels.merge import merge_weight
 from pmkernels.preference import preference_linear, widen_weight
 from pmkernels.projection import project_task_vectors
 from pmkernels.strategies import STRATEGIES

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# asked for once: torch.compile of the oldest PyTorch we support cannot look into the question
-_HAVE_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for that kind of device; some kinds have none."""
-    return device_type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device_type)
-
-
-def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """The casts are made at the border; inside, a float32 product of small matrices must stay float32."""
-    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else _NOTHING
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-Backward = TypeVar("Backward", bound=Callable[..., Any])
-
-
-def without_autocast(backward: Backward) -> Backward:
-    """A backward(ctx, gradient, …) that autocast leaves alone: loss.backward() may be called inside its region."""
-
-    @functools.wraps(backward)
-    def wrapped(ctx: Any, gradient: Tensor, *rest: Any) -> Any:
-        with no_autocast(gradient.device.type):
-            return backward(ctx, gradient, *rest)
-
-    return cast(Backward, wrapped)
+from pmkernels.low_rank import Parts
 
 
 def check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
+    """Check that a value is a dense floating-point tensor on ``device``; ``learned``: in float32 or float64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -54,16 +24,24 @@ def check_tensor(name: str, value: Any, device: torch.device, learned: bool = Fa
         raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
 
 
-def check_parameters(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    A: Tensor | None,
-    G: Tensor | None,
-    B: Tensor | None,
-    gamma: Tensor | None,
-) -> None:
-    """Types, devices, shapes and the number of tasks of everything but x, bias and the leading dimensions of gamma."""
+def broadcasts(lead: torch.Size, to: torch.Size) -> bool:
+    """Say whether the leading dimensions of γ are those of x, or 1."""
+    return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
+
+
+def check_cached(cached: Any, weight: Tensor, dtype: torch.dtype) -> None:
+    """Check a W(γ) that is there against ``weight`` and the compute dtype."""
+    check_tensor("cached", cached, weight.device)
+    if cached.shape != weight.shape or cached.dtype != dtype:
+        expected = f"{list(weight.shape)} in {dtype}"
+        raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
+    if cached.requires_grad:
+        raise ValueError("cached: expected requires_grad=False (its gradient is that of what it is made of), got True")
+
+
+def check_parts(parts: Parts) -> None:
+    """Check types, devices, shapes and the number of tasks of everything but gamma's leading dimensions."""
+    weight, task_vectors, lam, A, G, B, gamma = parts
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
     device = weight.device
@@ -82,35 +60,34 @@ def check_parameters(
             raise ValueError(f"lam: expected shape [{tasks}], one per task vector, got {list(lam.shape)}")
     low_rank = {"A": A, "G": G, "B": B, "gamma": gamma}
     absent = [name for name, value in low_rank.items() if value is None]
-    if len(absent) == 4:
-        pass
-    elif absent and absent != ["G", "gamma"]:
+    if absent and len(absent) < 4 and absent != ["G", "gamma"]:
         given = ", ".join(name for name in low_rank if name not in absent)
         raise ValueError(f"{absent[0]}: expected together with {given}, got None")
-    else:
-        assert A is not None and B is not None
-        for name, value in low_rank.items():
-            if value is not None:
-                check_tensor(name, value, device, learned=True)
-        if weight.ndim != 2:
-            raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
-        n, d = weight.shape
-        if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
-            raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
-        rank = A.shape[1]
-        if B.shape != (d, rank):
-            raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
-        if G is None or gamma is None:
-            _check_frozen(weight, task_vectors)
-            return
-        if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
-            raise ValueError(
-                f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}"
-            )
-        tasks = G.shape[2]
-        if gamma.ndim == 0 or gamma.shape[-1] != tasks:
-            raise ValueError(f"gamma: expected shape [{tasks}] or [*, {tasks}], got {list(gamma.shape)}")
+    if A is not None and B is not None:
+        _check_low_rank(weight, A, G, B, gamma, tasks)
     _check_frozen(weight, task_vectors)
+
+
+def _check_low_rank(
+    weight: Tensor, A: Tensor, G: Tensor | None, B: Tensor, gamma: Tensor | None, tasks: int | None
+) -> None:
+    for name, value in (("A", A), ("G", G), ("B", B), ("gamma", gamma)):
+        if value is not None:
+            check_tensor(name, value, weight.device, learned=True)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
+    n, d = weight.shape
+    if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
+        raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+    rank = A.shape[1]
+    if B.shape != (d, rank):
+        raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
+    if G is None or gamma is None:
+        return
+    if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
+        raise ValueError(f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}")
+    if gamma.ndim == 0 or gamma.shape[-1] != G.shape[2]:
+        raise ValueError(f"gamma: expected shape [{G.shape[2]}] or [*, {G.shape[2]}], got {list(gamma.shape)}")
 
 
 def _check_frozen(weight: Tensor, task_vectors: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 OPERATIONS = ("forward", "dx", "weight_grad", "merge", "preference")
 
@@ -249,7 +250,7 @@ def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
         return Bound(p.product, (1 if cached else p.tasks + 1) * p.weight + p.activations)
     if operation == "preference":
         return Bound(p.product + p.low_rank_product, p.weight + p.factors + p.activations)
-    raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
+    raise _unknown(operation)
 
 
 def served_seconds(problem: Problem, operations: float, bandwidth: float) -> float:
@@ -297,111 +298,133 @@ def _casts(p: Problem) -> list[Pass]:
     return [Pass("cast of db")] if p.bias and p.size == 2 else []
 
 
-def passes(
-    operation: str,
-    strategy: str,
-    problem: Problem,
-    *,
-    block_m: int = 128,
-    block_n: int = 64,
-    block_d: int = 128,
-    splits: int = 1,
-    cached: bool = False,
-    cache_bytes: float = 0.0,
-) -> list[Pass]:
-    """The kernels that ``strategy`` (``fused`` or ``streamed``) runs for ``operation``, counted.
+class Tiles(NamedTuple):
+    """Tile sizes and parts of a kernel's configuration, and the L2 cache that what it reads again may come from.
 
-    Tile sizes and ``splits`` are those of the kernel's configuration (``weight_grad`` by ``streamed``: of the
-    reduction); the small products of r columns are left out. What a kernel reads again comes from L2 if it takes, with
-    all that was touched since, half of ``cache_bytes`` or less.
+    What a kernel reads again comes from L2 if it takes, with all that was touched since, half of ``cache_bytes`` or
+    less.
     """
-    p = problem
-    low_rank = 0 if p.per_row else p.rank
+
+    block_m: int = 128
+    block_n: int = 64
+    block_d: int = 128
+    splits: int = 1
+    cache_bytes: float = 0.0
+
+
+DEFAULT_TILES = Tiles()
+
+
+def product(p: Problem) -> list[Pass]:
+    """Count the library's product with a weight that is there."""
+    return [Pass("product", products=p.product, memory=p.weight + p.activations)]
+
+
+def _assembly(p: Problem) -> float:
     # an element of τ is converted and multiplied, one of the low-rank term multiplied for each r
-    assembly = p.n * p.d * (4.0 * p.tasks + 2.0 * low_rank)
-    again = from_memory(p.weight, p.weight, cache_bytes)
-    gemm = Pass("product", products=p.product, memory=p.weight + p.activations)
-    second = replace(gemm, memory=again + p.activations)
-    merge = Pass("merge", simple=assembly, memory=(p.tasks + 2) * p.weight, form="merge")
+    return p.n * p.d * (4.0 * p.tasks + 2.0 * (0 if p.per_row else p.rank))
+
+
+def _merge(p: Problem) -> Pass:
+    return Pass("merge", simple=_assembly(p), memory=(p.tasks + 2) * p.weight, form="merge")
+
+
+def fused(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[Pass]:
+    """Count the kernels that assemble W, or form dW, tile by tile; small products of r columns are left out."""
     if operation == "merge":
-        return [merge]
-    if operation in ("forward", "dx"):
-        if cached:
-            return [gemm]
-        if strategy == "streamed":
-            return [merge, second] if p.tasks or low_rank else [gemm]
-        n, d = (p.n, p.d) if operation == "forward" else (p.d, p.n)
-        row_blocks = math.ceil(p.rows / block_m)
-        read = (p.tasks + 1) * p.weight
-        partial = 4.0 * splits * p.rows * n if splits > 1 else 0.0
-        fused = Pass(
+        return [_merge(p)]
+    if operation == "weight_grad":
+        return _reduced_from_rows(p, tiles)
+    if operation not in OPERATIONS:
+        raise _unknown(operation)
+    row_blocks = math.ceil(p.rows / tiles.block_m)
+    n, d = (p.d, p.n) if operation == "dx" else (p.n, p.d)
+    blocks_n = math.ceil(n / tiles.block_n)
+    partial = 4.0 * tiles.splits * p.rows * n if tiles.splits > 1 else 0.0
+    x = float(p.rows * d * p.size)
+    if operation == "preference":
+        kernel = Pass(
             "fused",
-            products=2.0 * row_blocks * block_m * p.n * p.d,
-            simple=row_blocks * assembly,
+            products=2.0 * row_blocks * tiles.block_m * d * (n + blocks_n * p.rank),
+            memory=p.weight + p.factors + p.activations + partial,
+            cache=row_blocks * p.weight + blocks_n * x,
+            form="product with t",
+            programs=row_blocks * blocks_n * tiles.splits,
+        )
+    else:
+        read = (p.tasks + 1) * p.weight
+        kernel = Pass(
+            "fused",
+            products=2.0 * row_blocks * tiles.block_m * p.n * p.d,
+            simple=row_blocks * _assembly(p),
             memory=read + p.activations + partial,
-            cache=row_blocks * read + math.ceil(n / block_n) * p.rows * d * p.size,
+            cache=row_blocks * read + blocks_n * p.rows * d * p.size,
             form="assembly in the product",
         )
-        return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
+    return [kernel, Pass("sum", memory=partial)] if tiles.splits > 1 else [kernel]
+
+
+def _reduced_from_rows(p: Problem, tiles: Tiles) -> list[Pass]:
+    blocks_n, blocks_d = math.ceil(p.n / tiles.block_n), math.ceil(p.d / tiles.block_d)
+    task_vectors, partial = p.tasks * p.weight, p.partials(tiles.block_n, tiles.block_d, tiles.splits)
+    # programs of their own read dy once more for db
+    bias = p.output if p.bias else 0.0
+    from_rows = Pass(
+        "dW from rows",
+        products=p.product,
+        memory=p.activations + bias,
+        cache=(blocks_n * p.rows * p.d + blocks_d * p.rows * p.n) * p.size + bias,
+        form="dW from rows",
+        programs=blocks_n * blocks_d * tiles.splits,
+    )
+    epilogue = Pass(
+        "reduction",
+        simple=tiles.splits * 4.0 * p.n * p.d * p.tasks,
+        memory=task_vectors + partial,
+        cache=tiles.splits * task_vectors,
+        form="reduction",
+        launches=0,
+    )
+    return [from_rows, epilogue, *_partial_sums(p, partial, tiles.cache_bytes), *_casts(p)]
+
+
+def streamed(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[Pass]:
+    """Count the library's product and what puts its weight together, or reduces dW: ``tiles`` are those of that."""
+    (gemm,), again = product(p), from_memory(p.weight, p.weight, tiles.cache_bytes)
+    if operation == "merge":
+        return [_merge(p)]
+    if operation in ("forward", "dx"):
+        merged = p.tasks or (p.rank and not p.per_row)
+        return [_merge(p), replace(gemm, memory=again + p.activations)] if merged else [gemm]
     if operation == "preference":
         x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)
-        if strategy == "streamed":
-            kept = from_memory(wide, wide, cache_bytes)
-            longer = p.product * (p.d + p.rank) / p.d
-            return [
-                Pass(
-                    "widen",
-                    products=2.0 * p.rows * p.rank * p.d,
-                    memory=x + wide,
-                    form="widen",
-                    programs=math.ceil(p.rows / WIDEN_ROWS),
-                ),
-                Pass("product", products=longer, memory=p.weight + p.factors + kept + p.output),
-            ]
-        row_blocks, partial = math.ceil(p.rows / block_m), 4.0 * splits * p.rows * p.n if splits > 1 else 0.0
-        fused = Pass(
-            "fused",
-            products=2.0 * row_blocks * block_m * p.d * (p.n + math.ceil(p.n / block_n) * p.rank),
-            memory=p.weight + p.factors + p.activations + partial,
-            cache=row_blocks * p.weight + math.ceil(p.n / block_n) * x,
-            form="product with t",
-            programs=row_blocks * math.ceil(p.n / block_n) * splits,
-        )
-        return [fused, Pass("sum", memory=partial)] if splits > 1 else [fused]
-    if operation == "weight_grad":
-        simple, task_vectors = 4.0 * p.n * p.d * p.tasks, p.tasks * p.weight
-        blocks_n, blocks_d = math.ceil(p.n / block_n), math.ceil(p.d / block_d)
-        if strategy == "streamed":
-            partial = p.partials(block_n, block_d)
-            reduction = Pass(
-                "reduction",
-                simple=simple,
-                memory=task_vectors + again + partial,
-                cache=task_vectors + p.weight,
-                form="reduction",
-            )
-            return [gemm, reduction, *_partial_sums(p, partial, cache_bytes), *bias_sums(p, cache_bytes)]
-        partial = p.partials(block_n, block_d, splits)
-        # programs of their own read dy once more for db
-        bias = p.output if p.bias else 0.0
-        from_rows = Pass(
-            "dW from rows",
-            products=p.product,
-            memory=p.activations + bias,
-            cache=(blocks_n * p.rows * p.d + blocks_d * p.rows * p.n) * p.size + bias,
-            form="dW from rows",
-            programs=blocks_n * blocks_d * splits,
-        )
-        epilogue = Pass(
-            "reduction",
-            simple=splits * simple,
-            memory=task_vectors + partial,
-            cache=splits * task_vectors,
-            form="reduction",
-            launches=0,
-        )
-        return [from_rows, epilogue, *_partial_sums(p, partial, cache_bytes), *_casts(p)]
-    raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
+        kept = from_memory(wide, wide, tiles.cache_bytes)
+        longer = p.product * (p.d + p.rank) / p.d
+        return [
+            Pass(
+                "widen",
+                products=2.0 * p.rows * p.rank * p.d,
+                memory=x + wide,
+                form="widen",
+                programs=math.ceil(p.rows / WIDEN_ROWS),
+            ),
+            Pass("product", products=longer, memory=p.weight + p.factors + kept + p.output),
+        ]
+    if operation != "weight_grad":
+        raise _unknown(operation)
+    task_vectors, partial = p.tasks * p.weight, p.partials(tiles.block_n, tiles.block_d)
+    reduction = Pass(
+        "reduction",
+        simple=4.0 * p.n * p.d * p.tasks,
+        memory=task_vectors + again + partial,
+        cache=task_vectors + p.weight,
+        form="reduction",
+    )
+    return [gemm, reduction, *_partial_sums(p, partial, tiles.cache_bytes), *bias_sums(p, tiles.cache_bytes)]
+
+
+def _unknown(operation: str) -> ValueError:
+    return ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {operation!r}")
 
 
 def seconds(kernels: list[Pass], rates: Rates, kind: str) -> float:

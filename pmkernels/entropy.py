@@ -1,4 +1,4 @@
-"""softmax_entropy: the checks, and the backward that needs only the logits and three numbers per row."""
+"""softmax_entropy: its backward needs only the logits and three numbers per row."""
 
 from __future__ import annotations
 
@@ -8,17 +8,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import launch, strategies
+from pmkernels import strategies
+from pmkernels.launch import HAS_TRITON
+from pmkernels.operators import differentiable, operator
 from pmkernels.reference import accumulate_dtype
+from pmkernels.strategies import EAGER
 
-if launch.HAS_TRITON:
-    from pmkernels import ops
+if HAS_TRITON:
+    from pmkernels.kernels import entropy as kernels
 
 
-class _SoftmaxEntropy(torch.autograd.Function):
-    """H = −Σ p log p with dH/dz_i = −p_i (log p_i + H): saves logits, maximum, normaliser and H, no probabilities.
+def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
+    """Compute the Shannon entropy in nats of the softmax of each row.
 
-    log p = (z − max z) − log Σ exp(z − max z): one number for both would lose log 2 beside a logit of 1e4.
+    Args:
+        logits: ``[*, C]``, floating point, C at least 1. Logits of ±1e4 and −inf are fine (0·log 0 = 0).
+        strategy: ``"auto"``: the kernel (one read of the logits forward, one backward) on a CUDA GPU, else
+            ``"eager"``; or one of ``"eager"`` and ``"fused"`` (as is ``"streamed"``).
+
+    Returns:
+        ``[*]`` in [0, log C]; float32 for 16-bit logits, otherwise the dtype of ``logits``. Differentiable once.
+
+    Raises:
+        TypeError: ``logits`` is not a floating-point tensor.
+        ValueError: ``logits`` has no class dimension or no classes; a strategy that cannot be.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits: expected a floating-point tensor, got {got}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
+    if strategies.resolve(strategy, {"logits": logits}, logits.device, own="kernels") == EAGER:
+        entropy: Tensor = _Eager.apply(logits)
+        return entropy
+    entropy, _, _ = entropy_operator(logits)
+    return entropy
+
+
+class _Eager(torch.autograd.Function):
+    """The eager form of H = −Σ p log p: it saves the logits and three numbers a row, no probabilities.
+
+    dH/dz_i = −p_i (log p_i + H), log p = (z − max z) − log Σ exp(z − max z): one number for both would lose log 2
+    beside a logit of 1e4.
     """
 
     @staticmethod
@@ -44,28 +75,38 @@ class _SoftmaxEntropy(torch.autograd.Function):
         return grad_logits.to(logits.dtype)
 
 
-def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
-    """Shannon entropy in nats of the softmax of each row.
+def _fake_entropy(logits: Tensor) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3))
 
-    Args:
-        logits: ``[*, C]``, floating point, C at least 1. Logits of ±1e4 and −inf are fine (0·log 0 = 0).
-        strategy: ``"auto"``: the kernel (one read of the logits forward, one backward) on a CUDA GPU, else
-            ``"eager"``; or one of ``"eager"`` and ``"fused"`` (as is ``"streamed"``).
 
-    Returns:
-        ``[*]`` in [0, log C]; float32 for 16-bit logits, otherwise the dtype of ``logits``. Differentiable once.
+@operator("softmax_entropy", "(Tensor logits) -> (Tensor, Tensor, Tensor)", fake=_fake_entropy)
+def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return H of each row, and what the backward needs with it: max z and log Σ exp(z − max z)."""
+    with torch.cuda.device_of(logits):
+        return kernels.entropy_fwd(logits)
 
-    Raises:
-        TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: ``logits`` has no class dimension or no classes; a strategy that cannot be.
-    """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: expected a floating-point tensor, got {got}")
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
-    if strategies.resolve(strategy, {"logits": logits}, logits.device) == "eager":
-        entropy: Tensor = _SoftmaxEntropy.apply(logits)
-        return entropy
-    entropy, _, _ = ops.softmax_entropy(logits)
-    return entropy
+
+def _fake_gradient(grad: Tensor, logits: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@operator(
+    "softmax_entropy_backward",
+    "(Tensor grad, Tensor logits, Tensor entropy, Tensor largest, Tensor normaliser) -> Tensor",
+    fake=_fake_gradient,
+)
+def entropy_backward_operator(grad: Tensor, logits: Tensor, *of_rows: Tensor) -> Tensor:
+    """Return dlogits of dH."""
+    with torch.cuda.device_of(logits):
+        return kernels.entropy_bwd(grad, logits, *of_rows)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(inputs[0], *output)
+
+
+@differentiable(entropy_operator, save=_save)
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
+    gradient: Tensor = entropy_backward_operator(grad, *ctx.saved_tensors)
+    return gradient

@@ -1,35 +1,27 @@
-"""pareto_linear and merge_weight: checks at the border, and the strategy that does the work.
+"""pareto_linear: y = x·W(γ)ᵀ + b and its gradients, by any strategy.
 
-:mod:`pmkernels.eager` holds the strategy in plain PyTorch, :mod:`pmkernels.ops` the operators that launch kernels.
+What is computed is the same for all of them (:func:`_forward`, :func:`_gradients`); who computes it is looked up in
+:mod:`pmkernels.strategies`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import eager, launch, strategies
-from pmkernels.checks import autocast_enabled, check_parameters, check_tensor, no_autocast, without_autocast
+from pmkernels import products, strategies
+from pmkernels.autocast import autocast_enabled, no_autocast, without_autocast
+from pmkernels.checks import broadcasts, check_cached, check_parts, check_tensor
+from pmkernels.low_rank import Needs, Parts, Rows, factors, gradients_from_products
+from pmkernels.operators import PARTS, differentiable, fakes, in_order, operator, wanted
+from pmkernels.strategies import EAGER, Strategy
 
-if launch.HAS_TRITON:
-    from pmkernels import ops
-
-
-def broadcasts(lead: torch.Size, to: torch.Size) -> bool:
-    """Whether the leading dimensions of γ are those of x, or 1."""
-    return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
-
-
-def _check_cached(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    check_tensor("cached", cached, weight.device)
-    if cached.shape != weight.shape or cached.dtype != dtype:
-        expected = f"{list(weight.shape)} in {dtype}"
-        raise ValueError(f"cached: expected {expected}, got {list(cached.shape)} in {cached.dtype}")
-    if cached.requires_grad:
-        raise ValueError("cached: expected requires_grad=False (its gradient is that of what it is made of), got True")
+# of the operator, before the strategy
+INPUTS = ("x", *Parts._fields, "bias", "cached")
 
 
 def pareto_linear(
@@ -46,7 +38,9 @@ def pareto_linear(
     cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
-    """y = x·W(γ)ᵀ + b with W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, arXiv 2408.12105, equation 6).
+    """Compute y = x·W(γ)ᵀ + b, W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, arXiv 2408.12105, equation 6).
+
+    Longer than 60 lines because it says all there is to say about a layer's arguments, and checks them.
 
     Args:
         x: ``[*, in]``, any strides, no rows allowed.
@@ -77,7 +71,8 @@ def pareto_linear(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of tasks, strategy, or a frozen
             tensor that requires a gradient. The message names the argument, what was expected and what came.
     """
-    check_parameters(weight, task_vectors, lam, A, G, B, gamma)
+    parts = Parts(weight, task_vectors, lam, A, G, B, gamma)
+    check_parts(parts)
     check_tensor("x", x, weight.device)
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
@@ -93,108 +88,191 @@ def pareto_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
-    lead = x.shape[:-1]
-    per_row = gamma is not None and gamma.ndim > 1
-    if gamma is not None and per_row and not broadcasts(gamma.shape[:-1], lead):
+    if gamma is not None and parts.per_row and not broadcasts(gamma.shape[:-1], x.shape[:-1]):
         raise ValueError(
             f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
-            f"broadcastable to {tuple(lead)}, got {list(gamma.shape)}"
+            f"broadcastable to {tuple(x.shape[:-1])}, got {list(gamma.shape)}"
         )
     if cached is not None:
-        _check_cached(cached, weight, x.dtype)
-    tensors = {"x": x, "weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B}
-    tensors.update(gamma=gamma, bias=bias, cached=cached)
+        check_cached(cached, weight, x.dtype)
+    tensors = {"x": x, **parts._asdict(), "bias": bias, "cached": cached}
     chosen = strategies.resolve(strategy, tensors, x.device)
-    arguments = tuple(tensors.values())
     with no_autocast(device_type):
-        if chosen == "eager":
-            y: Tensor = (eager.RowsLinear if per_row else eager.SharedLinear).apply(*arguments)
+        if chosen == EAGER:
+            y: Tensor = _Eager.apply(x, *parts, bias, cached)
         else:
-            y = ops.pareto_linear(*arguments, chosen)
+            y = linear_operator(x, *parts, bias, cached, chosen)
         return y
 
 
-def merge_weight(
-    weight: Tensor,
-    *,
-    task_vectors: Tensor | None = None,
-    lam: Tensor | None = None,
-    A: Tensor | None = None,
-    G: Tensor | None = None,
-    B: Tensor | None = None,
-    gamma: Tensor | None = None,
-    out: Tensor | None = None,
-    cached: Tensor | None = None,
-    strategy: str = "auto",
-) -> Tensor:
-    """W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ itself, for one preference.
+class _Products(NamedTuple):
+    """The low-rank term's products with rows, where gradients are found row by row: None where nobody needs one."""
 
-    Args:
-        weight: W0, any number of dimensions, frozen; two with a low-rank term.
-        task_vectors, lam, A, G, B: as in :func:`pareto_linear`. gamma: ``[K]``.
-        out: where to write, the shape, dtype and device of ``weight``; not under autograd.
-        cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
-            this call's gradient: several losses can share one merge and still free each layer's dW at once.
-        strategy: ``"auto"``, ``"eager"``, or ``"fused"`` (as is ``"streamed"``): one kernel, where
-            :func:`pareto_linear` has one.
+    rows: Rows
+    s: Tensor | None = None
+    t: Tensor | None = None
+    u: Tensor | None = None
+    ds: Tensor | None = None
 
-    Returns:
-        A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
-        G, B and gamma.
 
-    Raises:
-        TypeError, ValueError: as :func:`pareto_linear`.
-    """
-    if cached is None:
-        # the call that made a cached value has checked the rest
-        check_parameters(weight, task_vectors, lam, A, G, B, gamma)
-    if gamma is not None and gamma.ndim != 1:
-        tasks = "K" if gamma.ndim == 0 else gamma.shape[-1]
-        raise ValueError(f"gamma: expected shape [{tasks}], one preference, got {list(gamma.shape)}")
-    if out is not None:
-        check_tensor("out", out, weight.device)
-        if out.shape != weight.shape or out.dtype != weight.dtype:
-            raise ValueError(
-                f"out: expected {list(weight.shape)} in {weight.dtype}, got {list(out.shape)} in {out.dtype}"
-            )
-        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
-            raise ValueError("out: expected memory of its own for every element, got an expanded tensor")
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
-            raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
+def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None, strategy: str) -> Tensor:
+    chosen = strategies.pick("forward", strategy, x, parts)
+    start = None
+    if parts.per_row:
+        assert parts.A is not None
+        _, t = chosen.rows(parts, x).inward(x)
+        start = t, parts.A
     if cached is not None:
-        _check_cached(cached, weight, weight.dtype)
-    tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam, "A": A, "G": G, "B": B, "gamma": gamma}
-    chosen = strategies.resolve(strategy, tensors, weight.device)
-    arguments = tuple(tensors.values())
-    with no_autocast(weight.device.type):
-        if chosen == "eager":
-            merged: Tensor = eager.MergeWeight.apply(*arguments, cached)
-            return merged if out is None else out.copy_(merged)
-        if cached is not None:
-            merged = _CachedMerge.apply(*arguments, cached)
-            return merged if out is None else out.copy_(merged)
-        if out is None:
-            merged = ops.merge_weight(*arguments)
-            return merged
-        ops.merge_weight_out(*arguments, out)
-        return out
+        product = products.forward_of_scratch if chosen.kernels else products.forward
+        return product(x, cached, None, None, start=start, bias=bias)
+    low_rank = factors(parts, by_columns=chosen.kernels)
+    return chosen.forward(x, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start, bias=bias)
 
 
-class _CachedMerge(torch.autograd.Function):
-    """``cached`` with the gradient of the merge: an operator may not return its argument."""
+def _gradients(
+    dy: Tensor, x: Tensor | None, parts: Parts, cached: Tensor | None, asked: list[bool], strategy: str
+) -> dict[str, Tensor]:
+    """Return the gradients of x, lam, A, G, B, gamma and bias that are ``asked`` for, by name."""
+    need_x, *parameters, need_bias = asked
+    needs = Needs(*parameters)
+    of_x = strategies.pick("dx", strategy, dy, parts) if need_x else None
+    of_w = of_x if of_x is not None and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts)
+    # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
+    whole = (
+        needs.lam and not parts.per_row and (parts.A is None or of_w.rows.from_tiles(parts.rank, *parts.weight.shape))
+    )
+    by_rows = None
+    if parts.per_row or (needs.low_rank and not whole):
+        by_rows = _by_rows(of_w.rows(parts, dy), dy, x, needs, need_x and parts.per_row)
+    gradients: dict[str, Tensor] = {}
+    if of_x is not None:
+        gradients["x"] = _dx(dy, parts, cached, of_x, None if by_rows is None else by_rows.ds)
+    d_bias = None
+    if needs.lam:
+        A, B = parts.A if whole and needs.B else None, parts.B if whole and needs.P else None
+        reduced = of_w.weight_grad(dy, x, parts.task_vectors, A=A, B=B, need_bias=need_bias)
+        d_bias = reduced.d_bias
+        if reduced.d_lam is not None:
+            gradients["lam"] = reduced.d_lam
+        if whole:
+            gradients.update(gradients_from_products(reduced, parts, needs))
+    if need_bias:
+        gradients["bias"] = products.column_sums(dy) if d_bias is None else d_bias
+    if by_rows is not None:
+        gradients.update(_from_rows(by_rows, dy, x, needs))
+    return gradients
+
+
+def _by_rows(rows: Rows, dy: Tensor, x: Tensor | None, needs: Needs, need_ds: bool) -> _Products:
+    found = _Products(rows)
+    if needs.B or needs.core or need_ds:
+        u, ds = rows.outward(dy)
+        found = found._replace(u=u, ds=ds)
+    if needs.P:
+        assert x is not None
+        s, t = rows.inward(x)
+        found = found._replace(s=s, t=t)
+    return found
+
+
+def _dx(dy: Tensor, parts: Parts, cached: Tensor | None, chosen: Strategy, ds: Tensor | None) -> Tensor:
+    start = None
+    if parts.per_row:
+        assert ds is not None and parts.B is not None
+        start = ds, parts.B
+    if cached is not None:
+        product = products.dx_of_scratch if chosen.kernels else products.dx
+        return product(dy, cached, None, None, start=start)
+    low_rank = factors(parts, by_columns=chosen.kernels)
+    return chosen.dx(dy, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start)
+
+
+def _from_rows(found: _Products, dy: Tensor, x: Tensor | None, needs: Needs) -> dict[str, Tensor]:
+    gradients = {}
+    if needs.A:
+        assert found.t is not None
+        gradients["A"] = found.rows.factor_gradient(dy, found.t)
+    if needs.B:
+        assert found.ds is not None and x is not None
+        gradients["B"] = found.rows.factor_gradient(x, found.ds)
+    if needs.core:
+        assert found.u is not None and found.s is not None
+        gradients.update(found.rows.core_gradients(found.u, found.s, needs))
+    return gradients
+
+
+class _Eager(torch.autograd.Function):
+    """The eager form: what is saved is x and the parts themselves; W(γ) is put together again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, *rest: Tensor | None) -> Tensor:
-        *parameters, cached = rest
-        ctx.save_for_backward(*parameters)
-        assert cached is not None
-        return cached.detach()
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        *tensors, bias, cached = rest
+        parts = Parts(*tensors)
+        needs_x = any(tensor is not None and tensor.requires_grad for tensor in parts[2:])
+        ctx.save_for_backward(x if needs_x else None, *parts, cached)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _forward(x, parts, bias, cached, EAGER)
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[2:-1])
-        found = ops.merge_weight_backward(d_weight, *ctx.saved_tensors, needs)
-        gradients = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
-        return (None, None, *gradients, None)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors, cached = ctx.saved_tensors
+        parts = Parts(*tensors)
+        need_x, _, _, *parameters, _ = ctx.needs_input_grad
+        # rows in one block of memory, wherever that takes a copy
+        dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]).view(dy.shape)
+        found = _gradients(dy, x, parts, cached, [need_x, *parameters], EAGER)
+        learned = {name: getattr(parts, name) for name in Parts._fields[2:]}
+        found = {name: d if name not in learned else d.to(learned[name].dtype) for name, d in found.items()}
+        d_bias = found["bias"].to(ctx.bias_dtype) if "bias" in found else None
+        return found.get("x"), None, None, *(found.get(name) for name in learned), d_bias, None
+
+
+def _fake_y(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@operator("pareto_linear", f"(Tensor x, {PARTS}, Tensor? bias, Tensor? cached, str strategy) -> Tensor", fake=_fake_y)
+def linear_operator(x: Tensor, *rest: Any) -> Tensor:
+    """Compute y = x·W(γ)ᵀ + b by a strategy. ``cached``: W(γ), or with one γ per row the base, put together before."""
+    *tensors, bias, cached, strategy = rest
+    with torch.cuda.device_of(x):
+        return _forward(x, Parts(*tensors).contiguous(), bias, cached, strategy)
+
+
+def _fake_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor, task_vectors: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    *tensors, _, needs, _ = rest
+    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1])) if needs[0] else dy.new_empty(0)
+    return [dx, *fakes(needs[1:], tensors, dy)]
+
+
+@operator(
+    "pareto_linear_backward",
+    f"(Tensor dy, Tensor? x, {PARTS}, Tensor? bias, Tensor? cached, bool[] needs, str strategy) -> Tensor[]",
+    fake=_fake_gradients,
+)
+def linear_backward_operator(dy: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
+    """Return the gradients of x, lam, A, G, B, gamma and bias that ``needs`` asks for, empty tensors for others."""
+    *tensors, bias, cached, needs, strategy = rest
+    parts = Parts(*tensors).contiguous()
+    with torch.cuda.device_of(dy):
+        gradients = _gradients(dy, x, parts, cached, needs, strategy)
+    learned = {name: getattr(parts, name) for name in Parts._fields[2:]}
+    return in_order(gradients, dy, {"x": dy, **learned, "bias": bias})
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *tensors, ctx.strategy = inputs
+    # of λ, A, G, B and γ: without them nobody asks for x
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[3:8]) else None, *tensors)
+
+
+@differentiable(linear_operator, save=_save)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    need_x, _, _, *needs, _, _ = ctx.needs_input_grad
+    found = linear_backward_operator(dy, *ctx.saved_tensors, [need_x, *needs], ctx.strategy)
+    dx, *rest = wanted(found, [need_x, *needs])
+    return dx, None, None, *rest, None, None

@@ -8,22 +8,20 @@ it before y is rounded, so that nearby preferences stay apart. :mod:`pmkernels.k
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmkernels import eager, launch, strategies
-from pmkernels.checks import check_tensor, no_autocast
-from pmkernels.linear import broadcasts
+from pmkernels import strategies
+from pmkernels.autocast import no_autocast
+from pmkernels.checks import broadcasts, check_tensor
+from pmkernels.launch import padded_rank
+from pmkernels.low_rank import groups_of
+from pmkernels.operators import operator
 from pmkernels.reference import accumulate_dtype, preference_core
-
-if launch.HAS_TRITON:
-    from pmkernels.kernels import preference as kernels
-
-# torch.library reads these annotations and knows Optional, not |
-OptionalTensor = Optional[Tensor]  # noqa: UP045
+from pmkernels.strategies import EAGER
 
 
 def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
     (n, d), rank = weight.shape, A.shape[-1] if A.ndim else 0
     if A.shape != (n, rank) or not rank:
         raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
-    wide = torch.zeros(n, d + launch.padded_rank(rank), dtype=weight.dtype, device=weight.device)
+    wide = torch.zeros(n, d + padded_rank(rank), dtype=weight.dtype, device=weight.device)
     wide[:, :d] = weight.detach()
     wide[:, d : d + rank] = A.detach()
     return wide
@@ -96,9 +94,10 @@ def preference_linear(
         if torch.is_grad_enabled() and value.requires_grad:
             raise ValueError(f"{name}: expected no gradient to be wanted (pareto_linear has one), got requires_grad")
     _check_shapes(x, wide, G, B, gamma, bias)
-    chosen = strategies.resolve(strategy, {**given, "A": B, "task_vectors": None}, x.device)
+    tensors = {**given, "A": B, "task_vectors": None}
+    chosen = strategies.resolve(strategy, tensors, x.device, own="preference")
     with no_autocast(x.device.type):
-        y: Tensor = _preference_linear(x, wide, G, B, gamma, bias, chosen)
+        y: Tensor = preference_operator(x, wide, G, B, gamma, bias, chosen)
         return y
 
 
@@ -106,7 +105,7 @@ def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, 
     if B.ndim != 2 or not B.shape[1]:
         raise ValueError(f"B: expected shape [in, R], got {list(B.shape)}")
     d, rank = B.shape
-    width = d + launch.padded_rank(rank)
+    width = d + padded_rank(rank)
     if wide.ndim != 2 or wide.shape[1] != width:
         raise ValueError(f"wide: expected shape [out, {width}], as widen_weight returns, got {list(wide.shape)}")
     if wide.stride(1) != 1:
@@ -126,24 +125,28 @@ def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, 
         raise ValueError(f"bias: expected shape [{wide.shape[0]}], got {list(bias.shape)}")
 
 
-@torch.library.custom_op("pmkernels::preference_linear", mutates_args=())
-def _preference_linear(
-    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: OptionalTensor, strategy: str
+def _fake_y(x: Tensor, wide: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], wide.shape[0]))
+
+
+@operator(
+    "preference_linear",
+    "(Tensor x, Tensor wide, Tensor G, Tensor B, Tensor gamma, Tensor? bias, str strategy) -> Tensor",
+    fake=_fake_y,
+)
+def preference_operator(
+    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None, strategy: str
 ) -> Tensor:
-    if strategy == "eager":
+    """Compute y by a strategy; the eager form too, which has no backward and needs the operator's rule for vmap."""
+    if strategy == EAGER:
         return _eager(x, wide, G, B, gamma, bias)
     (d, rank), rows = B.shape, math.prod(x.shape[:-1])
     chosen = strategies.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
-    groups = eager.groups_of(gamma, x.shape[:-1]).contiguous()
+    compute = strategies.TABLE[chosen].preference
+    assert compute is not None
+    groups = groups_of(gamma, x.shape[:-1]).contiguous()
     with torch.cuda.device_of(x):
-        if chosen == "fused":
-            return kernels.preference_linear(x, wide, G, B, groups, bias)
-        return F.linear(kernels.widen(x, G, B, groups), wide, bias)
-
-
-@_preference_linear.register_fake
-def _(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: OptionalTensor, strategy: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], wide.shape[0]))
+        return compute(x, wide, G, B, groups, bias)
 
 
 def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,7 +155,7 @@ def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: T
     (d, rank), n, lead = B.shape, wide.shape[0], x.shape[:-1]
     count = math.prod(lead)
     rows = x.reshape(count, d)
-    t = _mixed(rows @ B, G, eager.groups_of(gamma, lead)).to(x.dtype)
+    t = _mixed(rows @ B, G, groups_of(gamma, lead)).to(x.dtype)
     if x.element_size() < 4:
         zeros = x.new_zeros(count, wide.shape[1] - d - rank)
         y = F.linear(torch.cat([rows, t, zeros], dim=1), wide, bias)
@@ -189,14 +192,14 @@ def _over_preferences(
     if gamma_dim is None:
         x = x.movedim(x_dim or 0, 0)
         spread = gamma if gamma.ndim == 1 else gamma.unsqueeze(0)
-        return _preference_linear(x, wide, G, B, spread, bias, strategy), 0
+        return preference_operator(x, wide, G, B, spread, bias, strategy), 0
     gamma = gamma.movedim(gamma_dim, 0)
     if x_dim is None and gamma.ndim == 2:
         return _shared_product(x, wide, G, B, gamma, bias), 0
     x = x.expand(many, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if gamma.ndim == 2:
         gamma = gamma.view(many, *(1 for _ in x.shape[1:-1]), gamma.shape[-1])
-    return _preference_linear(x, wide, G, B, gamma, bias, strategy), 0
+    return preference_operator(x, wide, G, B, gamma, bias, strategy), 0
 
 
 def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,4 +214,4 @@ def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor
     return y.view(len(gamma), *x.shape[:-1], n)
 
 
-_preference_linear.register_vmap(_over_preferences)
+preference_operator.register_vmap(_over_preferences)

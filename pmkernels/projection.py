@@ -8,59 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import launch, strategies
-from pmkernels.checks import check_tensor, no_autocast, without_autocast
+from pmkernels import strategies
+from pmkernels.autocast import no_autocast, without_autocast
+from pmkernels.checks import check_tensor
+from pmkernels.launch import HAS_TRITON
+from pmkernels.operators import differentiable, operator
+from pmkernels.strategies import EAGER
 
-if launch.HAS_TRITON:
-    from pmkernels import ops
-
-
-class _Project(torch.autograd.Function):
-    """dA = Σ_k τ_kB·dT_kᵀ and dB = Σ_k τ_kᵀA·dT_k: one task vector at a time, none copied or kept."""
-
-    @staticmethod
-    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        ctx.save_for_backward(task_vectors, A, B)
-        T = A.new_empty(task_vectors.shape[0], A.shape[1], B.shape[1])
-        for k, tau in enumerate(task_vectors):
-            T[k] = A.t() @ (tau.to(A.dtype) @ B)
-        return T
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        task_vectors, A, B = ctx.saved_tensors
-        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-        for tau, dT in zip(task_vectors, grad, strict=True):
-            tau = tau.to(A.dtype)
-            dA.addmm_(tau @ B, dT.t())
-            dB.addmm_(tau.t() @ A, dT)
-        return None, dA, dB
-
-
-class _ProjectFused(torch.autograd.Function):
-    """The same with τ_kB and τ_kᵀA of all tasks by one launch each, which reads every task vector once."""
-
-    @staticmethod
-    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        right = ops.shrink(task_vectors, B)
-        ctx.save_for_backward(task_vectors, A, right)
-        return A.t() @ right
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        task_vectors, A, right = ctx.saved_tensors
-        left = ops.shrink(task_vectors.transpose(1, 2), A)
-        dA = torch.einsum("knj,kij->ni", right, grad)
-        dB = torch.einsum("kdi,kij->dj", left, grad)
-        return None, dA, dB
+if HAS_TRITON:
+    from pmkernels.kernels import low_rank as kernels
 
 
 def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy: str = "auto") -> Tensor:
-    """T_k = Aᵀ·τ_k·B of every task, so that ⟨A·C·Bᵀ, τ_k⟩ = ⟨C, T_k⟩ for any C.
+    """Compute T_k = Aᵀ·τ_k·B of every task, so that ⟨A·C·Bᵀ, τ_k⟩ = ⟨C, T_k⟩ for any C.
 
     Args:
         task_vectors: τ ``[K, out, in]``, frozen. A, B: ``[out, r]``, ``[in, r]``, float32 (or float64).
@@ -88,8 +48,81 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy
         raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
     if B.shape != (d, A.shape[1]) or B.dtype != A.dtype:
         raise ValueError(f"B: expected shape [{d}, {A.shape[1]}] in {A.dtype}, got {list(B.shape)} in {B.dtype}")
-    chosen = strategies.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device)
-    function = _Project if chosen == "eager" else _ProjectFused
+    chosen = strategies.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device, own="kernels")
     with no_autocast(device.type):
-        projected: Tensor = function.apply(task_vectors, A, B)
+        if chosen == EAGER:
+            projected: Tensor = _Eager.apply(task_vectors, A, B)
+            return projected
+        projected, _ = projection_operator(task_vectors, A, B)
         return projected
+
+
+class _Eager(torch.autograd.Function):
+    """The eager form: one task vector at a time, none copied or kept."""
+
+    @staticmethod
+    def forward(ctx: Any, task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(task_vectors, A, B)
+        T = A.new_empty(task_vectors.shape[0], A.shape[1], B.shape[1])
+        for k, tau in enumerate(task_vectors):
+            T[k] = A.t() @ (tau.to(A.dtype) @ B)
+        return T
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        task_vectors, A, B = ctx.saved_tensors
+        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+        for tau, dT in zip(task_vectors, grad, strict=True):
+            tau = tau.to(A.dtype)
+            dA.addmm_(tau @ B, dT.t())
+            dB.addmm_(tau.t() @ A, dT)
+        return None, dA, dB
+
+
+def _shrink(matrices: Tensor, factor: Tensor) -> Tensor:
+    """Return τ_k·factor of all tasks by one launch, which reads every task vector once."""
+    products, _ = kernels.shrink(matrices, factor, None, None)
+    return products.view(*matrices.shape[:-1], factor.shape[1])
+
+
+def _fake_projected(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    tasks, n, _ = task_vectors.shape
+    return A.new_empty(tasks, A.shape[1], B.shape[1]), A.new_empty(tasks, n, B.shape[1])
+
+
+@operator("project_task_vectors", "(Tensor task_vectors, Tensor A, Tensor B) -> (Tensor, Tensor)", fake=_fake_projected)
+def projection_operator(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return T [K, R, R] and what the backward needs with it: τ_k·B of all tasks."""
+    with torch.cuda.device_of(task_vectors):
+        right = _shrink(task_vectors, B)
+        return A.t() @ right, right
+
+
+def _fake_gradients(grad: Tensor, task_vectors: Tensor, A: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape), A.new_empty(task_vectors.shape[2], right.shape[2])
+
+
+@operator(
+    "project_task_vectors_backward",
+    "(Tensor grad, Tensor task_vectors, Tensor A, Tensor right) -> (Tensor, Tensor)",
+    fake=_fake_gradients,
+)
+def projection_backward_operator(grad: Tensor, task_vectors: Tensor, A: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dA = Σ_k τ_kB·dT_kᵀ and dB = Σ_k τ_kᵀA·dT_k."""
+    with torch.cuda.device_of(task_vectors):
+        left = _shrink(task_vectors.transpose(1, 2), A)
+        dA, dB = torch.einsum("knj,kij->ni", right, grad), torch.einsum("kdi,kij->dj", left, grad)
+        return dA.contiguous(), dB.contiguous()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    task_vectors, A, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(task_vectors, A, output[1])
+
+
+@differentiable(projection_operator, save=_save)
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return None, *projection_backward_operator(grad, *ctx.saved_tensors)

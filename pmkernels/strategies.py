@@ -1,78 +1,141 @@
-"""Which strategy for which shape on which device.
+"""The table of strategies, and which of them is taken for which case.
 
-Strategies of pareto_linear (all give the same result up to rounding):
+All give the same result up to rounding:
 
 - ``eager``: plain PyTorch on any device; the definition and the CPU path.
 - ``fused``: W assembled tile by tile inside the matrix product; nothing of W's size is ever allocated.
 - ``streamed``: W merged in one pass into a scratch tensor, then the library's matrix product.
 
-``strategy="auto"`` is eager off the GPU; on it :func:`choose` is the one place that knows a rule.
+``strategy="auto"`` is the cheapest that supports the case (:func:`choose`). :func:`register` adds one of your own:
+nothing else lists their names.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pmkernels import costs, dispatch, launch
+from pmkernels import costs, dispatch, launch, products
 from pmkernels.configs import Configs
+from pmkernels.low_rank import Parts, Rows, WeightGradients
 
-STRATEGIES = ("auto", "fused", "streamed", "eager")
-
-
-def unsupported(device: torch.device, tensors: Mapping[str, Tensor | None]) -> Exception | None:
-    """Return the error to raise where a user asks for kernels that cannot do this, or None if they can."""
-    if not launch.HAS_TRITON:
-        return ValueError("strategy: expected 'eager' or 'auto', because triton is not installed")
-    if not dispatch.runs_kernels(device):
-        return ValueError(
-            "strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU "
-            f"(TRITON_INTERPRET=1, set before the start, interprets kernels on the CPU), got device {device}"
-        )
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in launch.DTYPES:
-            expected = "float32, bfloat16 or float16 (float64: strategy 'eager')"
-            return TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
-    task_vectors, A, G = (tensors.get(name) for name in ("task_vectors", "A", "G"))
-    for name, tasks in (
-        ("task_vectors", 0 if task_vectors is None else task_vectors.shape[0]),
-        ("G", 0 if G is None else G.shape[2]),
-    ):
-        if tasks > launch.MAX_TASKS:
-            return ValueError(
-                f"{name}: expected K from 1 to {launch.MAX_TASKS} (more: strategy 'eager'), got K = {tasks}"
-            )
-    if A is not None and A.shape[1] > launch.MAX_RANK:
-        expected = f"a rank from 1 to {launch.MAX_RANK} (more: strategy 'eager')"
-        return ValueError(f"A: expected {expected}, got rank {A.shape[1]}")
-    return None
+AUTO, FUSED, STREAMED, EAGER = "auto", "fused", "streamed", "eager"
 
 
-def resolve(
-    strategy: str,
-    tensors: Mapping[str, Tensor | None],
-    device: torch.device,
-) -> str:
-    """Return ``eager`` for a call with these tensors, by name, that is not for the kernels, else ``strategy``.
+class Case(NamedTuple):
+    """What a strategy is asked to support: a device, the types of the tensors by argument, K and R.
 
-    Raises the error of a wish that cannot be. ``auto`` goes on as it is: the operators ask :func:`choose`, out of the
-    compiler's sight.
+    ``operation``: one of :data:`pmkernels.costs.OPERATIONS`, None: all. ``asked``: for by name, not by ``auto``.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    meant = dispatch.in_force().auto
-    if strategy == "eager" or (strategy == "auto" and meant is None and not dispatch.as_on_a_gpu(device)):
-        return "eager"
-    error = unsupported(device, tensors)
-    if error is None:
-        return strategy if strategy != "auto" or meant is None else meant
-    if strategy != "auto":
+
+    device: torch.device
+    dtypes: Mapping[str, torch.dtype]
+    tasks: int = 0
+    rank: int = 0
+    operation: str | None = None
+    asked: bool = True
+
+
+Supports = Callable[[Case], Exception | None]
+Cost = Callable[[str, costs.Problem, str, costs.Rates], list[costs.Pass] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Strategy:
+    """One way of computing a layer y = x·Wᵀ + b with W = W0 + Σ_k λ_k τ_k + left·rightᵀ.
+
+    - ``supports``(case): the error to raise for a case it cannot do, None if it can.
+    - ``forward``(x, W0, τ, λ, low_rank=, start=, bias=) -> y. low_rank is (left [N, R], right [D, R]) or None, and
+      start = (t, A) adds t·Aᵀ.
+    - ``dx``(dy, W0, τ, λ, low_rank=, start=) -> dy·W, start = (ds, B).
+    - ``weight_grad``(dy, x, τ, A=, B=, need_bias=) -> :class:`~pmkernels.low_rank.WeightGradients` of dW = dyᵀx.
+    - ``merge``(W0, τ, λ, low_rank, out) -> W like W0, in ``out`` where that is given.
+    - ``cost``(operation, problem, file, rates): the kernels counted; None: taken where nothing else can be.
+    - ``rows``: the low-rank term's products with rows. ``reduce``(dW, τ, A=, B=): of a dW that is there.
+    - ``preference``(x, wide, G, B, γ by group, bias): of :func:`pmkernels.preference_linear`; None: it has none.
+    - ``kernels``: it launches Triton kernels, and so do the operations that have one kernel only.
+
+    :mod:`pmkernels.products` has the signatures in full.
+    """
+
+    name: str
+    supports: Supports
+    forward: Callable[..., Tensor]
+    dx: Callable[..., Tensor]
+    weight_grad: Callable[..., WeightGradients]
+    merge: Callable[..., Tensor]
+    cost: Cost
+    rows: type[Rows] = Rows
+    reduce: Callable[..., WeightGradients] = products.reductions
+    preference: Callable[..., Tensor] | None = None
+    kernels: bool = False
+
+
+TABLE: dict[str, Strategy] = {}
+
+
+def register(strategy: Strategy) -> Strategy:
+    """Add a strategy to the table, under a name that is not taken.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+    if strategy.name in (AUTO, *TABLE):
+        raise ValueError(f"strategy: expected a name other than {', '.join(names())}, got {strategy.name!r}")
+    TABLE[strategy.name] = strategy
+    _cheapest.cache_clear()
+    return strategy
+
+
+def unregister(name: str) -> None:
+    """Take a strategy out of the table."""
+    del TABLE[name]
+    _cheapest.cache_clear()
+
+
+def names() -> tuple[str, ...]:
+    """Return what a strategy may be called: ``auto`` and those of the table."""
+    return (AUTO, *TABLE)
+
+
+def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.device, own: str | None = None) -> str:
+    """Return ``eager``, ``auto`` or the name of the strategy that computes a call with these tensors, by argument.
+
+    ``own``: a field of :class:`Strategy` that the operation asks for; a strategy without it computes it as ``auto``
+    does. ``auto`` goes on as it is where more than ``eager`` can be taken: the operators ask :func:`choose`, out of the
+    compiler's sight.
+
+    Raises:
+        ValueError, TypeError: an unknown strategy, or one that was asked for and cannot do this.
+    """
+    if strategy != AUTO and strategy not in TABLE:
+        raise ValueError(f"strategy: expected one of {', '.join(names())}, got {strategy!r}")
+    if strategy == EAGER:
+        return EAGER
+    meant = strategy if strategy != AUTO else dispatch.in_force().auto or AUTO
+    if own is not None and meant not in (AUTO, EAGER) and not getattr(TABLE[meant], own):
+        meant = AUTO
+    case = _case(tensors, device, asked=meant != AUTO)
+    if meant == AUTO:
+        others = (s for s in TABLE.values() if s.name != EAGER and (own is None or getattr(s, own)))
+        return AUTO if any(s.supports(case) is None for s in others) else EAGER
+    error = TABLE[meant].supports(case)
+    if error is not None and strategy != AUTO:
         raise error
-    return "eager"
+    return meant if error is None else EAGER
+
+
+def _case(tensors: Mapping[str, Tensor | None], device: torch.device, *, asked: bool) -> Case:
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    task_vectors, A, G = (tensors.get(name) for name in ("task_vectors", "A", "G"))
+    tasks = task_vectors.shape[0] if task_vectors is not None else 0 if G is None else G.shape[2]
+    return Case(device, dtypes, tasks, 0 if A is None else A.shape[1], asked=asked)
 
 
 def choose(
@@ -87,70 +150,165 @@ def choose(
     tasks: int,
     per_row: bool = False,
 ) -> str:
-    """Return ``fused`` or ``streamed`` for one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer [n, d].
+    """Return the strategy of one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer [n, d].
 
-    ``strategy`` other than ``auto`` is what it is. Otherwise what was measured on this GPU at the nearest number of
-    rows, where a tuned configuration file has this layer, else the cheaper by :mod:`pmkernels.costs`.
+    A strategy other than ``auto`` is taken where it supports the operation. Otherwise it is what was measured on this
+    GPU at the nearest number of rows, where a tuned configuration file has this layer, else the cheapest by
+    :mod:`pmkernels.costs`.
     """
-    if operation == "weight_grad" and like.dtype == torch.float16:
-        # a dW of 16 bits would underflow
-        return "fused"
-    if strategy != "auto":
-        return strategy
+    if strategy != AUTO:
+        case = Case(like.device, {"x": like.dtype}, tasks, rank, operation)
+        if TABLE[strategy].supports(case) is None:
+            return strategy
     kind = launch.precision_kind(like.dtype)
     problem = costs.Problem(rows=rows, n=n, d=d, tasks=tasks, rank=rank, kind=kind, per_row=per_row)
-    return _cheapest(dispatch.in_force(), dispatch.gpu_file(like.device), like.device, operation, problem)
+    file = dispatch.gpu_file(like.device)
+    return _cheapest(dispatch.in_force(), file, like.device, like.dtype, operation, problem)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(configs: Configs, name: str, device: torch.device, operation: str, problem: costs.Problem) -> str:
-    if operation in ("forward", "dx") and not problem.tasks and (problem.per_row or not problem.rank):
-        # nothing to merge: streamed is the library's product and nothing else
-        return "streamed"
+def _cheapest(
+    configs: Configs, file: str, device: torch.device, dtype: torch.dtype, operation: str, problem: costs.Problem
+) -> str:
+    case = Case(device, {"x": dtype}, problem.tasks, problem.rank, operation)
+    able = [s for s in TABLE.values() if s.supports(case) is None]
+    if operation == "preference":
+        able = [s for s in able if s.preference is not None]
     measured = [
         choice
-        for choice in configs.choices(name)
+        for choice in configs.choices(file)
         if (choice.op, choice.dtype, choice.n, choice.d, choice.tasks, choice.rank)
         == (operation, problem.kind, problem.n, problem.d, problem.tasks, problem.rank)
+        and choice.best in (s.name for s in able)
     ]
     if measured and not problem.per_row:
         return min(measured, key=lambda c: abs(math.log2(c.rows) - math.log2(max(problem.rows, 1)))).best
-    gpu = dispatch.rates(name, device)
-    return min(("streamed", "fused"), key=lambda s: predicted_seconds(name, gpu, operation, s, problem))
+    gpu = dispatch.rates(file, device)
+
+    def seconds(strategy: Strategy) -> float:
+        passes = strategy.cost(operation, problem, file, gpu)
+        return math.inf if passes is None else costs.seconds(passes, gpu, problem.kind)
+
+    return min(able, key=seconds).name
+
+
+def pick(operation: str, strategy: str, like: Tensor, parts: Parts) -> Strategy:
+    """Return the strategy of an operation of the layer that is made of ``parts``, for rows like x or dy."""
+    weight = parts.weight
+    n = weight.shape[0] if weight.ndim else 1
+    rows, d = math.prod(like.shape[:-1]), weight.numel() // max(n, 1)
+    size = {"rows": rows, "n": n, "d": d, "rank": parts.rank, "tasks": parts.tasks}
+    return TABLE[choose(operation, strategy, like, **size, per_row=parts.per_row)]
 
 
 def predicted_seconds(
-    name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
+    file: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
 ) -> float:
     """Predict the seconds of an operation on a GPU, with the tiles of a configuration file."""
-    kernels = predicted_passes(name, gpu, operation, strategy, problem, cached=cached)
-    return costs.seconds(kernels, gpu, problem.kind)
+    return costs.seconds(predicted_passes(file, gpu, operation, strategy, problem, cached=cached), gpu, problem.kind)
 
 
 def predicted_passes(
-    name: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
+    file: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
 ) -> list[costs.Pass]:
-    """List the kernels of an operation as :mod:`pmkernels.costs` counts them, with a configuration file's tiles."""
-    op, rows = operation if operation in ("weight_grad", "preference") else "linear", launch.bucket(problem.rows)
-    if operation == "weight_grad" and strategy == "streamed":
-        # the library forms dW, and what tiles are is a matter of its reduction
-        op, rows = "merge_grad", launch.bucket(0)
-    config = dispatch.lookup(name, op, problem.kind, rows, problem.rank, True)
-    n, d = (problem.d, problem.n) if operation == "dx" else (problem.n, problem.d)
+    """List the kernels of an operation as :mod:`pmkernels.costs` counts them, with a configuration file's tiles.
+
+    ``cached``: with a W(γ) that is there, for any strategy the library's product.
+    """
+    if cached and operation in ("forward", "dx"):
+        return costs.product(problem)
+    return TABLE[strategy].cost(operation, problem, file, gpu) or []
+
+
+def _supported_by_kernels(case: Case) -> Exception | None:
+    if not launch.HAS_TRITON:
+        return ValueError("strategy: expected 'eager' or 'auto', because triton is not installed")
+    if not (dispatch.runs_kernels if case.asked else dispatch.as_on_a_gpu)(case.device):
+        return ValueError(
+            "strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU "
+            f"(TRITON_INTERPRET=1, set before the start, interprets kernels on the CPU), got device {case.device}"
+        )
+    for name, dtype in case.dtypes.items():
+        if dtype not in launch.DTYPES:
+            expected = "float32, bfloat16 or float16 (float64: strategy 'eager')"
+            return TypeError(f"{name}: expected {expected}, got {dtype}")
+    if case.tasks > launch.MAX_TASKS:
+        name = "task_vectors" if "task_vectors" in case.dtypes else "G"
+        most = f"K from 1 to {launch.MAX_TASKS}"
+        return ValueError(f"{name}: expected {most} (more: strategy 'eager'), got K = {case.tasks}")
+    if case.rank > launch.MAX_RANK:
+        expected = f"a rank from 1 to {launch.MAX_RANK} (more: strategy 'eager')"
+        return ValueError(f"A: expected {expected}, got rank {case.rank}")
+    return None
+
+
+def _supported_by_streams(case: Case) -> Exception | None:
+    if case.operation == "weight_grad" and case.dtypes.get("x") == torch.float16:
+        return TypeError("x: expected a type in which a dW of 16 bits does not underflow, got torch.float16")
+    return _supported_by_kernels(case)
+
+
+def _tiles(op: str, problem: costs.Problem, operation: str, file: str, gpu: costs.Rates) -> costs.Tiles:
+    p, config = problem, dispatch.lookup(file, op, problem.kind, launch.bucket(problem.rows), problem.rank, True)
+    n, d = (p.d, p.n) if operation == "dx" else (p.n, p.d)
+    blocks_n = -(-n // config.block_n)
     if operation == "weight_grad":
-        tiles = -(-n // config.block_n) * -(-d // config.block_d)
-        splits, _ = launch.splits_of_rows(config, gpu.multiprocessors, problem.rows, n, d, tiles, problem.rank)
+        tiles = blocks_n * -(-d // config.block_d)
+        splits, _ = launch.splits_of_rows(config, gpu.multiprocessors, p.rows, n, d, tiles, p.rank)
     else:
-        tiles = -(-problem.rows // config.block_m) * -(-n // config.block_n)
-        splits, _ = launch.splits_of_d(config, gpu.multiprocessors, problem.rows, n, d, tiles)
-    return costs.passes(
-        operation,
-        strategy,
-        problem,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        block_d=config.block_d,
-        splits=splits,
-        cached=cached,
-        cache_bytes=gpu.cache_bytes,
+        tiles = -(-p.rows // config.block_m) * blocks_n
+        splits, _ = launch.splits_of_d(config, gpu.multiprocessors, p.rows, n, d, tiles)
+    return costs.Tiles(config.block_m, config.block_n, config.block_d, splits, gpu.cache_bytes)
+
+
+def _cost_of_fused(operation: str, problem: costs.Problem, file: str, gpu: costs.Rates) -> list[costs.Pass]:
+    op = operation if operation in ("weight_grad", "preference") else "linear"
+    return costs.fused(operation, problem, _tiles(op, problem, operation, file, gpu))
+
+
+def _cost_of_streamed(operation: str, problem: costs.Problem, file: str, gpu: costs.Rates) -> list[costs.Pass]:
+    tiles = costs.Tiles(cache_bytes=gpu.cache_bytes)
+    if operation == "weight_grad":
+        # the library forms dW, and what tiles are is a matter of its reduction
+        config = dispatch.lookup(file, "merge_grad", problem.kind, launch.bucket(0), problem.rank, True)
+        tiles = tiles._replace(block_n=config.block_n, block_d=config.block_d)
+    return costs.streamed(operation, problem, tiles)
+
+
+def _absent(*_: Any, **__: Any) -> Any:
+    raise ModuleNotFoundError("triton")
+
+
+if launch.HAS_TRITON:
+    from pmkernels.kernels import linear, low_rank, preference, weight_grad
+
+    _FUSED = linear.linear_fwd, linear.linear_bwd_x, weight_grad.weight_grad, products.merge_by_kernel
+    _STREAMED = (
+        products.forward_of_scratch,
+        products.dx_of_scratch,
+        products.weight_gradients_of_scratch,
+        products.merge_by_kernel,
     )
+    _PREFERENCE = preference.preference_linear, preference.preference_linear_of_wide
+    _KERNELS: tuple[Any, Any] = low_rank.KernelRows, weight_grad.weight_grad_of_merge
+else:
+    # the names are there, and what they answer is that nothing supports them
+    _FUSED = _STREAMED = (_absent,) * 4
+    _PREFERENCE, _KERNELS = (_absent,) * 2, (Rows, _absent)
+register(Strategy(FUSED, _supported_by_kernels, *_FUSED, _cost_of_fused, *_KERNELS, _PREFERENCE[0], kernels=True))
+register(
+    Strategy(STREAMED, _supported_by_streams, *_STREAMED, _cost_of_streamed, *_KERNELS, _PREFERENCE[1], kernels=True)
+)
+register(
+    Strategy(
+        EAGER,
+        lambda case: None,
+        products.forward,
+        products.dx,
+        products.weight_gradients,
+        products.merge,
+        cost=lambda *_: None,
+    )
+)
+# those that come with the library
+STRATEGIES = names()

@@ -1,4 +1,4 @@
-"""merge_vectors and its gradient: the checks, and the plain PyTorch form, of many small parameters merged at once."""
+"""merge_vectors and its gradient: many small parameters merged at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,99 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pmkernels import launch, strategies
-from pmkernels.checks import check_tensor, no_autocast, without_autocast
+from pmkernels import strategies
+from pmkernels.autocast import no_autocast, without_autocast
+from pmkernels.checks import check_tensor
+from pmkernels.launch import HAS_TRITON
+from pmkernels.operators import differentiable, operator
 from pmkernels.reference import accumulate_dtype
+from pmkernels.strategies import EAGER
 
-if launch.HAS_TRITON:
-    from pmkernels import ops
+if HAS_TRITON:
+    from pmkernels.kernels import vectors as kernels
 
 
-class _MergeVectors(torch.autograd.Function):
+def merge_vectors(
+    weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor, *, strategy: str = "auto"
+) -> Tensor:
+    """Merge w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector: all biases and norms of a network in one launch.
+
+    Args:
+        weight: w0 ``[S]``, the pieces one after the other, frozen. task_vectors: ``[K, S]``, frozen.
+        lam: ``[L, K]``, float32: a λ vector for each piece.
+        offsets: ``[L + 1]``, int64, on the same device: piece l is ``[offsets[l], offsets[l + 1])``; from 0 to S,
+            not decreasing. Its values are not looked at here.
+        strategy: ``"auto"``, ``"eager"`` or ``"fused"`` (as is ``"streamed"``), as in :func:`merge_weight`.
+
+    Returns:
+        ``[S]`` like ``weight``, summed in float32 and rounded once. Differentiable once in lam.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight, weight.device)
+    check_tensor("task_vectors", task_vectors, weight.device)
+    check_tensor("lam", lam, weight.device, learned=True)
+    if weight.ndim != 1:
+        raise ValueError(f"weight: expected shape [S], got {list(weight.shape)}")
+    if task_vectors.ndim != 2 or task_vectors.shape[1] != weight.shape[0]:
+        raise ValueError(f"task_vectors: expected shape [K, {weight.shape[0]}], got {list(task_vectors.shape)}")
+    if lam.ndim != 2 or lam.shape[1] != task_vectors.shape[0]:
+        raise ValueError(f"lam: expected shape [L, {task_vectors.shape[0]}], got {list(lam.shape)}")
+    _check_offsets(offsets, weight.device, lam.shape[0])
+    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
+    tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam}
+    chosen = strategies.resolve(strategy, tensors, weight.device, own="kernels")
+    with no_autocast(weight.device.type):
+        compute = _Eager.apply if chosen == EAGER else vectors_operator
+        merged: Tensor = compute(weight, task_vectors, lam, offsets)
+        return merged
+
+
+def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, *, strategy: str = "auto") -> Tensor:
+    """Compute dλ_lk = Σ_s g_s τ_ks over each piece: what autograd makes of :func:`merge_vectors`, without its graph.
+
+    Args:
+        grad: g ``[S]``, the gradient of the merged vector. task_vectors, offsets, strategy: as there.
+
+    Returns:
+        ``[L, K]`` in float32 (float64 if anything is).
+
+    Raises:
+        TypeError, ValueError: as :func:`merge_vectors`.
+    """
+    if not isinstance(task_vectors, Tensor):
+        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
+    device = task_vectors.device
+    check_tensor("task_vectors", task_vectors, device)
+    check_tensor("grad", grad, device)
+    if task_vectors.ndim != 2 or grad.shape != task_vectors.shape[1:]:
+        raise ValueError(f"task_vectors: expected shape [K, {grad.numel()}], got {list(task_vectors.shape)}")
+    _check_offsets(offsets, device)
+    with no_autocast(device.type):
+        chosen = strategies.resolve(strategy, {"grad": grad, "task_vectors": task_vectors}, device, own="kernels")
+        compute = _project if chosen == EAGER else vectors_backward_operator
+        gradient: Tensor = compute(grad, task_vectors, offsets)
+        return gradient
+
+
+def _check_offsets(offsets: Tensor, device: torch.device, pieces: int | None = None) -> None:
+    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.layout != torch.strided:
+        got = f"{offsets.dtype}, {offsets.layout}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"offsets: expected a dense int64 tensor, got {got}")
+    wrong = offsets.ndim != 1 or not offsets.numel() if pieces is None else offsets.shape != (pieces + 1,)
+    if wrong or offsets.device != device:
+        expected = f"[{'L + 1' if pieces is None else pieces + 1}] on {device}"
+        raise ValueError(f"offsets: expected {expected}, got {list(offsets.shape)} on {offsets.device}")
+
+
+class _Eager(torch.autograd.Function):
+    """The eager form: one task vector at a time."""
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(task_vectors, offsets)
@@ -55,80 +139,40 @@ def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack(sums, dim=1).to(accumulate_dtype(grad, task_vectors))
 
 
-def merge_vectors(
-    weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor, *, strategy: str = "auto"
-) -> Tensor:
-    """w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector: all biases and norms of a network in one launch.
-
-    Args:
-        weight: w0 ``[S]``, the pieces one after the other, frozen. task_vectors: ``[K, S]``, frozen.
-        lam: ``[L, K]``, float32: a λ vector for each piece.
-        offsets: ``[L + 1]``, int64, on the same device: piece l is ``[offsets[l], offsets[l + 1])``; from 0 to S,
-            not decreasing. Its values are not looked at here.
-        strategy: ``"auto"``, ``"eager"`` or ``"fused"`` (as is ``"streamed"``), as in :func:`merge_weight`.
-
-    Returns:
-        ``[S]`` like ``weight``, summed in float32 and rounded once. Differentiable once in lam.
-
-    Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
-    """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    check_tensor("weight", weight, weight.device)
-    check_tensor("task_vectors", task_vectors, weight.device)
-    check_tensor("lam", lam, weight.device, learned=True)
-    if weight.ndim != 1:
-        raise ValueError(f"weight: expected shape [S], got {list(weight.shape)}")
-    if task_vectors.ndim != 2 or task_vectors.shape[1] != weight.shape[0]:
-        raise ValueError(f"task_vectors: expected shape [K, {weight.shape[0]}], got {list(task_vectors.shape)}")
-    if lam.ndim != 2 or lam.shape[1] != task_vectors.shape[0]:
-        raise ValueError(f"lam: expected shape [L, {task_vectors.shape[0]}], got {list(lam.shape)}")
-    _check_offsets(offsets, weight.device, lam.shape[0])
-    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
-        if value.requires_grad:
-            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
-    tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam}
-    chosen = strategies.resolve(strategy, tensors, weight.device)
-    with no_autocast(weight.device.type):
-        if chosen == "eager":
-            merged: Tensor = _MergeVectors.apply(weight, task_vectors, lam, offsets)
-            return merged
-        return ops.merge_vectors(weight, task_vectors, lam, offsets)
+def _fake_merged(weight: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, *, strategy: str = "auto") -> Tensor:
-    """dλ_lk = Σ_s g_s τ_ks over each piece: what autograd makes of :func:`merge_vectors`, without its graph.
-
-    Args:
-        grad: g ``[S]``, the gradient of the merged vector. task_vectors, offsets, strategy: as there.
-
-    Returns:
-        ``[L, K]`` in float32 (float64 if anything is).
-
-    Raises:
-        TypeError, ValueError: as :func:`merge_vectors`.
-    """
-    if not isinstance(task_vectors, Tensor):
-        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
-    device = task_vectors.device
-    check_tensor("task_vectors", task_vectors, device)
-    check_tensor("grad", grad, device)
-    if task_vectors.ndim != 2 or grad.shape != task_vectors.shape[1:]:
-        raise ValueError(f"task_vectors: expected shape [K, {grad.numel()}], got {list(task_vectors.shape)}")
-    _check_offsets(offsets, device)
-    with no_autocast(device.type):
-        if strategies.resolve(strategy, {"grad": grad, "task_vectors": task_vectors}, device) == "eager":
-            return _project(grad, task_vectors, offsets)
-        found: Tensor = ops.merge_vectors_backward(grad, task_vectors, offsets)
-        return found
+@operator(
+    "merge_vectors", "(Tensor weight, Tensor task_vectors, Tensor lam, Tensor offsets) -> Tensor", fake=_fake_merged
+)
+def vectors_operator(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
+    """Merge w0 + Σ_k λ_lk τ_k piece by piece: [S], [K, S], [L, K], [L + 1] -> [S]."""
+    with torch.cuda.device_of(weight):
+        weight, lam, offsets = weight.contiguous(), lam.contiguous(), offsets.contiguous()
+        return kernels.merge_vectors_fwd(weight, _rows_contiguous(task_vectors), lam, offsets)
 
 
-def _check_offsets(offsets: Tensor, device: torch.device, pieces: int | None = None) -> None:
-    if not isinstance(offsets, Tensor) or offsets.dtype != torch.int64 or offsets.layout != torch.strided:
-        got = f"{offsets.dtype}, {offsets.layout}" if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise TypeError(f"offsets: expected a dense int64 tensor, got {got}")
-    wrong = offsets.ndim != 1 or not offsets.numel() if pieces is None else offsets.shape != (pieces + 1,)
-    if wrong or offsets.device != device:
-        expected = f"[{'L + 1' if pieces is None else pieces + 1}] on {device}"
-        raise ValueError(f"offsets: expected {expected}, got {list(offsets.shape)} on {offsets.device}")
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _fake_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty((offsets.shape[0] - 1, task_vectors.shape[0]), dtype=torch.float32)
+
+
+@operator("merge_vectors_backward", "(Tensor grad, Tensor task_vectors, Tensor offsets) -> Tensor", fake=_fake_gradient)
+def vectors_backward_operator(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
+    """Return dλ [L, K] of the merged [S]."""
+    with torch.cuda.device_of(grad):
+        return kernels.merge_vectors_bwd(grad, _rows_contiguous(task_vectors), offsets.contiguous())
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, task_vectors, _, offsets = inputs
+    ctx.save_for_backward(task_vectors, offsets)
+
+
+@differentiable(vectors_operator, save=_save)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return None, None, vectors_backward_operator(grad, *ctx.saved_tensors), None

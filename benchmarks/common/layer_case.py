@@ -13,7 +13,7 @@ import pmkernels
 from benchmarks.common.errors import relative_error
 from benchmarks.common.inputs import Source, make_activations, make_weights
 from benchmarks.common.towers import Layer
-from pmkernels import ops, reference
+from pmkernels import linear, reference
 
 LIMIT = "limit: merged beforehand"
 # operation of pmkernels.costs -> as results files call it
@@ -73,13 +73,13 @@ def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
 
     def backward(strategy: str, cached: Tensor | None = None) -> Variant:
         values = {**case.parts, "x": x, "bias": bias, "cached": cached}
-        inputs = [values.get(name) for name in ops.LINEAR_INPUTS]
+        inputs = [values.get(name) for name in linear.INPUTS]
         low_rank = "A" in case.parts
         # of x, lam, A, G, B, gamma and bias
         needs = [True, *[False] * 6] if op == "dx" else [False, True, low_rank, low_rank, low_rank, False, False]
 
         def run() -> list[Tensor]:
-            found = ops.pareto_linear_backward(dy, *inputs, needs, strategy)
+            found = linear.linear_backward_operator(dy, *inputs, needs, strategy)
             return [gradient for gradient, need in zip(found, needs, strict=True) if need]
 
         return run

@@ -20,7 +20,7 @@ from benchmarks.common.timing import rounded
 from benchmarks.common.towers import BATCH, RANK, TASKS, TINY_LAYERS, VIT_B, VIT_L, Layer
 from benchmarks.goals.context import Context, fill_times
 from benchmarks.tune import cases, judging
-from pmkernels import ops, reference
+from pmkernels import products, reference
 
 # whose weight gradients are measured: all of a ViT-L/14 block, attention's of ViT-B/32
 SIX = (*VIT_L.block_layers(BATCH), *VIT_B.block_layers(BATCH)[:2])
@@ -143,7 +143,7 @@ def _sums(context: Context) -> Iterator[LayerRow]:
 
 def column_sums(dy: Tensor) -> Tensor:
     """Σ_m dy [N] in float32, as the streamed way computes db."""
-    return ops._column_sums(dy)
+    return products.column_sums(dy)
 
 
 def reductions(context: Context) -> None:

@@ -156,7 +156,7 @@ def served_line(layer: Layer, gpu: str) -> list[str]:
     rates = rates_of(gpu)
     p = problem(layer, 0, per_row=True)
     bound = costs.served_seconds(p, rates.products(KIND), rates.memory)
-    plain = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
+    plain = costs.seconds(costs.product(p), rates, KIND)
     ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
     cells = [f"*{figure(1e6 * seconds)}*" for seconds in (plain, *ways.values())]
     return [layer_name(layer), figure(1e6 * bound), *cells, f"*{min(ways.values()) / plain:.2f}×*"]

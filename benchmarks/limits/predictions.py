@@ -331,5 +331,5 @@ def reduction_share(layer: Layer, tasks: int, gpu: str) -> float:
 def weight_gradient_ratio(layer: Layer, tasks: int, gpu: str, *, bias: bool) -> float:
     """Divide the predicted weight gradient of ``auto`` by the library's dW and the bytes of τ over bandwidth."""
     p, rates = problem(layer, tasks, bias=bias), rates_of(gpu)
-    product = costs.seconds(costs.passes("forward", "streamed", p, cached=True), rates, KIND)
+    product = costs.seconds(costs.product(p), rates, KIND)
     return predicted("weight_grad", choice("weight_grad", p, gpu), p, gpu) / (product + tasks * p.weight / rates.memory)

@@ -25,7 +25,7 @@ from benchmarks.common.rows import Json, LayerRow, dtype_name
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import timed
 from benchmarks.common.towers import RANK, TASKS, TINY_LAYERS, Layer
-from pmkernels import ops, reference
+from pmkernels import linear, reference
 from pmkernels.graphs import capture, warm_up
 
 LAYERS = (
@@ -116,7 +116,7 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Js
     operations = 2.0 * rows * layer.n * layer.d
     weights, activations = (TASKS + 1) * weight.numel() * size, rows * (layer.n + layer.d) * size
     common: dict[str, Any] = {"device": device, "rates": rates}
-    inputs = [values.get(name) for name in ops.LINEAR_INPUTS]
+    inputs = [values.get(name) for name in linear.INPUTS]
 
     def forward(strategy: str) -> Variant:
         return lambda: [pmkernels.pareto_linear(**values, strategy=strategy)]
@@ -140,7 +140,7 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Js
 
     def backward(needs: Sequence[bool], strategy: str) -> Variant:
         def run() -> list[Tensor]:
-            found = ops.pareto_linear_backward(dy, *inputs, list(needs), strategy)
+            found = linear.linear_backward_operator(dy, *inputs, list(needs), strategy)
             return [gradient for gradient, need in zip(found, needs, strict=True) if need]
 
         return run

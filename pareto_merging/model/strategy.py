@@ -12,7 +12,9 @@ import pmkernels
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.state import pareto_states
+from pmkernels import strategies
 
+# those that come with the library
 STRATEGIES = (*pmkernels.STRATEGIES, "cached")
 
 
@@ -37,8 +39,9 @@ def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None =
             device can follow is asked when the model runs.
         TypeError: a budget that is not a number of bytes.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    known = (*strategies.names(), "cached")
+    if strategy not in known:
+        raise ValueError(f"strategy: expected one of {', '.join(known)}, got {strategy!r}")
     states = pareto_states(model)
     if not states:
         raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")

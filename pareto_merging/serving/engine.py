@@ -31,7 +31,7 @@ from pareto_merging.serving.layers import serve_layers
 from pareto_merging.serving.loading import check_dtype, load_model
 from pareto_merging.system.devices import find_device
 from pareto_merging.system.progress import progress_bar
-from pmkernels.checks import no_autocast
+from pmkernels.autocast import no_autocast
 
 # from this many items on, a preference they share is worth merging at once
 MERGE_FROM = 32

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pmkernels import dispatch, launch
 from pmkernels.kernels.rows import as_rows, row_offsets
+from pmkernels.low_rank import Needs, Parts, Rows, gradients_of_core, groups_of, ungroup
 
 
 @triton.jit
@@ -312,3 +313,55 @@ def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tens
             **config.options,
         )
     return out
+
+
+class KernelRows(Rows):
+    """The low-rank term's products with rows by these kernels; s, t, u and ds are [M, R] in float32."""
+
+    def __init__(self, parts: Parts, like: Tensor) -> None:
+        self.parts, self.lead, self.dtype = parts, like.shape[:-1], like.dtype
+        # partial sums stay below the size of a weight
+        self.limit = parts.weight.numel()
+        self.G, self.gamma, core = parts.G, parts.gamma, None if parts.per_row else parts.core()
+        if parts.gamma is not None and parts.per_row:
+            self.gamma = groups_of(parts.gamma, self.lead).contiguous()
+        elif core is not None:
+            self.G, self.gamma = core.unsqueeze(-1), torch.ones(1, 1, dtype=core.dtype, device=core.device)
+
+    @staticmethod
+    def from_tiles(rank: int, n: int, d: int) -> bool:
+        """Say whether partial sums of P and Q have room."""
+        return launch.from_tiles(rank, n, d)
+
+    def inward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and t of x [*, D]."""
+        assert self.parts.B is not None
+        s, t = shrink(x, self.parts.B, self.G, self.gamma)
+        return s, s if t is None else t
+
+    def outward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and ds of dy [*, N]."""
+        assert self.parts.A is not None
+        u, ds = shrink(dy, self.parts.A, self.G, self.gamma, transposed=True)
+        return u, u if ds is None else ds
+
+    def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
+        """Return dA = dyᵀ·t of dy and t, or dB = xᵀ·ds of x and ds."""
+        return factor_grad(rows, t, self.limit)
+
+    def core_gradients(self, u: Tensor, s: Tensor, needs: Needs) -> dict[str, Tensor]:
+        """Return dG and dγ by name, as far as they are needed."""
+        G, gamma = self.G, self.gamma
+        assert G is not None and gamma is not None and self.parts.gamma is not None
+        gradients = {}
+        if not self.parts.per_row:
+            dC = core_grad(u, s, gamma, self.dtype, self.limit)[..., 0]
+            return gradients_of_core(dC, self.parts, needs)
+        if needs.G:
+            gradients["G"] = core_grad(u, s, gamma, self.dtype, self.limit)
+        if needs.gamma:
+            by_row = preference_grad(u, s, G, self.dtype)
+            groups, tasks = gamma.shape
+            by_group = by_row.view(groups, by_row.shape[0] // max(groups, 1), tasks).sum(dim=1)
+            gradients["gamma"] = ungroup(by_group, self.lead, self.parts.gamma)
+        return gradients

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from pmkernels import dispatch, launch
 from pmkernels.kernels.linear import sum_splits
@@ -292,3 +293,10 @@ def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
         **config.options,
     )
     return out
+
+
+def preference_linear_of_wide(
+    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return what :func:`preference_linear` does by the library's product of ``wide`` with [x | t]."""
+    return F.linear(widen(x, G, B, gamma), wide, bias)

@@ -17,8 +17,6 @@ multiple of 16 columns, if need be of zeros.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +25,7 @@ from torch.nn import functional as F
 
 from pmkernels import dispatch, launch
 from pmkernels.kernels.rows import as_matrix, as_rows, row_offsets
+from pmkernels.low_rank import WeightGradients
 
 # of the rows, for the sums of their columns: one program would read too slowly, and each part is a partial sum
 BIAS_PARTS = tl.constexpr(4)
@@ -251,15 +250,6 @@ def sum_parts(part_ptr, out_ptr, block, parts, size, BLOCK: tl.constexpr):
         total += tl.load(part_ptr, mask=j < size, other=0.0)  # [BLOCK]
         part_ptr += size
     tl.store(out_ptr + j, total, mask=j < size)
-
-
-class WeightGradients(NamedTuple):
-    """What is reduced from a dW: dλ [K], P = dW·B [N, R], Q = dWᵀ·A [D, R], db [N], in float32; None: not asked for."""
-
-    d_lam: Tensor | None = None
-    P: Tensor | None = None
-    Q: Tensor | None = None
-    d_bias: Tensor | None = None
 
 
 def _launch(

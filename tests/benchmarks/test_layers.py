@@ -13,7 +13,7 @@ import pmkernels
 from benchmarks.common import layer_case
 from benchmarks.common.layer_case import LIMIT
 from benchmarks.suites import layers, layers_summary
-from pmkernels import ops
+from pmkernels import linear
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def test_a_wrong_forward_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wrong", [1, 2, 3, 4])
 def test_one_wrong_gradient_is_seen(wrong: int, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of dλ, dA, dG and dB by one per cent; without a low-rank term there is dλ alone."""
-    correct = ops.pareto_linear_backward
+    correct = linear.linear_backward_operator
 
     def backward(*arguments: Any) -> list[torch.Tensor]:
         return [g * 1.01 if index == wrong else g for index, g in enumerate(correct(*arguments))]
 
-    monkeypatch.setattr(ops, "pareto_linear_backward", backward)
+    monkeypatch.setattr(linear, "linear_backward_operator", backward)
     seen = {row.variant for row in points("weight gradient", layer) if not row.matched}
     assert seen == (set() if layer == 1 and wrong > 1 else {"fused", "streamed", "auto"})
 

@@ -10,7 +10,7 @@ from kernel_cases import LOW_RANK, check_linear, exactly, gradients, linear_argu
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import dispatch, linear, reference
 from pmkernels.configs import Configs
 
 KERNELS = dispatch.runs_kernels(torch.device("cpu"))
@@ -227,13 +227,13 @@ def test_compiles_without_a_graph_break(strategy: str) -> None:
 @pytest.mark.skipif(not KERNELS, reason="the operators run on the GPU here")
 @pytest.mark.parametrize("gamma_lead", [(), (2, 1)])
 def test_opcheck(gamma_lead: tuple[int, ...]) -> None:
-    from pmkernels import ops
+    ops = torch.ops.pmkernels
 
     values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead)
     cached = merged(values, "fused")
     columns = values["x"].detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
     for x, name in ((values["x"], "fused"), (columns, "auto")):
         arguments = {**values, "x": x, "cached": cached}
-        torch.library.opcheck(ops.pareto_linear, (*(arguments.get(key) for key in ops.LINEAR_INPUTS), name))
-        frozen = [None if v is None else v.detach() for v in (arguments.get(key) for key in ops.LINEAR_INPUTS)]
+        torch.library.opcheck(ops.pareto_linear, (*(arguments.get(key) for key in linear.INPUTS), name))
+        frozen = [None if v is None else v.detach() for v in (arguments.get(key) for key in linear.INPUTS)]
         torch.library.opcheck(ops.pareto_linear_backward, (torch.randn(2, 3, 6), *frozen, [True] * 7, name))

@@ -19,8 +19,8 @@ PARTIALS = 4 * (16 * 3072 * 16 + 48 * 1024 * 16 + 768 * 8)
 
 
 def weight_gradient(strategy: str, problem: Problem = LAYER, cache_bytes: float = 50e6) -> dict[str, Pass]:
-    tiles = {"block_n": 64, "block_d": 64} if strategy == "streamed" else {"block_n": 128, "block_d": 128}
-    kernels = costs.passes("weight_grad", strategy, problem, cache_bytes=cache_bytes, **tiles)
+    count, block = (costs.streamed, 64) if strategy == "streamed" else (costs.fused, 128)
+    kernels = count("weight_grad", problem, costs.Tiles(block_n=block, block_d=block, cache_bytes=cache_bytes))
     assert len({kernel.name for kernel in kernels}) == len(kernels)
     return {kernel.name: kernel for kernel in kernels}
 
@@ -108,8 +108,8 @@ def test_every_share_is_one_at_most_and_says_where_it_comes_from() -> None:
     used = {
         kernel.form
         for operation, problem in operations.items()
-        for strategy in ("fused", "streamed")
-        for kernel in costs.passes(operation, strategy, problem)
+        for count in (costs.fused, costs.streamed)
+        for kernel in count(operation, problem)
     }
     assert used == set(FORMS) - {"attention", "tensor by tensor"}, "the others are those of whole models"
 

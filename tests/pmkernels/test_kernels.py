@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -14,16 +15,18 @@ from kernel_cases import LOW_RANK, assert_close, check_linear, exactly, gradient
 from torch import Tensor
 
 import pmkernels
-from pmkernels import dispatch, reference
+from pmkernels import dispatch, linear, reference, strategies
 
 if not dispatch.runs_kernels(torch.device("cpu")):
     pytest.skip("kernels run on the GPU here, see tests/gpu", allow_module_level=True)
 
-from pmkernels import ops
 from pmkernels.kernels import linear as linear_kernels
 from pmkernels.kernels import low_rank as low_rank_kernels
 from pmkernels.kernels import rows as row_layout
 from pmkernels.kernels import weight_grad as weight_grad_kernels
+from pmkernels.low_rank import Parts
+
+ops = torch.ops.pmkernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_STRATEGIES = ("fused", "streamed")
@@ -314,6 +317,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ):
         for name in launchers:
             monkeypatch.setattr(module, name, note(name, getattr(module, name)))
+    noted = {"forward": linear_kernels.linear_fwd, "dx": linear_kernels.linear_bwd_x}
+    noted["weight_grad"] = weight_grad_kernels.weight_grad
+    monkeypatch.setitem(strategies.TABLE, "fused", dataclasses.replace(strategies.TABLE["fused"], **noted))
     return names
 
 
@@ -408,7 +414,7 @@ def test_opcheck_of_pareto_linear(without: Sequence[str], gamma_lead: tuple[int,
     if "gamma" in without and gamma_lead:
         pytest.skip("no preference to vary")
     values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead, without=without)
-    inputs = tuple(values.get(name) for name in ops.LINEAR_INPUTS)
+    inputs = tuple(values.get(name) for name in linear.INPUTS)
     torch.library.opcheck(ops.pareto_linear, (*inputs, strategy))
     x, *rest = (None if value is None else value.detach() for value in inputs)
     dy = torch.randn(2, 3, 6)
@@ -424,12 +430,12 @@ def test_opcheck_of_pareto_linear(without: Sequence[str], gamma_lead: tuple[int,
 )
 def test_opcheck_of_merge_weight(without: Sequence[str]) -> None:
     values = linear_arguments((2,), 6, 5, without=("x", "bias", *without))
-    inputs = tuple(values.get(name) for name in ops.MERGE_INPUTS)
-    torch.library.opcheck(ops.merge_weight, inputs)
+    inputs = tuple(values.get(name) for name in Parts._fields)
+    torch.library.opcheck(ops.merge_weight, (*inputs, "fused"))
     frozen = tuple(None if value is None else value.detach() for value in inputs)
-    torch.library.opcheck(ops.merge_weight_out, (*frozen, torch.empty(6, 5)))
+    torch.library.opcheck(ops.merge_weight_out, (*frozen, torch.empty(6, 5), "fused"))
     needs = [name in values for name in ("lam", "A", "G", "B", "gamma")]
-    torch.library.opcheck(ops.merge_weight_backward, (torch.randn(6, 5), *frozen[1:], needs))
+    torch.library.opcheck(ops.merge_weight_backward, (torch.randn(6, 5), *frozen[1:], needs, "fused"))
 
 
 def test_opcheck_of_softmax_entropy() -> None:

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pmkernels
-from pmkernels import dispatch
+from pmkernels import dispatch, linear
+from pmkernels.low_rank import Parts
+from pmkernels.operators import OPERATORS
+
+ops = torch.ops.pmkernels
 
 if not dispatch.runs_kernels(torch.device("cpu")):
     pytest.skip("kernels run on the GPU here, see tests/gpu", allow_module_level=True)
 
-from pmkernels import ops
 
 RANKS = (1, 4, 16, 17, 32)
 # each optional argument, with what must go with it
@@ -83,7 +86,7 @@ def calls_of_linear(
         values = {name: value.detach() for name, value in values.items()}
         if (turn // 2 + index) % 2:
             values["cached"] = torch.randn(N, D).to(dtype)
-        inputs = [None if name not in values else layout(values[name]) for name in ops.LINEAR_INPUTS]
+        inputs = [None if name not in values else layout(values[name]) for name in linear.INPUTS]
         strategy = ("fused", "streamed")[(turn + index) % 2]
         yield ops.pareto_linear, (*inputs, strategy)
         dy = layout(torch.randn(2, 3, N).to(dtype))
@@ -95,11 +98,11 @@ def calls_of_merge(
 ) -> Iterator[Call]:
     """merge_weight, into a new tensor and into one that is there, and its backward."""
     values = linear_arguments((2,), N, D, tasks=2, rank=rank, dtype=dtype, without=("x", "bias", *without))
-    inputs = [None if name not in values else layout(values[name].detach()) for name in ops.MERGE_INPUTS]
-    yield ops.merge_weight, tuple(inputs)
-    yield ops.merge_weight_out, (*inputs, torch.empty(N, D, dtype=dtype))
-    needs = [name in values for name in ops.MERGE_INPUTS[2:]]
-    yield ops.merge_weight_backward, (layout(torch.randn(N, D).to(dtype)), *inputs[1:], needs)
+    inputs = [None if name not in values else layout(values[name].detach()) for name in Parts._fields]
+    yield ops.merge_weight, (*inputs, "fused")
+    yield ops.merge_weight_out, (*inputs, torch.empty(N, D, dtype=dtype), "fused")
+    needs = [name in values for name in Parts._fields[2:]]
+    yield ops.merge_weight_backward, (layout(torch.randn(N, D).to(dtype)), *inputs[1:], needs, "fused")
 
 
 def calls_of_the_others(rank: int, layout: Layout = same, dtype: torch.dtype = torch.float32) -> Iterator[Call]:
@@ -108,7 +111,10 @@ def calls_of_the_others(rank: int, layout: Layout = same, dtype: torch.dtype = t
     weight, task_vectors = torch.randn(3 * rank).to(dtype), layout(torch.randn(2, 3 * rank).to(dtype))
     yield ops.merge_vectors, (weight, task_vectors, layout(torch.randn(rank, 2)), offsets)
     yield ops.merge_vectors_backward, (torch.ones((), dtype=dtype).expand(3 * rank), task_vectors, offsets)
-    yield ops.shrink, (layout(torch.randn(2, 3, D).to(dtype)), layout(torch.randn(D, rank)))
+    task_vectors, A, B = torch.randn(2, N, D).to(dtype), torch.randn(N, rank), torch.randn(D, rank)
+    yield ops.project_task_vectors, (layout(task_vectors), layout(A), layout(B))
+    grad, right = torch.randn(2, rank, rank), torch.randn(2, N, rank)
+    yield ops.project_task_vectors_backward, (layout(grad), layout(task_vectors), layout(A), right)
     logits = layout(torch.randn(2, 3, rank).to(dtype))
     yield ops.softmax_entropy, (logits,)
     yield ops.softmax_entropy_backward, (layout(torch.randn(2, 3)), logits, *(torch.randn(2, 3) for _ in range(3)))
@@ -116,10 +122,7 @@ def calls_of_the_others(rank: int, layout: Layout = same, dtype: torch.dtype = t
         values = folded((2, 3), N, D, tasks=2, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
         wide = pmkernels.widen_weight(values["weight"], values["A"])
         left = (layout(values["x"]), wide, layout(values["G"]), layout(values["B"].to(dtype)), layout(values["gamma"]))
-        yield PREFERENCE, (*left, values["bias"] if index % 2 else None, strategy)
-
-
-PREFERENCE = torch.ops.pmkernels.preference_linear.default
+        yield ops.preference_linear, (*left, values["bias"] if index % 2 else None, strategy)
 
 
 def opcheck(operator: Any, arguments: Sequence[Any]) -> None:
@@ -144,18 +147,19 @@ def test_opcheck_of_the_others(rank: int) -> None:
 
 def test_no_operator_is_left_out() -> None:
     calls = itertools.chain(calls_of_linear(4, ()), calls_of_merge(4, ()), calls_of_the_others(4))
-    assert {operator for operator, _ in calls} == {*ops.OPERATORS, PREFERENCE}
+    assert {operator for operator, _ in calls} == {getattr(ops, name) for name in OPERATORS}
 
 
 def test_gradients_are_registered() -> None:
     values = linear_arguments((2, 3), N, D, tasks=2, rank=4)
-    learned = {name: values.get(name) for name in ops.LINEAR_INPUTS}
+    learned = {name: values.get(name) for name in linear.INPUTS}
     logits, lam = torch.randn(3, 5, requires_grad=True), torch.randn(2, 2, requires_grad=True)
     for operator, arguments in (
         (ops.pareto_linear, (*learned.values(), "fused")),
-        (ops.merge_weight, tuple(learned[name] for name in ops.MERGE_INPUTS)),
+        (ops.merge_weight, (*(learned[name] for name in Parts._fields), "fused")),
         (ops.merge_vectors, (torch.randn(6), torch.randn(2, 6), lam, torch.tensor([0, 2, 6]))),
         (ops.softmax_entropy, (logits,)),
+        (ops.project_task_vectors, (torch.randn(2, N, D), learned["A"], learned["B"])),
     ):
         torch.library.opcheck(operator, arguments, test_utils="test_autograd_registration")
 

@@ -28,13 +28,15 @@ from kernel_cases import (
 from torch import Tensor
 
 import pmkernels
-from pmkernels import configs, dispatch, strategies
+from pmkernels import configs, dispatch, linear, strategies
 
 if not dispatch.runs_kernels(torch.device("cpu")):
     pytest.skip("kernels run on the GPU here, see tests/gpu", allow_module_level=True)
 
-from pmkernels import ops
+from pmkernels import products as library
 from pmkernels.kernels import weight_grad as weight_grad_kernels
+
+ops = torch.ops.pmkernels
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -183,13 +185,13 @@ def test_gradients_by_themselves(wanted: Sequence[str], strategy: str, parts: Pa
 def test_the_bias_gradient_comes_with_dw(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Σ_m dy by extra programs of the one launch: any number of rows, columns and parts, float32 from start to end."""
     given: list[Tensor | None] = []
-    fused = weight_grad_kernels.weight_grad
+    fused = strategies.TABLE["fused"]
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        given.append((found := fused(*args, **kwargs)).d_bias)
+        given.append((found := fused.weight_grad(*args, **kwargs)).d_bias)
         return found
 
-    monkeypatch.setattr(weight_grad_kernels, "weight_grad", noted)
+    monkeypatch.setitem(strategies.TABLE, "fused", dataclasses.replace(fused, weight_grad=noted))
     sizes = ((0, 5, 4), (1, 1, 1), (3, 64, 1), (33, 65, 3), (127, 63, 9), (129, 130, 2))
     for (m, n, d), (force, dtype) in itertools.product(sizes, ((None, torch.float32), (5, torch.float16))):
         parts.force = force
@@ -339,13 +341,13 @@ def test_loading_several_task_vectors_at_a_time_changes_no_bit(unroll: int) -> N
 def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """The dtype of every dW that was formed by the library."""
     seen: list[torch.dtype] = []
-    product = ops._weight_grad_of_product
+    product = library.dense_gradient
 
-    def noted(dy: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def noted(dy: Tensor, x: Tensor) -> Tensor:
         seen.append(dy.dtype)
-        return product(dy, *args, **kwargs)
+        return product(dy, x)
 
-    monkeypatch.setattr(ops, "_weight_grad_of_product", noted)
+    monkeypatch.setattr(library, "dense_gradient", noted)
     return seen
 
 
@@ -409,7 +411,7 @@ def test_auto_on_the_kernels_is_right_whatever_it_takes() -> None:
 def test_strided_arguments_match_their_fakes() -> None:
     for strategy, gamma_lead in itertools.product(("fused", "streamed"), ((), (2, 1))):
         values = {name: v.detach() for name, v in linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead).items()}
-        inputs = [values.get(name) for name in ops.LINEAR_INPUTS]
+        inputs = [values.get(name) for name in linear.INPUTS]
         for dy in (torch.randn(()).expand(2, 3, 6), torch.randn(6, 2, 3).movedim(0, -1)):
             arguments = (dy, inputs[0].movedim(-1, 0).contiguous().movedim(0, -1), *inputs[1:], [True] * 7, strategy)
             torch.library.opcheck(ops.pareto_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -257,7 +257,7 @@ def test_gradcheck() -> None:
 
 @needs_kernels
 def test_opcheck() -> None:
-    from pmkernels import ops
+    ops = torch.ops.pmkernels
 
     for sizes, tasks in (([4, 0, 3], 2), ([5], 1), ([], 2), ([3], 0)):
         values = arguments(sizes, tasks)

@@ -1,0 +1,227 @@
+"""What W(γ) is made of, and its low-rank term: the one internal form, and its products with every row in plain PyTorch.
+
+Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(γ): :func:`factors` makes it. With one γ
+per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`Rows`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmkernels.reference import accumulate_dtype, preference_core
+
+
+class Parts(NamedTuple):
+    """The tensors that W(γ) is made of, as the public functions take them."""
+
+    weight: Tensor
+    task_vectors: Tensor | None = None
+    lam: Tensor | None = None
+    A: Tensor | None = None
+    G: Tensor | None = None
+    B: Tensor | None = None
+    gamma: Tensor | None = None
+
+    @property
+    def per_row(self) -> bool:
+        """Say whether γ has more dimensions than K."""
+        return self.gamma is not None and self.gamma.ndim > 1
+
+    @property
+    def rank(self) -> int:
+        """Return R, 0 without a low-rank term."""
+        return 0 if self.A is None else self.A.shape[1]
+
+    @property
+    def tasks(self) -> int:
+        """Return K, 0 without task vectors."""
+        return 0 if self.task_vectors is None else self.task_vectors.shape[0]
+
+    def core(self) -> Tensor | None:
+        """Return C(γ) [R, R], or None where the low-rank term is A·Bᵀ itself."""
+        return None if self.G is None or self.gamma is None else preference_core(self.G, self.gamma)
+
+    def contiguous(self) -> Parts:
+        """Return the parts with λ, A, G and B contiguous: they are small, and their offsets then stay in int32."""
+        learned = {name: getattr(self, name) for name in ("lam", "A", "G", "B")}
+        return self._replace(**{name: t.contiguous() for name, t in learned.items() if t is not None})
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    lam: bool
+    A: bool
+    G: bool
+    B: bool
+    gamma: bool
+
+    @property
+    def P(self) -> bool:
+        """Say whether a gradient comes from P = dW·B: those of A, G and γ."""
+        return self.A or self.G or self.gamma
+
+    @property
+    def core(self) -> bool:
+        """Say whether a gradient comes from dC: those of G and γ."""
+        return self.G or self.gamma
+
+    @property
+    def low_rank(self) -> bool:
+        """Say whether any gradient of the low-rank term is wanted."""
+        return self.P or self.B
+
+
+class WeightGradients(NamedTuple):
+    """What is reduced from a dW: dλ [K], P = dW·B [N, R], Q = dWᵀ·A [D, R], db [N]; None: not asked for."""
+
+    d_lam: Tensor | None = None
+    P: Tensor | None = None
+    Q: Tensor | None = None
+    d_bias: Tensor | None = None
+
+
+# left [N, R] and right [D, R] of a term left·rightᵀ
+Factors = tuple[Tensor, Tensor]
+
+
+def factors(parts: Parts, *, by_columns: bool) -> Factors | None:
+    """Return A·C(γ) [N, R] and B [D, R], or None where W has no low-rank term of its own.
+
+    ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else in the type of the sums.
+    """
+    A, B = parts.A, parts.B
+    if A is None or B is None or parts.per_row:
+        return None
+    core = parts.core()
+    if by_columns:
+        return (A.t().contiguous() if core is None else core.t() @ A.t()).t(), B
+    wide = accumulate_dtype(parts.weight, parts.lam)
+    return (A.to(wide) if core is None else A.to(wide) @ core.to(wide)), B
+
+
+def gradients_from_products(reduced: WeightGradients, parts: Parts, needs: Needs) -> dict[str, Tensor]:
+    """Return dA = P·Cᵀ, dB = Q·C, and dG and dγ from dC = Aᵀ·P, by name; without a C, P and Q themselves."""
+    P, Q, core = reduced.P, reduced.Q, parts.core()
+    gradients: dict[str, Tensor] = {}
+    if core is None:
+        return {name: _packed(product) for name, product in (("A", P), ("B", Q)) if product is not None}
+    if Q is not None:
+        gradients["B"] = Q @ core.to(Q.dtype)
+    if P is not None:
+        assert parts.A is not None
+        if needs.A:
+            gradients["A"] = P @ core.t().to(P.dtype)
+        if needs.core:
+            gradients.update(gradients_of_core(parts.A.to(P.dtype).t() @ P, parts, needs))
+    return gradients
+
+
+def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs) -> dict[str, Tensor]:
+    """Return dG and dγ from dC [R, R], by name, with one γ for all rows."""
+    assert parts.gamma is not None
+    gradients = _core_gradients(dC[None], parts, parts.gamma[None], needs)
+    return {name: gradient[0] if name == "gamma" else gradient for name, gradient in gradients.items()}
+
+
+def _packed(product: Tensor) -> Tensor:
+    """Return a product as its fake lies in memory: a rank that is no multiple of 16 is cut out of one that is."""
+    rows_follow = product.stride(0) == product.shape[1]
+    return product if rows_follow else product.clone(memory_format=torch.contiguous_format)
+
+
+def _core_gradients(dC: Tensor, parts: Parts, gamma: Tensor, needs: Needs) -> dict[str, Tensor]:
+    """Return dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ for dC [g, R, R], gamma [g, K]."""
+    G = parts.G
+    assert G is not None
+    groups, rank, tasks = dC.shape[0], G.shape[0], G.shape[2]
+    flat = dC.reshape(groups, rank * rank)
+    gradients = {}
+    if needs.G:
+        gradients["G"] = (flat.t() @ gamma.to(flat.dtype)).view(rank, rank, tasks).to(G.dtype)
+    if needs.gamma:
+        gradients["gamma"] = (flat @ G.reshape(rank * rank, tasks).to(flat.dtype)).to(gamma.dtype)
+    return gradients
+
+
+def varying_dims(gamma: Tensor) -> int:
+    """Count the leading dimensions γ varies over: the rest share one γ and form the rows of a group."""
+    dims = gamma.ndim - 1
+    while dims > 0 and gamma.shape[dims - 1] == 1:
+        dims -= 1
+    return dims
+
+
+def groups_of(gamma: Tensor, lead: Sequence[int]) -> Tensor:
+    """Return γ [K] or [*, K] against rows of leading dimensions ``lead`` as [groups, K], not expanded to rows."""
+    dims = varying_dims(gamma)
+    expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead[:dims], -1)
+    return expanded.reshape(math.prod(lead[:dims]), gamma.shape[-1])
+
+
+def ungroup(d_groups: Tensor, lead: Sequence[int], gamma: Tensor) -> Tensor:
+    """Sum the gradient of the grouped γ [groups, K] back to the shape of ``gamma``."""
+    dims = varying_dims(gamma)
+    expanded = d_groups.reshape(*lead[:dims], *(1 for _ in gamma.shape[dims:-1]), gamma.shape[-1])
+    return expanded.sum_to_size(gamma.shape)
+
+
+class Rows:
+    """The low-rank term's products with rows: s = x·B and t = s·Cᵀ, u = dy·A and ds = u·C, and its gradients.
+
+    ``like``: x or dy. With one γ for all rows there is one group of them, and C is a matrix; without a C, t is s and
+    ds is u.
+    """
+
+    def __init__(self, parts: Parts, like: Tensor) -> None:
+        self.parts, self.lead = parts, like.shape[:-1]
+        self.count = math.prod(self.lead)
+        self.shape: tuple[int, ...] = (self.count,)
+        self.groups, self.core = parts.gamma, parts.core()
+        if parts.per_row:
+            assert parts.G is not None and parts.gamma is not None
+            self.groups = groups_of(parts.gamma, self.lead)
+            self.core = preference_core(parts.G, self.groups)
+            self.shape = (len(self.groups), math.prod(self.lead[varying_dims(parts.gamma) :]))
+
+    @staticmethod
+    def from_tiles(rank: int, n: int, d: int) -> bool:
+        """Say whether the low-rank gradients come from dW where λ wants that anyway."""
+        return True
+
+    def inward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return s and t of x [*, D], in the type of the sums."""
+        assert self.parts.B is not None
+        s = self._times(x, self.parts.B)
+        return s, s if self.core is None else s @ self.core.mT.to(s.dtype)
+
+    def outward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and ds of dy [*, N], in the type of the sums."""
+        assert self.parts.A is not None
+        u = self._times(dy, self.parts.A)
+        return u, u if self.core is None else u @ self.core.to(u.dtype)
+
+    def _times(self, rows: Tensor, factor: Tensor) -> Tensor:
+        s = rows.reshape(*self.shape, rows.shape[-1]) @ factor.to(rows.dtype)
+        return s.to(accumulate_dtype(rows, factor, self.core))
+
+    def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
+        """Return dA = dyᵀ·t of dy and t, or dB = xᵀ·ds of x and ds."""
+        flat = rows.reshape(self.count, rows.shape[-1])
+        return flat.t() @ t.to(rows.dtype).reshape(self.count, t.shape[-1])
+
+    def core_gradients(self, u: Tensor, s: Tensor, needs: Needs) -> dict[str, Tensor]:
+        """Return dG and dγ by name, as far as they are needed."""
+        dC = u.mT @ s
+        if not self.parts.per_row:
+            return gradients_of_core(dC, self.parts, needs)
+        assert self.parts.gamma is not None and self.groups is not None
+        gradients = _core_gradients(dC, self.parts, self.groups, needs)
+        if needs.gamma:
+            gradients["gamma"] = ungroup(gradients["gamma"], self.lead, self.parts.gamma)
+        return gradients

@@ -1,0 +1,180 @@
+"""merge_weight: W(γ) itself and the reductions of its gradient, by any strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pmkernels import strategies
+from pmkernels.autocast import no_autocast, without_autocast
+from pmkernels.checks import check_cached, check_parts, check_tensor
+from pmkernels.low_rank import Needs, Parts, factors, gradients_from_products
+from pmkernels.operators import LEARNED, PARTS, differentiable, fakes, in_order, operator, wanted
+from pmkernels.strategies import EAGER
+
+
+def merge_weight(
+    weight: Tensor,
+    *,
+    task_vectors: Tensor | None = None,
+    lam: Tensor | None = None,
+    A: Tensor | None = None,
+    G: Tensor | None = None,
+    B: Tensor | None = None,
+    gamma: Tensor | None = None,
+    out: Tensor | None = None,
+    cached: Tensor | None = None,
+    strategy: str = "auto",
+) -> Tensor:
+    """Merge W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ itself, for one preference.
+
+    Longer than 60 lines because it says all there is to say about its arguments, and checks them.
+
+    Args:
+        weight: W0, any number of dimensions, frozen; two with a low-rank term.
+        task_vectors, lam, A, G, B: as in :func:`pareto_linear`. gamma: ``[K]``.
+        out: where to write, the shape, dtype and device of ``weight``; not under autograd.
+        cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
+            this call's gradient: several losses can share one merge and still free each layer's dW at once.
+        strategy: ``"auto"``, ``"eager"``, or ``"fused"`` (as is ``"streamed"``): one kernel, where
+            :func:`pareto_linear` has one.
+
+    Returns:
+        A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
+        G, B and gamma.
+
+    Raises:
+        TypeError, ValueError: as :func:`pareto_linear`.
+    """
+    parts = Parts(weight, task_vectors, lam, A, G, B, gamma)
+    if cached is None:
+        # the call that made a cached value has checked the rest
+        check_parts(parts)
+    if gamma is not None and gamma.ndim != 1:
+        tasks = "K" if gamma.ndim == 0 else gamma.shape[-1]
+        raise ValueError(f"gamma: expected shape [{tasks}], one preference, got {list(gamma.shape)}")
+    if out is not None:
+        check_tensor("out", out, weight.device)
+        if out.shape != weight.shape or out.dtype != weight.dtype:
+            raise ValueError(
+                f"out: expected {list(weight.shape)} in {weight.dtype}, got {list(out.shape)} in {out.dtype}"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError("out: expected memory of its own for every element, got an expanded tensor")
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
+            raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
+    if cached is not None:
+        check_cached(cached, weight, weight.dtype)
+    chosen = strategies.resolve(strategy, parts._asdict(), weight.device)
+    with no_autocast(weight.device.type):
+        if chosen == EAGER or cached is not None:
+            merged: Tensor = _Eager.apply(*parts, cached, chosen)
+            return merged if out is None else out.copy_(merged)
+        if out is None:
+            merged = merge_operator(*parts, chosen)
+            return merged
+        merge_out_operator(*parts, out, chosen)
+        return out
+
+
+def _merged(parts: Parts, strategy: str, out: Tensor | None = None) -> Tensor:
+    chosen = strategies.pick("merge", strategy, parts.weight, parts)
+    low_rank = factors(parts, by_columns=chosen.kernels)
+    return chosen.merge(parts.weight, parts.task_vectors, parts.lam, low_rank, out)
+
+
+def _gradients(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], strategy: str) -> dict[str, Tensor]:
+    """Return the gradients of lam, A, G, B and gamma that are ``asked`` for, by name."""
+    # dW has the shape of the weight that is no longer needed
+    parts, needs = Parts(d_weight, *tensors), Needs(*asked)
+    chosen = strategies.pick("merge", strategy, d_weight, parts)
+    A, B = parts.A if needs.B else None, parts.B if needs.P else None
+    reduced = chosen.reduce(d_weight, parts.task_vectors if needs.lam else None, A=A, B=B)
+    gradients = gradients_from_products(reduced, parts, needs)
+    return gradients if reduced.d_lam is None else {**gradients, "lam": reduced.d_lam}
+
+
+def _ordered(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], strategy: str) -> list[Tensor]:
+    gradients = _gradients(d_weight, tensors, asked, strategy)
+    return in_order(gradients, d_weight, dict(zip(Parts._fields[2:], tensors[1:], strict=True)))
+
+
+class _Eager(torch.autograd.Function):
+    """The eager form, and a W(γ) that is there with the gradient of the merge: an operator may not return that.
+
+    Nothing of its own is saved but the parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *rest: Any) -> Tensor:
+        *tensors, cached, ctx.strategy = rest
+        ctx.save_for_backward(*tensors[1:])
+        return _merged(Parts(*tensors), EAGER) if cached is None else cached.detach()
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[2:7])
+        if ctx.strategy == EAGER:
+            found = _ordered(d_weight, list(ctx.saved_tensors), needs, EAGER)
+        else:
+            found = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
+        return None, None, *wanted(found, needs), None, None
+
+
+def _fake_merged(weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@operator("merge_weight", f"({PARTS}, str strategy) -> Tensor", fake=_fake_merged)
+def merge_operator(*rest: Any) -> Tensor:
+    """Return W(γ) in a new tensor like ``weight``."""
+    *tensors, strategy = rest
+    with torch.cuda.device_of(tensors[0]):
+        return _merged(Parts(*tensors).contiguous(), strategy)
+
+
+@operator(
+    "merge_weight_out",
+    f"({PARTS}, Tensor(a!) out, str strategy) -> ()",
+    fake=lambda *_: None,
+    mutates=("out",),
+)
+def merge_out_operator(*rest: Any) -> None:
+    """Write W(γ) into ``out``."""
+    *tensors, out, strategy = rest
+    with torch.cuda.device_of(out):
+        _merged(Parts(*tensors).contiguous(), strategy, out)
+
+
+def _fake_gradients(d_weight: Tensor, _: Tensor | None, *rest: Any) -> list[Tensor]:
+    *tensors, needs, _strategy = rest
+    return fakes(needs, tensors, d_weight)
+
+
+@operator(
+    "merge_weight_backward",
+    f"(Tensor d_weight, {LEARNED}, bool[] needs, str strategy) -> Tensor[]",
+    fake=_fake_gradients,
+)
+def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
+    """Return the gradients of lam, A, G, B and gamma that ``needs`` asks for, empty tensors for others."""
+    *tensors, needs, strategy = rest
+    with torch.cuda.device_of(d_weight):
+        return _ordered(d_weight, tensors, needs, strategy)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *tensors, ctx.strategy = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@differentiable(merge_operator, save=_save)
+def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[2:7])
+    found = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
+    return None, None, *wanted(found, needs), None
