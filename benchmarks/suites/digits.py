@@ -10,7 +10,6 @@ Results are kept in a work folder, method by method: an interrupted study goes o
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import tempfile
@@ -18,6 +17,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from PIL import Image
 
 from pareto_merging.data import digits
 from pareto_merging.measure import reports
-from pareto_merging.measure.comparison import Comparison, compare, summarize
-from pareto_merging.measure.metrics import spearman, spread
-from pareto_merging.measure.reports import answer, cell, markdown_table
+from pareto_merging.measure.answer import answer, cell
+from pareto_merging.measure.comparison import Comparison, compare
+from pareto_merging.measure.metrics import Spread, spearman, spread
+from pareto_merging.measure.reports import markdown_table
+from pareto_merging.measure.results import Measured, Result, read_result
+from pareto_merging.measure.summary import MethodSummary, summarize
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.run.config import RunConfig
 from pareto_merging.run.workspace import Workspace
@@ -115,7 +118,10 @@ def run(
         "steps": STEPS,
         "method": METHOD,
         "results": {tasks: [_short(row) for rows in found for row in rows] for tasks, found in results.items()},
-        "summary": {tasks: summarize([row for rows in found for row in rows]) for tasks, found in results.items()},
+        "summary": {
+            tasks: {key: entry.to_json() for key, entry in summarize([row for rows in found for row in rows]).items()}
+            for tasks, found in results.items()
+        },
         "answers": {
             tasks: answer(summarize([row for rows in found for row in rows])) for tasks, found in results.items()
         },
@@ -182,7 +188,8 @@ def _ablate(suite: Path, seed: int, tasks: int, folder: Path, quick: bool) -> No
     comparison: Comparison | None = None
     for name in names[:2] if quick else names:
         path = folder / f"seed-{seed}" / f"{tasks}-models" / "ablations" / f"{_file_name(name)}.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] != "failed":
+        before = read_result(path)
+        if before is not None and before.status != "failed":
             continue
         if comparison is None:
             grid = None if tasks == 2 and not quick else "equal"
@@ -190,69 +197,77 @@ def _ablate(suite: Path, seed: int, tasks: int, folder: Path, quick: bool) -> No
         key = "pareto-data-free" if "objective" in ABLATIONS[name] else "pareto"
         change = {k: v for k, v in ABLATIONS[name].items() if k != "objective"}
         comparison.choices = {key: [change]}
-        result = comparison.run(key)
-        write_json(path, {**result, "method": name, "title": name})
+        write_json(path, replace(comparison.run(key), method=name, title=name).to_json())
 
 
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
-def _read(folder: Path, seed: int, tasks: int, inside: str = "") -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json")):
-        rows.append({**json.loads(path.read_text(encoding="utf-8")), "seed": seed})
+def _read(folder: Path, seed: int, tasks: int, inside: str = "") -> list[Result]:
+    paths = sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json"))
+    results = [replace(result, seed=seed) for result in map(read_result, paths) if result is not None]
     order = {name: number for number, name in enumerate((*METHODS, *ABLATIONS))}
-    return sorted(rows, key=lambda row: order[row["method"]])
+    return sorted(results, key=lambda result: order[result.method])
 
 
-def _short(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without what only matters while it is made."""
-    left = {key: value for key, value in row.items() if key not in ("format", "title", "facts", "tuning_seconds")}
-    if "points" in left:
-        left["points"] = [{k: v for k, v in point.items() if k != "entropy"} for point in left["points"]]
-    return left
+def _short(result: Result) -> dict[str, Any]:
+    """Return a result as JSON without what only matters while it is made."""
+    left_out = ("format", "title", "facts", "tuning_seconds")
+    short = {key: value for key, value in result.to_json().items() if key not in left_out}
+    if "points" in short:
+        short["points"] = [{k: v for k, v in point.items() if k != "entropy"} for point in short["points"]]
+    return short
 
 
-def _ablation_summary(found: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def _ablation_summary(found: Sequence[Sequence[Result]]) -> dict[str, Any]:
     summary = summarize([row for rows in found for row in rows])
     kept = ("equal", "one_hot", "hypervolume", "spearman", "seconds")
-    return {name: {key: entry[key] for key in kept if key in entry} for name, entry in summary.items()}
+    return {
+        name: {key: entry.figures[key].to_json() for key in kept if key in entry.figures}
+        for name, entry in summary.items()
+    }
 
 
-def _judges(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How well the label-free score orders methods: its rank correlation, per seed, with what it stands for.
+def _judges(results: Sequence[Result]) -> dict[str, Any]:
+    """Measure how well the label-free score orders methods: its rank correlation, per seed, with what it stands for.
 
     Over the methods that give one model: the chosen setting's score against its held-out accuracy.
     """
-    found = []
-    for seed in dict.fromkeys(row["seed"] for row in rows):
+    correlations = []
+    for seed in dict.fromkeys(result.seed for result in results):
         pairs = []
-        for row in rows:
-            if row["seed"] != seed or row["status"] != "done" or row["is_bound"] or row["preference_aware"]:
+        for result in results:
+            if result.seed != seed or not isinstance(result, Measured) or result.is_bound or result.preference_aware:
                 continue
-            score = next((c["score"] for c in row["candidates"] if c["choice"] == row["choice"]), None)
+            tries = result.tuning.tries if result.tuning else []
+            score = next((tried.score for tried in tries if tried.choice == result.choice), None)
             if score is not None:
-                accuracy = row["points"][0]["accuracy"]
+                accuracy = result.points[0].accuracy
                 pairs.append((score, math.fsum(accuracy) / len(accuracy)))
-        found.append(spearman([a for a, _ in pairs], [b for _, b in pairs]))
-    return {"spearman of agreement and accuracy": spread(found)}
+        correlations.append(spearman([a for a, _ in pairs], [b for _, b in pairs]))
+    return {"spearman of agreement and accuracy": spread(correlations).to_json()}
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """The first seed's pictures in ``folder``/TASKS-models."""
     written = []
     for tasks, rows in report["results"].items():
-        done = [{**r, "title": METHODS[r["method"]].title} for r in rows if r["status"] == "done"]
+        titled = [Result.from_json({**row, "title": METHODS[row["method"]].title}) for row in rows]
+        done = [result for result in titled if isinstance(result, Measured)]
         if done:
-            names = TASKS[int(tasks)]
-            written += reports.draw(folder / f"{tasks}-models", names, done[0]["tasks"], done)
+            written += reports.draw(folder / f"{tasks}-models", TASKS[int(tasks)], done[0].tasks, done)
     for path in written:
         # a third of the bytes, for the repository; nobody sees the difference
         with Image.open(path) as picture:
             small = picture.convert("RGB").quantize(128)
         small.save(path, optimize=True)
     return written
+
+
+def _summary(report: Mapping[str, Any], tasks: int | str) -> dict[str, MethodSummary]:
+    """Return the summary of the methods on so many models."""
+    return {key: MethodSummary.from_json(entry) for key, entry in report["summary"][str(tasks)].items()}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -265,8 +280,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for key, method in METHODS.items():
         row = [method.title]
         for tasks in TASKS:
-            entry = report["summary"][str(tasks)].get(key, {})
-            row += [cell(entry.get(name), factor) for name, factor in figures_]
+            spreads = _summary(report, tasks)[key].figures if key in report["summary"][str(tasks)] else {}
+            row += [cell(spreads.get(name), factor) for name, factor in figures_]
         rows.append(row)
     return (
         "Held-out accuracy in percent (equal: average at the equal preference; one-hot: each task at its own "
@@ -284,16 +299,17 @@ def ablations_markdown(report: Mapping[str, Any]) -> str:
     for name in ABLATIONS:
         row = [name]
         for entries in report["ablations"].values():
-            row += [cell(entries.get(name, {}).get(key), factor, n) for key, factor, n in figures_]
+            spreads = {key: Spread(**value) for key, value in entries.get(name, {}).items()}
+            row += [cell(spreads.get(key), factor, n) for key, factor, n in figures_]
         rows.append(row)
     return markdown_table(columns, rows)
 
 
 def unseen_markdown(report: Mapping[str, Any]) -> str:
     """Accuracy on tasks without a fine-tuned model, three models merged."""
-    unseen = {k: e for k, e in report["summary"]["3"].items() if "unseen" in e}
-    names = list(next(iter(unseen.values()))["unseen"]) if unseen else []
-    rows = [[e["title"], *(cell(e["unseen"][name]) for name in names)] for e in unseen.values()]
+    entries = [entry for entry in _summary(report, 3).values() if entry.unseen]
+    names = list(entries[0].unseen) if entries else []
+    rows = [[entry.title, *(cell(entry.unseen[name]) for name in names)] for entry in entries]
     return markdown_table(["method", *(f"{name} (%)" for name in names)], rows)
 
 
@@ -307,9 +323,9 @@ def fronts_markdown(report: Mapping[str, Any]) -> str:
     columns = ["models, method", "equal", "priority", "one-hot", "hypervolume", "non-dominated", "of"]
     columns += ["spacing", "IGD+", "cosine", "Spearman", "seconds"]
     rows = []
-    for tasks, summary in report["summary"].items():
-        for entry in summary.values():
-            if entry.get("preference_aware") and not entry["is_bound"]:
-                row = [cell(entry.get(key), factor, n) for key, factor, n in figures_]
-                rows.append([f"{tasks}: {entry['title']}", *row])
+    for tasks in report["summary"]:
+        for entry in _summary(report, tasks).values():
+            if entry.preference_aware and not entry.is_bound:
+                row = [cell(entry.figures.get(key), factor, n) for key, factor, n in figures_]
+                rows.append([f"{tasks}: {entry.title}", *row])
     return markdown_table(columns, rows)

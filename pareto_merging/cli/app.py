@@ -43,7 +43,10 @@ app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0, 1 (training or a compared method failed), 2 (a mistake), 130 (Ctrl-C)."""
+    """Run the command line and exit.
+
+    0; 1 (training or a compared method failed); 2 (a mistake); 130 (Ctrl-C).
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal that cannot show γ shows a question mark

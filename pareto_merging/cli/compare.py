@@ -53,7 +53,7 @@ def compare(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Which merging method for your models? Every method on those of CONFIG.yaml, in one table and one picture.
+    """Compare merging methods on the models of CONFIG.yaml, in one table and one picture.
 
     Each method is tuned without labels and measured on the held-out images:
     at the equal preference, for each task in turn, and on a grid of
@@ -64,8 +64,8 @@ def compare(
     """
     from pareto_merging.errors import Interrupted
     from pareto_merging.measure.reports import EXPLANATION, head, summary_rows
+    from pareto_merging.run.compare import compare_run
     from pareto_merging.run.config import read_config
-    from pareto_merging.run.folder import compare_run
     from pareto_merging.system.tables import print_table
 
     settings = read_config(config)
@@ -84,14 +84,16 @@ def compare(
         again = _again(config, out, methods=methods, effort=effort, seeds=seeds, preferences=preferences)
         raise Stopped(f"{str(stop) or 'stopped'}; go on with: {again}") from stop
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(report.to_json()))
     else:
-        print_table(f"{config}: held-out images", head(), summary_rows(report["methods"]), left=(0, 1, 2))
-        print("\n".join([EXPLANATION, "", *report["answer"], str(out / "compare.md")]))
-    warn_of_left_out(report["tasks"], report["evaluated_tasks"])
-    failed = [entry for entry in report["methods"].values() if entry.get("failed")]
+        print_table(f"{config}: held-out images", head(), summary_rows(report.methods), left=(0, 1, 2))
+        print("\n".join([EXPLANATION, "", *report.answer, str(out / "compare.md")]))
+    left_out = [name for name in report.tasks if name not in report.evaluated_tasks]
+    if left_out:
+        warn_of_left_out(left_out)
+    failed = [entry for entry in report.methods.values() if entry.failed]
     for entry in failed:
-        tell(f"{entry['title']} failed: {'; '.join(entry['reasons'])}")
+        tell(f"{entry.title} failed: {'; '.join(entry.reasons)}")
     if failed:
         raise typer.Exit(1)
 

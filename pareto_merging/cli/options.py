@@ -1,4 +1,4 @@
-"""What several commands share: arguments and options, help that is made when it is asked for, and warnings."""
+"""What several commands share: options, help that is made when asked for, and warnings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 def with_epilog(paragraphs: Callable[[], list[str]]) -> type[TyperCommand]:
-    """Return a class of command whose help ends in these paragraphs, made when help is asked for."""
+    """Return a command class whose help ends in paragraphs that are made when asked for."""
 
     class Described(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -66,8 +66,6 @@ def warn(text: str) -> None:
     tell(f"warning: {text}")
 
 
-def warn_of_left_out(tasks: list[str], evaluated: list[str]) -> None:
-    """Warn of the tasks without evaluation images, if there are any."""
-    left_out = [name for name in tasks if name not in evaluated]
-    if left_out:
-        warn(f"no evaluation images for {', '.join(left_out)}: left out")
+def warn_of_left_out(tasks: list[str]) -> None:
+    """Warn of the tasks without evaluation images."""
+    warn(f"no evaluation images for {', '.join(tasks)}: left out")

@@ -27,7 +27,7 @@ def _limit_options() -> list[inspect.Parameter]:
 
 
 def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of the limits in place of its ``**limits``; ``quiet`` stays the last."""
+    """Give a command the limits' options in place of ``**limits``; ``quiet`` stays the last."""
     *own, quiet, _ = inspect.signature(command, eval_str=True).parameters.values()
     signature = inspect.Signature([*own, *_limit_options(), quiet.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
     command.__signature__ = signature  # type: ignore[attr-defined]

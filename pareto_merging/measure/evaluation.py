@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from pareto_merging.system.progress import progress_bar
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on several tasks: accuracy in percent and mean entropy in nats by task name, and their averages."""
+    """One model on several tasks: accuracy in percent and mean entropy in nats by task name."""
 
     accuracy: dict[str, float]
     entropy: dict[str, float]
@@ -31,29 +31,20 @@ class Scores:
 
     @property
     def average(self) -> float:
-        """The average accuracy over the tasks, in percent."""
+        """Return the average accuracy over the tasks, in percent."""
         return math.fsum(self.accuracy.values()) / len(self.accuracy)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON, accuracies rounded to 0.01."""
+        """Return plain JSON, rounded to four decimals."""
         return {
             **{key: {k: round(v, 4) for k, v in values.items()} for key, values in asdict(self).items()},
             "average": round(self.average, 4),
         }
 
 
-@dataclass(frozen=True, eq=False)
-class UnseenChoice:
-    """The model chosen for an unseen task: its index and preference [K], and the mean entropy (nats) of every model."""
-
-    index: int
-    gamma: Tensor
-    entropies: list[float]
-
-
 @torch.no_grad()
 def evaluate_model(encoder: nn.Module, tasks: Mapping[str, Task], batch_size: int = 256, workers: int = 0) -> Scores:
-    """Accuracy and entropy of one encoder on each task, in eval mode (the mode is restored).
+    """Measure one encoder on each task, in eval mode (the mode is restored).
 
     Raises:
         UserError: images without a label, or a label beyond the head's classes.
@@ -91,7 +82,7 @@ def evaluate_preferences(
     workers: int = 0,
     progress: bool = True,
 ) -> list[Scores]:
-    """The Pareto model at each preference [K], merged once per preference, on each task."""
+    """Measure the Pareto model at each preference [K], merged once for each, on each task."""
     scores = []
     pareto_state(model)
     with progress_bar("evaluating", len(preferences), enabled=progress) as advance:
@@ -101,49 +92,13 @@ def evaluate_preferences(
     return scores
 
 
-def choose_for_unseen(
-    models: Callable[[Tensor], nn.Module],
-    preferences: Sequence[Tensor],
-    images: Dataset[Any],
-    head: nn.Module,
-    *,
-    batch_size: int = 256,
-    workers: int = 0,
-    progress: bool = True,
-) -> UnseenChoice:
-    """The model of a front for a task that none of them was merged for: the one of least mean entropy on its images.
-
-    Section 4.3 of arXiv 2408.12105. Labels are never looked at. Of equal entropies the first wins.
-
-    Args:
-        models: ``models(gamma)`` is the plain merged encoder at gamma, such as ``lambda gamma: merge(model, gamma)``;
-            called once per preference, and one encoder is held at a time.
-        preferences: the candidates, [K] each.
-        images: the target's images, or pairs whose first is the image. head: the target's head.
-
-    Raises:
-        ValueError: no preferences or no images.
-        UserError: logits that are not finite.
-    """
-    if not len(preferences):
-        raise ValueError("preferences: expected at least one, got none")
-    unlabelled = _Unlabelled(images)
-    entropies = []
-    with progress_bar("choosing", len(preferences), enabled=progress) as advance:
-        for number, gamma in enumerate(preferences, start=1):
-            entropies.append(mean_entropy(models(gamma), unlabelled, head, batch_size, workers))
-            advance(number, f"entropy {entropies[-1]:.3f}")
-    index = min(range(len(entropies)), key=entropies.__getitem__)
-    return UnseenChoice(index, preferences[index].detach().clone(), entropies)
-
-
 @torch.no_grad()
 def mean_entropy(
     encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int = 256, workers: int = 0
 ) -> float:
-    """The mean entropy (nats) of encoder and head's predictions on ``images``, in eval mode; labels are not looked at.
+    """Return the mean entropy (nats) of encoder and head's predictions on ``images``, in eval mode.
 
-    Raises ValueError for no images, UserError for logits that are not finite.
+    Labels are not looked at. Raises ValueError for no images, UserError for logits that are not finite.
     """
     nats, total = 0.0, 0
     for logits in _unlabelled_logits(encoder, images, head, batch_size, workers):
@@ -156,9 +111,9 @@ def mean_entropy(
 def predict(
     encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int = 256, workers: int = 0
 ) -> Tensor:
-    """The class that encoder and head give each image, in eval mode: int64 [n] on the CPU; labels are not looked at.
+    """Return the class of each image by encoder and head: int64 [n] on the CPU.
 
-    Raises ValueError for no images, UserError for logits that are not finite.
+    In eval mode. Labels are not looked at. Raises ValueError for no images, UserError for logits that are not finite.
     """
     batches = _unlabelled_logits(encoder, images, head, batch_size, workers)
     return torch.cat([logits.argmax(dim=-1).cpu() for logits in batches])
@@ -172,11 +127,11 @@ def agreement(
     batch_size: int = 256,
     workers: int = 0,
 ) -> float:
-    """The percentage of images that encoder and head put into the classes ``predictions``, whole numbers [n].
+    """Return the percentage of images that encoder and head put into the classes ``predictions`` [n].
 
     Raises ValueError for other predictions and as :func:`predict`.
     """
-    unlabelled = _Unlabelled(images)
+    unlabelled = Unlabelled(images)
     numbers = not (predictions.is_floating_point() or predictions.is_complex() or predictions.dtype == torch.bool)
     if predictions.shape != (len(unlabelled),) or not numbers:
         raise ValueError(
@@ -187,8 +142,8 @@ def agreement(
     return 100.0 * int(same.sum()) / len(same)
 
 
-class _Unlabelled(Dataset[Tensor]):
-    """The images alone, whether items are images or (image, label) pairs; ValueError for none."""
+class Unlabelled(Dataset[Tensor]):
+    """Images alone, whether items are images or (image, label) pairs; ValueError for none."""
 
     def __init__(self, images: Dataset[Any]) -> None:
         self.images = images
@@ -206,12 +161,12 @@ class _Unlabelled(Dataset[Tensor]):
 def _unlabelled_logits(
     encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int, workers: int
 ) -> Iterator[Tensor]:
-    for batch, _ in labelled_batches(_Unlabelled(images), batch_size, workers):
+    for batch, _ in labelled_batches(Unlabelled(images), batch_size, workers):
         yield _logits(encoder, batch, head, "images")
 
 
 def _logits(encoder: nn.Module, images: Tensor, head: nn.Module, what: str) -> Tensor:
-    """Logits of one batch in eval mode, on the encoder's device and in its type; UserError if they are not finite."""
+    """Return one batch's logits in eval mode, on the encoder's device. UserError if they are not finite."""
     tensor = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
     images = images.to(tensor.device, tensor.dtype if images.is_floating_point() else None)
     with eval_mode(encoder, head):

@@ -1,10 +1,11 @@
-"""Indicators of a set of solutions, from moocore and SciPy: higher is better for every objective here (accuracies)."""
+"""Indicators of a set of solutions, from moocore and SciPy. Higher is better for every objective here."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import moocore
@@ -13,8 +14,46 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import spearmanr
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Values over several seeds: mean, sample standard deviation and themselves, None where there are too few."""
+
+    mean: float | None
+    sd: float | None
+    values: list[float | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How well accuracies follow the preferences they were made for, see :func:`alignment`."""
+
+    cosine: float | None
+    spearman: list[float | None]
+
+
+@dataclass(frozen=True)
+class Indicators:
+    """All indicators of one set of points, see :func:`indicators`."""
+
+    reference_point: list[float]
+    hypervolume: float
+    non_dominated_points: int
+    points: int
+    spacing: float | None
+    igd_plus: float | None
+    alignment: Alignment | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return asdict(self)
+
+
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
-    """The volume that points [n, K] (to be maximised) dominate above ``reference`` [K], by moocore.
+    """Return the volume that points [n, K] (to be maximised) dominate above ``reference`` [K], by moocore.
 
     Points that do not exceed the reference everywhere add nothing. Raises ValueError for other shapes or NaN.
     """
@@ -25,35 +64,37 @@ def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
-    """Which of points [n, K] (to be maximised) no other point dominates, [n]; equal points all count."""
+    """Return which of points [n, K] (to be maximised) no other dominates. Equal points all count."""
     values = np.asarray(points, dtype=float)
     return np.asarray(moocore.is_nondominated(values, maximise=True, keep_weakly=True), dtype=bool)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties by average rank; None where one of the two is constant."""
+    """Return Spearman's rank correlation, ties by average rank; None where one of the two is constant."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)
 
 
 def spacing(points: ArrayLike) -> float | None:
-    """Schott's spacing of the distinct non-dominated points [n, K] among ``points``, by pymoo: 0 is evenly spread.
+    """Return Schott's spacing of the distinct non-dominated points among ``points`` [n, K], by pymoo.
 
-    √(mean_i (d_i − mean d)²), d_i the city-block distance from point i to its nearest neighbour; divided by n (pymoo's
-    reading), not n − 1. None where fewer than two points are left. Raises ValueError for other shapes or NaN.
+    0 is evenly spread: √(mean_i (d_i − mean d)²), d_i the city-block distance from point i to its nearest neighbour;
+    divided by n (pymoo's reading), not n − 1. None where fewer than two points are left. Raises ValueError for other
+    shapes or NaN.
     """
-    from pymoo.indicators.spacing import SpacingIndicator  # takes a while to import
+    # takes a while to import
+    from pymoo.indicators.spacing import SpacingIndicator
 
     front = union_front([_finite(points)])
     return float(SpacingIndicator()(front)) if len(front) > 1 else None
 
 
 def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
-    """IGD⁺ of points [n, K] to a front [m, K], both to be maximised, by moocore: 0 where the points reach the front.
+    """Return IGD⁺ of points [n, K] to a front [m, K], by moocore; both are maximised.
 
-    mean_j min_i √Σ_k max(r_jk − a_ik, 0)² (Ishibuchi et al. 2015). Raises ValueError for other shapes, NaN or no point:
-    moocore answers 0 or inf there.
+    0 where the points reach the front: mean_j min_i √Σ_k max(r_jk − a_ik, 0)² (Ishibuchi et al. 2015). Raises
+    ValueError for other shapes, NaN or no point: moocore answers 0 or inf there.
     """
     values = _finite(points, least=1)
     front = _finite(reference_front, values.shape[1], "reference_front", least=1)
@@ -61,9 +102,10 @@ def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
 
 
 def union_front(sets: Iterable[ArrayLike]) -> NDArray[np.float64]:
-    """The distinct non-dominated points [m, K] of all sets [n_i, K] together, in the order of their first appearance.
+    """Return the distinct non-dominated points [m, K] of all sets [n_i, K] together.
 
-    A set may have no points. Raises ValueError for no sets, other shapes or NaN.
+    They are in the order of their first appearance. A set may have no points. Raises ValueError for no sets, other
+    shapes or NaN.
     """
     values: list[NDArray[np.float64]] = []
     for points in sets:
@@ -74,8 +116,8 @@ def union_front(sets: Iterable[ArrayLike]) -> NDArray[np.float64]:
     return together[np.asarray(moocore.is_nondominated(together, maximise=True, keep_weakly=False), dtype=bool)]
 
 
-def alignment(gammas: ArrayLike, accuracies: ArrayLike) -> dict[str, Any]:
-    """How well the accuracies [n, K] of n models follow the preferences [n, K] they were made for.
+def alignment(gammas: ArrayLike, accuracies: ArrayLike) -> Alignment:
+    """Measure how well accuracies [n, K] follow the preferences [n, K] they were made for.
 
     Returns:
         ``cosine``: the mean over the models of cos(γ, accuracies), None without models or where a row is zero;
@@ -91,13 +133,13 @@ def alignment(gammas: ArrayLike, accuracies: ArrayLike) -> dict[str, Any]:
     norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
     cosine = float(((wanted * got).sum(axis=1) / norms).mean()) if len(norms) and norms.all() else None
     ranks = [spearman(wanted[:, k].tolist(), got[:, k].tolist()) if tasks > 1 else None for k in range(tasks)]
-    return {"cosine": cosine, "spearman": ranks}
+    return Alignment(cosine, ranks)
 
 
 def indicators(
     points: ArrayLike, reference: Sequence[float], gammas: ArrayLike | None = None, union: ArrayLike | None = None
-) -> dict[str, Any]:
-    """All indicators of one set of points [n, K] (to be maximised, n at least 1) as plain JSON values.
+) -> Indicators:
+    """Return all indicators of n ≥ 1 points [n, K] to be maximised.
 
     Args:
         points: the objectives of n models. reference: the reference point [K] of the hypervolume.
@@ -111,19 +153,19 @@ def indicators(
     corner = np.asarray(reference, dtype=float)
     if corner.shape != values.shape[1:] or not np.isfinite(corner).all():
         raise ValueError(f"reference: expected finite [{values.shape[1]}], got {_what(corner)}")
-    return {
-        "reference_point": corner.tolist(),
-        "hypervolume": hypervolume(values, corner.tolist()),
-        "non_dominated_points": int(non_dominated(values).sum()),
-        "points": len(values),
-        "spacing": spacing(values),
-        "igd_plus": None if union is None else igd_plus(values, union),
-        "alignment": None if gammas is None else alignment(gammas, values),
-    }
+    return Indicators(
+        reference_point=corner.tolist(),
+        hypervolume=hypervolume(values, corner.tolist()),
+        non_dominated_points=int(non_dominated(values).sum()),
+        points=len(values),
+        spacing=spacing(values),
+        igd_plus=None if union is None else igd_plus(values, union),
+        alignment=None if gammas is None else alignment(gammas, values),
+    )
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """``mean``, sample standard deviation ``sd`` and the ``values`` themselves, rounded to 4 decimals.
+def spread(values: Sequence[float | None]) -> Spread:
+    """Return mean, sample standard deviation and the values themselves, rounded to 4 decimals.
 
     None stays among the values and counts in neither; ``mean`` is None without a number, ``sd`` with fewer than two.
     Raises ValueError for NaN or inf.
@@ -131,11 +173,11 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     numbers = [float(value) for value in values if value is not None]
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"values: expected finite numbers or None, got {list(values)}")
-    return {
-        "mean": round(statistics.fmean(numbers), 4) if numbers else None,
-        "sd": round(statistics.stdev(numbers), 4) if len(numbers) > 1 else None,
-        "values": [None if value is None else round(float(value), 4) for value in values],
-    }
+    return Spread(
+        mean=round(statistics.fmean(numbers), 4) if numbers else None,
+        sd=round(statistics.stdev(numbers), 4) if len(numbers) > 1 else None,
+        values=[None if value is None else round(float(value), 4) for value in values],
+    )
 
 
 def _finite(

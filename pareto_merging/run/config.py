@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
@@ -78,10 +79,11 @@ class RunConfig(Strict):
         "float32",
         description="of the frozen weights and the images; task vectors are made of weights as stored and rounded once",
     )
-    strategy: Literal["auto", "cached", "fused", "streamed", "eager"] = Field(
+    strategy: str = Field(
         "auto",
-        description="how layers are computed; cached: merged weights are kept while they stand still; fused: on a GPU, "
-        "no merged weight is ever in memory",
+        description="how layers are computed; auto: by shape and device; cached: merged weights are kept while they "
+        "stand still; streamed: one layer's merged weight at a time; fused: on a GPU, no merged weight is ever in "
+        "memory; eager: plain PyTorch; or one of your own that is registered",
     )
     memory_budget: ByteSize | None = Field(
         None,
@@ -96,6 +98,16 @@ class RunConfig(Strict):
         "one", description="all: one forward and backward of all tasks' images, faster at K times the activation memory"
     )
     workers: int = Field(0, ge=0, le=64, description="processes that load images, for each task")
+
+    @field_validator("strategy")
+    @classmethod
+    def _check_strategy(cls, name: str) -> str:
+        # it takes PyTorch's seconds, which the help of the keys need not wait for
+        from pareto_merging.model.strategy import STRATEGIES
+
+        if name not in STRATEGIES:
+            raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
+        return name
 
     @field_validator("cuda_graphs", mode="before")
     @classmethod
@@ -168,7 +180,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error and not a matter of order."""
+    """PyYAML's safe loader, to which a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -188,7 +200,7 @@ _KEYS = sorted(
 
 
 def describe_validation(error: ValidationError) -> str:
-    """One line that names every offending key."""
+    """Return one line that names every offending key."""
     lines = []
     # unknown keys are what to mend first
     for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
@@ -209,45 +221,8 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def _absolute(config: RunConfig, base: Path) -> RunConfig:
-    if config.encoder is None or not isinstance(config.tasks, dict):
-        return config
-    architecture = config.encoder.architecture
-    is_file = architecture is not None and architecture.endswith(".json")
-    encoder = {
-        "pretrained": _checkpoint(base, config.encoder.pretrained),
-        "architecture": str(base / architecture) if architecture is not None and is_file else architecture,
-    }
-    tasks = {
-        name: task.model_copy(
-            update={
-                "checkpoint": _checkpoint(base, task.checkpoint),
-                "head": None if task.head is None else base / task.head,
-                "merging": None if task.merging is None else str(base / task.merging),
-                "evaluation": None if task.evaluation is None else str(base / task.evaluation),
-                "training": None if task.training is None else str(base / task.training),
-            }
-        )
-        for name, task in config.tasks.items()
-    }
-    unseen = config.unseen
-    if isinstance(unseen, dict):
-        unseen = {
-            name: task.model_copy(
-                update={
-                    "head": base / task.head,
-                    "merging": str(base / task.merging),
-                    "evaluation": str(base / task.evaluation),
-                }
-            )
-            for name, task in unseen.items()
-        }
-    files = {"encoder": config.encoder.model_copy(update=encoder), "tasks": tasks, "unseen": unseen}
-    return config.model_copy(update=files)
-
-
 def _checkpoint(base: Path, source: Path | str) -> Path | str:
-    """Relative to the configuration's folder, unless it is a hub id (written out then) or an open_clip tag."""
+    """Return a path from the configuration's folder, a hub id written out, or an open_clip tag."""
     # it takes PyTorch's seconds, which the help of the keys need not wait for
     from pareto_merging.checkpoints.hub import remote
 
@@ -257,6 +232,47 @@ def _checkpoint(base: Path, source: Path | str) -> Path | str:
     return elsewhere
 
 
+def _architecture(base: Path, name: str) -> str:
+    """Return the path of a JSON file, or the name of an open_clip model."""
+    return str(base / name) if name.endswith(".json") else name
+
+
+def _images(base: Path, source: str) -> str:
+    return str(base / source)
+
+
+# the keys that name files, and where these are
+_FILES: dict[str, Callable[[Path, Any], Path | str]] = {
+    "architecture": _architecture,
+    "pretrained": _checkpoint,
+    "checkpoint": _checkpoint,
+    "head": Path.joinpath,
+    "merging": _images,
+    "evaluation": _images,
+    "training": _images,
+}
+Entry = TypeVar("Entry", bound=Strict)
+
+
+def _placed(base: Path, entry: Entry) -> Entry:
+    """Return an entry whose files are named from the configuration's folder."""
+    given = {key: getattr(entry, key) for key in _FILES if getattr(entry, key, None) is not None}
+    return entry.model_copy(update={key: _FILES[key](base, value) for key, value in given.items()})
+
+
+def _absolute(config: RunConfig, base: Path) -> RunConfig:
+    """Return the configuration with every file named from its folder; a suite names none."""
+    if config.encoder is None or not isinstance(config.tasks, dict):
+        return config
+    files: dict[str, Any] = {
+        "encoder": _placed(base, config.encoder),
+        "tasks": {name: _placed(base, task) for name, task in config.tasks.items()},
+    }
+    if isinstance(config.unseen, dict):
+        files["unseen"] = {name: _placed(base, task) for name, task in config.unseen.items()}
+    return config.model_copy(update=files)
+
+
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML, with every default written out; :func:`read_config` reads it back."""
+    """Return the configuration as YAML for :func:`read_config`, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from pareto_merging.errors import UserError
 from pareto_merging.measure import figures
 from pareto_merging.measure.comparison import Comparison
 from pareto_merging.measure.evaluation import evaluate_preferences
 from pareto_merging.measure.metrics import hypervolume, non_dominated, spearman
+from pareto_merging.measure.results import Measured, Point
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.run.config import RunConfig
-from pareto_merging.run.folder import SET_NAME, check_new, train_run
+from pareto_merging.run.folder import SET_NAME, check_new
+from pareto_merging.run.train import train_run
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.environment import environment
 from pareto_merging.system.files import write_json, write_text
@@ -59,7 +62,7 @@ CHANCE = 10.0
 
 
 def demo_config(tasks: Sequence[str] | None = None, *, quick: bool = False, seed: int = 0) -> RunConfig:
-    """The demo's configuration for all eight tasks, or for a pair of them."""
+    """Return the demo's configuration for all eight tasks, or for a pair of them."""
     method = {**(PAIR_METHOD if tasks else METHOD), "seed": seed}
     if quick:
         method |= {"steps": QUICK_STEPS, "batch_size": 8}
@@ -75,7 +78,7 @@ def run_demo(
     progress: bool = True,
     suite_folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Run the demo, print its table and write its folder; returns what ``report.json`` holds.
+    """Run the demo, print its table and write its folder; return what ``report.json`` holds.
 
     Everything is written beside ``out`` first and takes its place at the end, so that a demo is there whole or not.
 
@@ -108,7 +111,7 @@ _FILES = {"report.json", "front.png", "index.html", SET_NAME, "two_tasks"}
 
 
 def _is_demo(folder: Path) -> bool:
-    """Whether a folder was written by the demo and holds nothing else."""
+    """Return whether a folder was written by the demo and holds nothing else."""
     try:
         names = {path.name for path in folder.iterdir()}
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -122,9 +125,9 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     console.print("Eight tasks: the baselines, each tuned on the unlabelled split …")
     eight = Workspace(demo_config(quick=quick, seed=seed), suite_folder)
     comparison = Comparison(eight, effort=EFFORT, grid="equal", choices=CHOICES, progress=progress, keep=True)
-    entries = {title: _entry(comparison.run(key)) for key, title in BASELINES.items()}
+    entries = {title: _entry(_measured(comparison, key)) for key, title in BASELINES.items()}
     console.print("Eight tasks: Pareto Merging …")
-    learned = comparison.run("pareto")
+    learned = _measured(comparison, "pareto")
     entries["Pareto Merging (equal preference)"] = _entry(learned, "equal")
     entries["Pareto Merging (one-hot preference)"] = _entry(learned, "one-hot")
     model = comparison.kept["pareto"].pareto
@@ -132,23 +135,12 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
 
     console.print(f"Two tasks ({' and '.join(TWO_TASKS)}): Pareto Merging and its front …")
     config = demo_config(TWO_TASKS, quick=quick, seed=seed)
-    pair, result = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
+    pair, trained = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
     pairs = Comparison(Workspace(config, suite_folder), effort=EFFORT, choices=CHOICES, progress=progress)
-    pair_results = {title: pairs.run(key) for key, title in BASELINES.items()}
-    gammas = list(two_task_grid(11))
-    front = [
-        {
-            "gamma": [round(value, 6) for value in gamma.tolist()],
-            "accuracy": list(score.accuracy.values()),
-            "entropy": list(score.entropy.values()),
-        }
-        for gamma, score in zip(
-            gammas, evaluate_preferences(pair, pairs.evaluation, gammas, progress=progress), strict=True
-        )
-    ]
-    points = {name: pair_results[name]["points"][0]["accuracy"] for name in MERGED_MODELS}
-    individuals = {name: _point(pair_results["Individual"], f"one-hot:{name}")["accuracy"] for name in pairs.evaluation}
-    metrics = front_metrics(front, points)
+    results = {title: _measured(pairs, key) for key, title in BASELINES.items()}
+    front = _front(pair, pairs, progress)
+    points = {name: results[name].points[0].accuracy for name in MERGED_MODELS}
+    individuals = {name: _own(results["Individual"], name).accuracy for name in pairs.evaluation}
     figures.two_task_front(
         folder / "front.png",
         TWO_TASKS,
@@ -157,65 +149,81 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
         points,
         individuals,
     )
-
-    save_pareto_set(model, folder / SET_NAME, preset=eight.config.method.preset)
+    save_pareto_set(model, folder / SET_NAME, preset=eight.method.preset)
     return {
         "format": FORMAT,
         "quick": quick,
         "tasks": eight.task_names,
         "methods": entries,
-        "preferences": [_preference(point, eight.task_names) for point in learned["points"]],
+        "preferences": [_preference(point, eight.task_names) for point in learned.points],
         "two_tasks": {
             "tasks": list(TWO_TASKS),
-            "seconds": round(result.seconds, 2),
+            "seconds": round(trained.seconds, 2),
             "settings": config.method.model_dump(mode="json"),
-            "methods": {name: _entry(pair_result) for name, pair_result in pair_results.items()},
+            "methods": {title: _entry(result) for title, result in results.items()},
             "individual_models": individuals,
         },
         "front": front,
-        "hypervolume": metrics,
-        "settings": eight.config.method.model_dump(mode="json"),
+        "hypervolume": front_metrics(front, points),
+        "settings": eight.method.model_dump(mode="json"),
         "environment": environment(),
     }
 
 
-def _point(result: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The model of a result at the preference of that kind."""
-    return next(point for point in result["points"] if kind in point["kinds"])
+def _measured(comparison: Comparison, key: str) -> Measured:
+    """Return what a method was measured to be. RuntimeError if it failed."""
+    result = comparison.run(key)
+    if not isinstance(result, Measured):
+        raise RuntimeError(f"{result.title}: {result.reason}")
+    return result
 
 
-def _entry(result: Mapping[str, Any], kind: str = "equal") -> dict[str, Any]:
-    """A method in the report: accuracies at the equal preference, or each task's at its own one-hot preference."""
-    tasks, points = result["tasks"], result["points"]
-    single = len(points) == 1
-    of = {
-        name: points[0]
-        if single
-        else _point(result, kind if kind == "equal" and not result["is_bound"] else f"one-hot:{name}")
-        for name in tasks
-    }
-    accuracy = {name: of[name]["accuracy"][i] for i, name in enumerate(tasks)}
+def _front(model: nn.Module, pairs: Comparison, progress: bool) -> list[dict[str, Any]]:
+    """Return a two-task Pareto set's models on a grid of preferences."""
+    gammas = list(two_task_grid(11))
+    scores = evaluate_preferences(model, pairs.evaluation, gammas, progress=progress)
+    return [
+        {
+            "gamma": [round(value, 6) for value in gamma.tolist()],
+            "accuracy": list(score.accuracy.values()),
+            "entropy": list(score.entropy.values()),
+        }
+        for gamma, score in zip(gammas, scores, strict=True)
+    ]
+
+
+def _own(result: Measured, task: str) -> Point:
+    """Return the model at a task's one-hot preference, or the only one."""
+    return result.point(f"one-hot:{task}") or result.points[0]
+
+
+def _entry(result: Measured, kind: str = "equal") -> dict[str, Any]:
+    """Describe a method at the equal preference, or each task at its one-hot preference."""
+    equal = None if kind != "equal" or result.is_bound else result.point("equal")
+    models = {name: equal or _own(result, name) for name in result.tasks}
+    accuracy = {name: models[name].accuracy[place] for place, name in enumerate(result.tasks)}
+    tuned = result.tuning.seconds if result.tuning else 0.0
     return {
         "per_task": {name: round(value, 2) for name, value in accuracy.items()},
         "average": round(sum(accuracy.values()) / len(accuracy), 2),
-        "seconds": result["tuning_seconds"] if result["method"] == "task-arithmetic" else result["seconds"],
-        "peak_bytes": result["peak_bytes"],
-        "entropy": {name: round(of[name]["entropy"][i], 4) for i, name in enumerate(tasks)},
-        **({"chosen": result["choice"]} if result["choice"] else {}),
+        "seconds": tuned if result.method == "task-arithmetic" else result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "entropy": {name: round(models[name].entropy[place], 4) for place, name in enumerate(result.tasks)},
+        **({"chosen": result.choice} if result.choice else {}),
     }
 
 
-def _preference(point: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+def _preference(point: Point, tasks: Sequence[str]) -> dict[str, Any]:
     return {
-        "gamma": point["gamma"],
-        "accuracy": dict(zip(tasks, point["accuracy"], strict=True)),
-        "entropy": dict(zip(tasks, point["entropy"], strict=True)),
-        "average": round(sum(point["accuracy"]) / len(tasks), 4),
+        "gamma": point.gamma,
+        "accuracy": dict(zip(tasks, point.accuracy, strict=True)),
+        "entropy": dict(zip(tasks, point.entropy, strict=True)),
+        "average": round(sum(point.accuracy) / len(tasks), 4),
     }
 
 
 def front_metrics(front: Sequence[Mapping[str, Any]], others: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Hypervolumes of a two-task front and of other models' points above one reference point, and rank correlations.
+    """Return hypervolumes of a two-task front and of other models, and rank correlations.
 
     The reference point is chance (10 % on both tasks): fixed beforehand, below everything, the same for all.
     """
@@ -236,6 +244,16 @@ def front_metrics(front: Sequence[Mapping[str, Any]], others: Mapping[str, Seque
     }
 
 
+def _front_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of the two-task front."""
+    tasks = report["two_tasks"]["tasks"]
+    rows = [
+        [f"{row['gamma'][0]:.1f}", *(f"{v:.1f}" for v in row["accuracy"]), *(f"{v:.3f}" for v in row["entropy"])]
+        for row in report["front"]
+    ]
+    return ["γ₁", *(f"{task} (%)" for task in tasks), *(f"entropy {task}" for task in tasks)], rows
+
+
 def _print(report: Mapping[str, Any], out: Path) -> None:
     tasks, methods = report["tasks"], report["methods"]
     # methods side by side: seven columns of numbers fit a terminal of eighty, eight task names do not
@@ -244,12 +262,7 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     rows.append(["average", *(f"{entry['average']:.1f}" for entry in methods.values())])
     rows.append(["seconds", *(f"{entry['seconds']:.1f}" for entry in methods.values())])
     print_table("Held-out accuracy in percent, eight tasks (PM: Pareto Merging)", ["task", *head], rows)
-    first, second = report["two_tasks"]["tasks"]
-    front = [
-        [f"{row['gamma'][0]:.1f}", *(f"{v:.1f}" for v in row["accuracy"]), *(f"{v:.3f}" for v in row["entropy"])]
-        for row in report["front"]
-    ]
-    columns = ["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"]
+    columns, front = _front_table(report)
     print_table(f"Two tasks: one learned set at {len(front)} preferences", columns, front)
     metrics = report["hypervolume"]
     print(
@@ -259,7 +272,7 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
 
 
 def page(report: Mapping[str, Any], picture: bytes) -> str:
-    """The report as one HTML file that needs nothing else."""
+    """Return the report as one HTML file that needs nothing else."""
     tasks = report["tasks"]
     first, second = report["two_tasks"]["tasks"]
     metrics = report["hypervolume"]
@@ -272,16 +285,12 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
         ]
         for name, entry in report["methods"].items()
     ]
-    front = [
-        [f"{row['gamma'][0]:.1f}", *(f"{v:.1f}" for v in row["accuracy"]), *(f"{v:.3f}" for v in row["entropy"])]
-        for row in report["front"]
-    ]
+    columns, front = _front_table(report)
     volumes = [["Pareto Merging", f"{metrics['pareto_merging']:.0f}"]]
     volumes += [["all baselines together", f"{metrics['all_baselines_together']:.0f}"]]
     volumes += [[name, f"{value:.0f}"] for name, value in metrics["baselines"].items()]
     where = [[key, str(value)] for key, value in report["environment"].items()]
     image = base64.b64encode(picture).decode()
-    columns = ["γ₁", f"{first} (%)", f"{second} (%)", f"entropy {first}", f"entropy {second}"]
     warning = "<p><strong>A quick run of a few steps: it shows that everything runs, not what it can do.</strong></p>"
     warning = warning if report["quick"] else ""
     return f"""<!doctype html>

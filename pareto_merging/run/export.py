@@ -1,16 +1,15 @@
-"""What a finished run is written out as: plain models for chosen preferences, in three formats, or one folded file."""
+"""What a finished run is written out as: plain models in three formats, or one folded file."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders, hub
 from pareto_merging.checkpoints.cards import Source, model_card
@@ -19,7 +18,7 @@ from pareto_merging.checkpoints.export import export_hugging_face, export_open_c
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
-from pareto_merging.model.files import save_folded
+from pareto_merging.model.files import SET_FORMAT, read_header, save_folded
 from pareto_merging.model.fold import merge
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
@@ -37,7 +36,7 @@ _TOKENIZER_BYTES = 2**24
 
 
 def export_folded(run: Path, target: Path, *, overwrite: bool = False) -> Path:
-    """Every preference as one self-sufficient file for a server.
+    """Write every preference as one self-sufficient file for a server.
 
     Raises:
         UserError: no finished run, or a target that exists (without ``overwrite``) or that the run is made of.
@@ -66,7 +65,7 @@ def export_merged(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Path]:
-    """A plain merged model for each preference, each with a model card.
+    """Write a plain merged model for each preference, each with a model card.
 
     Args:
         run: a finished run's folder. preferences: one or several, as :func:`parse_preferences` reads them.
@@ -87,147 +86,142 @@ def export_merged(
         raise UserError("text_from: expected none for safetensors (the vision encoder alone), got one")
     with user_errors():
         gammas = parse_preferences(preferences, _task_names(run))
-    suffix = ".safetensors" if format == "safetensors" else ""
     if len(gammas) > 1:
         _check_list(target, overwrite)
-    elif format == "safetensors":
-        check_file(target, overwrite)
-        _check_card(target, overwrite)
-    elif target.suffix == ".safetensors":
-        raise UserError(f"{target}: expected a folder for {format}, got the name of a file")
-    elif not overwrite:
-        check_new(target)
+    else:
+        _check_single(target, format, overwrite)
     workspace, model = open_run(run)
     text = _text(workspace, text_from) if format != "safetensors" else None
     _check_not_an_input(run, workspace, target, text)
-    write = partial(_write, format, workspace=workspace, model=model, text=text)
-    if len(gammas) == 1:
-        write(gammas[0], target, overwrite=overwrite)
-        return [target]
-    width = max(2, len(str(len(gammas))))
-    names = [f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
-    # all of them or none: a list that is half an older one would lie
-    with (
-        new_folder(Path(os.path.realpath(target))) as folder,
-        progress_bar("exporting", len(gammas), 0, progress) as bar,
-    ):
-        for number, (name, gamma) in enumerate(zip(names, gammas, strict=True), start=1):
-            write(gamma, folder / name, overwrite=False)
-            bar(number, format_preference(gamma.tolist()))
-        tasks = workspace.task_names
-        listed = {name: _named(tasks, gamma) for name, gamma in zip(names, gammas, strict=True)}
-        write_json(folder / LIST_NAME, listed)
-    return [target / name for name in names]
-
-
-def _named(tasks: Sequence[str], gamma: Tensor) -> dict[str, float]:
-    return dict(zip(tasks, (round(value, 6) for value in gamma.tolist()), strict=True))
+    exporter = _Exporter(format, workspace, model, text)
+    if len(gammas) > 1:
+        return exporter.write_list(gammas, target, progress)
+    exporter.write(gammas[0], target, overwrite)
+    return [target]
 
 
 def default_target(run: Path, preferences: str, format: Format) -> Path:
-    """Where :func:`export_merged` writes by default: ``merged.safetensors``, or a folder, in the run."""
+    """Return where :func:`export_merged` writes by default: ``merged.safetensors``, or a folder, in the run."""
     with user_errors():
         several = len(parse_preferences(preferences, _task_names(run))) > 1
     name = "merged" if format == "safetensors" else f"merged_{format}"
     return run / (f"{name}.safetensors" if format == "safetensors" and not several else name)
 
 
-def _write(
-    format: Format,
-    gamma: Tensor,
-    target: Path,
-    *,
-    workspace: Workspace,
-    model: torch.nn.Module,
-    text: Checkpoint | None,
-    overwrite: bool,
-) -> None:
-    tensors = merge(model, gamma).state_dict()
-    preference = _named(workspace.task_names, gamma)
-    card = _card(format, workspace, model, preference, text is not None, target.name)
-    if format == "safetensors":
-        metadata = {
-            "format": "pt",
-            "preference": preference,
-            "encoder": workspace.encoder_description,
-            "preprocessing": workspace.preprocessing,
-            "package_version": VERSION,
-        }
-        write_tensors(target, tensors, metadata)
-        write_text(target.with_suffix(".md"), card)
-        return
-    tokenizer = {} if text is None else _tokenizer(text)
-    if text is not None and not tokenizer and format == "huggingface":
-        # its processor and pipelines want one, and this checkpoint brought none
-        card += (
-            "\n## Tokenizer\n\nNone is in this folder; a CLIP of 49,408 tokens has `openai/clip-vit-base-patch32`'s.\n"
-        )
-    write: Callable[..., Path] = export_hugging_face if format == "huggingface" else export_open_clip
-    write(
-        tensors,
-        target,
-        encoder=workspace.encoder_description,
-        preprocessing=workspace.preprocessing,
-        text=None if text is None else text.text,
-        text_heads=None if text is None else text.text_heads,
-        card=card,
-        extra_files=tokenizer,
-        overwrite=overwrite,
-    )
+@dataclass(frozen=True)
+class _Exporter:
+    """What is the same for all preferences: the format, the run, its model, and the text tower if there is one."""
 
+    format: Format
+    workspace: Workspace
+    model: nn.Module
+    text: Checkpoint | None
 
-def _card(
-    format: Format,
-    workspace: Workspace,
-    model: torch.nn.Module,
-    preference: Mapping[str, float],
-    has_text: bool,
-    file_name: str,
-) -> str:
-    state, method = pareto_state(model), workspace.config.method
-    given = {"pretrained": workspace.encoder_config.pretrained}
-    given |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
-    sources = [
-        Source(
-            name,
-            origin="/".join(Path(source).parts[-2:]) if hub.remote(source) is None else str(source),
-            digest=state.digests.get(name, "")[:16],
-            hub_id=hub.hub_id(source),
+    def write_list(self, gammas: Sequence[Tensor], target: Path, progress: bool) -> list[Path]:
+        """Write a folder with a model for each preference and the list of them, all or nothing."""
+        width = max(2, len(str(len(gammas))))
+        suffix = ".safetensors" if self.format == "safetensors" else ""
+        names = [f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
+        # a list that is half an older one would lie
+        with (
+            new_folder(Path(os.path.realpath(target))) as folder,
+            progress_bar("exporting", len(gammas), 0, progress) as bar,
+        ):
+            for number, (name, gamma) in enumerate(zip(names, gammas, strict=True), start=1):
+                self.write(gamma, folder / name, overwrite=False)
+                bar(number, format_preference(gamma.tolist()))
+            write_json(folder / LIST_NAME, dict(zip(names, map(self._named, gammas), strict=True)))
+        return [target / name for name in names]
+
+    def write(self, gamma: Tensor, target: Path, overwrite: bool) -> None:
+        """Write the merged model of one preference with its card."""
+        tensors = merge(self.model, gamma).state_dict()
+        card = self._card(gamma, target.name)
+        encoder, preprocessing = self.workspace.encoder_description, self.workspace.preprocessing
+        if self.format == "safetensors":
+            metadata = {
+                "format": "pt",
+                "preference": self._named(gamma),
+                "encoder": encoder,
+                "preprocessing": preprocessing,
+                "package_version": VERSION,
+            }
+            write_tensors(target, tensors, metadata)
+            write_text(target.with_suffix(".md"), card)
+            return
+        tokenizer = {} if self.text is None else _tokenizer(self.text)
+        if self.text is not None and not tokenizer and self.format == "huggingface":
+            # its processor and pipelines want one, and this checkpoint brought none
+            card += "\n## Tokenizer\n\n"
+            card += "None is in this folder; a CLIP of 49,408 tokens has `openai/clip-vit-base-patch32`'s.\n"
+        write: Callable[..., Path] = export_hugging_face if self.format == "huggingface" else export_open_clip
+        write(
+            tensors,
+            target,
+            encoder=encoder,
+            preprocessing=preprocessing,
+            text=None if self.text is None else self.text.text,
+            text_heads=None if self.text is None else self.text.text_heads,
+            card=card,
+            extra_files=tokenizer,
+            overwrite=overwrite,
         )
-        for name, source in given.items()
-    ]
-    has_low_rank = any(name.startswith("B.") for name in learned_parameters(model))
-    rank = method.rank if method.core == "tensor" else len(preference)
-    return model_card(
-        "transformers" if format == "huggingface" else format,
-        encoder=workspace.encoder_description,
-        has_text=has_text,
-        title="Merged " + " + ".join(preference),
-        preference=preference,
-        method=f"preset {method.preset}, objective {method.objective}, {method.steps_for(len(preference))} steps",
-        rank=rank if has_low_rank else None,
-        lambda_grouping=method.granularity if method.learn_lambda else "",
-        sources=sources,
-        version=VERSION,
-        preprocessing=workspace.preprocessing,
-        file_name=file_name,
-    )
+
+    def _named(self, gamma: Tensor) -> dict[str, float]:
+        rounded = (round(value, 6) for value in gamma.tolist())
+        return dict(zip(self.workspace.task_names, rounded, strict=True))
+
+    def _sources(self) -> list[Source]:
+        """Return where the pretrained and the fine-tuned weights came from."""
+        digests = pareto_state(self.model).digests
+        given = {"pretrained": self.workspace.encoder_config.pretrained}
+        given |= {name: task.checkpoint for name, task in self.workspace.task_configs.items()}
+        return [
+            Source(
+                name,
+                origin="/".join(Path(source).parts[-2:]) if hub.remote(source) is None else str(source),
+                digest=digests.get(name, "")[:16],
+                hub_id=hub.hub_id(source),
+            )
+            for name, source in given.items()
+        ]
+
+    def _card(self, gamma: Tensor, file_name: str) -> str:
+        """Return the model card of one preference."""
+        method, preference = self.workspace.method, self._named(gamma)
+        has_low_rank = any(name.startswith("B.") for name in learned_parameters(self.model))
+        rank = method.rank if method.core == "tensor" else len(preference)
+        steps = method.steps_for(len(preference))
+        return model_card(
+            "transformers" if self.format == "huggingface" else self.format,
+            encoder=self.workspace.encoder_description,
+            has_text=self.text is not None,
+            title="Merged " + " + ".join(preference),
+            preference=preference,
+            method=f"preset {method.preset}, objective {method.objective}, {steps} steps",
+            rank=rank if has_low_rank else None,
+            lambda_grouping=method.granularity if method.learn_lambda else "",
+            sources=self._sources(),
+            version=VERSION,
+            preprocessing=self.workspace.preprocessing,
+            file_name=file_name,
+        )
 
 
 def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
     if text_from is None:
         pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
         return pretrained if pretrained.text else None
-    found = open_checkpoint(text_from)
-    if not found.text:
-        why = f" ({found.no_text})" if found.no_text else ""
+    checkpoint = open_checkpoint(text_from)
+    if not checkpoint.text:
+        why = f" ({checkpoint.no_text})" if checkpoint.no_text else ""
         raise UserError(f"{text_from}: expected a whole CLIP, got one without a text tower{why}")
     ours = encoders.has_quick_gelu(workspace.encoder_description)
-    if found.quick_gelu is not None and found.quick_gelu != ours:
+    if checkpoint.quick_gelu is not None and checkpoint.quick_gelu != ours:
         # both libraries have one activation for the two towers
-        expected, got = (("QuickGELU" if gelu else "GELU") for gelu in (ours, found.quick_gelu))
+        expected, got = (("QuickGELU" if gelu else "GELU") for gelu in (ours, checkpoint.quick_gelu))
         raise UserError(f"{text_from}: expected a text tower with {expected} as the encoder has, got {got}")
-    return found
+    return checkpoint
 
 
 def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
@@ -236,9 +230,7 @@ def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
 
 
 def _task_names(run: Path) -> Sequence[str]:
-    """The tasks of a run before its models are loaded, so that a wrong preference is said at once."""
-    from pareto_merging.model.files import SET_FORMAT, read_header
-
+    """Return a run's tasks before its models are loaded, so that mistakes are said at once."""
     if not (run / SET_NAME).is_file():
         # its own error says what is missing
         open_run(run)
@@ -247,7 +239,7 @@ def _task_names(run: Path) -> Sequence[str]:
 
 
 def check_file(target: Path, overwrite: bool) -> None:
-    """UserError unless ``target`` is the name of a .safetensors file that may be written."""
+    """Raise UserError unless ``target`` is the name of a .safetensors file that may be written."""
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: expected a name that ends in .safetensors")
     if target.is_dir() or not overwrite:
@@ -256,8 +248,19 @@ def check_file(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: expected a file, got a folder")
 
 
+def _check_single(target: Path, format: Format, overwrite: bool) -> None:
+    """Raise UserError unless ``target`` is what a model of the format may be written to."""
+    if format == "safetensors":
+        check_file(target, overwrite)
+        _check_card(target, overwrite)
+    elif target.suffix == ".safetensors":
+        raise UserError(f"{target}: expected a folder for {format}, got the name of a file")
+    elif not overwrite:
+        check_new(target)
+
+
 def _check_card(target: Path, overwrite: bool) -> None:
-    """The model card has the name of its file: UserError if that is somebody else's."""
+    """Raise UserError if the model card, which has its file's name, is somebody else's."""
     card = target.with_suffix(".md")
     if not card.exists() and not card.is_symlink():
         return
@@ -270,7 +273,7 @@ def _check_card(target: Path, overwrite: bool) -> None:
 
 
 def _check_list(target: Path, overwrite: bool) -> None:
-    """UserError unless ``target`` is new, or with ``overwrite`` a folder that an earlier list of exports is in."""
+    """Raise UserError unless ``target`` is new, or with ``overwrite`` an earlier list of exports."""
     if target.suffix == ".safetensors":
         raise UserError(f"{target}: expected a folder for several preferences, got the name of a file")
     if not target.exists() or not overwrite:
@@ -284,7 +287,7 @@ def _check_list(target: Path, overwrite: bool) -> None:
 
 
 def _check_not_an_input(run: Path, workspace: Workspace, target: Path, text: Checkpoint | None = None) -> None:
-    """UserError if writing to ``target`` would replace anything that the run reads."""
+    """Raise UserError if writing to ``target`` would replace anything that the run reads."""
     paths: list[Path | str | None] = [run / SET_NAME, run / CHECKPOINT_NAME, run / CONFIG_NAME]
     paths += [] if text is None else [text.path, *text.files]
     for checkpoint in workspace.checkpoints():

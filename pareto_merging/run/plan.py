@@ -1,4 +1,4 @@
-"""What a run will need, counted from the architecture: parameters and bytes by kind; and what rounding costs it."""
+"""A run's needs, counted from the architecture: parameters and bytes by kind; and what rounding costs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
 
 
 def _precision_rows(workspace: Workspace, progress: bool) -> list[PlanRow]:
-    """The dtypes that the checkpoints are stored in, and the relative error of Σλτ in the dtype of the run."""
+    """Return the dtypes that checkpoints are stored in, and the run's relative error of Σλτ."""
     sources: dict[str, Path | str] = {"pretrained": workspace.encoder_config.pretrained}
     sources |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
     opened: dict[str, Checkpoint] = {}
@@ -111,13 +111,13 @@ def _precision_rows(workspace: Workspace, progress: bool) -> list[PlanRow]:
             missing.append(str(error))
     rows = []
     for kind, names in (("pretrained checkpoint", ["pretrained"]), ("fine-tuned checkpoints", list(sources)[1:])):
-        found = {name: _numbers(opened[name]) for name in names if name in opened}
-        dtypes = {name: describe_dtypes(numbers) for name, numbers in found.items()}
+        counted = {name: _numbers(opened[name]) for name in names if name in opened}
+        dtypes = {name: describe_dtypes(numbers) for name, numbers in counted.items()}
         note = summarize_dtypes(list(dtypes.values())) if dtypes else ""
-        if len(found) < len(names):
-            note = f"{note}; {len(names) - len(found)} not there" if note else "not there"
-        count = sum(sum(numbers.values()) for numbers in found.values())
-        size = sum(count * dtype.itemsize for numbers in found.values() for dtype, count in numbers.items())
+        if len(counted) < len(names):
+            note = f"{note}; {len(names) - len(counted)} not there" if note else "not there"
+        count = sum(sum(numbers.values()) for numbers in counted.values())
+        size = sum(count * dtype.itemsize for numbers in counted.values() for dtype, count in numbers.items())
         rows.append(PlanRow(kind, count, size, f"on disk: {note}", dtypes))
     return [*rows, _rounding_row(workspace, list(opened.values()), missing, progress)]
 
@@ -126,24 +126,24 @@ def _rounding_row(workspace: Workspace, opened: list[Checkpoint], missing: list[
     kind, dtype = "rounding of τ", workspace.config.dtype
     if missing:
         return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: not known ({missing[0]})")
-    if widest([workspace.dtype, *(d for found in opened for d in found.dtypes.values())]) == workspace.dtype:
+    if widest([workspace.dtype, *(d for checkpoint in opened for d in checkpoint.dtypes.values())]) == workspace.dtype:
         return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: none", relative_error=0.0)
-    size = sum(count * d.itemsize for found in opened for d, count in _numbers(found).items())
+    size = sum(count * d.itemsize for checkpoint in opened for d, count in _numbers(checkpoint).items())
     with user_errors():
         error = _rounding(workspace, progress and size >= LONG).relative_error
     return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: {percent(error)}", relative_error=error)
 
 
-def _numbers(found: Checkpoint) -> Counter[torch.dtype]:
+def _numbers(checkpoint: Checkpoint) -> Counter[torch.dtype]:
     numbers: Counter[torch.dtype] = Counter()
-    for name, shape in found.shapes.items():
-        numbers[found.dtypes[name]] += math.prod(shape)
+    for name, shape in checkpoint.shapes.items():
+        numbers[checkpoint.dtypes[name]] += math.prod(shape)
     return numbers
 
 
 @torch.no_grad()
 def _rounding(workspace: Workspace, progress: bool) -> Precision:
-    """The task vectors of one parameter after another, made as the run makes them, and let go."""
+    """Make the task vectors of one parameter after another as the run does, and let go."""
     method, model = workspace.config.method, workspace.skeleton()
     stored = workspace.load(workspace.encoder_config.pretrained)
     copies, tensors = check_copies(model, workspace.finetuned())

@@ -19,7 +19,8 @@ from benchmarks.common.timing import Times
 from benchmarks.suites import digits, kernels, layers
 from pareto_merging.data import digits as suite
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.measure.comparison import summarize
+from pareto_merging.measure.results import Result
+from pareto_merging.measure.summary import summarize
 from pareto_merging.methods.registry import METHODS
 
 
@@ -125,7 +126,7 @@ def test_committed_results_are_whole_and_seen_by_the_documents() -> None:
     assert report["command"].startswith("python -m benchmarks.run")
     for tasks, rows in report["results"].items():
         assert {(row["seed"], row["method"]) for row in rows} == {(s, key) for s in report["seeds"] for key in METHODS}
-        again = summarize([{"title": "", "tuning_seconds": 0.0, **row} for row in rows])
+        again = {key: entry.to_json() for key, entry in summarize([Result.from_json(row) for row in rows]).items()}
         for key, entry in report["summary"][tasks].items():
             for figure in ("equal", "priority", "one_hot", "hypervolume", "igd_plus"):
                 assert again[key].get(figure) == entry.get(figure), (tasks, key, figure)

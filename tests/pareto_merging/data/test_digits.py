@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes
 from pareto_merging.data import digits
-from pareto_merging.run.workspace import check_tensors
+from pareto_merging.run.checks import check_tensors
 
 FOLDER = Path(digits.__file__).parent / "digits_suite"
 

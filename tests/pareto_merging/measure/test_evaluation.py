@@ -15,14 +15,8 @@ from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.measure.evaluation import (
-    agreement,
-    choose_for_unseen,
-    evaluate_model,
-    evaluate_preferences,
-    mean_entropy,
-    predict,
-)
+from pareto_merging.measure.choose import choose_for_unseen
+from pareto_merging.measure.evaluation import agreement, evaluate_model, evaluate_preferences, mean_entropy, predict
 from pareto_merging.model.fold import merge
 from pareto_merging.model.parametrize import parametrize
 

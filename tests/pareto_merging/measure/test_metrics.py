@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from pareto_merging.measure.metrics import (
+    Alignment,
+    Spread,
     alignment,
     hypervolume,
     igd_plus,
@@ -143,29 +146,29 @@ def test_alignment() -> None:
     gammas = [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
     found = alignment(gammas, [[80, 60], [70, 70], [60, 80]])
     # cosines 0.8, 1 and 0.8
-    assert found["cosine"] == pytest.approx(2.6 / 3)
-    assert found["spearman"] == pytest.approx([1, 1])
+    assert found.cosine == pytest.approx(2.6 / 3)
+    assert found.spearman == pytest.approx([1, 1])
     # task 0 falls where its weight rises; task 1 never moves
     found = alignment(gammas, [[60, 70], [70, 70], [80, 70]])
-    assert found["spearman"] == [pytest.approx(-1), None]
-    assert json.loads(json.dumps(found)) == found
+    assert found.spearman == [pytest.approx(-1), None]
+    assert Alignment(**json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_alignment_of_one_task_one_model_or_none() -> None:
-    assert alignment([[1.0], [1.0]], [[50], [60]]) == {"cosine": pytest.approx(1), "spearman": [None]}
-    assert alignment([[1.0], [0.9]], [[50], [60]])["spearman"] == [None]
-    assert alignment([[0.5, 0.5]], [[50, 50]]) == {"cosine": pytest.approx(1), "spearman": [None, None]}
-    assert alignment(np.zeros((0, 3)), np.zeros((0, 3))) == {"cosine": None, "spearman": [None] * 3}
+    assert alignment([[1.0], [1.0]], [[50], [60]]) == Alignment(pytest.approx(1), [None])
+    assert alignment([[1.0], [0.9]], [[50], [60]]).spearman == [None]
+    assert alignment([[0.5, 0.5]], [[50, 50]]) == Alignment(pytest.approx(1), [None, None])
+    assert alignment(np.zeros((0, 3)), np.zeros((0, 3))) == Alignment(None, [None] * 3)
     # a model that is right nowhere has no direction
-    assert alignment([[1, 0], [0, 1]], [[0, 0], [1, 2]])["cosine"] is None
+    assert alignment([[1, 0], [0, 1]], [[0, 0], [1, 2]]).cosine is None
     found = alignment(np.eye(8), np.eye(8) * 90 + 5)
-    assert found["cosine"] == pytest.approx(95 / math.sqrt(95**2 + 7 * 25))
-    assert found["spearman"] == pytest.approx([1] * 8)
+    assert found.cosine == pytest.approx(95 / math.sqrt(95**2 + 7 * 25))
+    assert found.spearman == pytest.approx([1] * 8)
 
 
 def test_indicators() -> None:
     points = [[90, 40], [40, 90], [40, 90], [30, 30]]
-    assert indicators(points, [10, 20]) == {
+    assert indicators(points, [10, 20]).to_json() == {
         "reference_point": [10, 20],
         "hypervolume": pytest.approx(1600 + 2100 - 600),
         "non_dominated_points": 3,
@@ -176,29 +179,29 @@ def test_indicators() -> None:
     }
     gammas = [[1, 0], [0, 1], [0.1, 0.9], [0.5, 0.5]]
     found = indicators(np.array(points), np.array([10, 20]), gammas, [[90, 90], [95, 40]])
-    assert found["igd_plus"] == pytest.approx((50 + 5) / 2)
-    assert found["alignment"] == alignment(gammas, points)
-    assert json.loads(json.dumps(found)) == found
+    assert found.igd_plus == pytest.approx((50 + 5) / 2)
+    assert found.alignment == alignment(gammas, points)
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
     one = indicators([[55.5]], [50], [[1.0]], [[60]])
-    assert (one["hypervolume"], one["spacing"], one["points"]) == (5.5, None, 1)
-    assert one["igd_plus"] == pytest.approx(4.5)
+    assert (one.hypervolume, one.spacing, one.points) == (5.5, None, 1)
+    assert one.igd_plus == pytest.approx(4.5)
     eight = indicators(np.eye(8) + 1, [0] * 8, np.eye(8), np.full((1, 8), 2.0))
     # 8 boxes of 2, any two or more of them share the unit cube
-    assert eight["hypervolume"] == pytest.approx(8 * 1 + 1)
-    assert eight["igd_plus"] == pytest.approx(math.sqrt(7))
-    assert (eight["non_dominated_points"], eight["spacing"]) == (8, 0)
+    assert eight.hypervolume == pytest.approx(8 * 1 + 1)
+    assert eight.igd_plus == pytest.approx(math.sqrt(7))
+    assert (eight.non_dominated_points, eight.spacing) == (8, 0)
 
 
 def test_spread() -> None:
     # deviations −2, 0, 2: 8 / 2
-    assert spread([1, 3, 5]) == {"mean": 3, "sd": 2, "values": [1, 3, 5]}
-    assert spread([None, 1, None, 2]) == {"mean": 1.5, "sd": 0.7071, "values": [None, 1, None, 2]}
-    assert spread([1 / 3]) == {"mean": 0.3333, "sd": None, "values": [0.3333]}
-    assert spread([2.0, 2.0])["sd"] == 0
-    assert spread([None]) == {"mean": None, "sd": None, "values": [None]}
-    assert spread([]) == {"mean": None, "sd": None, "values": []}
+    assert spread([1, 3, 5]) == Spread(3, 2, [1, 3, 5])
+    assert spread([None, 1, None, 2]) == Spread(1.5, 0.7071, [None, 1, None, 2])
+    assert spread([1 / 3]) == Spread(0.3333, None, [0.3333])
+    assert spread([2.0, 2.0]).sd == 0
+    assert spread([None]) == Spread(None, None, [None])
+    assert spread([]) == Spread(None, None, [])
     found = spread(np.array([1.0, 2.0], dtype=np.float32))  # type: ignore[arg-type]
-    assert json.loads(json.dumps(found)) == found
+    assert Spread(**json.loads(json.dumps(found.to_json()))) == found
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="values: expected finite numbers or None, got"):
             spread([1.0, value])

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
+from pareto_merging.model.strategy import STRATEGIES
 from pareto_merging.run.config import RunConfig, dump_config, read_config
 
 
@@ -34,6 +35,8 @@ from pareto_merging.run.config import RunConfig, dump_config, read_config
             "method.scalarization: expected one of smooth-tchebycheff, tchebycheff, linear, got 'sum'",
         ),
         ("suite: mnist\n", "suite: .* got 'mnist'"),
+        ("suite: digits\nstrategy: swift\n", "strategy: expected one of auto, fused, .*cached, got 'swift'"),
+        ("suite: digits\nstrategy: 3\n", "strategy: .* got 3"),
         ("method: {}\n", "expected suite: digits, or encoder and tasks"),
         ("suite: digits\ntasks: [a, a]\n", "tasks: expected each task once"),
         ("suite: digits\ntasks: []\n", "tasks: expected at least one"),
@@ -212,3 +215,10 @@ def test_the_small_configuration_runs(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", str(path), "--out", str(tmp_path / "out")])
     assert caught.value.code == 0
+
+
+def test_every_strategy_can_be_named_and_is_explained(tmp_path: Path) -> None:
+    for name in STRATEGIES:
+        (tmp_path / "run.yaml").write_text(f"suite: digits\nstrategy: {name}\n")
+        assert read_config(tmp_path / "run.yaml").strategy == name
+        assert name in (RunConfig.model_fields["strategy"].description or "")

@@ -26,7 +26,7 @@ from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.data.heads import read_head
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.model.files import read_header
-from pareto_merging.run.config import read_config
+from pareto_merging.run.config import RunConfig, read_config
 from pareto_merging.run.folder import open_run
 from pareto_merging.run.workspace import Workspace
 
@@ -985,3 +985,8 @@ def test_a_name_that_the_hub_does_not_have(offline: None, files: Path, tmp_path:
     for source in ("owner/none", "owner/name@none", "models/my_run"):
         config = write_config(tmp_path / "run.yaml", files / "clip0", {"a": files / "clip1", "b": source})
         assert source.partition("@")[0] in refused(config, capsys)
+
+
+def test_unseen_tasks_are_not_the_merged_ones() -> None:
+    with pytest.raises(pm.UserError, match="unseen: expected tasks that are not merged, got rotated"):
+        Workspace(RunConfig.model_validate({"suite": "digits", "unseen": ["rotated"]}))
