@@ -15,6 +15,7 @@ from benchmarks.training.names import ALL, AUTO, WITHOUT_GRAPHS
 from pareto_merging import MethodSettings, Task, set_strategy
 from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
 from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.objectives import OBJECTIVES
 
 # strategy, CUDA graphs, tasks at once
 How: TypeAlias = tuple[str, CudaGraphs, TasksAtOnce]
@@ -63,7 +64,7 @@ class Ours:
             f"task_{k + 1}": Task(images=images.cpu(), head=head)  # type: ignore[arg-type]
             for k, (images, head) in enumerate(zip(case.images, case.heads, strict=True))
         }
-        if self.settings.objective == "weight-distance":
+        if OBJECTIVES[self.settings.objective].needs == "weights":
             tasks, self.batch = None, []
         self.notes: list[str] = []
         set_strategy(case.pareto, strategy)

@@ -125,7 +125,7 @@ class MergedVectors:
         self.positions = (starts[:, None] + torch.arange(tasks, device=device)).reshape(-1)
         # λ by vector, summed over the vectors that share it and picked where it is learned
         self.picked = torch.tensor(self.learned, dtype=torch.int64, device=device)
-        self.members = torch.nn.functional.one_hot(self.owner, len(self.distinct)).t()[self.picked]
+        self.sharing = torch.nn.functional.one_hot(self.owner, len(self.distinct)).t()[self.picked]
         self.leaf = torch.empty_like(self.weight).requires_grad_(bool(self.learned))
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class MergedVectors:
         """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
         strategy = self.state.now.kernel_strategy
         d_table = pmkernels.merge_vectors_gradient(d_leaf, self.task_vectors, self.offsets, strategy=strategy)
-        d_lambda = self.members.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
+        d_lambda = self.sharing.to(d_table) @ d_table if self.shared else d_table.index_select(0, self.picked)
         if self.state.now.lambda_range is not None:
             low, high = self.state.now.lambda_range
             table = torch.stack([self.distinct[i].detach() for i in self.learned])

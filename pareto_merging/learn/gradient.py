@@ -154,7 +154,7 @@ class GradientOfStep:
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
         execution = execution or Execution()
-        kind = OBJECTIVES[settings.objective]
+        kind = OBJECTIVES[settings.loss.objective]
         self.model, self.settings, self.tasks_at_once = model, settings.loss, execution.tasks_at_once
         self.state = pareto_state(model)
         self.parameters = list(learned.values())

@@ -35,7 +35,8 @@ class CollapseWatch:
         self._means: list[float] = []
         self._steps = 0
         self._ceilings = {
-            name: math.log(max(2, min(settings.batch_size, _classes(task.head)))) for name, task in tasks.items()
+            name: math.log(max(2, min(settings.sampling.batch_size, _classes(task.head))))
+            for name, task in tasks.items()
         }
 
     def look(self, step: int, values: Sequence[float]) -> list[str]:

@@ -63,17 +63,16 @@ class Learner:
         state = pareto_state(model)
         self.names = state.task_names
         settings.check_model(state.settings)
-        self.needs_images = OBJECTIVES[settings.objective].needs == "images"
+        self.needs_images = OBJECTIVES[settings.loss.objective].needs == "images"
         self.tasks = _checked_tasks(tasks, self.names) if self.needs_images else dict(tasks or {})
-        fixed: Tensor | None = None
-        if settings.gamma is not None:
-            fixed = check_preference(settings.gamma, self.names, per_item=False)
-        self.model, self.settings, self._fixed = model, settings, fixed
+        gamma = settings.sampling.gamma
+        self._fixed = None if gamma is None else check_preference(gamma, self.names, per_item=False)
+        self.model, self.settings = model, settings
         self.total = settings.steps_for(len(self.names))
         everything = learned_parameters(model)
         # λ first: Adam's long vectors and the gradient are in this order
         order = sorted(everything, key=lambda name: not name.startswith("lam."))
-        self.learned = {n: everything[n] for n in order if settings.learn_lambda or not n.startswith("lam.")}
+        self.learned = {n: everything[n] for n in order if settings.optimiser.learn_lambda or not n.startswith("lam.")}
         if not self.learned:
             raise ValueError("model: expected something to learn (λ, or a low-rank term), got a model with neither")
         for name, parameter in everything.items():
@@ -88,7 +87,7 @@ class Learner:
 
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
         """Yield one list of K batches of images per step, after step ``first``. Empty where none are needed."""
-        size = self.settings.batch_size
+        size = self.settings.sampling.batch_size
         streams = [
             BatchStream(task.images, size, first, self.total, self._order(index), workers)
             for index, task in enumerate(self.tasks.values() if self.needs_images else ())
@@ -98,7 +97,7 @@ class Learner:
 
     def _order(self, task: int) -> tuple[int, int, int]:
         """Return the seed of the order of a task's images."""
-        return self.settings.seed, 1, task
+        return self.settings.sampling.seed, 1, task
 
     def _on_device(self, inputs: Tensor) -> Tensor:
         return inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
@@ -117,7 +116,7 @@ class Learner:
         """Return what the objective wants beside the images of this step. Empty where it wants nothing."""
         if not self.objective.has_targets:
             return []
-        size = self.settings.batch_size
+        size = self.settings.sampling.batch_size
         orders = [
             batch_indices(len(task.images), size, step - 1, self._order(index))  # type: ignore[arg-type]
             for index, task in enumerate(self.tasks.values())
@@ -161,7 +160,7 @@ class Learner:
         if outcomes[0].terms.shape != shape:
             expected = f"{shape[1]} numbers of each of {shape[0]} tasks"
             got = list(outcomes[0].terms.shape)
-            raise ValueError(f"objective {self.settings.objective}: expected {expected}, got {got}")
+            raise ValueError(f"objective {self.settings.loss.objective}: expected {expected}, got {got}")
         parts = (
             torch.stack([outcome.loss for outcome in outcomes]),
             torch.stack([outcome.terms for outcome in outcomes]),

@@ -107,7 +107,7 @@ def _run(
     start = time.monotonic()
     with (
         eval_mode(learner.model, *(task.head for task in learner.tasks.values())),
-        clamped(learner.model, (0.0, 1.0) if settings.clamp_lambda else None),
+        clamped(learner.model, (0.0, 1.0) if settings.optimiser.clamp_lambda else None),
         stop_requested() as stop,
         progress_bar("learning", total, first, progress) as advance,
         contextlib.closing(learner.batches(first, workers)) as batches,
@@ -123,7 +123,7 @@ def _run(
             result.steps = step
             log(entry)
             advance(step, status_of(outcome))
-            if folder is not None and (step % settings.checkpoint_every == 0 or step == total or stop()):
+            if folder is not None and (step % settings.log.checkpoint_every == 0 or step == total or stop()):
                 save_checkpoint(learner, folder, step)
             if stop() and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}", step)

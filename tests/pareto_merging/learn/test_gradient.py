@@ -20,6 +20,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.learn import gradient
 from pareto_merging.learn.entropy import entropy_terms
 from pareto_merging.learn.gradient import Execution, GradientOfStep, TasksAtOnce, pareto_gradient
+from pareto_merging.learn.objectives import OBJECTIVES, Objective, ObjectiveKind, TaskTerms
 from pareto_merging.learn.regularizers import cosine_alignment, tensor_norm
 from pareto_merging.learn.scalarize import scalarize
 from pareto_merging.learn.settings import MethodSettings
@@ -861,3 +862,41 @@ def test_a_failed_capture_is_an_error_where_graphs_are_wanted(monkeypatch: pytes
     found = step(images(), gamma)
     wanted = step_of(model, heads(), learned_parameters(model), method(), cache=False)(images(), gamma)
     torch.testing.assert_close(found.gradient, wanted.gradient)
+
+
+class Wanted(Objective):
+    """Half the squared distance of the logits to what is wanted of each image."""
+
+    has_targets = True
+
+    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
+        assert targets is not None
+        return TaskTerms((logits - targets).square().sum(dim=-1).mean() / 2)
+
+
+@pytest.mark.parametrize("at_once", ["one", "all"])
+def test_a_replay_sees_the_targets_of_its_own_step(monkeypatch: pytest.MonkeyPatch, at_once: TasksAtOnce) -> None:
+    monkeypatch.setitem(OBJECTIVES, "wanted", ObjectiveKind("wanted", lambda model, tasks, settings: Wanted()))
+    model, own = pareto(), heads()
+    learned, settings = learned_parameters(model), method(objective="wanted")
+    step = step_of(model, own, learned, settings, tasks_at_once=at_once)
+    rehearsal = Rehearsal(monkeypatch, step)
+    for number, gamma in enumerate(gammas(5)):
+        batch = images(seed=number)
+        generator = torch.Generator().manual_seed(number)
+        targets = [torch.randn(len(x), 4 + k, generator=generator).double() for k, x in enumerate(batch)]
+        given = [x.clone() for x in targets]
+        found = step(batch, gamma, targets)
+        for x in targets:
+            x.fill_(torch.nan)
+        wanted = step_of(model, own, learned, settings, cache=False)(batch, gamma, given)
+        torch.testing.assert_close(found.terms, wanted.terms)
+        torch.testing.assert_close(found.gradient, wanted.gradient)
+        with torch.no_grad(), preference(model, gamma):
+            by_hand = [
+                (head(model(x)) - t).square().sum(dim=-1).mean() / 2
+                for head, x, t in zip(own, batch, given, strict=True)
+            ]
+        torch.testing.assert_close(found.terms[:, 0], torch.stack(by_hand))
+        moved(model, number)
+    assert (rehearsal.captures, rehearsal.replays) == (1, 4)
