@@ -603,7 +603,7 @@ def test_an_interrupted_list_tells_no_lies(
     out = tmp_path / "out"
     options = ["--format", format, "--out", out, "--overwrite", "--quiet"]
     assert run("export", whole, "--preference", "0.1,0.9;0.2,0.8;0.3,0.7", *options) == 0
-    write, count = exports._write, 0
+    write, count = exports._Exporter.write, 0
 
     def stop(*arguments: Any, **options: Any) -> None:
         nonlocal count
@@ -612,7 +612,7 @@ def test_an_interrupted_list_tells_no_lies(
             raise KeyboardInterrupt
         write(*arguments, **options)
 
-    monkeypatch.setattr(exports, "_write", stop)
+    monkeypatch.setattr(exports._Exporter, "write", stop)
     assert run("export", whole, "--preference", "0.9,0.1;0.8,0.2;0.7,0.3", *options) == 130
     listed = json.loads((out / "preferences.json").read_text()) if (out / "preferences.json").exists() else {}
     for name, weights in listed.items():
