@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pareto_merging.cli.compare import METHODS_EPILOG, compare
+from pareto_merging.cli.compare import compare
 from pareto_merging.cli.convert import convert
 from pareto_merging.cli.demo import demo
 from pareto_merging.cli.evaluate import evaluate
@@ -35,7 +35,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command(cls=KEYS_EPILOG)(train)
 app.command()(evaluate)
-app.command(cls=METHODS_EPILOG)(compare)
+app.command()(compare)
 app.command()(convert)
 app.command()(export)
 app.command()(plan)

@@ -19,7 +19,6 @@ from pareto_merging.cli.options import (
     Stopped,
     tell,
     warn_of_left_out,
-    with_epilog,
 )
 
 Methods = Annotated[
@@ -27,6 +26,30 @@ Methods = Annotated[
     typer.Option(
         help="Methods apart by commas, `all`, or `all` and some to leave out: `all,-fisher`. Default: all, without "
         "adamerging-preference (a run for each preference) beyond two tasks."
+    ),
+]
+
+
+def _list_methods(wanted: bool) -> None:
+    """Print every method with what it needs and what must be kept of it, and exit."""
+    if wanted:
+        from pareto_merging.methods.registry import METHODS
+        from pareto_merging.system.tables import print_table
+
+        rows = [[key, method.title, method.needs, method.stores] for key, method in METHODS.items()]
+        print_table(
+            "Needs: weights, unlabelled images or labels. Keeps: to answer any preference.",
+            ["name", "title", "needs", "keeps"],
+            rows,
+            left=(0, 1, 2, 3),
+        )
+        raise typer.Exit
+
+
+ListMethods = Annotated[
+    bool,
+    typer.Option(
+        "--list", is_eager=True, callback=_list_methods, help="List the methods, with what each needs, and exit."
     ),
 ]
 Effort = Annotated[
@@ -46,6 +69,7 @@ def compare(
     config: ConfigFile,
     out: OutFolder,
     methods: Methods = None,
+    list_methods: ListMethods = False,
     effort: Effort = 4,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds, from the configuration's on.")] = 1,
     preferences: Grid = None,
@@ -105,14 +129,3 @@ def _again(config: Path, out: Path, **options: object) -> str:
     for name, value in options.items():
         arguments += [] if value == parameters[name].default else [f"--{name}", str(value)]
     return shlex.join(arguments)
-
-
-def _methods() -> list[str]:
-    """Return every method of `compare`, with what it needs."""
-    from pareto_merging.methods.registry import METHODS
-
-    needs = {"weights": "", "images": " (needs unlabelled images)", "labels": " (needs labelled training images)"}
-    return ["Methods:", *(f"{name}: {method.title}{needs[method.needs]}" for name, method in METHODS.items())]
-
-
-METHODS_EPILOG = with_epilog(_methods)

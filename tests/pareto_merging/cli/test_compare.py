@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_compare_all_methods(compared: Path) -> None:
     files = {"compare.json", "compare.md", "methods.csv", "points.csv", "config.yaml", "settings.json", "front.png"}
     assert names == files | {f"{name}-seed-0.json" for name in METHODS}
     assert read_config(compared / "config.yaml").unseen == ["mirrored"]
+
+
+def test_compare_lists_the_methods(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(METHODS["pretrained"], key="own", title="My own")
+    monkeypatch.setitem(METHODS, "own", own)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("compare", "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, method in METHODS.items():
+        (row,) = (line for line in lines if f" {name} " in line)
+        assert all(text in row for text in (method.title, method.needs, method.stores))
 
 
 def test_compare_prints_one_json_and_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
