@@ -48,7 +48,7 @@ def _projection(context: Context, tower: Tower, layer: Layer, effort: Effort) ->
 def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
     """Measure the block in the middle with a preference for each image, beside that of a plain merged model."""
     # it needs pydantic and open_clip, which projections do without
-    from benchmarks.goals.serving import shared_case
+    from benchmarks.goals.shared_case import shared_case
 
     tower, items, case = tower_of(context), 3 if context.quick else BATCH, shared_case(context)()
     source = Source(context.device, seed=4)
