@@ -29,7 +29,7 @@ GPU_PYTEST := CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest tests/gpu
 help:
 	@echo "make demo    set up, then merge eight models on embedded real data (two minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and which room may import which"
 	@echo "make budget  compile every kernel for sm_86 and sm_90, under two Tritons, and check what it costs (ten minutes)"
 	@echo "make fuzz    read damaged checkpoints, 2,000 of each format (FUZZ_ARGS='--mutations 50000')"
 	@echo "make gpu-goals MINUTES=8   on a CUDA GPU: what we aim at, in order of value, until time is up; elsewhere a rehearsal"
@@ -71,6 +71,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 budget: $(STAMP) $(OLD_STAMP)
 	$(BIN)/python -m benchmarks.budget

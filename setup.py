@@ -65,7 +65,7 @@ setup(
             "pytest-xdist>=3.8",
             "transformers>=5.23",
         ],
-        "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0"],
+        "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML>=6.0", "import-linter>=2.17,<3"],
     },
     entry_points={"console_scripts": ["pareto-merging=pareto_merging.cli:main"]},
 )
