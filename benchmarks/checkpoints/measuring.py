@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks import results
 from benchmarks.checkpoints.rows import MIB, SLACK_MIB, TINY, Row
 from benchmarks.checkpoints.writers import FORMATS
+from benchmarks.common.session import one_line
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.safetensors import read_tensors, write_tensors
@@ -92,78 +93,93 @@ def mib(count: float) -> float:
     return round(count / MIB, 1)
 
 
+class Measurement:
+    """What a run folder describes, built, learned, exported and reloaded; figures are written as they are known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self.figures = folder, folder / "run", dict[str, Any]()
+        self.workspace = Workspace(read_config(folder / RUN_FILE))
+        self.workspace.check_files()
+        # code that is loaded at first use is no memory of the model's
+        Workspace(RunConfig.model_validate(WARM_UP)).pareto_model()
+
+    def note(self, seconds: str, taken: float, peak: int, **figures: Any) -> None:
+        """Write figures down, and the most memory so far."""
+        most = max(self.figures.get("peak_mib", 0.0), mib(peak))
+        self.figures |= {seconds: round(taken, 2), **figures, "peak_mib": most}
+        write_json(self.folder / ROW_FILE, self.figures)
+
+    def build(self) -> nn.Module:
+        """Build the Pareto model, and compare what it took with K + 1 models and one tensor."""
+        workspace = self.workspace
+        pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
+        numbers = [tensor.numel() for tensor in workspace.skeleton().state_dict().values()]
+        size = sum(numbers) * workspace.dtype.itemsize
+        # W_k as its file has it; where task vectors are rounded, W0 as well, and what that changed in the run's dtype
+        stored = max(dtype.itemsize for dtype in pretrained.dtypes.values())
+        rounded = any(dtype != workspace.dtype for dtype in pretrained.dtypes.values())
+        tensor = max(numbers) * (2 * stored + workspace.dtype.itemsize if rounded else stored)
+        before = resident()
+        model, seconds, peak = measured(workspace.pareto_model)
+        learned = sum(parameter.nbytes for parameter in learned_parameters(model).values())
+        bound = (len(workspace.task_names) + 1) * size + tensor
+        self.note(
+            "build_seconds",
+            seconds,
+            peak,
+            text_tower=bool(pretrained.text),
+            build_peak_mib=mib(peak - before),
+            build_models=round((peak - before) / size, 3),
+            tensor_mib=mib(tensor),
+            bound_mib=mib(bound),
+            learned_mib=mib(learned),
+            within=peak - before - learned <= bound + SLACK_MIB * MIB,
+        )
+        return model
+
+    def learn(self, model: nn.Module, tasks: Any) -> None:
+        """Take one step, as ``pareto-merging train`` does, and write the set."""
+        config = self.workspace.config
+        write_text(self.run / CONFIG_NAME, dump_config(config))
+        learn = partial(learn_pareto_set, model, tasks, config.method, folder=self.run, progress=False)
+        _, seconds, peak = measured(learn)
+        save_pareto_set(model, self.run / SET_NAME, preset=config.method.preset)
+        self.note("step_seconds", seconds, peak, step_peak_mib=mib(peak))
+
+    def export(self) -> dict[exports.Format, Path]:
+        """Export a merged model in every format; return the files."""
+        targets: dict[exports.Format, Path] = {
+            "safetensors": self.run / "merged.safetensors",
+            "open_clip": self.run / "open_clip",
+            "huggingface": self.run / "hf",
+        }
+
+        def every() -> None:
+            # the run is read once, and not again for each format
+            opened = open_run(self.run)
+            with mock.patch.object(exports, "open_run", return_value=opened):
+                for name, target in targets.items():
+                    exports.export_merged(self.run, PREFERENCE, target, format=name, progress=False)
+
+        _, seconds, peak = measured(every)
+        self.note("export_seconds", seconds, peak, export_peak_mib=mib(peak))
+        return targets
+
+
 def measure(folder: Path) -> None:
     """Build, learn, export and reload what ``folder`` describes; the figures go to its row.json as they are known."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
-    config, run = read_config(folder / RUN_FILE), folder / "run"
-    workspace = Workspace(config)
-    workspace.check_files()
-    tasks = workspace.merging_tasks()
-    # code that is loaded at first use is no memory of the model's
-    Workspace(RunConfig.model_validate(WARM_UP)).pareto_model()
-    pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
-    numbers = [tensor.numel() for tensor in workspace.skeleton().state_dict().values()]
-    size = sum(numbers) * workspace.dtype.itemsize
-    # W_k as its file has it; where task vectors are rounded, W0 as well, and what that changed in the run's dtype
-    stored = max(dtype.itemsize for dtype in pretrained.dtypes.values())
-    rounded = any(dtype != workspace.dtype for dtype in pretrained.dtypes.values())
-    tensor = max(numbers) * (2 * stored + workspace.dtype.itemsize if rounded else stored)
-    before = resident()
-    model, seconds, peak = measured(workspace.pareto_model)
-    learned = sum(parameter.nbytes for parameter in learned_parameters(model).values())
-    bound = (len(tasks) + 1) * size + tensor
-    found |= {
-        "text_tower": bool(pretrained.text),
-        "build_seconds": round(seconds, 2),
-        "build_peak_mib": mib(peak - before),
-        "build_models": round((peak - before) / size, 3),
-        "tensor_mib": mib(tensor),
-        "bound_mib": mib(bound),
-        "learned_mib": mib(learned),
-        "within": peak - before - learned <= bound + SLACK_MIB * MIB,
-        "peak_mib": mib(peak),
-    }
-    write_json(folder / ROW_FILE, found)
-
-    # as `pareto-merging train` goes on
-    write_text(run / CONFIG_NAME, dump_config(config))
-    learn = partial(learn_pareto_set, model, tasks, config.method, folder=run, progress=False)
-    _, seconds, peak = measured(learn)
-    save_pareto_set(model, run / SET_NAME, preset=config.method.preset)
-    found |= {
-        "step_seconds": round(seconds, 2),
-        "step_peak_mib": mib(peak),
-        "peak_mib": max(found["peak_mib"], mib(peak)),
-    }
-    write_json(folder / ROW_FILE, found)
-
-    (gamma,) = parse_preferences(PREFERENCE, workspace.task_names)
+    one = Measurement(folder)
+    tasks = one.workspace.merging_tasks()
+    model = one.build()
+    one.learn(model, tasks)
+    (gamma,) = parse_preferences(PREFERENCE, one.workspace.task_names)
     merged = merge(model, gamma)
-    del model, learn
+    del model
     gc.collect()
-    targets: dict[exports.Format, Path] = {
-        "safetensors": run / "merged.safetensors",
-        "open_clip": run / "open_clip",
-        "huggingface": run / "hf",
-    }
-
-    def export() -> None:
-        # the run is read once, and not again for each format
-        opened = open_run(run)
-        with mock.patch.object(exports, "open_run", return_value=opened):
-            for name, target in targets.items():
-                exports.export_merged(run, PREFERENCE, target, format=name, progress=False)
-
-    _, seconds, peak = measured(export)
-    found |= {
-        "export_seconds": round(seconds, 2),
-        "export_peak_mib": mib(peak),
-        "peak_mib": max(found["peak_mib"], mib(peak)),
-    }
-    write_json(folder / ROW_FILE, found)
-    found |= reloaded(workspace, merged, targets)
-    write_json(folder / ROW_FILE, found)
+    targets = one.export()
+    one.figures |= reloaded(one.workspace, merged, targets)
+    write_json(folder / ROW_FILE, one.figures)
 
 
 def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.Format, Path]) -> dict[str, Any]:
@@ -235,6 +251,6 @@ def run_row(row: Row, folder: Path, say: Callable[[str], None]) -> Row:
         problem = row.problem(FORMATS[row.format].text_tower)
         return replace(row, status="failed" if problem else "done", error=problem)
     except Exception as error:
-        return replace(row, error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+        return replace(row, error=one_line(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from benchmarks.common.inputs import Source, make_activations, make_weights
 from benchmarks.common.towers import Layer
 from pmkernels import linear, reference
 
-LIMIT = "limit: merged beforehand"
+LIMIT, PYTORCH = "limit: merged beforehand", "PyTorch"
 # operation of pmkernels.costs -> as results files call it
 NAMES = {"forward": "forward", "dx": "dx", "weight_grad": "weight gradient", "merge": "merge"}
 # operation as results files call it -> as pmkernels.costs does
@@ -64,32 +64,38 @@ class Case:
         return found
 
 
+def backward(case: Case, rows: int, names: Collection[str], strategy: str, cached: Tensor | None = None) -> Variant:
+    """Return the gradients of ``names`` as a variant, of x, lam, A, G, B, gamma and bias, without a forward."""
+    values = {**case.parts, "x": case.x[:rows], "bias": case.bias, "cached": cached}
+    inputs = [values.get(name) for name in linear.INPUTS]
+    needs = [name in names for name in ("x", "lam", "A", "G", "B", "gamma", "bias")]
+
+    def run() -> list[Tensor]:
+        gradients = linear.linear_backward_operator(case.dy[:rows], *inputs, needs, strategy)
+        return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+    return run
+
+
 def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
-    """What is measured of an operation, by name; the limit of the weight gradient is dW alone."""
+    """Return what is measured of an operation, by name; the limit of the weight gradient is dW alone."""
     x, dy, merged, bias = case.x[:rows], case.dy[:rows], case.merged, case.bias
 
-    def forward(strategy: str, cached: Tensor | None = None) -> Variant:
-        return lambda: [pmkernels.pareto_linear(x, **case.parts, bias=bias, cached=cached, strategy=strategy)]
+    def make(strategy: str, cached: Tensor | None = None) -> Variant:
+        if op == "forward":
+            return lambda: [pmkernels.pareto_linear(x, **case.parts, bias=bias, cached=cached, strategy=strategy)]
+        learned = [name for name in ("lam", "A", "G", "B") if name in case.parts]
+        return backward(case, rows, ("x",) if op == "dx" else learned, strategy, cached)
 
-    def backward(strategy: str, cached: Tensor | None = None) -> Variant:
-        values = {**case.parts, "x": x, "bias": bias, "cached": cached}
-        inputs = [values.get(name) for name in linear.INPUTS]
-        low_rank = "A" in case.parts
-        # of x, lam, A, G, B, gamma and bias
-        needs = [True, *[False] * 6] if op == "dx" else [False, True, low_rank, low_rank, low_rank, False, False]
-
-        def run() -> list[Tensor]:
-            found = linear.linear_backward_operator(dy, *inputs, needs, strategy)
-            return [gradient for gradient, need in zip(found, needs, strict=True) if need]
-
-        return run
-
-    make = forward if op == "forward" else backward
-    found: dict[str, Variant] = {name: make(name) for name in (*CHOICES, "auto")}
+    own = {name: make(name) for name in (*CHOICES, "auto")}
     if op == "weight gradient":
-        return {LIMIT: lambda: [dy.t() @ x], **found}
-    limit: Variant = (lambda: [F.linear(x, merged, bias)]) if op == "forward" else (lambda: [dy @ merged])
-    return {LIMIT: limit, **found, "cached": make("auto", merged)}
+        plain = lambda: case.reduced((dy.t() @ x).float())  # noqa: E731
+        return {LIMIT: lambda: [dy.t() @ x], **own, PYTORCH: plain}
+    own["cached"] = make("auto", merged)
+    if op == "dx":
+        return {LIMIT: lambda: [dy @ merged], **own, PYTORCH: lambda: [dy @ reference.merge_weight(**case.parts)]}
+    limit = lambda: [F.linear(x, merged, bias)]  # noqa: E731
+    return {LIMIT: limit, **own, PYTORCH: lambda: [reference.pareto_linear(x, **case.parts, bias=bias)]}
 
 
 def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:

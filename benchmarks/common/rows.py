@@ -40,7 +40,7 @@ class Row:
     p80: float | None = None
     reason: str | None = None
 
-    def judge(self, error: float, plain_error: float, wrong: str = "wrong result") -> bool:
+    def judge(self, error: float, plain_error: float, wrong: str | None = None) -> bool:
         """Note both errors, and whether ours is within what plain PyTorch's allows; ``wrong``: the reason if not."""
         self.error, self.plain_error = rounded(error), rounded(plain_error)
         self.matched = error <= TOLERANCE * plain_error + 1e-6

@@ -93,7 +93,7 @@ def _judged(
     name: str, rows: int, found: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
 ) -> LayerRow:
     row = LayerRow(layer="", dtype=dtype_name(dtype), variant=name, rows=rows)
-    row.judge(relative_error(found, truth), relative_error(plain, truth))
+    row.judge(relative_error(found, truth), relative_error(plain, truth), wrong="wrong result")
     return row
 
 

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.goals import Goal, at_most, ratio, status_of, times
+from benchmarks.serving.names import ENGINE, REMERGE
+from benchmarks.training.names import ADAMERGING, ALL, AUTO, ONCE
+from benchmarks.training.names import LIMIT_GRAPH as STEP_LIMIT
+
 Row = Mapping[str, Any]
-MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 GIB = 2**30
-# names of variants, as benchmarks.training and benchmarks.serving_baselines have them; neither is imported for a table
-AUTO, ALL = "auto", "auto, all tasks at once"
-ONCE = "merged once per step, autograd"
-ADAMERGING = "layer-wise AdaMerging's computation"
-STEP_LIMIT = "limit: merged beforehand, dW of the linear weights, CUDA graph"
-ENGINE, REMERGE = "engine", "merge again for each request"
 MODELS = ("ViT-L/14", "ViT-B/32")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One line: ``measured`` and ``of_bound`` are texts, empty where there is nothing to say."""
-
-    goal: str
-    against: str
-    to_reach: str
-    measured: str
-    of_bound: str
-    status: str
 
 
 class Rows:
@@ -74,21 +59,12 @@ def _step(model: str, batch: int = 32) -> str:
 
 
 def _judged(goal: str, against: str, to_reach: str, value: str | None, met: bool, why: str, bound: str = "") -> Goal:
-    if value is None:
-        return Goal(goal, against, to_reach, why, "", NOT_MEASURED)
-    return Goal(goal, against, to_reach, value, bound, MET if met else NOT_MET)
+    of_bound = "" if value is None else bound
+    return Goal(goal, why if value is None else value, status_of(value, met), "", against, to_reach, of_bound)
 
 
 def _of_bound(row: Row | None) -> str:
     return "" if row is None or not row.get("bound_ms") else f"{row['ms'] / row['bound_ms']:.2f}×"
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
-
-
-def _times(value: float | None, digits: int = 3) -> str | None:
-    return None if value is None else f"{value:.{digits}f}×"
 
 
 def _serving(rows: Rows) -> list[Goal]:
@@ -97,26 +73,22 @@ def _serving(rows: Rows) -> list[Goal]:
     limits = [row["variant"] for row in rows.timed if row["unit"] == unit and row["variant"].startswith("limit")]
     plain = rows.ms(unit, *limits) if limits else None
     graphs = [name for name in limits if name.endswith("CUDA graph")]
-    ratio = _ratio(rows.ms(unit, ENGINE), rows.ms(unit, *graphs) if graphs else plain)
+    over = ratio(rows.ms(unit, ENGINE), rows.ms(unit, *graphs) if graphs else plain)
     goal = "serving ViT-L/14, 32 preferences, as a user calls it"
     found = [
-        _judged(goal, "one plain merged model under a CUDA graph", "≤ 1.03×", _times(ratio), _le(ratio, 1.03), why)
+        _judged(goal, "one plain merged model under a CUDA graph", "≤ 1.03×", times(over), at_most(over, 1.03), why)
     ]
-    again = _ratio(rows.ms(unit, REMERGE, f"{REMERGE}, CUDA graph"), rows.ms(unit, ENGINE))
-    found.append(_judged("the same", "merging again per request", "≥ 10×", _times(again, 1), (again or 0) >= 10, why))
+    again = ratio(rows.ms(unit, REMERGE, f"{REMERGE}, CUDA graph"), rows.ms(unit, ENGINE))
+    found.append(_judged("the same", "merging again per request", "≥ 10×", times(again, 1), (again or 0) >= 10, why))
     held = None if ours is None or not ours.get("models") else float(ours["models"])
     text = None if held is None else f"{held:.4f} models"
-    found.append(_judged("the same", "memory of weights", "≤ 1.01 models", text, _le(held, 1.01), why))
+    found.append(_judged("the same", "memory of weights", "≤ 1.01 models", text, at_most(held, 1.01), why))
     unit = "served-layers/block"
     for cache in ("cold", "warm"):
-        ratio = _ratio(rows.ms(unit, f"a served block, {cache}"), rows.ms(unit, f"the plain block, {cache}"))
-        met, text = _le(ratio, 1.05), _times(ratio)
+        over = ratio(rows.ms(unit, f"a served block, {cache}"), rows.ms(unit, f"the plain block, {cache}"))
+        met, text = at_most(over, 1.05), times(over)
         found.append(_judged(f"a served block, {cache} cache", "the plain block", "≤ 1.05×", text, met, rows.why(unit)))
     return found
-
-
-def _le(value: float | None, most: float) -> bool:
-    return value is not None and value <= most
 
 
 def _training(rows: Rows) -> list[Goal]:
@@ -124,20 +96,22 @@ def _training(rows: Rows) -> list[Goal]:
     for model, most in (("ViT-L/14", 1.05), ("ViT-B/32", 1.15)):
         unit = _step(model)
         ours, limit = rows.of(unit, AUTO), rows.ms(unit, STEP_LIMIT)
-        ratio, why = _ratio(rows.ms(unit, AUTO), limit), rows.why(unit)
+        over, why = ratio(rows.ms(unit, AUTO), limit), rows.why(unit)
         against = "frozen merged linears + full dW products, one graph"
         title = f"training step {model}"
-        found.append(_judged(title, against, f"≤ {most}×", _times(ratio), _le(ratio, most), why, _of_bound(ours)))
+        found.append(_judged(title, against, f"≤ {most}×", times(over), at_most(over, most), why, _of_bound(ours)))
         if model == "ViT-B/32":
-            ratio = _ratio(rows.ms(unit, ALL), limit)
-            found.append(_judged(f"{title}, all tasks at once", against, "≤ 0.9×", _times(ratio), _le(ratio, 0.9), why))
+            over = ratio(rows.ms(unit, ALL), limit)
+            found.append(
+                _judged(f"{title}, all tasks at once", against, "≤ 0.9×", times(over), at_most(over, 0.9), why)
+            )
     for model in MODELS:
         unit = _step(model)
         ours, once = rows.of(unit, AUTO), rows.of(unit, ONCE)
         text, met = None, False
         if ours is not None and once is not None:
-            ratio = ours["ms"] / once["ms"]
-            text, met = f"{ratio:.3f}×", ratio < 1
+            over = ours["ms"] / once["ms"]
+            text, met = f"{over:.3f}×", over < 1
             share = _extra_memory(ours, once)
             if share is not None:
                 text, met = f"{text} at {share:.2f} of its extra memory", met and share < 0.6
@@ -161,8 +135,8 @@ def _layer_wise(rows: Rows, model: str) -> list[Goal]:
     ours, same = rows.of(unit, AUTO), rows.of(unit, ADAMERGING)
     text, met = None, False
     if ours is not None and same is not None:
-        ratio = ours["ms"] / same["ms"]
-        text, met = f"{ratio:.3f}×", ratio <= 1.05
+        over = ours["ms"] / same["ms"]
+        text, met = f"{over:.3f}×", over <= 1.05
         if ours.get("peak_bytes") and same.get("peak_bytes"):
             share = ours["peak_bytes"] / same["peak_bytes"]
             text, met = f"{text} at {share:.2f} of the memory", met and share <= 1 / 3
@@ -175,8 +149,8 @@ def _layer_wise(rows: Rows, model: str) -> list[Goal]:
         wide = rows.of(f"{key}/{ADAMERGING}, float32")
         mine = ours if batch == 32 else rows.of(f"{key}/{AUTO}")
         if wide is not None and mine is not None:
-            ratio = wide["ms"] / mine["ms"]
-            text, met = f"{ratio:.1f}× at {batch} images", ratio >= 3
+            over = wide["ms"] / mine["ms"]
+            text, met = f"{over:.1f}× at {batch} images", over >= 3
             break
         if rows.why(f"{key}/{ADAMERGING}, float32"):
             whys.append(f"{batch} images: {rows.why(f'{key}/{ADAMERGING}, float32')}")
@@ -224,8 +198,8 @@ def _few_bytes(rows: Rows) -> list[Goal]:
         text, met = None, False
         if unlimited and fitting:
             best = min(fitting, key=lambda row: row["ms"])
-            ratio = best["ms"] / unlimited
-            text, met = f"{ratio:.2f}× ({best['variant']}, {best['peak_bytes'] / GIB:.1f} GiB)", ratio <= most
+            over = best["ms"] / unlimited
+            text, met = f"{over:.2f}× ({best['variant']}, {best['peak_bytes'] / GIB:.1f} GiB)", over <= most
         elif unlimited and candidates:
             least = min(candidates, key=lambda row: row["peak_bytes"])
             text = f"the least is {least['peak_bytes'] / GIB:.1f} GiB ({least['variant']})"
@@ -240,12 +214,12 @@ def _runs(rows: Rows) -> list[Goal]:
         ours = rows.of(_step(model), AUTO, ALL)
         taken = None if ours is None else ours.get("run_seconds")
         text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant'] if ours else ''})"
-        found.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, _le(taken, seconds), ""))
+        found.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds), ""))
     free = rows.of("rest/ViT-B/32/data-free run")
     taken = None if free is None else free.get("run_seconds")
     how = "" if free is None else "measured" if free.get("run_measured") else "computed from the step"
     text = None if taken is None else f"{taken:.1f} s, {how}"
-    return [*found, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, _le(taken, 10.0), "")]
+    return [*found, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0), "")]
 
 
 def _grid(rows: Rows) -> list[Goal]:
@@ -267,9 +241,9 @@ def _grid(rows: Rows) -> list[Goal]:
 def _one_image(rows: Rows) -> list[Goal]:
     unit = "serving/ViT-L/14, batch 1"
     limits = [row["variant"] for row in rows.timed if row["unit"] == unit and row["variant"].startswith("limit")]
-    ratio = _ratio(rows.ms(unit, ENGINE), rows.ms(unit, *limits) if limits else None)
+    over = ratio(rows.ms(unit, ENGINE), rows.ms(unit, *limits) if limits else None)
     goal = "one image, 257 rows, unseen preference"
-    return [_judged(goal, "plain model", "≤ 1.10×", _times(ratio), _le(ratio, 1.10), rows.why(unit))]
+    return [_judged(goal, "plain model", "≤ 1.10×", times(over), at_most(over, 1.10), rows.why(unit))]
 
 
 SECTIONS: tuple[Callable[[Rows], list[Goal]], ...] = (

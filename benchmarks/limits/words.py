@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from benchmarks.common import pages
 from benchmarks.common.towers import Layer
 from benchmarks.limits.predictions import Prediction
 
@@ -18,9 +19,8 @@ def figure(value: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> list[str]:
-    """A markdown table whose first ``text`` columns are words and the others figures."""
-    lines = ["", f"| {' | '.join(columns)} |", "|" + "---|" * text + "---:|" * (len(columns) - text)]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
+    """Return a table between empty lines, whose first ``text`` columns are words and the others figures."""
+    return ["", *pages.table(columns, rows, "l" * text + "r" * (len(columns) - text)), ""]
 
 
 def layer_name(layer: Layer) -> str:

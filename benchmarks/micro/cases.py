@@ -10,9 +10,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks.common import inputs
 from benchmarks.common.errors import TOLERANCE, relative_error
+from benchmarks.common.inputs import Source as Source
 from benchmarks.common.towers import BATCH, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from pmkernels import launch, strategies
 from pmkernels.costs import Bound, Problem
@@ -44,17 +45,6 @@ def find_layer(name: str) -> Layer:
 def find_device() -> torch.device:
     """Return the current CUDA GPU, or the CPU where there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class Source:
-    """Normal random numbers on a device, the same in every run."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.generator = device, torch.Generator(device).manual_seed(0)
-
-    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return numbers of that standard deviation."""
-        return (scale * torch.randn(*shape, generator=self.generator, device=self.device)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -209,28 +199,12 @@ def offers(*strategies: str, low_rank: bool = False) -> Callable[[Benchmark], Be
 
 def make_weights(point: Point, source: Source) -> dict[str, Tensor]:
     """Return W0, τ and λ of a layer, and A, G, B and γ where it has a low-rank term, as :mod:`pmkernels` calls them."""
-    n, d, K, r = point.layer.n, point.layer.d, point.K, point.r
-    width = d**-0.5
-    weights = {
-        "weight": source.normal(n, d, scale=width, dtype=point.dtype),
-        "task_vectors": source.normal(K, n, d, scale=0.1 * width, dtype=point.dtype),
-        "lam": source.normal(K, scale=0.3),
-    }
-    if r:
-        weights |= {
-            "A": source.normal(n, r),
-            "G": source.normal(r, r, K, scale=0.1),
-            "B": source.normal(d, r, scale=width),
-            "gamma": torch.softmax(source.normal(K), dim=0),
-        }
-    return weights
+    return inputs.make_weights(point.layer, point.K, point.r, point.dtype, source)
 
 
 def make_activations(point: Point, source: Source, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return x and dy. dy depends on x through Σ_k τ_k, so that no dλ_k is a sum that cancels."""
-    x = source.normal(point.rows, point.layer.d, dtype=point.dtype)
-    dy = F.linear(x, task_vectors.sum(dim=0))
-    return x, dy / dy.float().square().mean().sqrt().to(point.dtype)
+    return inputs.make_activations(point.rows, point.layer, source, task_vectors)
 
 
 def exactly(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import goals as common_goals
+from benchmarks.common.goals import Goal, at_most, judged, ratio, times
+from benchmarks.common.pages import REHEARSAL, file_name, picture, style, table
+from benchmarks.common.rows import Json, why_not
 from benchmarks.serving import layers, layers_summary
 from benchmarks.serving.names import COPIES, ENGINE, GRAPH, LIMIT, LIMIT_LINEAR, LOOP, OP, PEFT, REMERGE
 
 
-def _batches(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _batches(report: Json) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if row["op"] == OP]
 
 
-def _layers(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _layers(report: Json) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if row["op"] == layers.OP]
 
 
-def _row(report: Mapping[str, Any], model: str, batch: int, count: int, *variants: str) -> dict[str, Any]:
+def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> dict[str, Any]:
     """The fastest of ``variants``; a row without figures if none was measured, with the reason of one."""
     rows = [
         row
@@ -30,49 +34,39 @@ def _row(report: Mapping[str, Any], model: str, batch: int, count: int, *variant
     return min(timed, key=lambda row: row["ms"], default=empty)
 
 
-def goals(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What was aimed at on the device of the report, ``cuda`` or ``cpu`` (without one: on both): where, goal, measured,
-    and ``met``, ``not met`` or ``not measured``."""
-    found: list[dict[str, str]] = []
-
-    def add(where: str, goal: str, measured: str | None, met: bool, reason: str | None = None) -> None:
-        status = "not measured" if measured is None else "met" if met else "not met"
-        found.append({"where": where, "goal": goal, "measured": measured or reason or "", "status": status})
-
-    device = report.get("device")
+def goals(report: Json) -> list[Goal]:
+    """Judge what was aimed at on the device of the report, ``cuda`` or ``cpu``; without one: on both."""
+    found, device = [], report.get("device")
     if device in (None, "cuda"):
-        model, where = "ViT-L/14", "GPU, ViT-L/14, batch 32, 32 preferences"
-        ours = _row(report, model, 32, 32, ENGINE)
-        ratio = ours["to_limit"]
-        text = None if ratio is None else f"{ratio:.3f}×"
-        add(where, "at most 1.03× the plain merged model", text, (ratio or 0) <= 1.03, ours["reason"])
-        again = _row(report, model, 32, 32, REMERGE, f"{REMERGE}{GRAPH}")
-        faster = again["ms"] / ours["ms"] if again["ms"] and ours["ms"] else None
-        text = None if faster is None else f"{faster:.1f}×"
-        add(where, "10× as fast as merging again for each request", text, (faster or 0) >= 10, again["reason"])
-        held = ours["models"]
+        where = "GPU, ViT-L/14, batch 32, 32 preferences"
+        ours = _row(report, "ViT-L/14", 32, 32, ENGINE)
+        over, held = ours["to_limit"], ours["models"]
+        goal = "at most 1.03× the plain merged model"
+        found.append(judged(where, goal, times(over), at_most(over, 1.03), ours["reason"]))
+        again = _row(report, "ViT-L/14", 32, 32, REMERGE, f"{REMERGE}{GRAPH}")
+        faster = ratio(again["ms"], ours["ms"])
+        goal = "10× as fast as merging again for each request"
+        found.append(judged(where, goal, times(faster, 1), (faster or 0) >= 10, again["reason"]))
         text = None if held is None else f"{held:.4f} models"
-        add(where, "at most 1.01 models of memory for weights", text, (held or 0) <= 1.01, ours["reason"])
+        goal = "at most 1.01 models of memory for weights"
+        found.append(judged(where, goal, text, at_most(held, 1.01), ours["reason"]))
     if device in (None, "cpu"):
         ours = _row(report, "ViT-B/32", 32, 32, ENGINE)
-        ratio = ours["to_limit"]
-        text = None if ratio is None else f"{ratio:.3f}×"
-        where = "CPU, ViT-B/32, batch 32, 32 preferences"
-        add(where, "at most 1.15× the plain merged model", text, (ratio or 0) <= 1.15, ours["reason"])
+        where, goal = "CPU, ViT-B/32, batch 32, 32 preferences", "at most 1.15× the plain merged model"
+        over = ours["to_limit"]
+        found.append(judged(where, goal, times(over), at_most(over, 1.15), ours["reason"]))
     return found
 
 
-def goals_markdown(report: Mapping[str, Any]) -> str:
-    """The table of the goals."""
-    lines = ["| where | goal | measured | |", "|---|---|---|---|"]
-    lines += [f"| {g['where']} | {g['goal']} | {g['measured']} | {g['status']} |" for g in goals(report)]
-    return "\n".join(lines) + "\n"
+def goals_markdown(report: Json) -> str:
+    """Return the table of the goals."""
+    return common_goals.markdown("where", goals(report))
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Json) -> str:
     """The goals, a table for each tower and batch, and the layers."""
     effort = report["effort"]
-    lines = ["A rehearsal: these figures measure nothing.", ""] if report["quick"] else []
+    lines = [REHEARSAL, ""] if report["quick"] else []
     fewest = f"at least {effort['fewest']} calls of each variant, in turn"
     few = (
         " (fewer than a hundred: the 99th percentile is then about the slowest call)" if effort["fewest"] < 100 else ""
@@ -93,17 +87,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     columns = ["preferences", "variant", "ms", "p20–p80", "p99", "images/s", "to the limit", "models"]
     columns += ["models at the peak"] if report["device"] == "cuda" else []
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
-        lines += ["", f"**{model}, batch {batch}**", "", f"| {' | '.join(columns)} |"]
-        lines.append("|---:|---|" + "---:|" * (len(columns) - 2))
         own = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
-        lines += [f"| {row['preferences']} | {row['variant']} | {_cells(row, len(columns) - 2)} |" for row in own]
+        cells = [_cells(row, len(columns)) for row in own]
+        lines += ["", f"**{model}, batch {batch}**", "", *table(columns, cells, "rlr")]
     of_layers = _layers(report)
     if of_layers:
         lines += ["", "**One projection, a preference per image**", "", layers_summary.markdown(of_layers).rstrip()]
     return "\n".join(lines) + "\n"
 
 
-def summary_markdown(report: Mapping[str, Any]) -> str:
+def summary_markdown(report: Json) -> str:
     """A line for each tower, batch and number of preferences: the time of the plain merged model, and over it those of
     the engine and of the others; of what was also captured as a CUDA graph, the faster. And the memory of copies."""
     shown = {
@@ -114,25 +107,22 @@ def summary_markdown(report: Mapping[str, Any]) -> str:
         "PEFT": (PEFT,),
     }
     limits = [name + graph for name in (LIMIT, LIMIT_LINEAR) for graph in ("", GRAPH)]
-    lines = [
-        f"| | preferences | plain model, ms | {' | '.join(shown)} | memory: engine | merged copies |",
-        f"|---|{'---:|' * (4 + len(shown))}",
-    ]
+    columns = ["", "preferences", "plain model, ms", *shown, "memory: engine", "merged copies"]
+    rows = []
     for model, batch, count in dict.fromkeys((r["model"], r["batch"], r["preferences"]) for r in _batches(report)):
         plain = _row(report, model, batch, count, *limits)["ms"]
         found = [_row(report, model, batch, count, *variants) for variants in shown.values()]
-        cells = ["–" if plain is None else f"{plain:.1f}"]
-        cells += ["–" if row["to_limit"] is None else f"{row['to_limit']:.2f}×" for row in found]
+        cells = [f"{model}, batch {batch}", str(count), "–" if plain is None else f"{plain:.1f}"]
+        cells += [times(row["to_limit"], 2) or "–" for row in found]
         cells += ["–" if row["models"] is None else f"{row['models']:.2f} models" for row in (found[0], found[2])]
-        lines.append(f"| {model}, batch {batch} | {count} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join(table(columns, rows, "lr")) + "\n"
 
 
-def _cells(row: Mapping[str, Any], number: int) -> str:
+def _cells(row: Json, number: int) -> list[str]:
+    first = [str(row["preferences"]), row["variant"]]
     if row["ms"] is None:
-        why = row["reason"] or "not measured"
-        why = why if row["matched"] else f"wrong ({why}): error {row['error']:.1e}, PyTorch {row['plain_error']:.1e}"
-        return " | ".join([why.replace("|", "\\|"), *[""] * (number - 1)])
+        return [*first, why_not(row), *[""] * (number - 3)]
     cells = [
         f"{row['ms']:.2f}",
         f"{row['p20']:.2f}–{row['p80']:.2f}",
@@ -141,19 +131,12 @@ def _cells(row: Mapping[str, Any], number: int) -> str:
         f"{row['to_limit']:.2f}×" if row["to_limit"] else "",
         *("" if row[name] is None else f"{row[name]:.3f}" for name in ("models", "peak_models")),
     ]
-    return " | ".join(cells[:number])
+    return [*first, *cells][:number]
 
 
-def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """A picture for each tower, time over distinct preferences with a panel per batch, and one of layers at one image
-    with a cold and a warm cache."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in _batches(report) if row["ms"]]
-    markers, styles, written = "osD^vPX*<>", ("-", "--", ":"), []
+def draw(report: Json, folder: Path) -> list[Path]:
+    """Draw time over distinct preferences, a picture for each tower, and one of layers at one image."""
+    rows, written = [row for row in _batches(report) if row["ms"]], []
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
@@ -161,31 +144,34 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
         if len({(row["batch"], row["preferences"]) for row in own}) < 2:
             # one point makes no curve
             continue
-        with matplotlib.rc_context({"font.size": 7.5, "axes.spines.top": False, "axes.spines.right": False}):
-            figure = Figure(figsize=(max(4.5, 2.4 * len(batches)), 3.6), dpi=200, layout="constrained")
-            panels = figure.subplots(1, len(batches), squeeze=False).flatten()
-            handles = {}
+        written.append(folder / f"serving-{report['device']}-{file_name(model)}.png")
+        with picture(written[-1], max(4.5, 2.4 * len(batches)), 3.6, len(batches)) as (figure, panels):
+            handles: dict[str, Any] = {}
             for panel, batch in zip(panels, batches, strict=True):
-                here = [row for row in own if row["batch"] == batch]
-                for number, name in enumerate(names):
-                    line = sorted((row for row in here if row["variant"] == name), key=lambda row: row["preferences"])
-                    style: dict[str, Any] = {"marker": markers[number % len(markers)], "markersize": 4, "linewidth": 1}
-                    style |= {"linestyle": styles[number % len(styles)], "color": f"C{number % 10}"}
-                    if line:
-                        times = [row["ms"] for row in line]
-                        (handles[name],) = panel.plot([row["preferences"] for row in line], times, **style)
-                counts = sorted({row["preferences"] for row in here})
-                panel.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="distinct preferences")
-                panel.set_xticks(counts, [str(count) for count in counts])
-                panel.xaxis.set_minor_locator(NullLocator())
-                # milliseconds as numbers, not as powers of ten
-                for of in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-                    of(FuncFormatter(lambda value, _: f"{value:g}"))
-                panel.grid(alpha=0.3, linewidth=0.6)
+                handles |= _draw([row for row in own if row["batch"] == batch], names, panel)
+                panel.set_title(f"batch {batch}")
             panels[0].set_ylabel("ms")
             figure.suptitle(f"{model}, {report['dtype']}, on the {'GPU' if report['device'] == 'cuda' else 'CPU'}")
             figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
-            path = folder / f"serving-{report['device']}-{model.lower().replace('/', '-').replace(' ', '-')}.png"
-            figure.savefig(path)
-        written.append(path)
     return written + layers_summary.draw(_layers(report), folder / f"serving-{report['device']}-layers.png")
+
+
+def _draw(rows: Sequence[Json], names: Sequence[str], panel: Any) -> dict[str, Any]:
+    """Draw a line per variant; return the lines by variant."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    handles: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        line = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["preferences"])
+        if line:
+            counts, times_of = [row["preferences"] for row in line], [row["ms"] for row in line]
+            (handles[name],) = panel.plot(counts, times_of, **style(number))
+    counts = sorted({row["preferences"] for row in rows})
+    panel.set(xscale="log", yscale="log", xlabel="distinct preferences")
+    panel.set_xticks(counts, [str(count) for count in counts])
+    panel.xaxis.set_minor_locator(NullLocator())
+    # milliseconds as numbers, not as powers of ten
+    for of in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        of(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.grid(alpha=0.3, linewidth=0.6)
+    return handles

@@ -9,8 +9,8 @@ in the same run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,218 +18,135 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pmkernels
-from benchmarks.common.ceilings import ceilings
+from benchmarks.common import layer_case
+from benchmarks.common.ceilings import REPETITIONS, WARMUP, ceilings
 from benchmarks.common.errors import relative_error
-from benchmarks.common.layer_case import LIMIT, Variant
-from benchmarks.common.rows import Json, LayerRow, dtype_name
+from benchmarks.common.inputs import Source, make_folded
+from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, PYTORCH, Case, Variant
+from benchmarks.common.pages import table
+from benchmarks.common.rows import Json, LayerRow, dtype_name, why_not
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import timed
-from benchmarks.common.towers import RANK, TASKS, TINY_LAYERS, Layer
-from pmkernels import linear, reference
+from benchmarks.common.towers import BATCH, RANK, TASKS, TINY_LAYERS, TOWERS, Layer
+from pmkernels import costs, reference
+from pmkernels.costs import Bound, Problem
 from pmkernels.graphs import capture, warm_up
+from pmkernels.launch import precision_kind
 
 LAYERS = (
-    Layer("ViT-B/32 in-projection", 2304, 768, 32, 50),
-    Layer("ViT-B/32 out-projection", 768, 768, 32, 50),
-    Layer("ViT-L/14 in-projection", 3072, 1024, 32, 257),
-    Layer("ViT-L/14 out-projection", 1024, 1024, 32, 257),
-    Layer("ViT-B/32 in-projection, one image", 2304, 768, 1, 50),
-    Layer("ViT-L/14 in-projection, one image", 3072, 1024, 1, 257),
+    *(layer for tower in TOWERS for layer in tower.block_layers(BATCH)[:2]),
+    *(replace(layer, name=f"{layer.name}, one image") for tower in TOWERS for layer in tower.block_layers(1)[:1]),
 )
 LOGITS = ((256, 10), (256, 1000), (8192, 1000), (1024, 50257))
 TINY_LOGITS = ((6, 10),)
 
 
-def measure(
-    op: str,
-    layer: str,
-    dtype: torch.dtype,
-    rows: int,
-    variants: dict[str, Variant],
-    truth: Sequence[Tensor],
-    device: torch.device,
-    *,
-    bound: tuple[float, float],
-    rates: Json,
-    exempt: Sequence[str] = (LIMIT,),
-) -> Iterator[LayerRow]:
-    """A row per variant. Errors are judged against ``plain``, PyTorch's own in this precision; ``exempt``: not judged.
+@dataclass(frozen=True)
+class Bench:
+    """What rows are of: a layer in one type, on a device; ``rates``: the ceilings of this run."""
 
-    ``bound``: operations and bytes that cannot be avoided.
-    """
-    plain = relative_error(variants["PyTorch"](), truth)
-    bound_ms = 1e3 * max(bound[0] / rates[dtype_name(dtype)], bound[1] / rates["copy"])
-    for name, variant in variants.items():
-        found = variant()
-        error = relative_error(found, truth) if len(found) == len(truth) else 0.0
-        row = LayerRow(op=op, layer=layer, dtype=dtype_name(dtype), variant=name, rows=rows, bound_ms=bound_ms)
-        row.judge(0.0 if name in exempt else error, plain)
-        if row.matched:
-            row.note_times(timed(variant, device, warmup=25, repetitions=100, graph=False))
-        yield row
+    layer: str
+    dtype: torch.dtype
+    rows: int
+    device: torch.device
+    rates: Json
 
-
-def _arguments(layer: Layer, dtype: torch.dtype, device: torch.device, per_item: bool) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, scale: float = 1.0, into: torch.dtype = torch.float32) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator)).to(device, into)
-
-    width = layer.d**-0.5
-    lead = (layer.items, 1) if per_item else ()
-    return {
-        "x": make(layer.items, layer.tokens, layer.d, into=dtype),
-        "weight": make(layer.n, layer.d, scale=width, into=dtype),
-        "task_vectors": make(TASKS, layer.n, layer.d, scale=0.1 * width, into=dtype),
-        "lam": make(TASKS, scale=0.3),
-        "A": make(layer.n, RANK),
-        "G": make(RANK, RANK, TASKS, scale=0.1),
-        "B": make(layer.d, RANK, scale=width),
-        "gamma": torch.softmax(make(*lead, TASKS), dim=-1),
-        "bias": make(layer.n, into=dtype),
-    }
+    def measure(
+        self,
+        op: str,
+        variants: Mapping[str, Variant],
+        truth: Sequence[Tensor],
+        least: Bound,
+        *,
+        exempt: Sequence[str] = (LIMIT,),
+        plain_error: float | None = None,
+    ) -> Iterator[LayerRow]:
+        """Yield a row per variant, judged by plain PyTorch's own error; the outputs of ``exempt`` are not judged."""
+        plain = relative_error(variants[PYTORCH](), truth) if plain_error is None else plain_error
+        bound_ms = 1e3 * max(least.operations / self.rates[dtype_name(self.dtype)], least.bytes / self.rates["copy"])
+        for name, variant in variants.items():
+            row = LayerRow(op=op, layer=self.layer, dtype=dtype_name(self.dtype), variant=name, rows=self.rows)
+            row.bound_ms = bound_ms
+            row.judge(0.0 if name in exempt else relative_error(variant(), truth), plain)
+            if row.matched:
+                row.note_times(timed(variant, self.device, warmup=WARMUP, repetitions=REPETITIONS, graph=False))
+            yield row
 
 
 PARAMETERS = ("lam", "A", "G", "B")
 
 
 def _gradients(
-    values: dict[str, Tensor], names: Sequence[str], dy: Tensor, function: Callable[..., Tensor], **options: Any
+    values: Mapping[str, Tensor], names: Sequence[str], dy: Tensor, function: Callable[..., Tensor], **options: Any
 ) -> list[Tensor]:
-    """The gradients of ``names`` by autograd through ``function``."""
+    """Return the gradients of ``names`` by autograd through ``function``."""
     wanted = {name: v.detach().requires_grad_(name in names) for name, v in values.items()}
     y = function(**wanted, **options)
     return list(torch.autograd.grad(y, [wanted[name] for name in names], dy.to(y.dtype)))
 
 
+def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
+    """Merge into a tensor of the graph, then multiply: the strong baseline, which merges once per step."""
+    return F.linear(x, reference.merge_weight(**parts), bias)
+
+
 def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
-    """Forward, dx, the weight gradient, the low-rank gradient with a frozen λ, and the merge, at one preference."""
-    values = _arguments(layer, dtype, device, per_item=False)
-    x, weight, rows = values["x"], values["weight"], layer.items * layer.tokens
-    flat = x.view(rows, layer.d)
-    dy = torch.randn(layer.items, layer.tokens, layer.n, device=device).to(dtype)
-    dy_rows = dy.view(rows, layer.n)
-    parts = {name: v for name, v in values.items() if name not in ("x", "bias")}
-    exact = {name: v.double() for name, v in values.items()}
-    merged = reference.merge_weight(**parts)
-    size = weight.element_size()
-    operations = 2.0 * rows * layer.n * layer.d
-    weights, activations = (TASKS + 1) * weight.numel() * size, rows * (layer.n + layer.d) * size
-    common: dict[str, Any] = {"device": device, "rates": rates}
-    inputs = [values.get(name) for name in linear.INPUTS]
-
-    def forward(strategy: str) -> Variant:
-        return lambda: [pmkernels.pareto_linear(**values, strategy=strategy)]
-
-    yield from measure(
-        "forward",
-        layer.name,
-        dtype,
-        rows,
-        {
-            LIMIT: lambda: [F.linear(x, merged, values["bias"])],
-            "fused": forward("fused"),
-            "streamed": forward("streamed"),
-            "auto": forward("auto"),
-            "PyTorch": lambda: [reference.pareto_linear(**values)],
-        },
-        [reference.pareto_linear(**exact)],
-        bound=(operations, weights + activations),
-        **common,
-    )
-
-    def backward(needs: Sequence[bool], strategy: str) -> Variant:
-        def run() -> list[Tensor]:
-            found = linear.linear_backward_operator(dy, *inputs, list(needs), strategy)
-            return [gradient for gradient, need in zip(found, needs, strict=True) if need]
-
-        return run
-
-    only_x = [True, *[False] * 6]
-    yield from measure(
-        "dx",
-        layer.name,
-        dtype,
-        rows,
-        {
-            LIMIT: lambda: [dy @ merged],
-            **{name: backward(only_x, name) for name in ("fused", "streamed", "auto")},
-            "PyTorch": lambda: [dy @ reference.merge_weight(**parts)],
-        },
-        _gradients(exact, ("x",), dy.double(), reference.pareto_linear),
-        bound=(operations, weights + activations),
-        **common,
-    )
-    truth = _gradients(exact, PARAMETERS, dy.double(), reference.pareto_linear)
-    yield from measure(
-        "weight gradient",
-        layer.name,
-        dtype,
-        rows,
-        {
-            "limit: dW alone": lambda: [dy_rows.t() @ flat],
-            "fused": backward([False, True, True, True, True, False, False], "fused"),
-            "PyTorch": lambda: _reduce(dy_rows.t() @ flat, parts),
-        },
-        truth,
-        bound=(operations, TASKS * weight.numel() * size + activations),
-        exempt=("limit: dW alone",),
-        **common,
-    )
-    low_rank = ("A", "G", "B")
-    yield from measure(
-        "low-rank gradient, λ frozen",
-        layer.name,
-        dtype,
-        rows,
-        {
-            "fused": backward([False, False, True, True, True, False, False], "fused"),
-            "PyTorch": lambda: _gradients(values, low_rank, dy, pmkernels.pareto_linear, strategy="eager"),
-        },
-        truth[1:],
-        bound=(8.0 * rows * RANK * (layer.n + layer.d), 2 * activations),
-        **common,
-    )
-    out = torch.empty_like(weight)
-    whole = functools.partial(_gradients, values, ("x", *PARAMETERS), dy)
-    yield from measure(
-        "merge",
-        layer.name,
-        dtype,
-        rows,
-        {
-            "fused": lambda: [pmkernels.merge_weight(**parts, out=out, strategy="fused")],
-            "PyTorch": lambda: [reference.merge_weight(**parts)],
-        },
-        [reference.merge_weight(**{name: v for name, v in exact.items() if name in parts})],
-        bound=(0.0, weights + weight.numel() * size),
-        **common,
-    )
+    """Measure every operation of a layer at one preference."""
+    bench = Bench(layer.name, dtype, layer.rows, device, rates)
+    with torch.no_grad():
+        case = Case.make(layer, TASKS, layer.rows, dtype, device)
+    problem = Problem(layer.rows, layer.n, layer.d, TASKS, RANK, precision_kind(dtype))
+    for op, key in OPERATIONS.items():
+        truth, plain = layer_case.truth(case, op, layer.rows)
+        variants = layer_case.variants(case, op, layer.rows)
+        variants.pop("cached", None)
+        yield from bench.measure(op, variants, truth, costs.bound(key, problem), plain_error=plain)
+    yield from _low_rank_rows(bench, case)
+    yield from _merge_rows(bench, case, costs.bound("merge", problem))
     if device.type == "cuda":
-        yield from _beside(layer, values, parts, exact, merged, out, (operations, weights + activations), common)
-    yield from measure(
-        "forward and backward",
-        layer.name,
-        dtype,
-        rows,
-        {
-            "limit: full dW, merged beforehand": lambda: [
-                F.linear(x, merged, values["bias"]),
-                dy @ merged,
-                dy_rows.t() @ flat,
-            ],
-            **{
-                name: functools.partial(whole, pmkernels.pareto_linear, strategy=name)
-                for name in ("fused", "streamed", "auto")
-            },
-            "merge with autograd, then F.linear": lambda: whole(_merge_and_linear),
-            "PyTorch": lambda: whole(pmkernels.pareto_linear, strategy="eager"),
-        },
-        _gradients(exact, ("x", *PARAMETERS), dy.double(), reference.pareto_linear),
-        bound=(3 * operations, 3 * weights + 3 * activations),
-        exempt=("limit: full dW, merged beforehand",),
-        **common,
-    )
+        yield from _beside(bench, case, costs.bound("forward", problem))
+    yield from _step_rows(bench, case, problem)
+
+
+def _low_rank_rows(bench: Bench, case: Case) -> Iterator[LayerRow]:
+    """Measure the gradients of A, G and B where λ is frozen."""
+    names, rows, layer = PARAMETERS[1:], bench.rows, case.layer
+    values = {**case.parts, "x": case.x, "bias": case.bias}
+    variants: dict[str, Variant] = {
+        "fused": layer_case.backward(case, rows, names, "fused"),
+        PYTORCH: lambda: _gradients(values, names, case.dy, pmkernels.pareto_linear, strategy="eager"),
+    }
+    truth = case.reduced(case.dy.double().t() @ case.x.double())[1:]
+    moved = 2.0 * rows * (layer.n + layer.d) * case.x.element_size()
+    least = Bound(8.0 * rows * RANK * (layer.n + layer.d), moved)
+    yield from bench.measure("low-rank gradient, λ frozen", variants, truth, least)
+
+
+def _merge_rows(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
+    """Measure the merge into a weight that is there."""
+    out = torch.empty_like(case.merged)
+    variants: dict[str, Variant] = {
+        "fused": lambda: [pmkernels.merge_weight(**case.parts, out=out, strategy="fused")],
+        PYTORCH: lambda: [reference.merge_weight(**case.parts)],
+    }
+    yield from bench.measure("merge", variants, [case.exact], least)
+
+
+def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]:
+    """Measure forward and backward together, beside the products of a merged weight and its full dW."""
+    x, dy, names = case.x, case.dy, ("x", *PARAMETERS)
+    whole = functools.partial(_gradients, {**case.parts, "x": x, "bias": case.bias}, names, dy)
+    limit = "limit: full dW, merged beforehand"
+    variants: dict[str, Variant] = {
+        limit: lambda: [F.linear(x, case.merged, case.bias), dy @ case.merged, dy.t() @ x],
+        **{name: functools.partial(whole, pmkernels.pareto_linear, strategy=name) for name in (*CHOICES, "auto")},
+        "merge with autograd, then F.linear": lambda: whole(_merge_and_linear),
+        PYTORCH: lambda: whole(pmkernels.pareto_linear, strategy="eager"),
+    }
+    truth = [dy.double() @ case.exact, *case.reduced(dy.double().t() @ x.double())]
+    each = [costs.bound(operation, problem) for operation in OPERATIONS.values()]
+    least = Bound(sum(bound.operations for bound in each), sum(bound.bytes for bound in each))
+    yield from bench.measure("forward and backward", variants, truth, least, exempt=(limit,))
 
 
 def _replayed(variant: Variant, device: torch.device) -> Variant:
@@ -244,19 +161,11 @@ def _replayed(variant: Variant, device: torch.device) -> Variant:
     return run
 
 
-def _beside(
-    layer: Layer,
-    values: dict[str, Tensor],
-    parts: dict[str, Tensor],
-    exact: dict[str, Tensor],
-    merged: Tensor,
-    out: Tensor,
-    bound: tuple[float, float],
-    common: dict[str, Any],
-) -> Iterator[LayerRow]:
-    """Whether merging the next layer hides behind this layer's product: what running ahead could gain at most."""
-    x, bias, side = values["x"], values["bias"], torch.cuda.Stream()
-    merge = functools.partial(pmkernels.merge_weight, **parts, out=out, strategy="fused")
+def _beside(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
+    """Measure whether merging the next layer hides behind this layer's product: the most that running ahead gains."""
+    x, bias, merged, side = case.x, case.bias, case.merged, torch.cuda.Stream()
+    out = torch.empty_like(merged)
+    merge = functools.partial(pmkernels.merge_weight, **case.parts, out=out, strategy="fused")
 
     def beside() -> list[Tensor]:
         side.wait_stream(torch.cuda.current_stream())
@@ -266,49 +175,25 @@ def _beside(
         torch.cuda.current_stream().wait_stream(side)
         return [y, out]
 
-    yield from measure(
-        "product, and the merge of the next layer",
-        layer.name,
-        x.dtype,
-        layer.items * layer.tokens,
-        {
-            "limit: the product alone": _replayed(lambda: [F.linear(x, merged, bias)], x.device),
-            # from a graph, or Python's launches would be all that is seen
-            "one after the other": _replayed(lambda: [merge(), F.linear(x, merged, bias)][::-1], x.device),
-            "beside each other, on two streams": _replayed(beside, x.device),
-            "PyTorch": lambda: [F.linear(x, merged, bias), reference.merge_weight(**parts)],
-        },
-        [
-            reference.pareto_linear(**exact),
-            reference.merge_weight(**{name: v for name, v in exact.items() if name in parts}),
-        ],
-        bound=bound,
-        exempt=("limit: the product alone",),
-        **common,
-    )
-
-
-def _reduce(d_weight: Tensor, parts: dict[str, Tensor]) -> list[Tensor]:
-    """dλ, dA, dG, dB from a dW in memory, in PyTorch."""
-    d_weight = d_weight.float()
-    A, B, G, gamma = (parts[name] for name in ("A", "B", "G", "gamma"))
-    d_lam = torch.stack([torch.dot(tau.reshape(-1).float(), d_weight.reshape(-1)) for tau in parts["task_vectors"]])
-    core = reference.preference_core(G, gamma)
-    P = d_weight @ B
-    return [d_lam, P @ core.t(), (A.t() @ P)[:, :, None] * gamma, d_weight.t() @ A @ core]
-
-
-def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
-    """The strong baseline: the merged weight is a tensor of the graph, made once per step."""
-    return F.linear(x, reference.merge_weight(**parts), bias)
+    limit = "limit: the product alone"
+    variants: dict[str, Variant] = {
+        limit: _replayed(lambda: [F.linear(x, merged, bias)], x.device),
+        # from a graph, or Python's launches would be all that is seen
+        "one after the other": _replayed(lambda: [merge(), F.linear(x, merged, bias)][::-1], x.device),
+        "beside each other, on two streams": _replayed(beside, x.device),
+        PYTORCH: lambda: [F.linear(x, merged, bias), reference.merge_weight(**case.parts)],
+    }
+    truth = [F.linear(x.double(), case.exact, bias.double()), case.exact]
+    yield from bench.measure("product, and the merge of the next layer", variants, truth, least, exempt=(limit,))
 
 
 def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
-    """One preference per item of the batch, λ folded: what a server does."""
-    values = _arguments(layer, dtype, device, per_item=True)
-    del values["task_vectors"], values["lam"]
-    x, weight, bias, rows = values["x"], values["weight"], values["bias"], layer.items * layer.tokens
-    A, G, B, gamma = (values[name] for name in ("A", "G", "B", "gamma"))
+    """Measure one preference per item of the batch, λ folded: what a server does."""
+    source = Source(device)
+    values = make_folded(layer, TASKS, RANK, dtype, source, layer.items)
+    values["x"] = x = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
+    values["bias"] = bias = source.normal(layer.n, dtype=dtype)
+    weight, A, G, B, gamma = (values[name] for name in ("weight", "A", "G", "B", "gamma"))
     low, up = B.to(dtype), A.to(dtype).t()
     cores = reference.preference_core(G, gamma.squeeze(1))
     copies = torch.stack([reference.merge_weight(weight, A=A, G=G, B=B, gamma=g) for g in gamma.squeeze(1)])
@@ -329,25 +214,18 @@ def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates:
     def kernel(strategy: str) -> Variant:
         return lambda: [pmkernels.pareto_linear(**values, strategy=strategy)]
 
-    size = weight.element_size()
-    yield from measure(
-        f"forward, {layer.items} preferences",
-        layer.name,
-        dtype,
-        rows,
-        {
-            LIMIT: lambda: [F.linear(x, weight, bias)],
-            **{name: kernel(name) for name in ("fused", "streamed", "auto")},
-            "merge again for each request": one_by_one,
-            "batched product over merged copies": lambda: [torch.bmm(x, copies.transpose(1, 2)) + bias],
-            "loop over the preferences' adapters": loop_of_adapters,
-            "PyTorch": lambda: [reference.pareto_linear(**values)],
-        },
-        [reference.pareto_linear(**{name: v.double() for name, v in values.items()})],
-        device,
-        bound=(2.0 * rows * layer.n * layer.d, weight.numel() * size + rows * (layer.n + layer.d) * size),
-        rates=rates,
-    )
+    variants: dict[str, Variant] = {
+        LIMIT: lambda: [F.linear(x, weight, bias)],
+        **{name: kernel(name) for name in (*CHOICES, "auto")},
+        "merge again for each request": one_by_one,
+        "batched product over merged copies": lambda: [torch.bmm(x, copies.transpose(1, 2)) + bias],
+        "loop over the preferences' adapters": loop_of_adapters,
+        PYTORCH: lambda: [reference.pareto_linear(**values)],
+    }
+    truth = [reference.pareto_linear(**{name: v.double() for name, v in values.items()})]
+    least = costs.bound("forward", Problem(layer.rows, layer.n, layer.d, 0, RANK, precision_kind(dtype)), cached=True)
+    bench = Bench(layer.name, dtype, layer.rows, device, rates)
+    yield from bench.measure(f"forward, {layer.items} preferences", variants, truth, least)
 
 
 def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
@@ -363,20 +241,14 @@ def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
 
         return run
 
-    yield from measure(
-        "softmax entropy, forward and backward",
-        f"{shape[0]} rows of {shape[1]} classes",
-        dtype,
-        shape[0],
-        {
-            "fused": variant(lambda z: pmkernels.softmax_entropy(z, strategy="fused")),
-            "PyTorch": variant(reference.softmax_entropy),
-        },
-        variant(reference.softmax_entropy, logits.double())(),
-        device,
-        bound=(0.0, 3.0 * logits.numel() * logits.element_size()),
-        rates=rates,
-    )
+    variants = {
+        "fused": variant(lambda z: pmkernels.softmax_entropy(z, strategy="fused")),
+        PYTORCH: variant(reference.softmax_entropy),
+    }
+    truth = variant(reference.softmax_entropy, logits.double())()
+    bench = Bench(f"{shape[0]} rows of {shape[1]} classes", dtype, shape[0], device, rates)
+    least = Bound(0.0, 3.0 * logits.numel() * logits.element_size())
+    yield from bench.measure("softmax entropy, forward and backward", variants, truth, least)
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
@@ -416,24 +288,21 @@ def markdown(report: dict[str, Any]) -> str:
         f"One layer, K = {report['tasks']}, r = {report['rank']}; median of one run, cold L2 cache. Ceilings measured "
         f"in the same run: copy {rates['copy'] / 1e12:.2f} TB/s, bfloat16 {rates['bfloat16'] / 1e12:.0f} TFLOP/s.",
     ]
-    operations = list(dict.fromkeys(row["op"] for row in report["rows"]))
-    for op in operations:
-        lines += ["", f"**{op}**", "", "| layer | type | variant | ms | to the limit | of the bound |"]
-        lines.append("|---|---|---|---:|---:|---:|")
+    columns = ["layer", "type", "variant", "ms", "to the limit", "of the bound"]
+    for op in dict.fromkeys(row["op"] for row in report["rows"]):
         group = [row for row in report["rows"] if row["op"] == op]
+        limits: dict[tuple[str, str], float | None] = {}
         for row in group:
-            limit = next(
-                (
-                    r["ms"]
-                    for r in group
-                    if (r["layer"], r["dtype"]) == (row["layer"], row["dtype"]) and r["variant"].startswith("limit")
-                ),
-                None,
-            )
-            if row["ms"] is None:
-                figures = f"wrong: error {row['error']:.1e}, PyTorch {row['plain_error']:.1e} | |"
-            else:
-                ratio = f"{row['ms'] / limit:.2f}×" if limit else ""
-                figures = f"{row['ms']:.4f} | {ratio} | {row['bound_ms'] / row['ms']:.0%}"
-            lines.append(f"| {row['layer']} | {row['dtype']} | {row['variant']} | {figures} |")
+            if row["variant"].startswith("limit"):
+                limits.setdefault((row["layer"], row["dtype"]), row["ms"])
+        cells = [_cells(row, limits.get((row["layer"], row["dtype"]))) for row in group]
+        lines += ["", f"**{op}**", "", *table(columns, cells, "lllr")]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Json, limit: float | None) -> list[str]:
+    about = [row["layer"], row["dtype"], row["variant"]]
+    if row["ms"] is None:
+        return [*about, why_not(row), "", ""]
+    ratio = f"{row['ms'] / limit:.2f}×" if limit else ""
+    return [*about, f"{row['ms']:.4f}", ratio, f"{row['bound_ms'] / row['ms']:.0%}"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS
+from benchmarks.common.pages import table
+from benchmarks.common.rows import Json
 from benchmarks.suites.layers import GOAL, VARIANTS, by_point
 
 
-def ratios(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+def ratios(report: Json) -> list[dict[str, Any]]:
     """``auto`` over the better strategy at every point that has all three times, worst first."""
     chosen = {
         (row["op"], row["layer"], row["tasks"], row["rows"]): row["chosen"]
@@ -35,72 +37,68 @@ def _times(ms: Mapping[str, float], variant: str) -> str:
     return f"{ms[variant] / ms[LIMIT]:.2f}×"
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The worst of ``auto``, the crossovers, and a few rows of each layer; the results file has all of them."""
+def markdown(report: Json) -> str:
+    """Return the worst of ``auto``, the crossovers, and a few rows of each layer; the results file has all of them."""
     if not report["rows"]:
         return "No point of the grid fits in this GPU's memory.\n"
-    dtype, found = report["rows"][0]["dtype"], ratios(report)
-    wrong = sum(not row["matched"] for row in report["rows"])
-    direct = sum(row["ms"] is not None and not row["graph"] for row in report["rows"])
-    lines = [
-        f"One layer, {dtype}, r = {report['rank']} (MLP: no low-rank term); median of one run, cold L2 cache. "
-        f"{len(found)} points have every strategy"
-        + (f", {len(report['skipped'])} do not fit in memory" if report["skipped"] else "")
-        + (f", {wrong} outputs were wrong and have no time" if wrong else "")
-        + (f"; {direct} times include launches from Python" if direct else "")
-        + (
-            f"; launching a graph, {1e3 * report['launch_ms']:.1f} µs, is in every time"
-            if report.get("launch_ms")
-            else ""
-        )
-        + ".",
-        "",
-        f"**`auto` over the better strategy** (goal: at most {GOAL} everywhere)",
-        "",
-        "| operation | points | within the goal | worst | where | `auto` took | best |",
-        "|---|---:|---:|---:|---|---|---|",
+    found = ratios(report)
+    lines = [_introduction(report, len(found)), ""]
+    lines += [f"**`auto` over the better strategy** (goal: at most {GOAL} everywhere)", ""]
+    columns = ["operation", "points", "within the goal", "worst", "where", "`auto` took", "best"]
+    lines += table(columns, _worst(found), "lrrrl")
+    lines += ["", "**Rows from which on `streamed` is faster than `fused`**: measured (predicted)", ""]
+    lines += table(["layer", "K", *OPERATIONS], _crossovers(report), "lr")
+    times = by_point(report["rows"])
+    for op in OPERATIONS:
+        variants = [name for name in VARIANTS[1:] if op != "weight gradient" or name != "cached"]
+        over = "dW alone" if op == "weight gradient" else "the library's product on a weight merged beforehand"
+        rows = [
+            [layer, str(tasks), str(count), f"{ms[LIMIT] * 1e3:.1f}" if LIMIT in ms else "–"]
+            + [_times(ms, variant) for variant in variants]
+            for (name, layer, tasks), by_rows in times.items()
+            for count in (_shown(by_rows) if name == op else ())
+            for ms in [by_rows[count]]
+        ]
+        lines += ["", f"**{op}**: time over the limit ({over})", ""]
+        lines += table(["layer", "K", "rows", "limit µs", *variants], rows, "lr")
+    return "\n".join(lines) + "\n"
+
+
+def _introduction(report: Json, points: int) -> str:
+    rows = report["rows"]
+    wrong = sum(not row["matched"] for row in rows)
+    direct = sum(row["ms"] is not None and not row["graph"] for row in rows)
+    parts = [
+        f"One layer, {rows[0]['dtype']}, r = {report['rank']} (MLP: no low-rank term); median of one run, "
+        f"cold L2 cache. {points} points have every strategy",
+        f", {len(report['skipped'])} do not fit in memory" if report["skipped"] else "",
+        f", {wrong} outputs were wrong and have no time" if wrong else "",
+        f"; {direct} times include launches from Python" if direct else "",
     ]
+    if report.get("launch_ms"):
+        parts.append(f"; launching a graph, {1e3 * report['launch_ms']:.1f} µs, is in every time")
+    return "".join(parts) + "."
+
+
+def _worst(found: Sequence[Json]) -> Iterator[list[str]]:
     for op in OPERATIONS:
         of_op = [entry for entry in found if entry["op"] == op]
         if of_op:
             worst, within = of_op[0], sum(entry["ratio"] <= GOAL for entry in of_op)
-            lines.append(
-                f"| {op} | {len(of_op)} | {within} | {worst['ratio']:.2f}× | {worst['layer']}, K = {worst['tasks']}, "
-                f"M = {worst['rows']} | {worst['chosen']} | {worst['best']} |"
-            )
-    lines += [
-        "",
-        "**Rows from which on `streamed` is faster than `fused`**: measured (predicted)",
-        "",
-        f"| layer | K | {' | '.join(OPERATIONS)} |",
-        f"|---|---:|{'---:|' * len(OPERATIONS)}",
-    ]
+            where = f"{worst['layer']}, K = {worst['tasks']}, M = {worst['rows']}"
+            over = f"{worst['ratio']:.2f}×"
+            yield [op, str(len(of_op)), str(within), over, where, worst["chosen"], worst["best"]]
+
+
+def _crossovers(report: Json) -> Iterator[list[str]]:
     at = {(e["layer"], e["tasks"], e["op"]): e for e in report["crossovers"]}
     for layer, tasks in dict.fromkeys((e["layer"], e["tasks"]) for e in report["crossovers"]):
-        cells = []
+        cells = [layer, str(tasks)]
         for op in OPERATIONS:
             entry = at[layer, tasks, op]
             predicted = (entry["predicted"] or "never") if report["rates"] else "–"
             cells.append(f"{entry['measured'] or 'never'} ({predicted})")
-        lines.append(f"| {layer} | {tasks} | {' | '.join(cells)} |")
-    times = by_point(report["rows"])
-    for op in OPERATIONS:
-        variants = [name for name in VARIANTS[1:] if op != "weight gradient" or name != "cached"]
-        lines += [
-            "",
-            f"**{op}**: time over the limit"
-            + (" (dW alone)" if op == "weight gradient" else " (the library's product on a weight merged beforehand)"),
-            "",
-            f"| layer | K | rows | limit µs | {' | '.join(variants)} |",
-            f"|---|---:|---:|---:|{'---:|' * len(variants)}",
-        ]
-        for (name, layer, tasks), by_rows in times.items():
-            for rows in _shown(by_rows) if name == op else ():
-                ms = by_rows[rows]
-                limit = f"{ms[LIMIT] * 1e3:.1f}" if LIMIT in ms else "–"
-                cells = [_times(ms, variant) for variant in variants]
-                lines.append(f"| {layer} | {tasks} | {rows} | {limit} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        yield cells
 
 
 def _shown(rows: Mapping[int, Any]) -> list[int]:
@@ -109,7 +107,7 @@ def _shown(rows: Mapping[int, Any]) -> list[int]:
     return sorted({m for m in (1, 64, 512, *(own or [max(rows)])) if m in rows})
 
 
-def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(report: Json, folder: Path) -> list[Path]:
     """A picture per operation: time over the limit against rows, a panel per layer, a line per strategy and K."""
     from matplotlib.figure import Figure
 

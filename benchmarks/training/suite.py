@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.ceilings import ceilings
+from benchmarks.common.goals import NOT_MET
 from benchmarks.common.rows import dtype_name
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import Clock, free
@@ -84,7 +85,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
         for tasks in VARIANTS:
             kept = profiles if tasks == 8 else None
             add(tower, tasks, torch.bfloat16, _variants(device, tasks), tower is VIT_B and tasks == 8, profiles=kept)
-    missed = {goal["model"] for goal in goals(report) if goal["status"] == "not met"}
+    missed = {goal.where for goal in goals(report) if goal.status == NOT_MET}
     report["profiles"] = {model: found for model, found in profiles.items() if model in missed}
     clock.say("done")
     return report

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import tables
 from benchmarks.common import layer_case
+from benchmarks.common.goals import MET, NOT_MEASURED, NOT_MET
 from benchmarks.common.record import Record
 from benchmarks.common.session import Session
 from benchmarks.goals import cli, kernels, table, worker
@@ -68,7 +69,7 @@ def test_a_rehearsal_killed_at_any_moment_is_gone_on_from(tmp_path: Path) -> Non
         assert any(line.startswith(name) for line in lines[1:8]), name
     assert data["environment"]["triton_key"] == worker.triton_key() and len(worker.triton_key() or "") == 16
     assert lines[-1] == str(out) and "a rehearsal: none of these figures is a measurement" in lines
-    goals = [line for line in lines if line.endswith(table.NOT_MEASURED)]
+    goals = [line for line in lines if line.endswith(NOT_MEASURED)]
     assert len(goals) == len(data["goals"]) == len(table.goals(data))
 
 
@@ -239,7 +240,7 @@ def figures(**changes: float) -> list[dict[str, Any]]:
 
 
 def test_every_goal_is_met_by_a_hair() -> None:
-    missed = [goal for goal in table.goals({"rows": figures()}) if goal.status != table.MET]
+    missed = [goal for goal in table.goals({"rows": figures()}) if goal.status != MET]
     assert missed == []
 
 
@@ -267,7 +268,7 @@ def test_every_goal_is_met_by_a_hair() -> None:
     ],
 )
 def test_a_goal_is_missed_by_a_little(name: str, worse: float, goals: set[str]) -> None:
-    found = {goal.goal for goal in table.goals({"rows": figures(**{name: worse})}) if goal.status == table.NOT_MET}
+    found = {goal.goal for goal in table.goals({"rows": figures(**{name: worse})}) if goal.status == NOT_MET}
     # a slower step is also further from everything it is set against
     assert goals <= found or not goals
     assert found <= goals | {"training step ViT-L/14", "training step ViT-B/32"}
@@ -277,9 +278,9 @@ def test_memory_is_counted_in_what_fits() -> None:
     rows = figures(peak=7 * GIB, streamed=115.0, streamed_peak=5 * GIB)
     under = {goal.goal: goal for goal in table.goals({"rows": rows}) if "under" in goal.goal}
     assert under["ViT-L/14 under 6 GiB"].measured == "1.10× (streamed, 5.0 GiB)"
-    assert under["ViT-L/14 under 6 GiB"].status == table.MET
+    assert under["ViT-L/14 under 6 GiB"].status == MET
     assert under["ViT-L/14 under 3.5 GiB"].measured == "the least is 5.0 GiB (streamed)"
-    assert under["ViT-L/14 under 3.5 GiB"].status == table.NOT_MET
+    assert under["ViT-L/14 under 3.5 GiB"].status == NOT_MET
 
 
 def test_out_of_memory_is_said_beside_what_fitted() -> None:
@@ -289,14 +290,14 @@ def test_out_of_memory_is_said_beside_what_fitted() -> None:
     rows.append(row(f"{key} 16/{table.ADAMERGING}, float32", table.ADAMERGING, 160.0))
     rows.append(row(f"{key} 16/auto", "auto", 50.0))
     (goal,) = (g for g in table.goals({"rows": rows}) if g.goal.endswith("ViT-L/14") and "its own" in g.against)
-    assert (goal.measured, goal.status) == ("3.2× at 16 images (32 images: out of memory)", table.MET)
+    assert (goal.measured, goal.status) == ("3.2× at 16 images (32 images: out of memory)", MET)
 
 
 def test_what_is_wrong_or_rehearsed_is_no_figure() -> None:
     wrong = [{**one, "matched": False} for one in figures()]
-    assert {goal.status for goal in table.goals({"rows": wrong})} == {table.NOT_MEASURED}
-    assert {goal.status for goal in table.goals({"rows": figures(), "quick": True})} == {table.NOT_MEASURED}
-    assert {goal.status for goal in table.goals({})} == {table.NOT_MEASURED}
+    assert {goal.status for goal in table.goals({"rows": wrong})} == {NOT_MEASURED}
+    assert {goal.status for goal in table.goals({"rows": figures(), "quick": True})} == {NOT_MEASURED}
+    assert {goal.status for goal in table.goals({})} == {NOT_MEASURED}
     lacking = [row("training-L14/all", "all", None, reason="not measured, for want of pydantic")]
     found = [goal for goal in table.goals({"rows": lacking}) if goal.measured]
     assert found and all(goal.measured == "not measured, for want of pydantic" for goal in found)
@@ -306,14 +307,14 @@ def test_documents_take_the_newest_measurement(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     text = "<!-- results:goals -->\n<!-- end -->"
     unmeasured = tables.updated(text)
-    assert unmeasured.count(f"| {table.NOT_MEASURED} |") == len(table.goals({})) and "≤ 1.03×" in unmeasured
+    assert unmeasured.count(f"| {NOT_MEASURED} |") == len(table.goals({})) and "≤ 1.03×" in unmeasured
     environment = {"gpu": "NVIDIA H100", "torch": "2.11"}
     for date, quick in (("2026-01-02", False), ("2026-01-03", True)):
         report = {"suite": SUITE, "date": date, "command": "c", "quick": quick, "environment": environment}
         (tmp_path / f"goals-{date}.json").write_text(json.dumps({**report, "rows": figures()}))
     measured = tables.updated(text)
     assert "goals-2026-01-02.json" in measured and "NVIDIA H100" in measured
-    assert measured.count(f"| {table.MET} |") == len(table.goals({}))
+    assert measured.count(f"| {MET} |") == len(table.goals({}))
 
 
 def test_the_environment_of_a_run_says_which_compiler() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 import pmkernels
 from benchmarks import results, run, tables
 from benchmarks.common import errors, timing, towers
+from benchmarks.common.goals import Goal
 from benchmarks.serving import cells, folded, layers, layers_summary, memory, suite, summary, variants
 from benchmarks.serving import names as variant_names
 from pareto_merging import merge
@@ -308,7 +309,7 @@ def test_a_rehearsal_runs_everything_and_claims_nothing(quick: dict[str, Any], t
     }
     assert {layers.LIMIT, "auto"} <= {row["variant"] for row in of_layers}
     text = summary.markdown(report)
-    assert text.startswith("A rehearsal") and {goal["status"] for goal in summary.goals(report)} == {"not measured"}
+    assert text.startswith("A rehearsal") and {goal.status for goal in summary.goals(report)} == {"not measured"}
     names = [path.name for path in summary.draw(report, tmp_path)]
     device = report["device"]
     assert names == [f"serving-{device}-tiny-vit.png", f"serving-{device}-layers.png"]
@@ -398,22 +399,22 @@ def gpu_rows(ms: float = 10.3, held: float = 1.01, again: float = 103.0) -> list
 
 def test_goals_are_met_or_not_or_not_measured() -> None:
     found = summary.goals(report_of(*gpu_rows()))
-    assert [(goal["measured"], goal["status"]) for goal in found] == [
+    assert [(goal.measured, goal.status) for goal in found] == [
         ("1.030×", "met"),
         ("10.0×", "met"),
         ("1.0100 models", "met"),
     ]
     nothing = summary.goals({"rows": []})
-    assert len(nothing) == 4 and {goal["status"] for goal in nothing} == {"not measured"}
+    assert len(nothing) == 4 and {goal.status for goal in nothing} == {"not measured"}
     cpu = report_of(made_up(variant_names.ENGINE, 11.6, "ViT-B/32", to_limit=1.16), device="cpu")
-    assert [(goal["measured"], goal["status"]) for goal in summary.goals(cpu)] == [("1.160×", "not met")]
+    assert [(goal.measured, goal.status) for goal in summary.goals(cpu)] == [("1.160×", "not met")]
     wrong = {**made_up(variant_names.ENGINE, 1.0, to_limit=0.1), "matched": False, "reason": "wrong features"}
-    assert summary.goals(report_of(wrong))[0] == {
-        "where": "GPU, ViT-L/14, batch 32, 32 preferences",
-        "goal": "at most 1.03× the plain merged model",
-        "measured": "wrong features",
-        "status": "not measured",
-    }
+    assert summary.goals(report_of(wrong))[0] == Goal(
+        goal="at most 1.03× the plain merged model",
+        measured="wrong features",
+        status="not measured",
+        where="GPU, ViT-L/14, batch 32, 32 preferences",
+    )
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_goals_are_met_or_not_or_not_measured() -> None:
 )
 def test_a_goal_is_missed_by_a_little(worse: dict[str, float], goals: set[int]) -> None:
     found = summary.goals(report_of(*gpu_rows(**worse)))
-    assert {index for index, goal in enumerate(found) if goal["status"] == "not met"} == goals
+    assert {index for index, goal in enumerate(found) if goal.status == "not met"} == goals
 
 
 def test_tables_and_pictures_of_a_report(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_every_variant_of_a_rehearsal_has_the_right_gradient(quick: dict[str, An
 def test_a_rehearsal_claims_nothing(quick: dict[str, Any], tmp_path: Path) -> None:
     text = summary.markdown(quick)
     assert "these figures measure nothing" in text
-    assert {goal["status"] for goal in summary.goals(quick)} == {"not measured"}
+    assert {goal.status for goal in summary.goals(quick)} == {"not measured"}
     for variant in ours.OURS:
         assert f"| {variant} | float32 |" in text
     tables = [line for line in text.splitlines() if line.startswith(("| auto", "| variant"))]
@@ -216,16 +216,16 @@ def test_goals_are_met_or_not_or_not_measured(tmp_path: Path) -> None:
     full = made_up("ViT-L/14", variant_names.ADAMERGING, "float32", reason="out of memory")
     free = {**made_up("ViT-B/32", variant_names.AUTO, ms=2.0, run_seconds=10.5), "op": variant_names.DATA_FREE}
     report = report_of(ours, limit, same, wide, large, full, {**free, "run_measured": True})
-    small = [goal for goal in summary.goals(report) if goal["model"] == "ViT-B/32"]
-    assert [(goal["measured"], goal["status"]) for goal in small] == [
+    small = [goal for goal in summary.goals(report) if goal.where == "ViT-B/32"]
+    assert [(goal.measured, goal.status) for goal in small] == [
         ("1.15×", "met"),
         ("1.05× the time, 0.33 of the memory", "met"),
         ("3.0×", "not met"),
         ("88 s, computed from the step", "met"),
         ("10.5 s, measured", "not met"),
     ]
-    others = [goal for goal in summary.goals(report) if goal["model"] == "ViT-L/14"]
-    assert [(goal["measured"], goal["status"]) for goal in others] == [
+    others = [goal for goal in summary.goals(report) if goal.where == "ViT-L/14"]
+    assert [(goal.measured, goal.status) for goal in others] == [
         ("", "not measured"),
         ("", "not measured"),
         ("out of memory", "not measured"),
@@ -250,7 +250,7 @@ def test_a_goal_is_missed_by_a_little(figure: str, worse: float, goal: int) -> N
     rest = [made_up("ViT-B/32", variant_names.LIMIT_GRAPH, ms=19.2)]
     rest += [made_up("ViT-B/32", variant_names.ADAMERGING, ms=21.0, peak_bytes=91)]
     status = [
-        summary.goals(report_of(made_up("ViT-B/32", variant_names.AUTO, **figures), *rest))[goal]["status"]
+        summary.goals(report_of(made_up("ViT-B/32", variant_names.AUTO, **figures), *rest))[goal].status
         for figures in (ours, {**ours, figure: worse})
     ]
     assert status == ["met", "not met"]
@@ -261,7 +261,7 @@ def test_a_wrong_row_is_no_figure_of_a_goal() -> None:
     report = report_of(
         {**ours, "reason": "wrong gradient of G"}, made_up("ViT-B/32", variant_names.LIMIT_GRAPH, ms=20.0)
     )
-    assert {goal["status"] for goal in summary.goals(report)} == {"not measured"}
+    assert {goal.status for goal in summary.goals(report)} == {"not measured"}
     without = report_of({**ours, "ms": None, "reason": "wrong gradient of G"})
     assert "wrong (wrong gradient of G): error 5.0e-01" in summary.markdown(without)
 

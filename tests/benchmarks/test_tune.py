@@ -19,7 +19,7 @@ from benchmarks import results
 from benchmarks.common import modes, session, towers
 from benchmarks.tune import bench as bench_module
 from benchmarks.tune import cases as launch_cases
-from benchmarks.tune import choosing, cli, compiling, files, judging, strategies, trials
+from benchmarks.tune import choosing, cli, compiling, files, judging, strategies, trials, tuning
 from benchmarks.tune import groups as tune_groups
 from pmkernels import configs, dispatch
 from pmkernels.configs import Config
@@ -277,9 +277,9 @@ def test_the_hot_path_is_tuned_before_anything_else(monkeypatch: pytest.MonkeyPa
     order = list(dict.fromkeys(group.op for batch in batches for group in batch if group.kind == "16-bit"))
     assert order == ["merge_grad", "widen", "preference", "merge", "linear", "weight_grad", "shrink", "factor_grad"]
     done: list[str] = []
-    monkeypatch.setattr(cli, "tune", lambda batch, *_: done.extend(group.op for group in batch))
+    monkeypatch.setattr(tuning, "tune", lambda batch, *_: done.extend(group.op for group in batch))
     strategies_of = lambda s, b, among, *_: done.append(f"strategies of {len(among)}")  # noqa: E731
-    monkeypatch.setattr(cli, "measure_strategies", strategies_of)
+    monkeypatch.setattr(tuning, "measure_strategies", strategies_of)
     assert cli.main(["--quick", "--minutes", "1", "--out", str(tmp_path / "gpu.json")]) == 0
     hot = ["merge_grad", "widen", "preference", "merge"]
     assert done == [*hot, "strategies of 2", "linear", "weight_grad", "shrink", "factor_grad", "strategies of 0"]
@@ -310,12 +310,12 @@ def test_other_ops_keep_the_lines_of_the_file(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    before = set(cli.CONFIGS.iterdir())
+    before = set(tuning.CONFIGS.iterdir())
     assert cli.main([]) == 2
     captured = capsys.readouterr()
     assert captured.err == "tune: expected a CUDA GPU, got none (--quick rehearses on the CPU)\n"
     assert captured.out == ""
-    assert set(cli.CONFIGS.iterdir()) == before
+    assert set(tuning.CONFIGS.iterdir()) == before
 
 
 def test_kernels_are_compiled_ahead_as_they_will_be_launched() -> None:
