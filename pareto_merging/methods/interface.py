@@ -89,6 +89,12 @@ class Problem:
         return {"folder": self.folder, "resume": resume, "progress": self.progress}
 
 
+# (problem, choice) -> what the method finds
+Runner: TypeAlias = Callable[[Problem, Choice], Merged]
+# (tasks K, the problem's method settings) -> what to choose from
+Choices: TypeAlias = Callable[[int, MethodSettings], list[Choice]]
+
+
 def no_choice(tasks: int, method: MethodSettings) -> list[Choice]:
     """Return the one choice of a method without hyper-parameters."""
     return [{}]
@@ -101,8 +107,7 @@ class Method:
     Attributes:
         key: what it is called by. title: the name in tables.
         needs: "weights" alone, unlabelled "images", or "labels".
-        run: (problem, choice) -> what the method finds with that choice of its hyper-parameters.
-        choices: (tasks K, the problem's method settings) -> what to choose from, the published values first.
+        run: finds something with a choice of its hyper-parameters. choices: what there is, the published values first.
         stores: what must be kept to answer any preference later (table 1 of arXiv 2408.12105 v1).
         is_bound: an upper bound, not a merged model. runs_per_preference: each new γ costs a run of its own.
         learns: takes optimiser steps (for estimates of time).
@@ -111,8 +116,8 @@ class Method:
     key: str
     title: str
     needs: Needs
-    run: Callable[[Problem, Choice], Merged]
-    choices: Callable[[int, MethodSettings], list[Choice]] = no_choice
+    run: Runner
+    choices: Choices = no_choice
     stores: Stores = "1 model"
     is_bound: bool = False
     runs_per_preference: bool = False
@@ -139,12 +144,12 @@ def one_model(model: nn.Module, finetuned: Copies, **facts: Any) -> Merged:
     return Merged(task_names(finetuned), lambda gamma: model, facts=facts)
 
 
-def on_weights(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merged]:
+def on_weights(merge: Callable[..., Merged]) -> Runner:
     """Return how ``merge(pretrained, finetuned, **choice)`` is run on a problem."""
     return lambda problem, choice: merge(problem.pretrained, problem.finetuned, **choice)
 
 
-def on_images(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merged]:
+def on_images(merge: Callable[..., Merged]) -> Runner:
     """Return how a ``merge`` that looks at the tasks' images is run on a problem."""
 
     def run(problem: Problem, choice: Choice) -> Merged:
@@ -156,7 +161,7 @@ def on_images(merge: Callable[..., Merged]) -> Callable[[Problem, Choice], Merge
 
 def learning(
     merge: Callable[..., Merged], settings: Callable[[Problem, Choice], MethodSettings], **fixed: Any
-) -> Callable[[Problem, Choice], Merged]:
+) -> Runner:
     """Return how a ``merge`` that learns on images is run on a problem."""
 
     def run(problem: Problem, choice: Choice) -> Merged:
@@ -166,14 +171,12 @@ def learning(
     return run
 
 
-def learning_rates(published: float) -> Callable[[int, MethodSettings], list[Choice]]:
+def learning_rates(published: float) -> Choices:
     """Return the choice among four learning rates, the published one first."""
     return lambda tasks, method: [{"learning_rate": published * factor} for factor in (1, 10, 30, 3)]
 
 
-def with_density(
-    choices: Callable[[int, MethodSettings], list[Choice]],
-) -> Callable[[int, MethodSettings], list[Choice]]:
+def with_density(choices: Choices) -> Choices:
     """Return ``choices`` with TIES's published density first, and 0.5 for the others."""
     return lambda tasks, method: [
         {**choice, **({"density": 0.5} if number else {})} for number, choice in enumerate(choices(tasks, method))
