@@ -22,6 +22,7 @@ from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
 from pareto_merging.preferences import check_preference, equal_preference, sample_dirichlet
+from pareto_merging.system.modes import eval_mode
 
 
 @dataclass
@@ -79,7 +80,9 @@ class Learner:
             parameter.requires_grad_(name in self.learned)
         self.adam = Adam(self.learned, settings.optimiser)
         self.device = self.adam.device
-        self.gradient = GradientOfStep(model, self.tasks, self.learned, settings, execution, on_warning=on_warning)
+        # a teacher may run the model
+        with eval_mode(model, *(task.head for task in self.tasks.values())):
+            self.gradient = GradientOfStep(model, self.tasks, self.learned, settings, execution, on_warning=on_warning)
         self.objective = self.gradient.objective
         self.watches = self.objective.watches if self.needs_images else ()
         dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]

@@ -64,7 +64,7 @@ class ObjectiveKind:
         name: what the setting ``objective`` says.
         make: (model, tasks, settings) -> the :class:`Objective` of one run; ``module:function`` is imported when it is
             first called. The model is a Pareto model, tasks a mapping by task name in the model's order (empty where
-            none are given), settings a :class:`MethodSettings`.
+            none are given), settings a :class:`MethodSettings`. It may run them: they are in eval mode.
         needs: unlabelled ``"images"`` and a head of every task, or the ``"weights"`` alone.
     """
 

@@ -37,6 +37,7 @@ class Teacher(Objective):
     has_targets = True
 
     def __init__(self, model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
+        assert not model.training and not any(task.head.training for task in tasks.values())
         self.names = list(tasks)
         with torch.no_grad(), preference(model, {self.names[0]: 1.0}):
             self.logits = [task.head(model(task.images.images)) for task in tasks.values()]
@@ -125,9 +126,10 @@ def test_one_of_ones_own_is_learned_with_and_resumed(
 @pytest.mark.usefixtures("dummies")
 def test_targets_are_those_of_the_images(tiny_vit: nn.Module) -> None:
     """A teacher that is the model itself, as it is: nothing is left to learn, whatever the order of the images."""
-    model = pareto(tiny_vit)
+    model = pareto(tiny_vit).train()
     settings = short_run(objective="teacher", preference="fixed", gamma=(1.0, 0.0))
     learner = Learner(model, task_set(2), settings)
+    assert model.training
     outcome = learner.step(1, next(learner.batches(0, 0)))
     assert outcome.objectives == pytest.approx([0.0, 0.0], abs=1e-5)
     assert status_of(outcome).startswith("loss ") and "teacher_entropy" in status_of(outcome)
