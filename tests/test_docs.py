@@ -1,4 +1,4 @@
-"""What the pages and the Makefile name is there: linked files, paths, and modules that are run."""
+"""What the pages and the Makefile name is there: linked files, paths, modules that are run, and what make makes."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def test_what_a_page_names_exists(page: Path) -> None:
     ]
     run = [path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py" for path in modules]
     assert [path.relative_to(ROOT).as_posix() for path in (*linked, *named, *run) if not path.exists()] == []
+
+
+def test_what_make_is_told_to_make_can_be_made() -> None:
+    made = {target for page in PAGES for target in re.findall(r"(?:^|`)make ([a-z-]+)", text_of(page), re.MULTILINE)}
+    assert made <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

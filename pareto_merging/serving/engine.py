@@ -23,8 +23,8 @@ from pareto_merging.serving.graphs import Graphs, batch_sizes, can_capture
 from pareto_merging.serving.inputs import (
     Preferences,
     check_images,
-    check_preprocessing,
     preferences_of_batch,
+    preprocessing_in_header,
     read_preferences,
 )
 from pareto_merging.serving.layers import serve_layers
@@ -141,7 +141,7 @@ class Engine:
         """
         described = self._header.get("preprocessing")
         if described is not None:
-            return check_preprocessing(described)
+            return preprocessing_in_header(described)
         return encoders.default_preprocessing(self._header["encoder"]) if self._header["encoder"] else None
 
     @property

@@ -30,7 +30,7 @@ def check_images(images: Tensor, size: int | None) -> None:
         raise ValueError(f"images: expected shape [n, 3, {size}, {size}], got {list(images.shape)}")
 
 
-def check_preprocessing(described: Any) -> dict[str, Any]:
+def preprocessing_in_header(described: Any) -> dict[str, Any]:
     """Return a header's preprocessing: a size, and three finite numbers as mean and as std.
 
     Raises:
