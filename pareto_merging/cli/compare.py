@@ -31,7 +31,7 @@ Methods = Annotated[
 
 
 def _list_methods(wanted: bool) -> None:
-    """Print every method with what it needs and what must be kept of it, and exit."""
+    """Print every method with what it needs and what must be kept, and exit."""
     if wanted:
         from pareto_merging.methods.registry import METHODS
         from pareto_merging.system.tables import print_table

@@ -33,7 +33,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the vision encoder (or zero-shot head) of any public checkpoint as one plain safetensors file.
+    """Write the vision encoder (or zero-shot head) of a public checkpoint as one safetensors file.
 
     Pickles are read as data: nothing in them is imported or run, and one that
     names what could run code is refused. The file remembers how to build the

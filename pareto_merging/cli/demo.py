@@ -19,7 +19,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the merging.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Merge eight fine-tuned vision transformers (embedded, real handwritten digits) in about a minute and a half.
+    """Merge eight fine-tuned vision transformers (embedded, handwritten digits) in about a minute and a half.
 
     Compares Pareto Merging with weight averaging, task arithmetic and
     AdaMerging; learns a two-task Pareto set and draws its front. Writes

@@ -62,7 +62,7 @@ def serve(
     quiet: Quiet = False,
     **limits: Any,
 ) -> None:
-    """Serve a folded model over HTTP: every request chooses its own merged model by a preference.
+    """Serve a folded model over HTTP: each request chooses its merged model by a preference.
 
     POST /classify and /embed take an image and a preference, as JSON or as a
     form; /docs tries them out in a browser, /model names tasks and limits,

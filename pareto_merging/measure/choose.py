@@ -1,4 +1,4 @@
-"""Choices that look at no label: a method's setting, and a model for an unseen task."""
+"""Choices without labels: of a method's setting, and of a model for an unseen task."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Judge:
         return [(name, gamma) for name, gamma in rows if name in (self.problem.tasks or {})]
 
     def score(self, merged: Merged, method: Method | None = None) -> float | None:
-        """Return what a choice maximises: agreement in percent with the fine-tuned models on the unlabelled images.
+        """Return what a choice maximises: agreement in percent with the fine-tuned models.
 
-        The mean over the tasks that have images. Where the preference matters, the mean of that at the equal preference
-        and of each task's own agreement at its one-hot preference (not where each preference costs a run). None without
-        images: then the published values stand.
+        On the unlabelled images; the mean over the tasks that have some. Where the preference matters, the mean of that
+        at the equal preference and of each task's own agreement at its one-hot preference (not where each preference
+        costs a run). None without images: then the published values stand.
         """
         own_preferences = self._own_preferences()
         if not own_preferences:

@@ -181,7 +181,7 @@ class Comparison:
         )
 
     def _choices(self, key: str, method: Method) -> list[Choice]:
-        """Return the settings that a method may try, each once; one without images to choose by."""
+        """Return the settings that a method may try; one without images to choose by."""
         names = self.models.task_names
         choices = list(self.choices.get(key, method.choices(len(names), self.models.method)))
         choices = [choice for place, choice in enumerate(choices) if choice not in choices[:place]]

@@ -23,7 +23,7 @@ from pareto_merging.system.progress import progress_bar
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on several tasks: accuracy in percent and mean entropy in nats by task name."""
+    """One model on several tasks: accuracy (%) and mean entropy (nats) by task name."""
 
     accuracy: dict[str, float]
     entropy: dict[str, float]

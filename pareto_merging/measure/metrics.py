@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 @dataclass(frozen=True)
 class Spread:
-    """Values over several seeds: mean, sample standard deviation and themselves, None where there are too few."""
+    """Values over several seeds: mean, sample standard deviation (None of too few) and themselves."""
 
     mean: float | None
     sd: float | None
@@ -53,7 +53,7 @@ class Indicators:
 
 
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
-    """Return the volume that points [n, K] (to be maximised) dominate above ``reference`` [K], by moocore.
+    """Return the volume that points [n, K] to be maximised dominate above ``reference`` [K].
 
     Points that do not exceed the reference everywhere add nothing. Raises ValueError for other shapes or NaN.
     """
@@ -70,7 +70,7 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, ties by average rank; None where one of the two is constant."""
+    """Return Spearman's rank correlation, ties by average rank; None where one is constant."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)
@@ -91,7 +91,7 @@ def spacing(points: ArrayLike) -> float | None:
 
 
 def igd_plus(points: ArrayLike, reference_front: ArrayLike) -> float:
-    """Return IGD⁺ of points [n, K] to a front [m, K], by moocore; both are maximised.
+    """Return IGD⁺ of points [n, K] to a front [m, K], both maximised, by moocore.
 
     0 where the points reach the front: mean_j min_i √Σ_k max(r_jk − a_ik, 0)² (Ishibuchi et al. 2015). Raises
     ValueError for other shapes, NaN or no point: moocore answers 0 or inf there.

@@ -12,7 +12,7 @@ from pareto_merging.methods.registry import METHODS
 
 
 class TimeLeft:
-    """The time that waiting methods will take, judged by those done, learning and quick ones apart.
+    """The time that waiting methods will take, judged by those done, quick ones apart.
 
     Args:
         weights: runs that each method takes, see :func:`count_runs`. waiting: pairs of seed and method.
@@ -25,7 +25,7 @@ class TimeLeft:
             self._waiting[METHODS[key].learns] += weights[key]
 
     def done(self, key: str, seconds: float | None) -> None:
-        """Count one method as done, after so many seconds; None: it was skipped, which says nothing."""
+        """Count one method as done, after so many seconds; None if it was skipped."""
         learns = METHODS[key].learns
         self._waiting[learns] -= self._weights[key]
         if seconds is not None:

@@ -122,7 +122,7 @@ def _check_numbers(config: RunConfig, names: Sequence[str], grid: str, seeds: in
 
 
 def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Raise UserError unless the folder is new, or with ``resume`` was started with the same configuration."""
+    """Raise UserError unless the folder is new, or with ``resume`` of the same configuration."""
     is_comparison = (folder / SETTINGS_NAME).exists()
     if is_comparison and not resume:
         raise UserError(f"{folder}: expected a new folder, got a comparison that can go on with --resume")
@@ -133,7 +133,7 @@ def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
 
 
 def _open(workspace: Workspace) -> None:
-    """Open what a comparison needs before its folder is made, so that mistakes leave nothing behind."""
+    """Open what a comparison needs before its folder is made: mistakes leave nothing behind."""
     workspace.check_files()
     workspace.evaluation_tasks()
     workspace.available_merging_tasks()

@@ -156,7 +156,7 @@ class RunConfig(Strict):
 
 
 def read_config(path: Path) -> RunConfig:
-    """Read and validate a run's YAML file; relative paths in it are relative to the file.
+    """Read and validate a run's YAML file; paths in it are relative to the file.
 
     Raises:
         UserError: the file is missing, is no YAML mapping, has an unknown key or a value out of range: all are named.
@@ -222,7 +222,7 @@ def describe_validation(error: ValidationError) -> str:
 
 
 def _checkpoint(base: Path, source: Path | str) -> Path | str:
-    """Return a path from the configuration's folder, a hub id written out, or an open_clip tag."""
+    """Return a path from the configuration's folder, a hub id, or an open_clip tag."""
     # it takes PyTorch's seconds, which the help of the keys need not wait for
     from pareto_merging.checkpoints.hub import remote
 

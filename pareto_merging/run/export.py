@@ -1,4 +1,4 @@
-"""What a finished run is written out as: plain models in three formats, or one folded file."""
+"""What a run becomes: plain models in three formats, or a folded file."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def default_target(run: Path, preferences: str, format: Format) -> Path:
 
 @dataclass(frozen=True)
 class _Exporter:
-    """What is the same for all preferences: the format, the run, its model, and the text tower if there is one."""
+    """What all preferences share: the format, the run, its model, and perhaps a text tower."""
 
     format: Format
     workspace: Workspace
@@ -118,7 +118,7 @@ class _Exporter:
     text: Checkpoint | None
 
     def write_list(self, gammas: Sequence[Tensor], target: Path, progress: bool) -> list[Path]:
-        """Write a folder with a model for each preference and the list of them, all or nothing."""
+        """Write a folder with a model for each preference and their list, or nothing."""
         width = max(2, len(str(len(gammas))))
         suffix = ".safetensors" if self.format == "safetensors" else ""
         names = [f"{number:0{width}d}{suffix}" for number in range(1, len(gammas) + 1)]
@@ -230,7 +230,7 @@ def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
 
 
 def _task_names(run: Path) -> Sequence[str]:
-    """Return a run's tasks before its models are loaded, so that mistakes are said at once."""
+    """Return a run's tasks before its models are loaded: mistakes are said at once."""
     if not (run / SET_NAME).is_file():
         # its own error says what is missing
         open_run(run)

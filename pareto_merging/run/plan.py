@@ -1,4 +1,4 @@
-"""A run's needs, counted from the architecture: parameters and bytes by kind; and what rounding costs."""
+"""A run's needs, counted from the architecture: parameters and bytes by kind, and rounding."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _numbers(checkpoint: Checkpoint) -> Counter[torch.dtype]:
 
 @torch.no_grad()
 def _rounding(workspace: Workspace, progress: bool) -> Precision:
-    """Make the task vectors of one parameter after another as the run does, and let go."""
+    """Make the task vectors of one parameter after another, as the run does."""
     method, model = workspace.config.method, workspace.skeleton()
     stored = workspace.load(workspace.encoder_config.pretrained)
     copies, tensors = check_copies(model, workspace.finetuned())

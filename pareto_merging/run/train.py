@@ -99,7 +99,7 @@ def _nothing_left_of_mistakes(folder: Path) -> Iterator[None]:
 
 
 def describe_precision(model: nn.Module) -> str:
-    """Say in one line how a model's weights are stored and what rounding task vectors changed."""
+    """Say in one line how a model's weights are stored and what rounding changed."""
     state = pareto_state(model)
     finetuned = summarize_dtypes([state.stored_dtypes[name] for name in state.task_names])
     text = f"stored: pretrained {state.stored_dtypes['pretrained']}, fine-tuned {finetuned}"

@@ -81,7 +81,7 @@ class Workspace:
 
     @property
     def assumption(self) -> str:
-        """Return what nothing says and is therefore assumed, in words for the user; empty for nothing."""
+        """Return what nothing says and is assumed, in words for the user; or nothing."""
         settled = self._given is not None or self.encoder_config.quick_gelu is not None
         if settled or first_stated(self.checkpoints(), "quick_gelu")[0] is not None:
             return ""
@@ -155,7 +155,10 @@ class Workspace:
         return dtype
 
     def check_files(self) -> None:
-        """Raise UserError if a checkpoint or head is missing or does not fit; read only headers."""
+        """Raise UserError if a checkpoint or head is missing or does not fit.
+
+        Only headers and heads are read.
+        """
         tasks = {name: self.checkpoint(task.checkpoint) for name, task in self.task_configs.items()}
         check_different(tasks)
         check_copies(self.checkpoint(self.encoder_config.pretrained), tasks)
@@ -313,7 +316,7 @@ class Workspace:
         return tasks
 
     def unseen_tasks(self) -> dict[str, tuple[Task, Task]]:
-        """Return images of tasks without a checkpoint, to choose a model by and to judge it."""
+        """Return images of tasks without a checkpoint, to choose a model and judge it."""
         tasks = {}
         for name, task in self.unseen_configs.items():
             head = read_head(task.head, name).to(self.device)

@@ -1,4 +1,4 @@
-"""How pictures look: legible in a column of a paper, in grey and to the colour-blind.
+"""How pictures look: legible in a paper's column, in grey and to the colour-blind.
 
 A picture of one panel is made to be printed 3.4 inch wide, one of several panels 7 inch wide; no text is smaller than 7
 points at that width. Colours are Okabe and Ito's, and whatever a colour tells, a marker or a line style tells too.
@@ -94,7 +94,7 @@ FILLS = ("black", "white", "#999999")
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """Give a figure of so many inches; write it when the block ends without an exception."""
+    """Give a figure of so many inches; write it when the block ends well."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         yield figure

@@ -115,7 +115,7 @@ def first_set(methods: Sequence[CheckedSet]) -> CheckedSet | None:
 
 
 def favoured_task(gamma: look.Array) -> int | None:
-    """Return the task with the largest weight, the first of several; None if all are equal."""
+    """Return the task of the largest weight, the first of several; None of equal ones."""
     return None if np.ptp(gamma) <= SUM_TOLERANCE else int(np.argmax(gamma >= gamma.max() - SUM_TOLERANCE))
 
 

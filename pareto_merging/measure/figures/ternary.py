@@ -69,7 +69,7 @@ def draw_triangle(axes: Axes, task_names: Sequence[str], title: str) -> None:
 
 
 def _surface(axes: Axes, where: look.Array, values: look.Array) -> Any:
-    """Draw values [n] at where [n, 2]: filled contours, or dots where these span no triangle."""
+    """Draw values [n] at where [n, 2]: contours, or dots where these span no triangle."""
     # percent: less than one item of a million
     constant = np.ptp(values) < 1e-4
     low, high = (values.mean() - 0.5, values.mean() + 0.5) if constant else (values.min(), values.max())
