@@ -13,7 +13,7 @@ from pareto_merging.checkpoints.formats import open_tensors
 from pareto_merging.checkpoints.shards import Shards
 from pareto_merging.errors import UserError
 
-LAYOUTS = [hugging_face.LAYOUT, open_clip.LAYOUT]
+LAYOUTS: dict[str, Layout] = {}
 _OTHER_FOLDERS = {
     "adapter_config.json": "a LoRA adapter (merge it into its base first: PEFT's merge_and_unload)",
     "model_index.json": "a diffusers pipeline (give the folder of its image encoder)",
@@ -21,9 +21,16 @@ _OTHER_FOLDERS = {
 }
 
 
-def register(layout: Layout) -> None:
-    """Add a layout, which is asked before the others."""
-    LAYOUTS.insert(0, layout)
+def register(layout: Layout) -> Layout:
+    """Add a layout, which is asked before those of earlier; ValueError if its name is taken."""
+    if layout.name in LAYOUTS:
+        raise ValueError(f"layout: expected a new name, got {layout.name!r}, which is taken")
+    LAYOUTS[layout.name] = layout
+    return layout
+
+
+register(open_clip.LAYOUT)
+register(hugging_face.LAYOUT)
 
 
 def layout_of(path: Path) -> Layout | None:
@@ -33,7 +40,7 @@ def layout_of(path: Path) -> Layout | None:
         UserError: a folder without a configuration that is known, or with a broken one.
     """
     is_folder = path.is_dir()
-    for layout in LAYOUTS:
+    for layout in reversed(LAYOUTS.values()):
         if layout.recognises(path) if is_folder else layout.holds(path):
             return layout
     if not is_folder:
@@ -58,5 +65,5 @@ def open_folder(layout: Layout, path: Path, source: str) -> Contents:
         raise UserError(f"{source}: expected weights ({', '.join(layout.weights)}), got none")
     is_index = present[0].name.endswith(".index.json")
     tensors: NamedTensors = Shards(present[0], open_tensors) if is_index else open_tensors(present[0])
-    beside = [folder / name for known in LAYOUTS for name in known.configurations]
+    beside = [folder / name for known in LAYOUTS.values() for name in known.configurations]
     return Contents(layout.name, folder, tensors, description, [path for path in beside if path.is_file()])

@@ -92,18 +92,21 @@ def _describe_safetensors(tensors: SafetensorsFile, source: str) -> Description:
     return replace(description, heads=claimed.heads, quick_gelu=claimed.quick_gelu, check=check)
 
 
-SAFETENSORS = Format("safetensors", _is_safetensors, SafetensorsFile, _describe_safetensors)
+FORMATS: dict[str, Format] = {}
+
+
+def register(format: Format) -> Format:
+    """Add a format, which is asked before those of earlier; ValueError if its name is taken."""
+    if format.name in FORMATS:
+        raise ValueError(f"format: expected a new name, got {format.name!r}, which is taken")
+    FORMATS[format.name] = format
+    return format
+
+
+SAFETENSORS = register(Format("safetensors", _is_safetensors, SafetensorsFile, _describe_safetensors))
+register(Format("legacy", _is_legacy, ArchivedTensors, _describe_archive))
 # a TorchScript archive is a zip as well
-FORMATS = [
-    Format("zip", _is_zip, ArchivedTensors, _describe_archive),
-    Format("legacy", _is_legacy, ArchivedTensors, _describe_archive),
-    SAFETENSORS,
-]
-
-
-def register(format: Format) -> None:
-    """Add a format, which is asked before the others."""
-    FORMATS.insert(0, format)
+register(Format("zip", _is_zip, ArchivedTensors, _describe_archive))
 
 
 def format_of(path: Path) -> Format:
@@ -118,7 +121,7 @@ def format_of(path: Path) -> Format:
             start = file.read(_START_BYTES)
     except OSError as error:
         raise UserError(f"{path}: expected a checkpoint, got {error.strerror}") from error
-    for format in FORMATS:
+    for format in reversed(FORMATS.values()):
         if format.recognises(path, start):
             return format
     what = known_as(start)

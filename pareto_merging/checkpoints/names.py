@@ -307,12 +307,19 @@ def _behind(pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
     return {name: piece.behind(prefix) for name, piece in pieces.items()}
 
 
-NAMINGS = [Naming("open_clip", _open_clip_towers), Naming("huggingface", _hugging_face_towers)]
+NAMINGS: dict[str, Naming] = {}
 
 
-def register(naming: Naming) -> None:
-    """Add a naming scheme, which is asked before the others."""
-    NAMINGS.insert(0, naming)
+def register(naming: Naming) -> Naming:
+    """Add a naming scheme, which is asked before those of earlier; ValueError if its name is taken."""
+    if naming.name in NAMINGS:
+        raise ValueError(f"naming: expected a new name, got {naming.name!r}, which is taken")
+    NAMINGS[naming.name] = naming
+    return naming
+
+
+register(Naming("huggingface", _hugging_face_towers))
+register(Naming("open_clip", _open_clip_towers))
 
 
 def find_towers(names: Collection[str]) -> Towers:
@@ -321,7 +328,7 @@ def find_towers(names: Collection[str]) -> Towers:
     Raises:
         UserError: none knows them, or one knows them and they are not whole.
     """
-    for naming in NAMINGS:
+    for naming in reversed(NAMINGS.values()):
         towers = naming.towers(names)
         if towers is not None:
             return towers

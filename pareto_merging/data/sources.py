@@ -147,8 +147,7 @@ class BatchStream:
     def __init__(
         self, dataset: Dataset[Any], batch: int, first_step: int, last_step: int, seed: Sequence[int], workers: int = 0
     ) -> None:
-        size = len(dataset)  # type: ignore[arg-type]
-        order = _Batches(size, batch, first_step, last_step, seed)
+        order = _batches(dataset, batch, range(first_step, last_step), tuple(seed))
         self._iterator = iter(_loader(dataset, workers, batch_sampler=order, collate_fn=_images))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -182,18 +181,9 @@ def _from_workers() -> Iterator[None]:
         raise UserError(text.rpartition("UserError: ")[2]) from None
 
 
-class _Batches:
-    def __init__(self, size: int, batch: int, first_step: int, last_step: int, seed: Sequence[int]) -> None:
-        self._arguments = size, batch, first_step, last_step, tuple(seed)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size, batch, first, last, seed = self._arguments
-        for step in range(first, last):
-            yield batch_indices(size, batch, step, seed)
-
-    def __len__(self) -> int:
-        _, _, first, last, _ = self._arguments
-        return max(0, last - first)
+def _batches(dataset: Dataset[Any], batch: int, steps: range, seed: Sequence[int]) -> Iterator[list[int]]:
+    size = len(dataset)  # type: ignore[arg-type]
+    return (batch_indices(size, batch, step, seed) for step in steps)
 
 
 def _images(items: Any) -> Tensor:
@@ -216,7 +206,7 @@ def labelled_stream(
     dataset: Dataset[Any], batch: int, steps: int, seed: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the first ``steps`` batches of :func:`batch_indices`. Each is (images [batch, …], labels int64 [batch])."""
-    order = _Batches(len(dataset), batch, 0, steps, seed)  # type: ignore[arg-type]
+    order = _batches(dataset, batch, range(steps), seed)
     with _from_workers():
         yield from _loader(dataset, 0, batch_sampler=order, collate_fn=_labelled)
 

@@ -160,7 +160,7 @@ def test_a_layout_of_ones_own(tmp_path: Path) -> None:
     try:
         checkpoint = open_checkpoint(tmp_path)
     finally:
-        folders.LAYOUTS.remove(layout)
+        del folders.LAYOUTS[layout.name]
     assert (checkpoint.format, checkpoint.heads, checkpoint.quick_gelu) == ("own", clip.HEADS, False)
     assert checkpoint.files == [tmp_path / "own.safetensors", tmp_path / "own.json"]
     assert_same(checkpoint, expected_tower(""))

@@ -15,9 +15,11 @@ from support.checkpoint_cases import FORMATS, assert_same, expected_tower
 from torch import Tensor
 
 import pareto_merging as pm
-from pareto_merging.checkpoints import formats
+from pareto_merging.checkpoints import folders, formats, names
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.checkpoints.contents import Description, Format
+from pareto_merging.checkpoints.hugging_face import LAYOUT
+from pareto_merging.checkpoints.names import NAMINGS
 from pareto_merging.errors import UserError
 
 pytest.importorskip("open_clip")
@@ -116,7 +118,7 @@ def write_toy(path: Path, seed: int) -> Path:
 def toy() -> Iterator[None]:
     formats.register(TOY)
     yield
-    formats.FORMATS.remove(TOY)
+    del formats.FORMATS[TOY.name]
 
 
 def test_a_format_of_ones_own_is_taken_everywhere(toy: None, tmp_path: Path) -> None:
@@ -145,8 +147,18 @@ def test_what_a_format_says_of_its_tensors_is_compared_with_them(toy: None, tmp_
         checkpoint = pm.open_checkpoint(path)
         assert (checkpoint.format, checkpoint.heads, checkpoint.quick_gelu) == ("toy with heads", clip.HEADS, True)
     finally:
-        formats.FORMATS.remove(with_heads)
+        del formats.FORMATS[with_heads.name]
     assert pm.open_checkpoint(path).quick_gelu is None
+
+
+def test_a_name_is_taken_once(toy: None) -> None:
+    for register, member in (
+        (formats.register, TOY),
+        (folders.register, LAYOUT),
+        (names.register, NAMINGS["open_clip"]),
+    ):
+        with pytest.raises(ValueError, match=r"expected a new name, got '.+', which is taken"):
+            register(member)
 
 
 def test_a_format_that_is_no_longer_registered_is_refused(tmp_path: Path) -> None:

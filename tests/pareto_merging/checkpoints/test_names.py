@@ -267,6 +267,6 @@ def test_a_naming_of_ones_own() -> None:
     try:
         assert find_towers(["eyes/proj", "other"]).vision == {"proj": Piece(("eyes/proj",))}
     finally:
-        NAMINGS.remove(naming)
+        del NAMINGS[naming.name]
     with pytest.raises(UserError, match="expected a CLIP vision transformer"):
         find_towers(["eyes/proj", "other"])
