@@ -1,4 +1,6 @@
-"""Kernels for W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ, the weight of one layer of a Pareto model.
+"""Kernels for the weight of one layer of a Pareto model.
+
+    W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ
 
 Six operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`
 (preference_linear's is pareto_linear).

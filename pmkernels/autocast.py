@@ -31,7 +31,7 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def without_autocast(backward: Backward) -> Backward:
-    """Make a backward(ctx, gradient, …) that autocast leaves alone: loss.backward() may be called in its region."""
+    """Make a backward that autocast leaves alone. loss.backward() may be called in its region."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, gradient: Tensor, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What every public function checks at its border: the error names the argument, what was expected and what came."""
+"""The checks of public functions. An error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pmkernels.low_rank import Parts
 
 
 def check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
-    """Check that a value is a dense floating-point tensor on ``device``; ``learned``: in float32 or float64."""
+    """Check that a value is a dense floating-point tensor on ``device``. ``learned``: in float32 or float64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():

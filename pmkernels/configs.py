@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched: the tile sizes it uses, warps per program, and stages of its inner loop."""
+    """The launch of one kernel: tile sizes, warps per program, and stages of its loop."""
 
     block_m: int = 0
     block_n: int = 0
@@ -32,12 +32,12 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what a launch takes besides the kernel's own arguments; a·b + c is one instruction on every GPU."""
+        """Return the options of a launch. a·b + c is one instruction on every GPU."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 class Asked(NamedTuple):
-    """What a configuration is asked for: kernel, type (``float32``, ``tf32``, ``16-bit``), rows, rank and layout."""
+    """A launch to configure: kernel, type (``float32``, ``tf32``, ``16-bit``), rows, rank and layout."""
 
     op: str
     dtype: str
@@ -106,7 +106,7 @@ def config_files() -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Configs:
-    """What launches and choices go by; each field replaces what the library finds out by itself.
+    """What launches and choices go by. Each field replaces what the library finds out by itself.
 
     ``files``: configuration files by name. ``file``: the one that every device takes, ``None``: its own.
     ``multiprocessors``: of every device. ``runs``: whether kernels run, on every device and as if it were a GPU.
@@ -122,7 +122,7 @@ class Configs:
     launch: Callable[[Asked, Entry], Config] | None = None
 
     def entries(self, name: str) -> tuple[Entry, ...]:
-        """Return the lines of a file, then those of the files of its architectures, then the default ones."""
+        """Return the lines of a file, then those of its architectures, then the default ones."""
         return _entries(self, name)
 
     def choices(self, name: str) -> tuple[Choice, ...]:

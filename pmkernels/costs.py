@@ -1,4 +1,4 @@
-"""What a layer costs: operations and bytes counted, and the seconds a GPU of known rates would take for them.
+"""The cost of a layer: operations, bytes, and seconds on a GPU of known rates.
 
 Three uses: the choice of a strategy where nothing was measured (:func:`pmkernels.strategies.choose`), the bounds that
 benchmarks report beside a time, and predictions for a GPU that is not at hand. The rates of :data:`GPUS` are what large
@@ -19,7 +19,7 @@ OPERATIONS = ("forward", "dx", "weight_grad", "merge", "preference")
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU does in a second: tensor-core operations by type, plain float32 operations, and bytes.
+    """What one GPU does in a second: tensor-core operations by type, plain ones, bytes.
 
     ``memory`` and ``cache`` are bytes per second from device memory and from the L2 cache, ``launch`` the seconds that
     a kernel costs besides its work, inside a CUDA graph. ``measured``: from a tuned configuration file.
@@ -36,7 +36,7 @@ class Rates:
     measured: bool = False
 
     def products(self, kind: str) -> float:
-        """Operations of a matrix product per second; ``kind`` is ``16-bit``, ``tf32`` or ``float32``."""
+        """Return the operations of a matrix product per second; ``kind`` is ``16-bit``, ``tf32`` or ``float32``."""
         return {"16-bit": self.half, "tf32": self.tf32, "float32": self.float32}[kind]
 
 
@@ -65,7 +65,7 @@ GPUS: dict[str, Rates] = {
 
 
 def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
-    """Rates of a GPU that is not listed, from those listed of the nearest architecture, by multiprocessors."""
+    """Estimate the rates of an unlisted GPU, by multiprocessors, from the nearest architecture."""
     near = {8: "nvidia-a100-80gb-pcie", 9: "nvidia-h100-pcie"}
     listed = "nvidia-l40s" if capability == (8, 9) else "nvidia-rtx-a6000" if capability == (8, 6) else None
     like = GPUS[listed or near.get(capability[0], "nvidia-h100-pcie")]
@@ -83,7 +83,7 @@ def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
 
 @dataclass(frozen=True)
 class Form:
-    """The shares of a GPU's rates that kernels of one form reach, and where those figures come from.
+    """The shares of a GPU's rates that kernels of one form reach, and their source.
 
     ``product_efficiency``: of the tensor cores' rate. ``memory_efficiency``: of the bytes per second, from memory or
     L2. ``alone``: one program fills a multiprocessor, so a last wave of a few programs takes as long as a full one.
@@ -124,7 +124,7 @@ SUM_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation of one layer: ``rows`` M, ``n`` out, ``d`` in, K task vectors, rank R, bytes per element.
+    """One operation of one layer.
 
     ``kind`` is ``16-bit``, ``tf32`` or ``float32``; ``per_row``: a preference per row, so the low-rank term is not part
     of the merged weight; ``bias``: its gradient is wanted with the weight's. ``dx`` is counted with the roles of n and
@@ -142,41 +142,41 @@ class Problem:
 
     @property
     def size(self) -> int:
-        """Bytes of one element."""
+        """Return the bytes of one element."""
         return 2 if self.kind == "16-bit" else 4
 
     @property
     def product(self) -> float:
-        """Operations of one product of this layer: 2·M·N·D."""
+        """Return the operations of one product of this layer: 2·M·N·D."""
         return 2.0 * self.rows * self.n * self.d
 
     @property
     def low_rank_product(self) -> float:
-        """Operations of x·B and t·Aᵀ for every row."""
+        """Return the operations of x·B and t·Aᵀ for every row."""
         return 2.0 * self.rows * self.rank * (self.n + self.d)
 
     @property
     def factors(self) -> float:
-        """Bytes of A and B in the model's type."""
+        """Return the bytes of A and B in the model's type."""
         return float(self.rank * (self.n + self.d) * self.size)
 
     @property
     def weight(self) -> float:
-        """Bytes of one weight."""
+        """Return the bytes of one weight."""
         return float(self.n * self.d * self.size)
 
     @property
     def activations(self) -> float:
-        """Bytes of x and y together."""
+        """Return the bytes of x and y together."""
         return float(self.rows * (self.n + self.d) * self.size)
 
     @property
     def output(self) -> float:
-        """Bytes of y, or of dy."""
+        """Return the bytes of y, or of dy."""
         return float(self.rows * self.n * self.size)
 
     def partials(self, block_n: int, block_d: int, splits: int = 1) -> float:
-        """Bytes of the partial sums of P, Q and dλ: float32, the rank rounded up to a multiple of 16."""
+        """Return the bytes of the partial sums of P, Q and dλ. The rank is padded."""
         blocks_n, blocks_d = math.ceil(self.n / block_n), math.ceil(self.d / block_d)
         rank = 0 if self.per_row else 16 * math.ceil(self.rank / 16)
         return 4.0 * splits * (rank * (blocks_d * self.n + blocks_n * self.d) + blocks_n * blocks_d * self.tasks)
@@ -201,16 +201,16 @@ class Pass:
 
     @property
     def product_efficiency(self) -> float:
-        """The share of the tensor cores' rate that a kernel of this form reaches."""
+        """Return the share of the tensor cores' rate that a kernel of this form reaches."""
         return FORMS[self.form].product_efficiency
 
     @property
     def memory_efficiency(self) -> float:
-        """The share of the bytes per second that a kernel of this form reaches."""
+        """Return the share of the bytes per second that a kernel of this form reaches."""
         return FORMS[self.form].memory_efficiency
 
     def seconds(self, rates: Rates, kind: str) -> float:
-        """The longest of its four times, and its launches."""
+        """Return the longest of its four times, and its launches."""
         idle = max(1.0, rates.multiprocessors / self.programs) if self.programs else 1.0
         waves = idle
         if self.programs and FORMS[self.form].alone:
@@ -232,12 +232,12 @@ class Bound:
     bytes: float
 
     def seconds(self, rates: Rates, kind: str) -> float:
-        """The larger of the two times: no kernel is faster on a GPU of these rates."""
+        """Return the larger of two times: no kernel is faster on such a GPU."""
         return max(self.operations / rates.products(kind), self.bytes / rates.memory)
 
 
 def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
-    """What ``operation`` cannot do without: each input read once, each output written once.
+    """Count what ``operation`` cannot do without: each input read once, each output written once.
 
     ``cached``: W(γ) is there already and is read instead of W0 and the task vectors.
     """
@@ -254,7 +254,7 @@ def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
 
 
 def served_seconds(problem: Problem, operations: float, bandwidth: float) -> float:
-    """The bound of ``preference`` at rates per second, with x read once more, because Bᵀx comes before t·Aᵀ."""
+    """Return the bound of ``preference``, with x read once more: Bᵀx comes before t·Aᵀ."""
     least = bound("preference", problem)
     return (
         max(least.operations / operations, least.bytes / bandwidth)
@@ -263,12 +263,12 @@ def served_seconds(problem: Problem, operations: float, bandwidth: float) -> flo
 
 
 def from_memory(again: float, touched: float, cache_bytes: float) -> float:
-    """Bytes of ``again`` that are read from device memory, because with all that was ``touched`` L2 has no room."""
+    """Return the bytes of ``again`` for which L2 has no room beside ``touched``."""
     return 0.0 if 2 * touched <= cache_bytes else again
 
 
 def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
-    """Partial sums of P, Q and dλ read again and added up, in one launch."""
+    """Count the sums of P, Q and dλ: partial ones read again, in one launch."""
     if not partial:
         return []
     low_rank = 0 if p.per_row else p.rank
@@ -285,7 +285,7 @@ def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
 
 
 def bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
-    """db = Σ dy by the library, which reads dy once more after the product of dW and its reduction."""
+    """Count db = Σ dy by the library, which reads dy once more."""
     if not p.bias:
         return []
     touched = p.activations + (p.tasks + 1) * p.weight
@@ -294,12 +294,12 @@ def bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
 
 
 def _casts(p: Problem) -> list[Pass]:
-    """db from float32 to the type of a 16-bit bias: a launch, and next to no bytes."""
+    """Count the cast of db to 16 bits: a launch, and hardly any bytes."""
     return [Pass("cast of db")] if p.bias and p.size == 2 else []
 
 
 class Tiles(NamedTuple):
-    """Tile sizes and parts of a kernel's configuration, and the L2 cache that what it reads again may come from.
+    """Tile sizes and parts of a kernel's configuration, and the L2 cache beside it.
 
     What a kernel reads again comes from L2 if it takes, with all that was touched since, half of ``cache_bytes`` or
     less.
@@ -330,7 +330,7 @@ def _merge(p: Problem) -> Pass:
 
 
 def fused(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[Pass]:
-    """Count the kernels that assemble W, or form dW, tile by tile; small products of r columns are left out."""
+    """Count kernels that assemble W, or form dW, by tiles; products of r columns aside."""
     if operation == "merge":
         return [_merge(p)]
     if operation == "weight_grad":
@@ -389,7 +389,7 @@ def _reduced_from_rows(p: Problem, tiles: Tiles) -> list[Pass]:
 
 
 def streamed(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[Pass]:
-    """Count the library's product and what puts its weight together, or reduces dW: ``tiles`` are those of that."""
+    """Count the library's product and what merges its weight, or reduces dW with ``tiles``."""
     (gemm,), again = product(p), from_memory(p.weight, p.weight, tiles.cache_bytes)
     if operation == "merge":
         return [_merge(p)]
@@ -428,5 +428,5 @@ def _unknown(operation: str) -> ValueError:
 
 
 def seconds(kernels: list[Pass], rates: Rates, kind: str) -> float:
-    """One kernel after the other."""
+    """Add up the seconds of one kernel after the other."""
     return sum(kernel.seconds(rates, kind) for kernel in kernels)

@@ -1,4 +1,4 @@
-"""What launches and choices go by on a device: the :class:`Configs` in force, which ``using`` replaces for a while."""
+"""The :class:`Configs` in force, by which launches and choices go on a device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def as_on_a_gpu(device: torch.device) -> bool:
-    """Say whether ``auto`` may take kernels on ``device``: it does not where they are only interpreted."""
+    """Say whether ``auto`` may take kernels on ``device``. Interpreted ones it does not."""
     return device.type == "cuda" if _in_force.runs is None else _in_force.runs
 
 
@@ -54,7 +54,7 @@ def gpu_name(index: int | None) -> str:
 
 
 def gpu_file(device: torch.device) -> str:
-    """Return the configuration file of a device: its GPU's own, that of its architecture, or ``default``."""
+    """Return a device's configuration file: its GPU's own, its architecture's, or ``default``."""
     return _gpu_file(_in_force, device) if _in_force.file is None else _in_force.file
 
 
@@ -77,7 +77,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def rates(name: str, device: torch.device) -> costs.Rates:
-    """Return the rates of a device: measured ones of that configuration file, known ones by name, or an estimate."""
+    """Return a device's rates: measured ones of a file, known ones, or an estimate."""
     return _rates(_in_force, name, device)
 
 
@@ -91,7 +91,7 @@ def _rates(configs: Configs, name: str, device: torch.device) -> costs.Rates:
 
 
 def lookup(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> Config:
-    """Return the configuration of a launch by the first line that fits in a file, then in the default one."""
+    """Return the configuration of a launch by the first line of a file that fits."""
     return _in_force.config(name, Asked(op, dtype, rows, rank, aligned))
 
 
@@ -105,7 +105,7 @@ def config(
     rank: int,
     aligned: bool = True,
 ) -> Config:
-    """Return the launch configuration of ``op`` for tensors like ``like`` (or of that dtype and device).
+    """Return the configuration of ``op`` for tensors like ``like``, or of a dtype and device.
 
     ``aligned``: see :func:`pmkernels.launch.is_aligned`. Scattered loads take an address register pair per element and
     want small tiles.

@@ -46,7 +46,7 @@ def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
 
 
 class _Eager(torch.autograd.Function):
-    """The eager form of H = −Σ p log p: it saves the logits and three numbers a row, no probabilities.
+    """The eager form of H = −Σ p log p. It saves three numbers a row, no probabilities.
 
     dH/dz_i = −p_i (log p_i + H), log p = (z − max z) − log Σ exp(z − max z): one number for both would lose log 2
     beside a logit of 1e4.
@@ -81,7 +81,7 @@ def _fake_entropy(logits: Tensor) -> tuple[Tensor, ...]:
 
 @operator("softmax_entropy", "(Tensor logits) -> (Tensor, Tensor, Tensor)", fake=_fake_entropy)
 def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return H of each row, and what the backward needs with it: max z and log Σ exp(z − max z)."""
+    """Return H of each row, with max z and the normaliser for the backward."""
     with torch.cuda.device_of(logits):
         return kernels.entropy_fwd(logits)
 

@@ -20,13 +20,13 @@ Result = TypeVar("Result")
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of a device on which everything is warmed up and captured: libraries keep memory for each."""
+    """Return the one stream of a device for warming up and capturing. Libraries keep memory for each."""
     return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
 def _aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """On the side stream, after what was launched before and before what is launched afterwards."""
+    """Work on the side stream, in the order of what the caller launches."""
     stream = side_stream(device)
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -38,8 +38,10 @@ def _aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 
 def warm_up(function: Callable[[], Result], device: torch.device) -> Result:
-    """Run ``function`` on the stream it is captured on later: kernels are compiled and libraries set up, which a
-    capture must not do. Returns its result."""
+    """Run ``function`` on the stream it is captured on later, and return its result.
+
+    Kernels are compiled and libraries set up, which a capture must not do.
+    """
     with _aside(device):
         return function()
 
@@ -47,7 +49,7 @@ def warm_up(function: Callable[[], Result], device: torch.device) -> Result:
 def capture(
     function: Callable[[], Result], device: torch.device, pool: Any = None, *, probe: bool = True
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """``function``, warmed up before, as a CUDA graph, and its result: tensors that every replay writes anew.
+    """Capture ``function``, warmed up before, as a CUDA graph. Every replay writes its result anew.
 
     Nothing is computed by the capture itself, so replay it. Graphs captured with the same ``pool`` (of
     ``torch.cuda.graph_pool_handle()``) share memory: they must not run at the same time, and what else one has computed

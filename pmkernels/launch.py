@@ -1,4 +1,4 @@
-"""The arithmetic of a launch: how products are split and multiplied, and which tensors load 16 bytes at a time."""
+"""The arithmetic of a launch: parts of a product, precisions, and which tensors are aligned."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def is_aligned(*tensors: Tensor | None) -> bool:
 
 
 def splits(rows: int, block_m: int, programs: int, most: int) -> tuple[int, int]:
-    """Cut ``rows`` into parts that ``programs`` programs work on each; return how many, and rows per part.
+    """Cut ``rows`` into parts of ``programs`` programs; return how many, and rows per part.
 
     Enough parts for about 256 programs, at least four blocks each, at most 16 and ``most``: each is a partial sum more.
     """
@@ -64,7 +64,7 @@ def splits(rows: int, block_m: int, programs: int, most: int) -> tuple[int, int]
 
 
 def splits_of_d(config: Config, multiprocessors: int, rows: int, n: int, d: int, tiles: int) -> tuple[int, int]:
-    """Cut D into parts for y [rows, n] made of ``tiles`` tiles; return how many, and columns per part.
+    """Cut D into parts for a y of ``tiles`` tiles; return their number and columns.
 
     Enough to fill the GPU, two blocks each or more; each part is a partial y in float32, all of them together at most
     half of a weight.
@@ -79,7 +79,7 @@ def splits_of_d(config: Config, multiprocessors: int, rows: int, n: int, d: int,
 def splits_of_rows(
     config: Config, multiprocessors: int, rows: int, n: int, d: int, tiles: int, rank: int
 ) -> tuple[int, int]:
-    """Cut M into parts for a dW of ``tiles`` tiles; return how many, and rows per part.
+    """Cut M into parts for a dW of ``tiles`` tiles; return their number and rows.
 
     Only where the tiles leave multiprocessors idle, eight blocks of rows each or more. Every part reads the task
     vectors again, if from L2; its partial sums of P and Q stay, all together, below half of a weight.
@@ -93,12 +93,12 @@ def splits_of_rows(
 
 
 def from_tiles(rank: int, n: int, d: int) -> bool:
-    """Say whether P and Q come with dλ from tiles of dW: their partial sums must stay below that weight [n, d]."""
+    """Say whether partial sums of P and Q from tiles stay below dW [n, d]."""
     return rank <= MAX_RANK_FROM_TILES and -(-rank // 16) * 16 < min(n, d)
 
 
 def padded_rank(rank: int) -> int:
-    """Return the rank as a tile size: a power of two from 16, the shortest contraction of a tensor core."""
+    """Return the rank as a tile size: a power of two, at least 16."""
     return max(16, 1 << max(rank - 1, 0).bit_length())
 
 
@@ -110,7 +110,7 @@ def precision_kind(dtype: torch.dtype) -> str:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Name how a product of tiles multiplies: float32 exactly, unless torch was told that TF32 is good enough.
+    """Name how tiles multiply: float32 exactly, unless torch was told that TF32 is good enough.
 
     In 16-bit models only small products have float32 operands (dW against A and B): TF32 keeps more than 16 bits do.
     """

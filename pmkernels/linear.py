@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from pmkernels import products, strategies
 from pmkernels.autocast import autocast_enabled, no_autocast, without_autocast
 from pmkernels.checks import broadcasts, check_cached, check_parts, check_tensor
-from pmkernels.low_rank import Needs, Parts, Rows, factors, gradients_from_products
+from pmkernels.low_rank import Needs, Parts, RowProducts, factors, gradients_from_products
 from pmkernels.operators import PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER, Strategy
 
@@ -38,7 +38,9 @@ def pareto_linear(
     cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
-    """Compute y = x·W(γ)ᵀ + b, W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ (Chen & Kwok, arXiv 2408.12105, equation 6).
+    """Compute y = x·W(γ)ᵀ + b.
+
+    W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ is equation 6 of Chen & Kwok, arXiv 2408.12105.
 
     Longer than 60 lines because it says all there is to say about a layer's arguments, and checks them.
 
@@ -106,9 +108,9 @@ def pareto_linear(
 
 
 class _Products(NamedTuple):
-    """The low-rank term's products with rows, where gradients are found row by row: None where nobody needs one."""
+    """The low-rank term's products with rows; None where nobody needs one."""
 
-    rows: Rows
+    rows: RowProducts
     s: Tensor | None = None
     t: Tensor | None = None
     u: Tensor | None = None
@@ -132,7 +134,7 @@ def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None
 def _gradients(
     dy: Tensor, x: Tensor | None, parts: Parts, cached: Tensor | None, asked: list[bool], strategy: str
 ) -> dict[str, Tensor]:
-    """Return the gradients of x, lam, A, G, B, gamma and bias that are ``asked`` for, by name."""
+    """Return the gradients ``asked`` for, by name: x, lam, A, G, B, gamma, bias."""
     need_x, *parameters, need_bias = asked
     needs = Needs(*parameters)
     of_x = strategies.pick("dx", strategy, dy, parts) if need_x else None
@@ -163,16 +165,16 @@ def _gradients(
     return gradients
 
 
-def _by_rows(rows: Rows, dy: Tensor, x: Tensor | None, needs: Needs, need_ds: bool) -> _Products:
-    found = _Products(rows)
+def _by_rows(rows: RowProducts, dy: Tensor, x: Tensor | None, needs: Needs, need_ds: bool) -> _Products:
+    by_rows = _Products(rows)
     if needs.B or needs.core or need_ds:
         u, ds = rows.outward(dy)
-        found = found._replace(u=u, ds=ds)
+        by_rows = by_rows._replace(u=u, ds=ds)
     if needs.P:
         assert x is not None
         s, t = rows.inward(x)
-        found = found._replace(s=s, t=t)
-    return found
+        by_rows = by_rows._replace(s=s, t=t)
+    return by_rows
 
 
 def _dx(dy: Tensor, parts: Parts, cached: Tensor | None, chosen: Strategy, ds: Tensor | None) -> Tensor:
@@ -187,22 +189,22 @@ def _dx(dy: Tensor, parts: Parts, cached: Tensor | None, chosen: Strategy, ds: T
     return chosen.dx(dy, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start)
 
 
-def _from_rows(found: _Products, dy: Tensor, x: Tensor | None, needs: Needs) -> dict[str, Tensor]:
+def _from_rows(by_rows: _Products, dy: Tensor, x: Tensor | None, needs: Needs) -> dict[str, Tensor]:
     gradients = {}
     if needs.A:
-        assert found.t is not None
-        gradients["A"] = found.rows.factor_gradient(dy, found.t)
+        assert by_rows.t is not None
+        gradients["A"] = by_rows.rows.factor_gradient(dy, by_rows.t)
     if needs.B:
-        assert found.ds is not None and x is not None
-        gradients["B"] = found.rows.factor_gradient(x, found.ds)
+        assert by_rows.ds is not None and x is not None
+        gradients["B"] = by_rows.rows.factor_gradient(x, by_rows.ds)
     if needs.core:
-        assert found.u is not None and found.s is not None
-        gradients.update(found.rows.core_gradients(found.u, found.s, needs))
+        assert by_rows.u is not None and by_rows.s is not None
+        gradients.update(by_rows.rows.core_gradients(by_rows.u, by_rows.s, needs))
     return gradients
 
 
 class _Eager(torch.autograd.Function):
-    """The eager form: what is saved is x and the parts themselves; W(γ) is put together again in the backward."""
+    """The eager form. It saves x and the parts; the backward merges W(γ) again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
@@ -222,11 +224,12 @@ class _Eager(torch.autograd.Function):
         need_x, _, _, *parameters, _ = ctx.needs_input_grad
         # rows in one block of memory, wherever that takes a copy
         dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]).view(dy.shape)
-        found = _gradients(dy, x, parts, cached, [need_x, *parameters], EAGER)
+        gradients = _gradients(dy, x, parts, cached, [need_x, *parameters], EAGER)
         learned = {name: getattr(parts, name) for name in Parts._fields[2:]}
-        found = {name: d if name not in learned else d.to(learned[name].dtype) for name, d in found.items()}
-        d_bias = found["bias"].to(ctx.bias_dtype) if "bias" in found else None
-        return found.get("x"), None, None, *(found.get(name) for name in learned), d_bias, None
+        dtypes = {name: tensor.dtype for name, tensor in learned.items() if tensor is not None}
+        dtypes["bias"] = ctx.bias_dtype
+        cast = {name: gradient.to(dtypes.get(name, dy.dtype)) for name, gradient in gradients.items()}
+        return cast.get("x"), None, None, *(cast.get(name) for name in (*learned, "bias")), None
 
 
 def _fake_y(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -255,7 +258,7 @@ def _fake_gradients(
     fake=_fake_gradients,
 )
 def linear_backward_operator(dy: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
-    """Return the gradients of x, lam, A, G, B, gamma and bias that ``needs`` asks for, empty tensors for others."""
+    """Return the gradients from x to bias that ``needs`` asks for, empty tensors for others."""
     *tensors, bias, cached, needs, strategy = rest
     parts = Parts(*tensors).contiguous()
     with torch.cuda.device_of(dy):
@@ -273,6 +276,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @differentiable(linear_operator, save=_save)
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, _, *needs, _, _ = ctx.needs_input_grad
-    found = linear_backward_operator(dy, *ctx.saved_tensors, [need_x, *needs], ctx.strategy)
-    dx, *rest = wanted(found, [need_x, *needs])
+    gradients = linear_backward_operator(dy, *ctx.saved_tensors, [need_x, *needs], ctx.strategy)
+    dx, *rest = wanted(gradients, [need_x, *needs])
     return dx, None, None, *rest, None, None

@@ -1,7 +1,7 @@
-"""What W(γ) is made of, and its low-rank term: the one internal form, and its products with every row in plain PyTorch.
+"""The parts of W(γ), and the one internal form of its low-rank term.
 
 Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(γ): :func:`factors` makes it. With one γ
-per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`Rows`).
+per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`RowProducts`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
         return None if self.G is None or self.gamma is None else preference_core(self.G, self.gamma)
 
     def contiguous(self) -> Parts:
-        """Return the parts with λ, A, G and B contiguous: they are small, and their offsets then stay in int32."""
+        """Return the parts with λ, A, G and B contiguous. Their offsets then stay in int32."""
         learned = {name: getattr(self, name) for name in ("lam", "A", "G", "B")}
         return self._replace(**{name: t.contiguous() for name, t in learned.items() if t is not None})
 
@@ -78,7 +78,7 @@ class Needs(NamedTuple):
 
 
 class WeightGradients(NamedTuple):
-    """What is reduced from a dW: dλ [K], P = dW·B [N, R], Q = dWᵀ·A [D, R], db [N]; None: not asked for."""
+    """The reductions of a dW: dλ [K], P = dW·B, Q = dWᵀ·A, db [N]. None: not asked for."""
 
     d_lam: Tensor | None = None
     P: Tensor | None = None
@@ -91,7 +91,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 def factors(parts: Parts, *, by_columns: bool) -> Factors | None:
-    """Return A·C(γ) [N, R] and B [D, R], or None where W has no low-rank term of its own.
+    """Return A·C(γ) and B, or None where W has no low-rank term of its own.
 
     ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else in the type of the sums.
     """
@@ -106,7 +106,7 @@ def factors(parts: Parts, *, by_columns: bool) -> Factors | None:
 
 
 def gradients_from_products(reduced: WeightGradients, parts: Parts, needs: Needs) -> dict[str, Tensor]:
-    """Return dA = P·Cᵀ, dB = Q·C, and dG and dγ from dC = Aᵀ·P, by name; without a C, P and Q themselves."""
+    """Return dA = P·Cᵀ, dB = Q·C, dG and dγ by name. Without a C these are P and Q."""
     P, Q, core = reduced.P, reduced.Q, parts.core()
     gradients: dict[str, Tensor] = {}
     if core is None:
@@ -123,20 +123,20 @@ def gradients_from_products(reduced: WeightGradients, parts: Parts, needs: Needs
 
 
 def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs) -> dict[str, Tensor]:
-    """Return dG and dγ from dC [R, R], by name, with one γ for all rows."""
+    """Return dG and dγ of one γ from dC [R, R], by name."""
     assert parts.gamma is not None
     gradients = _core_gradients(dC[None], parts, parts.gamma[None], needs)
     return {name: gradient[0] if name == "gamma" else gradient for name, gradient in gradients.items()}
 
 
 def _packed(product: Tensor) -> Tensor:
-    """Return a product as its fake lies in memory: a rank that is no multiple of 16 is cut out of one that is."""
+    """Return a product as its fake lies in memory. A rank may be cut out of a padded one."""
     rows_follow = product.stride(0) == product.shape[1]
     return product if rows_follow else product.clone(memory_format=torch.contiguous_format)
 
 
 def _core_gradients(dC: Tensor, parts: Parts, gamma: Tensor, needs: Needs) -> dict[str, Tensor]:
-    """Return dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ for dC [g, R, R], gamma [g, K]."""
+    """Return dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ by name."""
     G = parts.G
     assert G is not None
     groups, rank, tasks = dC.shape[0], G.shape[0], G.shape[2]
@@ -150,7 +150,7 @@ def _core_gradients(dC: Tensor, parts: Parts, gamma: Tensor, needs: Needs) -> di
 
 
 def varying_dims(gamma: Tensor) -> int:
-    """Count the leading dimensions γ varies over: the rest share one γ and form the rows of a group."""
+    """Count the leading dimensions γ varies over. The rest form the rows of a group."""
     dims = gamma.ndim - 1
     while dims > 0 and gamma.shape[dims - 1] == 1:
         dims -= 1
@@ -158,7 +158,7 @@ def varying_dims(gamma: Tensor) -> int:
 
 
 def groups_of(gamma: Tensor, lead: Sequence[int]) -> Tensor:
-    """Return γ [K] or [*, K] against rows of leading dimensions ``lead`` as [groups, K], not expanded to rows."""
+    """Return γ [*, K] against rows ``lead`` as [groups, K], not expanded to rows."""
     dims = varying_dims(gamma)
     expanded = gamma.reshape(*gamma.shape[:dims], gamma.shape[-1]).expand(*lead[:dims], -1)
     return expanded.reshape(math.prod(lead[:dims]), gamma.shape[-1])
@@ -171,11 +171,11 @@ def ungroup(d_groups: Tensor, lead: Sequence[int], gamma: Tensor) -> Tensor:
     return expanded.sum_to_size(gamma.shape)
 
 
-class Rows:
-    """The low-rank term's products with rows: s = x·B and t = s·Cᵀ, u = dy·A and ds = u·C, and its gradients.
+class RowProducts:
+    """The low-rank term's products with rows, and its gradients from them.
 
-    ``like``: x or dy. With one γ for all rows there is one group of them, and C is a matrix; without a C, t is s and
-    ds is u.
+    These are s = x·B and t = s·Cᵀ, u = dy·A and ds = u·C; ``like`` is x or dy. With one γ for all rows there is one
+    group of them, and C is a matrix; without a C, t is s and ds is u.
     """
 
     def __init__(self, parts: Parts, like: Tensor) -> None:
@@ -211,7 +211,7 @@ class Rows:
         return s.to(accumulate_dtype(rows, factor, self.core))
 
     def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
-        """Return dA = dyᵀ·t of dy and t, or dB = xᵀ·ds of x and ds."""
+        """Return dA = dyᵀ·t of dy and t, or dB of x and ds."""
         flat = rows.reshape(self.count, rows.shape[-1])
         return flat.t() @ t.to(rows.dtype).reshape(self.count, t.shape[-1])
 

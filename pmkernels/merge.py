@@ -29,7 +29,7 @@ def merge_weight(
     cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
-    """Merge W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ itself, for one preference.
+    """Merge W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ for one preference.
 
     Longer than 60 lines because it says all there is to say about its arguments, and checks them.
 
@@ -87,7 +87,7 @@ def _merged(parts: Parts, strategy: str, out: Tensor | None = None) -> Tensor:
 
 
 def _gradients(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], strategy: str) -> dict[str, Tensor]:
-    """Return the gradients of lam, A, G, B and gamma that are ``asked`` for, by name."""
+    """Return the gradients that are ``asked`` for, by name: lam, A, G, B, gamma."""
     # dW has the shape of the weight that is no longer needed
     parts, needs = Parts(d_weight, *tensors), Needs(*asked)
     chosen = strategies.pick("merge", strategy, d_weight, parts)
@@ -103,9 +103,9 @@ def _ordered(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], 
 
 
 class _Eager(torch.autograd.Function):
-    """The eager form, and a W(γ) that is there with the gradient of the merge: an operator may not return that.
+    """The eager form, and a W(γ) that is there with the gradient of the merge.
 
-    Nothing of its own is saved but the parameters.
+    An operator may not return its argument. Nothing of its own is saved but the parameters.
     """
 
     @staticmethod
@@ -120,10 +120,10 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[2:7])
         if ctx.strategy == EAGER:
-            found = _ordered(d_weight, list(ctx.saved_tensors), needs, EAGER)
+            gradients = _ordered(d_weight, list(ctx.saved_tensors), needs, EAGER)
         else:
-            found = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
-        return None, None, *wanted(found, needs), None, None
+            gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
+        return None, None, *wanted(gradients, needs), None, None
 
 
 def _fake_merged(weight: Tensor, *_: Any) -> Tensor:
@@ -162,7 +162,7 @@ def _fake_gradients(d_weight: Tensor, _: Tensor | None, *rest: Any) -> list[Tens
     fake=_fake_gradients,
 )
 def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
-    """Return the gradients of lam, A, G, B and gamma that ``needs`` asks for, empty tensors for others."""
+    """Return the gradients from lam to gamma that ``needs`` asks for, empty tensors for others."""
     *tensors, needs, strategy = rest
     with torch.cuda.device_of(d_weight):
         return _ordered(d_weight, tensors, needs, strategy)
@@ -176,5 +176,5 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @differentiable(merge_operator, save=_save)
 def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[2:7])
-    found = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
-    return None, None, *wanted(found, needs), None
+    gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
+    return None, None, *wanted(gradients, needs), None

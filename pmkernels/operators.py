@@ -1,4 +1,4 @@
-"""What the operators ``torch.ops.pmkernels.*`` share: how one is made, and in what form gradients leave one.
+"""The making of the operators ``torch.ops.pmkernels.*``.
 
 An operation lives in one file: its public function with the checks, its eager form, and an operator that launches what
 a strategy of :mod:`pmkernels.strategies` has for it. With fakes ``torch.compile`` sees through a call without running
@@ -53,7 +53,7 @@ def differentiable(
 def in_order(
     gradients: Mapping[str, Tensor], placeholder: Tensor, tensors: Mapping[str, Tensor | None]
 ) -> list[Tensor]:
-    """Return gradients in the order and dtypes of ``tensors``, an empty tensor where there is none."""
+    """Return gradients in the order and dtypes of ``tensors``, empty where there is none."""
     return [
         gradients[name].to(tensor.dtype) if tensor is not None and name in gradients else placeholder.new_empty(0)
         for name, tensor in tensors.items()
@@ -61,7 +61,7 @@ def in_order(
 
 
 def fakes(needs: Sequence[bool], tensors: Sequence[Tensor | None], placeholder: Tensor) -> list[Tensor]:
-    """Return fakes of the gradients asked for: contiguous, in the shape and dtype of their tensors."""
+    """Return fakes of the gradients asked for: contiguous, like their tensors."""
     return [
         placeholder.new_empty(0)
         if not need or tensor is None

@@ -1,4 +1,6 @@
-"""preference_linear: a folded layer at a preference per row, for inference, at about the price of the plain layer.
+"""preference_linear: a folded layer at a preference per row, for inference.
+
+Its price is about that of the plain layer.
 
 A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·Bᵀx. With W and A side by side in one matrix
 (:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, whose sum has the low-rank part in
@@ -25,7 +27,7 @@ from pmkernels.strategies import EAGER
 
 
 def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
-    """W and A side by side, as :func:`preference_linear` takes them: a new tensor in the dtype of ``weight``.
+    """Lay W and A side by side in a new tensor, as :func:`preference_linear` takes them.
 
     Args:
         weight: W ``[out, in]``, task vectors folded in. A: ``[out, r]``.
@@ -62,7 +64,9 @@ def preference_linear(
     *,
     strategy: str = "auto",
 ) -> Tensor:
-    """y = x·Wᵀ + (C(γ)·Bᵀx)·Aᵀ + b with C(γ) = G ×₃ γ (Chen & Kwok, arXiv 2408.12105, equation 6), for inference.
+    """Compute y = x·Wᵀ + (C(γ)·Bᵀx)·Aᵀ + b, C(γ) = G ×₃ γ, for inference.
+
+    This is equation 6 of Chen & Kwok, arXiv 2408.12105.
 
     Args:
         x: ``[*, in]``, any strides, no rows allowed.
@@ -137,7 +141,10 @@ def _fake_y(x: Tensor, wide: Tensor, *_: Any) -> Tensor:
 def preference_operator(
     x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None, strategy: str
 ) -> Tensor:
-    """Compute y by a strategy; the eager form too, which has no backward and needs the operator's rule for vmap."""
+    """Compute y by a strategy.
+
+    So is the eager form: it has no backward, and needs the operator's rule for vmap.
+    """
     if strategy == EAGER:
         return _eager(x, wide, G, B, gamma, bias)
     (d, rank), rows = B.shape, math.prod(x.shape[:-1])
@@ -150,7 +157,7 @@ def preference_operator(
 
 
 def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
-    """The same in plain PyTorch. Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place,
+    """Compute y in plain PyTorch. Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place,
     which spares the copy of x and rounds no worse."""
     (d, rank), n, lead = B.shape, wide.shape[0], x.shape[:-1]
     count = math.prod(lead)
@@ -165,7 +172,7 @@ def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: T
 
 
 def _mixed(s: Tensor, G: Tensor, gamma: Tensor) -> Tensor:
-    """t_m = C(γ)·s_m for s [M, R] and gamma [groups, K], groups of M / groups rows: [M, R] in the type of the sums."""
+    """Return t_m = C(γ)·s_m for gamma [groups, K], in the type of the sums."""
     (rank, _, tasks), groups = G.shape, gamma.shape[0]
     dtype = accumulate_dtype(G, gamma)
     C = (gamma.to(dtype) @ G.to(dtype).reshape(rank * rank, tasks).t()).view(groups, rank, rank)
@@ -184,7 +191,7 @@ def _over_preferences(
     bias: Tensor | None,
     strategy: str,
 ) -> tuple[Tensor, int]:
-    """vmap over x, γ or both."""
+    """Compute y under vmap over x, γ or both."""
     x_dim, *others, gamma_dim, bias_dim, _ = in_dims
     if any(dim is not None for dim in (*others, bias_dim)):
         raise ValueError("preference_linear: expected vmap over x and gamma alone, got another argument")
@@ -203,7 +210,7 @@ def _over_preferences(
 
 
 def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
-    """The same rows x [*, D] at each preference of gamma [R, K] -> [R, *, N]: x·Wᵀ and Bᵀx once, R times t·Aᵀ."""
+    """Compute [many, *, N] of the same x at many γ: x·Wᵀ and Bᵀx once."""
     (d, rank), n = B.shape, wide.shape[0]
     rows = x.reshape(-1, d)
     base = F.linear(rows, wide[:, :d], bias)

@@ -1,6 +1,6 @@
-"""W(γ), its products with rows and what is reduced from dW = dyᵀx, by the library's matrix products.
+"""W(γ), its products with rows and the reductions of dW by the library's products.
 
-With dW, every parameter gradient is a reduction of dW (the notation of :mod:`pmkernels.reference`):
+With dW = dyᵀx, every parameter gradient is a reduction of dW (the notation of :mod:`pmkernels.reference`):
 
     dx = dy·W(γ)    dλ_k = ⟨dW, τ_k⟩    P = dW·B    Q = dWᵀ·A    dA = P·Cᵀ    dB = Q·C    dC = AᵀP    dG[:,:,k] = γ_k dC
 
@@ -33,7 +33,7 @@ def assemble(
     low_rank: Factors | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return W0 + Σ λ_k τ_k + left·rightᵀ, summed in float32 (float64) and rounded once to ``dtype``."""
+    """Return W0 + Σ λ_k τ_k + left·rightᵀ, summed in float32 (float64) and rounded once."""
     accumulate = accumulate_dtype(weight, lam)
     if task_vectors is None or lam is None:
         if low_rank is None and weight.dtype == dtype:
@@ -125,13 +125,13 @@ def column_sums(dy: Tensor) -> Tensor:
 def weight_gradients(
     dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None, need_bias: bool = False
 ) -> WeightGradients:
-    """Return dλ, P and Q, each where its other factor is given, from one layer's dW in memory; and db."""
+    """Return dλ, P and Q from one layer's dW in memory, and db."""
     reduced = reductions(dense_gradient(dy, x), task_vectors, A=A, B=B)
     return reduced._replace(d_bias=column_sums(dy)) if need_bias else reduced
 
 
 def reductions(d_weight: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None) -> WeightGradients:
-    """Return dλ, P and Q of a dW that is there, each where its other factor is given."""
+    """Return dλ, P and Q of a dW, each where its other factor is given."""
     d_lam = None if task_vectors is None else _on_task_vectors(d_weight, task_vectors)
     if A is None and B is None:
         return WeightGradients(d_lam)
@@ -158,7 +158,7 @@ def scratch(
     low_rank: Factors | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return W in a new tensor of ``dtype``, or ``weight`` itself where there is nothing to add."""
+    """Return W in a new tensor of ``dtype``, or ``weight`` where that is W."""
     if low_rank is None and task_vectors is None and weight.dtype == dtype:
         return weight
     return merge_weight(weight, task_vectors, lam, low_rank, torch.empty_like(weight, dtype=dtype))
@@ -181,7 +181,7 @@ def forward_of_scratch(
     start: Factors | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return x·Wᵀ + b by the library's product; ``start`` = (t, A) adds t·Aᵀ in place."""
+    """Return x·Wᵀ + b by the library's product. ``start`` = (t, A) adds t·Aᵀ in place."""
     merged = scratch(weight, task_vectors, lam, low_rank, x.dtype)
     return _add_in_place(F.linear(x, merged, None if bias is None else bias.to(x.dtype)), start)
 
@@ -195,7 +195,7 @@ def dx_of_scratch(
     low_rank: Factors | None = None,
     start: Factors | None = None,
 ) -> Tensor:
-    """Return dy·W by the library's product; ``start`` = (ds, B) adds ds·Bᵀ in place."""
+    """Return dy·W by the library's product. ``start`` = (ds, B) adds ds·Bᵀ in place."""
     return _add_in_place(dy @ scratch(weight, task_vectors, lam, low_rank, dy.dtype), start)
 
 

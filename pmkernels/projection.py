@@ -1,4 +1,4 @@
-"""project_task_vectors: T_k = Aᵀτ_kB, all that a data-free objective needs of the task vectors of a layer."""
+"""project_task_vectors: T_k = Aᵀτ_kB, all that a data-free objective needs of τ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if HAS_TRITON:
 
 
 def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy: str = "auto") -> Tensor:
-    """Compute T_k = Aᵀ·τ_k·B of every task, so that ⟨A·C·Bᵀ, τ_k⟩ = ⟨C, T_k⟩ for any C.
+    """Compute T_k = Aᵀ·τ_k·B of every task. ⟨A·C·Bᵀ, τ_k⟩ = ⟨C, T_k⟩ for any C.
 
     Args:
         task_vectors: τ ``[K, out, in]``, frozen. A, B: ``[out, r]``, ``[in, r]``, float32 (or float64).
@@ -94,7 +94,7 @@ def _fake_projected(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor,
 
 @operator("project_task_vectors", "(Tensor task_vectors, Tensor A, Tensor B) -> (Tensor, Tensor)", fake=_fake_projected)
 def projection_operator(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return T [K, R, R] and what the backward needs with it: τ_k·B of all tasks."""
+    """Return T [K, R, R], and τ_k·B of all tasks for the backward."""
     with torch.cuda.device_of(task_vectors):
         right = _shrink(task_vectors, B)
         return A.t() @ right, right

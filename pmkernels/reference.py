@@ -1,4 +1,4 @@
-"""Every operation in eager PyTorch with autograd's own backward: the definition, and in float64 the test oracle.
+"""The definition of every operation in eager PyTorch; in float64 it is the test oracle.
 
 Symbols and shapes: N out, D in, R rank, K tasks, M rows.
 
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The type in which sums over task vectors and over the rank are formed: float32, or float64 if anything is."""
+    """Return the type of sums over tasks and rank: float32, or float64 if anything is."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def preference_core(G: Tensor, gamma: Tensor) -> Tensor:
-    """C(γ) = Σ_k γ_k G[:, :, k]: G [R, R, K], gamma [*, K] -> [*, R, R]."""
+    """Return C(γ) = Σ_k γ_k G[:, :, k] [*, R, R] of gamma [*, K]."""
     dtype = accumulate_dtype(G, gamma)
     if gamma.ndim == 1:
         return G.to(dtype) @ gamma.to(dtype)
@@ -37,7 +37,7 @@ def merge_weight(
     B: Tensor | None = None,
     gamma: Tensor | None = None,
 ) -> Tensor:
-    """W(γ) [*weight.shape] in the dtype of ``weight``, summed in float32 (float64) and rounded once."""
+    """Return W(γ) in the dtype of ``weight``, summed in float32 (float64) and rounded once."""
     dtype = accumulate_dtype(weight, lam, A)
     merged = weight.to(dtype)
     if task_vectors is not None and lam is not None:
@@ -51,14 +51,14 @@ def merge_weight(
 
 
 def merge_vectors(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
-    """w0 + Σ_k λ_lk τ_k for each piece l: weight [S], task_vectors [K, S], lam [L, K], offsets [L + 1] -> [S]."""
+    """Return w0 + Σ_k λ_lk τ_k [S] for each piece l of offsets."""
     dtype = accumulate_dtype(weight, lam)
     spread = torch.repeat_interleave(lam.to(dtype), offsets.diff(), dim=0)
     return (weight.to(dtype) + (spread.t() * task_vectors.to(dtype)).sum(dim=0)).to(weight.dtype)
 
 
 def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """T_k = Aᵀ·τ_k·B: [K, N, D], [N, R], [D, R] -> [K, R, R]."""
+    """Return T_k = Aᵀ·τ_k·B [K, R, R] of [K, N, D], [N, R], [D, R]."""
     return A.t() @ task_vectors.to(A.dtype) @ B
 
 
@@ -74,7 +74,10 @@ def pareto_linear(
     gamma: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x·W(γ)ᵀ + b: x [*, D], weight [N, D] -> [*, N]; gamma [K] for all rows, or [*, K] that broadcasts to x's."""
+    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D].
+
+    gamma is [K] for all rows, or [*, K] that broadcasts to x's.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     if gamma is None or gamma.ndim == 1:
         merged = merge_weight(weight, task_vectors=task_vectors, lam=lam, A=A, G=G, B=B, gamma=gamma)
@@ -87,7 +90,7 @@ def pareto_linear(
 
 
 def softmax_entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy in nats of softmax(logits): [*, C] -> [*], float32 for 16-bit logits; 0·log 0 = 0."""
+    """Return the entropy in nats of softmax(logits), float32 for 16-bit logits; 0·log 0 = 0."""
     log_p = torch.log_softmax(logits.to(accumulate_dtype(logits)), dim=-1)
     # p is exactly 0 where log p is −inf; the product and its gradient must not become NaN there
     safe = log_p.masked_fill(log_p == -torch.inf, 0.0)

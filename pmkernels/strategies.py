@@ -23,13 +23,13 @@ from torch import Tensor
 
 from pmkernels import costs, dispatch, launch, products
 from pmkernels.configs import Configs
-from pmkernels.low_rank import Parts, Rows, WeightGradients
+from pmkernels.low_rank import Parts, RowProducts, WeightGradients
 
 AUTO, FUSED, STREAMED, EAGER = "auto", "fused", "streamed", "eager"
 
 
 class Case(NamedTuple):
-    """What a strategy is asked to support: a device, the types of the tensors by argument, K and R.
+    """A case to support: a device, the tensors' types by argument, K and R.
 
     ``operation``: one of :data:`pmkernels.costs.OPERATIONS`, None: all. ``asked``: for by name, not by ``auto``.
     """
@@ -48,7 +48,9 @@ Cost = Callable[[str, costs.Problem, str, costs.Rates], list[costs.Pass] | None]
 
 @dataclass(frozen=True, eq=False)
 class Strategy:
-    """One way of computing a layer y = x·Wᵀ + b with W = W0 + Σ_k λ_k τ_k + left·rightᵀ.
+    """One way of computing a layer y = x·Wᵀ + b.
+
+    W is W0 + Σ_k λ_k τ_k + left·rightᵀ.
 
     - ``supports``(case): the error to raise for a case it cannot do, None if it can.
     - ``forward``(x, W0, τ, λ, low_rank=, start=, bias=) -> y. low_rank is (left [N, R], right [D, R]) or None, and
@@ -71,7 +73,7 @@ class Strategy:
     weight_grad: Callable[..., WeightGradients]
     merge: Callable[..., Tensor]
     cost: Cost
-    rows: type[Rows] = Rows
+    rows: type[RowProducts] = RowProducts
     reduce: Callable[..., WeightGradients] = products.reductions
     preference: Callable[..., Tensor] | None = None
     kernels: bool = False
@@ -105,7 +107,7 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.device, own: str | None = None) -> str:
-    """Return ``eager``, ``auto`` or the name of the strategy that computes a call with these tensors, by argument.
+    """Return the strategy that computes a call with these tensors: a name or ``auto``.
 
     ``own``: a field of :class:`Strategy` that the operation asks for; a strategy without it computes it as ``auto``
     does. ``auto`` goes on as it is where more than ``eager`` can be taken: the operators ask :func:`choose`, out of the
@@ -193,7 +195,7 @@ def _cheapest(
 
 
 def pick(operation: str, strategy: str, like: Tensor, parts: Parts) -> Strategy:
-    """Return the strategy of an operation of the layer that is made of ``parts``, for rows like x or dy."""
+    """Return the strategy of an operation of a layer, for rows like x or dy."""
     weight = parts.weight
     n = weight.shape[0] if weight.ndim else 1
     rows, d = math.prod(like.shape[:-1]), weight.numel() // max(n, 1)
@@ -204,7 +206,7 @@ def pick(operation: str, strategy: str, like: Tensor, parts: Parts) -> Strategy:
 def predicted_seconds(
     file: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
 ) -> float:
-    """Predict the seconds of an operation on a GPU, with the tiles of a configuration file."""
+    """Predict the seconds of an operation on a GPU, with a configuration file's tiles."""
     return costs.seconds(predicted_passes(file, gpu, operation, strategy, problem, cached=cached), gpu, problem.kind)
 
 
@@ -290,11 +292,11 @@ if launch.HAS_TRITON:
         products.merge_by_kernel,
     )
     _PREFERENCE = preference.preference_linear, preference.preference_linear_of_wide
-    _KERNELS: tuple[Any, Any] = low_rank.KernelRows, weight_grad.weight_grad_of_merge
+    _KERNELS: tuple[Any, Any] = low_rank.KernelRowProducts, weight_grad.weight_grad_of_merge
 else:
     # the names are there, and what they answer is that nothing supports them
     _FUSED = _STREAMED = (_absent,) * 4
-    _PREFERENCE, _KERNELS = (_absent,) * 2, (Rows, _absent)
+    _PREFERENCE, _KERNELS = (_absent,) * 2, (RowProducts, _absent)
 register(Strategy(FUSED, _supported_by_kernels, *_FUSED, _cost_of_fused, *_KERNELS, _PREFERENCE[0], kernels=True))
 register(
     Strategy(STREAMED, _supported_by_streams, *_STREAMED, _cost_of_streamed, *_KERNELS, _PREFERENCE[1], kernels=True)

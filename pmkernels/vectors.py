@@ -24,7 +24,9 @@ if HAS_TRITON:
 def merge_vectors(
     weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor, *, strategy: str = "auto"
 ) -> Tensor:
-    """Merge w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector: all biases and norms of a network in one launch.
+    """Merge w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector.
+
+    All biases and norms of a network are merged in one launch.
 
     Args:
         weight: w0 ``[S]``, the pieces one after the other, frozen. task_vectors: ``[K, S]``, frozen.
@@ -63,7 +65,7 @@ def merge_vectors(
 
 
 def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, *, strategy: str = "auto") -> Tensor:
-    """Compute dλ_lk = Σ_s g_s τ_ks over each piece: what autograd makes of :func:`merge_vectors`, without its graph.
+    """Compute dλ_lk = Σ_s g_s τ_ks over each piece, as autograd of :func:`merge_vectors` does.
 
     Args:
         grad: g ``[S]``, the gradient of the merged vector. task_vectors, offsets, strategy: as there.
@@ -147,7 +149,7 @@ def _fake_merged(weight: Tensor, *_: Tensor) -> Tensor:
     "merge_vectors", "(Tensor weight, Tensor task_vectors, Tensor lam, Tensor offsets) -> Tensor", fake=_fake_merged
 )
 def vectors_operator(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
-    """Merge w0 + Σ_k λ_lk τ_k piece by piece: [S], [K, S], [L, K], [L + 1] -> [S]."""
+    """Merge w0 + Σ_k λ_lk τ_k piece by piece."""
     with torch.cuda.device_of(weight):
         weight, lam, offsets = weight.contiguous(), lam.contiguous(), offsets.contiguous()
         return kernels.merge_vectors_fwd(weight, _rows_contiguous(task_vectors), lam, offsets)

@@ -1,4 +1,6 @@
-"""A tile of W(γ) = W0 + Σ_k λ_k τ_k + A·C(γ)·Bᵀ, put together in registers. No other file knows this formula.
+"""A tile of W(γ), put together in registers. No other file knows this formula.
+
+    W(γ) = W0 + Σ_k λ_k τ_k + A·C(γ)·Bᵀ
 
 The low-rank term comes as two factors, ``left`` = A·C(γ) [N, R] and ``right`` = B [D, R], so that one function serves
 W and, with the roles of n and d exchanged, Wᵀ: left = B, right = A·C(γ). It is added one rank-one update at a time and
@@ -36,7 +38,9 @@ def weight_tile(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """W[n, d] in float32, not yet rounded: n [BLOCK_N] and d [BLOCK_D] are int64; 0 outside [0, N) x [0, D).
+    """Return W[n, d] in float32, not yet rounded; outside of W it is 0.
+
+    n [BLOCK_N] and d [BLOCK_D] are int64.
 
     ``UNROLL`` task vectors are loaded before the first of them is used: with more than one, that many loads are in
     flight from one warp and there is no pipeline through shared memory.

@@ -108,13 +108,13 @@ ENTROPY = Config(num_warps=4)
 
 
 def _blocks(classes: int) -> tuple[int, int]:
-    """BLOCK_M, BLOCK_C: about 2048 logits at a time, many rows where classes are few."""
+    """Return BLOCK_M and BLOCK_C: 2048 logits at a time, many rows of few classes."""
     block_c = min(max(triton.next_power_of_2(classes), 16), 2048)
     return 2048 // block_c, block_c
 
 
 def entropy_fwd(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [*, C] -> H, max z and log Z, each [*] in float32."""
+    """Return H, max z and log Z of logits [*, C], each [*] in float32."""
     rows, classes = as_rows(logits), logits.shape[-1]
     entropy = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     largest, normaliser = torch.empty_like(entropy), torch.empty_like(entropy)
@@ -136,7 +136,7 @@ def entropy_fwd(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def entropy_bwd(grad: Tensor, logits: Tensor, entropy: Tensor, largest: Tensor, normaliser: Tensor) -> Tensor:
-    """dH [*] -> dz [*, C] in the dtype of the logits."""
+    """Return dz [*, C] of dH [*], in the dtype of the logits."""
     rows, classes = as_rows(logits), logits.shape[-1]
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.M > 0:

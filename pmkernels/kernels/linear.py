@@ -1,4 +1,6 @@
-"""y = x·W(γ)ᵀ + b and dx = dy·W(γ), with W assembled tile by tile inside the matrix product and never in memory.
+"""y = x·W(γ)ᵀ + b and dx = dy·W(γ), W never being in memory.
+
+It is assembled tile by tile inside the matrix product.
 
 One kernel for both: dx is the same product with Wᵀ, which is W with its strides and the factors of its low-rank term
 exchanged. It computes yᵀ = W·xᵀ, so that the assembled tile is the left operand, which may stay in registers.
@@ -65,6 +67,10 @@ def linear_fwd_kernel(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Multiply one tile of rows with one of W, assembled on the way.
+
+    Longer than 60 lines because every pointer, size and stride is an argument of its own.
+    """
     # neighbouring programs share the rows of W, which are dear, and differ in the rows of x
     blocks_m = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,7 +163,7 @@ def sum_splits_kernel(
 
 
 def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """y [*, N] = Σ partial [splits, M, N] + bias, added up in float32 and in that order."""
+    """Add up the parts [splits, M, N] and bias into y, in that order."""
     add = dispatch.config("sum", y, rows=partial.shape[1], rank=0)
     sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](
         partial,
@@ -183,7 +189,9 @@ def linear_fwd(
     start: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """x [*, D], weight [N, D] -> y [*, N].
+    """Return y [*, N] of x [*, D] and weight [N, D].
+
+    Longer than 60 lines because the launch names each of the kernel's arguments.
 
     ``low_rank`` = (left [N, R], right [D, R]) is part of W; ``start`` = (t [M, R], left [N, R]) adds t·leftᵀ to y.
     """
@@ -252,7 +260,10 @@ def linear_bwd_x(
     low_rank: tuple[Tensor, Tensor] | None = None,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """dy [*, N] -> dx [*, D] = dy·W; ``low_rank`` as in :func:`linear_fwd`, ``start`` = (ds [M, R], B [D, R])."""
+    """Return dx [*, D] = dy·W of dy [*, N].
+
+    ``low_rank`` as in :func:`linear_fwd`, ``start`` = (ds [M, R], B [D, R]).
+    """
     transposed = None if task_vectors is None else task_vectors.transpose(1, 2)
     exchanged = None if low_rank is None else (low_rank[1], low_rank[0])
     return linear_fwd(dy, weight.t(), transposed, lam, low_rank=exchanged, start=start)

@@ -1,4 +1,6 @@
-"""The low-rank term row by row, for one preference per row and for a frozen λ, where dW would be wasted work.
+"""The low-rank term row by row, where dW would be wasted work.
+
+That is with one preference per row, and for a frozen λ.
 
     s = x·B    t_m = Σ_k γ_mk G[:,:,k]·s_m        (shrink: s and t)      y  += t·Aᵀ   (in linear_fwd)
     u = dy·A   ds_m = Σ_k γ_mk G[:,:,k]ᵀ·u_m      (shrink: u and ds)     dx += ds·Bᵀ  (in linear_bwd_x)
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from pmkernels import dispatch, launch
 from pmkernels.kernels.rows import as_rows, row_offsets
-from pmkernels.low_rank import Needs, Parts, Rows, gradients_of_core, groups_of, ungroup
+from pmkernels.low_rank import Needs, Parts, RowProducts, gradients_of_core, groups_of, ungroup
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def shrink_kernel(
 def shrink(
     x: Tensor, factor: Tensor, G: Tensor | None, gamma: Tensor | None, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """x [*, D], factor [D, R] -> s = x·factor [M, R] and t [M, R], t_m = Σ_k γ_mk G_k·s_m (``transposed``: G_kᵀ).
+    """Return s = x·factor and t_m = Σ_k γ_mk G_k·s_m; ``transposed``: of G_kᵀ.
 
     ``G`` [R, R, K] with ``gamma`` [groups, K], contiguous; or both None, and there is no t.
     """
@@ -162,7 +164,7 @@ def factor_grad_kernel(
 
 
 def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
-    """dA = dyᵀ·t in float32: dy [*, N], t [M, R] -> [N, R]. dB is the same with x and ds.
+    """Return dA = dyᵀ·t [N, R] in float32. dB is the same with x and ds.
 
     The partial sums stay below ``limit`` elements, as far as the result itself does.
     """
@@ -229,7 +231,7 @@ def core_grad_kernel(
 
 
 def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: int) -> Tensor:
-    """dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32: u, s [M, R] float32, gamma [groups, K]; ``dtype`` is the model's.
+    """Return dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32. ``dtype`` is the model's.
 
     ``limit`` as in :func:`factor_grad`.
     """
@@ -292,7 +294,7 @@ def preference_grad_kernel(
 
 
 def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tensor:
-    """dγ row by row [M, K] = u_mᵀ·G_k·s_m in float32: u, s [M, R] float32, G [R, R, K]; ``dtype`` is the model's."""
+    """Return dγ row by row, [M, K] = u_mᵀ·G_k·s_m, in float32. ``dtype`` is the model's."""
     rows, rank = u.shape
     tasks = G.shape[2]
     out = torch.empty(rows, tasks, dtype=torch.float32, device=u.device)
@@ -315,8 +317,8 @@ def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tens
     return out
 
 
-class KernelRows(Rows):
-    """The low-rank term's products with rows by these kernels; s, t, u and ds are [M, R] in float32."""
+class KernelRowProducts(RowProducts):
+    """The products with rows by these kernels. s, t, u and ds are [M, R] in float32."""
 
     def __init__(self, parts: Parts, like: Tensor) -> None:
         self.parts, self.lead, self.dtype = parts, like.shape[:-1], like.dtype
@@ -346,7 +348,7 @@ class KernelRows(Rows):
         return u, u if ds is None else ds
 
     def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
-        """Return dA = dyᵀ·t of dy and t, or dB = xᵀ·ds of x and ds."""
+        """Return dA = dyᵀ·t of dy and t, or dB of x and ds."""
         return factor_grad(rows, t, self.limit)
 
     def core_gradients(self, u: Tensor, s: Tensor, needs: Needs) -> dict[str, Tensor]:

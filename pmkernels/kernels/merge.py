@@ -1,4 +1,4 @@
-"""W(γ) written out: one read of W0 and of each task vector, one write, any number of dimensions."""
+"""W(γ) written out: one read of each tensor, one write, any number of dimensions."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def merge_weight_kernel(
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Write one tile of W(γ).
+
+    Longer than 60 lines because every pointer, size and stride is an argument of its own.
+    """
     pid = tl.program_id(0).to(tl.int64)
     blocks_d = tl.cdiv(D, BLOCK_D)
     n = pid // blocks_d * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -83,7 +87,10 @@ def merge_weight(
     low_rank: tuple[Tensor, Tensor] | None,
     out: Tensor,
 ) -> Tensor:
-    """W(γ) into ``out``, which has weight's shape and any strides; ``low_rank`` = (A·C(γ) [N, R], B [D, R])."""
+    """Write W(γ) into ``out``, of weight's shape and any strides.
+
+    ``low_rank`` = (A·C(γ) [N, R], B [D, R]).
+    """
     if out.numel() == 0:
         return out
     tensors = (weight, out) if task_vectors is None else (weight, out, task_vectors)

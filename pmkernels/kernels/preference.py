@@ -1,4 +1,6 @@
-"""y = x·Wᵀ + t·Aᵀ + b with t_m = C(γ_m)·Bᵀx_m: a folded layer with a preference per row, for inference.
+"""A folded layer with a preference per row: y = x·Wᵀ + t·Aᵀ + b.
+
+t_m = C(γ_m)·Bᵀx_m; it is for inference.
 
 W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK]. There are two ways to compute y, and in
 both the low-rank part is in the float32 sum before y is rounded:
@@ -42,7 +44,7 @@ def mixed(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """t = Σ_k γ_k s·G[:, :, k]ᵀ: s and t are [BLOCK_M, RANK], one row a row of x; groups, valid [BLOCK_M]."""
+    """Return t = Σ_k γ_k s·G[:, :, k]ᵀ, a row for each row of x."""
     r = tl.arange(0, RANK)
     t = tl.zeros(s.shape, dtype=tl.float32)
     # a product in flight would read registers that the next round writes
@@ -94,6 +96,10 @@ def preference_linear_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Compute one tile of y, with the low-rank part of the columns it reads.
+
+    Longer than 60 lines because every pointer, size and stride is an argument of its own.
+    """
     # neighbouring programs share the rows of W, which are dear, and differ in the rows of x
     blocks_m = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -150,7 +156,7 @@ def preference_linear_kernel(
 
 
 def preference_linear(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
-    """x [*, D], wide [N, D + RANK], G [R, R, K], B [D, R], gamma [groups, K] contiguous -> y [*, N], in one kernel."""
+    """Return y [*, N] of x [*, D] in one kernel; gamma is contiguous."""
     (d, rank), n = B.shape, wide.shape[0]
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -225,6 +231,10 @@ def widen_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Copy some rows of x and write t beside them.
+
+    Longer than 60 lines because every pointer, size and stride is an argument of its own.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, RANK)
     x_rows = row_offsets(m, x_inner, x_stride_outer, x_stride_inner)
@@ -260,7 +270,7 @@ def widen_kernel(
 
 
 def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
-    """x [*, D], G [R, R, K], B [D, R], gamma [groups, K] contiguous -> [x | t] [*, D + RANK], reading x once."""
+    """Return [x | t], reading x [*, D] once; gamma [groups, K] is contiguous."""
     d, rank = B.shape
     padded = launch.padded_rank(rank)
     out = torch.empty(*x.shape[:-1], d + padded, dtype=x.dtype, device=x.device)

@@ -1,4 +1,6 @@
-"""Where the rows of a tensor [*, F] lie: any strides, without a copy for up to two leading dimensions that stay two."""
+"""Where the rows of a tensor [*, F] lie, whatever its strides.
+
+There is no copy for up to two leading dimensions that stay two."""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from torch import Tensor
 
 @triton.jit
 def row_offsets(rows, inner, stride_outer, stride_inner):
-    """Offset of each row (int32), in int64: row m is item m % inner of block m // inner; inner = 1 divides nothing."""
+    """Return each row's offset in int64: item m % inner of block m // inner."""
     return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
 
 
 class Rows(NamedTuple):
-    """A tensor [*, F] as M rows: row m starts at (m // inner)·stride_outer + (m % inner)·stride_inner elements."""
+    """A tensor [*, F] as M rows.
+
+    Row m starts at (m // inner)·stride_outer + (m % inner)·stride_inner elements.
+    """
 
     tensor: Tensor
     M: int
@@ -27,12 +32,12 @@ class Rows(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, int, int]:
-        """inner, stride_outer, stride_inner, stride_feature: what a kernel takes after the pointer."""
+        """Return what a kernel takes of the layout: inner, stride_outer, stride_inner, stride_feature."""
         return self.inner, self.stride_outer, self.stride_inner, self.stride_feature
 
 
 def as_rows(x: Tensor) -> Rows:
-    """``x`` [*, F] as rows, in its own memory wherever two strides can say where its rows are (else a copy)."""
+    """Return ``x`` [*, F] as rows. It is copied where two strides cannot say where they are."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
@@ -53,7 +58,7 @@ def as_rows(x: Tensor) -> Rows:
 
 
 def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
-    """Tensors of one shape as matrices [n, d] over the same elements in one order, without a copy; None if impossible.
+    """Return tensors of one shape as matrices [n, d] without a copy; None if impossible.
 
     Each of ``others`` may have one more dimension in front (task vectors), which stays.
     """

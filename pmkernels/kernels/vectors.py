@@ -1,4 +1,6 @@
-"""Many small parameters merged at once: w = w0 + Σ_k λ_lk τ_k for each of L pieces of one long vector, in one launch.
+"""Many small parameters merged in one launch: L pieces of one long vector.
+
+Piece l becomes w0 + Σ_k λ_lk τ_k.
 
 A network has hundreds of biases and norms, each with a λ of its own. One launch for each, forward and backward, costs
 more than their few bytes do; here a program takes a piece. The backward, dλ_lk = Σ_s dw_s τ_ks over the piece, is a
@@ -65,7 +67,7 @@ def merge_vectors_bwd_kernel(
 
 
 def merge_vectors_fwd(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
-    """weight [S], task_vectors [K, S], lam [L, K] float32, offsets [L + 1] int64 -> merged [S]; rows contiguous."""
+    """Return merged [S] by lam [L, K] and offsets [L + 1]; rows are contiguous."""
     out = torch.empty_like(weight)
     if lam.shape[0] and weight.numel():
         config = dispatch.config("vectors", weight, rows=0, rank=0)
@@ -84,7 +86,7 @@ def merge_vectors_fwd(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets
 
 
 def merge_vectors_bwd(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
-    """grad [S], task_vectors [K, S], offsets [L + 1] -> dλ [L, K] in float32."""
+    """Return dλ [L, K] in float32 of grad [S] and task_vectors [K, S]."""
     pieces, tasks = offsets.numel() - 1, task_vectors.shape[0]
     d_lam = torch.empty(pieces, tasks, dtype=torch.float32, device=grad.device)
     if pieces:

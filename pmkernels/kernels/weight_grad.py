@@ -1,4 +1,6 @@
-"""dλ_k = ⟨dW, τ_k⟩, P = dW·B and Q = dWᵀ·A, from tiles of dW = dyᵀ·x that exist in registers only.
+"""Reductions of dW = dyᵀ·x, whose tiles exist in registers only.
+
+They are dλ_k = ⟨dW, τ_k⟩, P = dW·B and Q = dWᵀ·A.
 
 Each program forms one tile of dW over all rows and reduces it against τ_1..τ_K, B and A; what it finds goes to its own
 place in float32 partials, which are then added in a fixed order: no atomics, the same bits every time. The partials of
@@ -33,7 +35,7 @@ BIAS_PARTS = tl.constexpr(4)
 
 @triton.jit
 def round_to_tf32(value):
-    """float32 rounded to TF32's 10 bits of mantissa: a tensor core would cut the other 13 off, with a bias."""
+    """Round float32 to TF32's 10 bits of mantissa; a tensor core would cut."""
     bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     # the addition would turn a NaN of all ones into a zero
     return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
@@ -55,7 +57,7 @@ def column_sums(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Σ_m dy[m, n] of one block of columns over one part of the rows, the parts being BIAS_PARTS."""
+    """Sum one block of columns of dy over one of BIAS_PARTS parts of the rows."""
     n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     part = pid // blocks_n
     rows_per_part = tl.cdiv(tl.cdiv(M, BIAS_PARTS), BLOCK_M) * BLOCK_M
@@ -116,6 +118,10 @@ def weight_grad_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Form or load one tile of dW, and reduce it against τ, B, A.
+
+    Longer than 60 lines because every pointer, size and stride is an argument of its own.
+    """
     pid = tl.program_id(0).to(tl.int64)
     if NEED_BIAS:
         if pid < bias_programs:
@@ -242,7 +248,7 @@ def sum_partials_kernel(
 
 @triton.jit
 def sum_parts(part_ptr, out_ptr, block, parts, size, BLOCK: tl.constexpr):
-    """out[j] = Σ_i part[i, j] of one block of j, in the order of i."""
+    """Add up out[j] = Σ_i part[i, j] of one block, in that order."""
     j = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     part_ptr += j
@@ -263,6 +269,10 @@ def _launch(
     d_weight: Tensor | None = None,
     need_bias: bool = False,
 ) -> WeightGradients:
+    """Reduce the dW of ``rows`` = (dy, x), or ``d_weight``.
+
+    Longer than 60 lines because the launch names each of the kernel's arguments.
+    """
     n, d = shape
     sample = rows[1] if rows is not None else d_weight
     assert sample is not None
@@ -331,15 +341,15 @@ def _launch(
             STAGES=config.num_stages,
             **config.options,
         )
-    found = _summed(d_lam, p, q, d_bias)
+    reduced = _summed(d_lam, p, q, d_bias)
     if wanted == rank:
-        return found
-    P, Q = (None if product is None else product[:, :wanted] for product in (found.P, found.Q))
-    return found._replace(P=P, Q=Q)
+        return reduced
+    P, Q = (None if product is None else product[:, :wanted] for product in (reduced.P, reduced.Q))
+    return reduced._replace(P=P, Q=Q)
 
 
 def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Tensor | None) -> WeightGradients:
-    """The partial sums [parts, *] added up, all in one launch."""
+    """Add up the partial sums [parts, *], all in one launch."""
     partials = (d_lam, p, q, d_bias)
     first = next((partial for partial in partials if partial is not None), None)
     if first is None:
@@ -372,7 +382,7 @@ def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Te
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:
-    """A factor [*, R] contiguous, with ``rank`` columns, those it does not have being 0."""
+    """Return a factor [*, R] contiguous, with ``rank`` columns, the missing ones being 0."""
     return F.pad(factor, (0, rank - factor.shape[1])) if factor.shape[1] < rank else factor.contiguous()
 
 
@@ -385,7 +395,7 @@ def weight_grad(
     B: Tensor | None,
     need_bias: bool = False,
 ) -> WeightGradients:
-    """dλ [K], P [N, R] = dW·B and Q [D, R] = dWᵀ·A in float32 for dW = dyᵀ·x, each where its other factor is given.
+    """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given.
 
     dy [*, N], x [*, D]; task_vectors [K, N, D]; A [N, R] (for Q), B [D, R] (for P). ``need_bias``: also Σ_m dy [N].
     """
@@ -396,7 +406,7 @@ def weight_grad(
 def weight_grad_of_merge(
     d_weight: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None
 ) -> WeightGradients:
-    """The same reductions of a dW that is there: of any number of dimensions without A and B, else [N, D]."""
+    """Return the reductions of a dW that is there, of any shape if without A."""
     if A is not None or B is not None:
         shape = (d_weight.shape[0], d_weight.shape[1])
         return _launch("merge_grad", shape, task_vectors, A, B, d_weight=d_weight)

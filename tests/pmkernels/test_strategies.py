@@ -1,7 +1,8 @@
-"""The table of strategies: a user's own is added by ``register`` alone, computes, and can be what ``auto`` takes."""
+"""Which strategy is taken, and the table: a user's own is added by ``register`` alone, and ``auto`` takes it too."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 import pareto_merging
 import pmkernels
-from pmkernels import costs, dispatch, products, reference, strategies
+from pmkernels import configs, costs, dispatch, launch, products, reference, strategies
 from pmkernels.configs import Configs
 from pmkernels.strategies import Case, Strategy
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LAYER = {"n": 3072, "d": 1024, "rank": 16, "tasks": 8}
 # what a dummy has computed, by operation
 Calls = list[str]
 
@@ -89,10 +91,9 @@ def test_auto_takes_it_where_it_is_cheapest_and_supports_the_case(dummy: Calls) 
             check_linear(linear_arguments((rows,), 20, 18, dtype=dtype), strategy="auto")
             assert bool(dummy) == (taken and dtype != torch.float64), (rows, dtype)
     x = torch.zeros(1, dtype=torch.bfloat16)
-    layer = {"n": 3072, "d": 1024, "rank": 16, "tasks": 8}
     with dispatch.using(Configs(runs=True)):
-        assert strategies.choose("forward", "auto", x, rows=8, **layer) == "dummy"
-        assert strategies.choose("forward", "auto", x, rows=8224, **layer) == "streamed"
+        assert strategies.choose("forward", "auto", x, rows=8, **LAYER) == "dummy"
+        assert strategies.choose("forward", "auto", x, rows=8224, **LAYER) == "streamed"
 
 
 def test_what_has_one_kernel_is_computed_as_auto_does(dummy: Calls) -> None:
@@ -128,3 +129,71 @@ def test_it_is_gone_when_it_is_taken_out() -> None:
     assert strategies.names() == pmkernels.STRATEGIES
     with pytest.raises(ValueError, match="strategy: expected one of auto, fused, streamed, eager, got 'dummy'"):
         pmkernels.pareto_linear(torch.zeros(2, 3), torch.zeros(4, 3), strategy="dummy")
+
+
+def test_auto_is_eager_off_the_gpu_and_where_the_kernels_cannot() -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    assert strategies.resolve("auto", {"x": x}, CPU) == "eager"
+    with dispatch.using(Configs(runs=True)):
+        assert strategies.resolve("auto", {"x": x}, CUDA) == "auto"
+        # what the kernels cannot do is done all the same
+        assert strategies.resolve("auto", {"x": x.double()}, CUDA) == "eager"
+        assert strategies.resolve("auto", {"x": x, "task_vectors": torch.zeros(33, 2, 2)}, CUDA) == "eager"
+        assert strategies.resolve("auto", {"x": x, "G": torch.zeros(2, 2, 33)}, CUDA) == "eager"
+        assert strategies.resolve("auto", {"x": x, "A": torch.zeros(2, 65)}, CUDA) == "eager"
+
+
+def test_auto_is_a_matter_of_rows() -> None:
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for operation in ("forward", "dx", "weight_grad"):
+        assert strategies.choose(operation, "auto", x, rows=8, **LAYER) == "fused"
+        assert strategies.choose(operation, "auto", x, rows=8224, **LAYER) == "streamed"
+        assert strategies.choose(operation, "fused", x, rows=8224, **LAYER) == "fused"
+        assert strategies.choose(operation, "streamed", x, rows=8, **LAYER) == "streamed"
+        choices = [strategies.choose(operation, "auto", x, rows=2**i, **LAYER) for i in range(15)]
+        assert choices == sorted(choices), "one crossing"
+    # nothing to merge: the library's product and nothing else
+    for rank, per_row in ((0, False), (16, True)):
+        folded = {**LAYER, "tasks": 0, "rank": rank}
+        assert strategies.choose("forward", "auto", x, rows=8, per_row=per_row, **folded) == "streamed"
+
+
+def test_a_float16_weight_gradient_is_never_in_memory() -> None:
+    """Gradients of a mean over a batch lie below what float16 can hold."""
+    x = torch.zeros(1, dtype=torch.float16)
+    for strategy in ("auto", "streamed", "fused"):
+        assert strategies.choose("weight_grad", strategy, x, rows=8224, **LAYER) == "fused"
+
+
+def test_measured_choices_and_rates_come_before_counted_ones() -> None:
+    line = {"op": "forward", "dtype": "16-bit", **LAYER}
+    text = json.loads(configs.config_files()["default"]) | {
+        "rates": {"memory": 1e12},
+        "strategies": [{**line, "rows": 64, "best": "streamed"}, {**line, "rows": 4096, "best": "fused"}],
+    }
+    files = {"default": configs.config_files()["default"], "tuned": json.dumps(text)}
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    with dispatch.using(Configs(files, file="tuned")):
+        assert strategies.choose("forward", "auto", x, rows=100, **LAYER) == "streamed"
+        assert strategies.choose("forward", "auto", x, rows=8224, **LAYER) == "fused"
+        # another layer was not measured
+        assert strategies.choose("forward", "auto", x, rows=8224, **{**LAYER, "n": 1024}) == "streamed"
+        assert dispatch.rates("tuned", CPU).memory == 1e12
+        assert dispatch.rates("tuned", CPU).measured
+        assert not dispatch.rates("default", CPU).measured
+
+
+def test_a_wish_that_cannot_be_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"strategy: expected one of auto, fused, streamed, eager, got 'fast'"):
+        strategies.resolve("fast", {"x": x}, CPU)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    with pytest.raises(ValueError, match="strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU"):
+        pmkernels.pareto_linear(torch.zeros(2, 3), torch.zeros(4, 3), strategy="fused")
+    with pytest.raises(ValueError, match=r"strategy: expected 'eager' or 'auto' .*got device cpu"):
+        pmkernels.merge_weight(torch.zeros(4, 3), strategy="streamed")
+    with pytest.raises(ValueError, match="strategy: expected 'eager' or 'auto'"):
+        pmkernels.softmax_entropy(torch.zeros(4, 3), strategy="fused")
+    monkeypatch.setattr(launch, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        pmkernels.softmax_entropy(torch.zeros(4, 3), strategy="fused")
