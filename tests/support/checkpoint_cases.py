@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,19 @@ def expected_tower(name: str, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def assert_same(found: Any, expected: dict[str, Tensor]) -> None:
+def assert_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Names, types, shapes and bits."""
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
-        read = found[name]
-        assert read.dtype == tensor.dtype, name
-        assert read.is_contiguous(), name
-        assert torch.equal(read, tensor), name
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """As :func:`assert_bits`, and in memory of its own."""
+    assert_bits(found, expected)
+    for name in expected:
+        assert found[name].is_contiguous(), name
 
 
 def features(model: nn.Module, size: int = clip.IMAGE) -> Tensor:

@@ -16,6 +16,7 @@ from command_line import one_line, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import clip, hf_files, open_clip_files, pickled_modules
+from support.checkpoint_cases import assert_bits
 from torch import Tensor
 
 from pareto_merging.checkpoints import encoders
@@ -91,14 +92,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    """Names, types and bits."""
-    assert sorted(found) == sorted(expected)
-    for name in expected:
-        assert found[name].dtype == expected[name].dtype, name
-        assert torch.equal(found[name], expected[name]), name
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """An open_clip file in a folder of its own."""
@@ -127,13 +120,13 @@ def test_every_format_is_converted(name: str, tmp_path: Path, capsys: pytest.Cap
     assert captured.err == ""
     assert names_in(tmp_path / "out") == ["a.safetensors"]
     after = open_checkpoint(out)
-    assert_same(after, before)
+    assert_bits(after, before)
     assert after.encoder == before.encoder
     assert after.architecture == before.architecture
     assert after.quick_gelu is before.quick_gelu
     assert after.preprocessing == before.preprocessing
     # plain tensors for any reader of safetensors
-    assert_same(load_file(out), dict(before))
+    assert_bits(load_file(out), dict(before))
     if not name.startswith("release"):
         # what was written into the checkpoint, not only what was read from it
         state = dict(clip.tower(3).state_dict())
@@ -149,7 +142,7 @@ def test_separate_and_joined_projections_become_the_same_file(tmp_path: Path) ->
         convert_checkpoint(FORMATS[name](tmp_path / name), tmp_path / f"{name}.safetensors", progress=False)
     first, *others = [dict(load_file(tmp_path / f"{name}.safetensors")) for name in ("hf clip", "open_clip folder")]
     for other in others:
-        assert_same(other, first)
+        assert_bits(other, first)
     # what the files say of the encoder is the same as well
     said = []
     for name in ("hf clip", "open_clip folder", "task vectors"):
@@ -184,7 +177,7 @@ def test_the_dtype_of_the_numbers(name: str, dtype: torch.dtype, tmp_path: Path)
     path, out = FORMATS[name](tmp_path / "in"), tmp_path / "a.safetensors"
     assert run("convert", path, out, "--dtype", str(dtype).removeprefix("torch."), "--quiet") == 0
     before, after = open_checkpoint(path), open_checkpoint(out)
-    assert_same(after, {key: tensor.to(dtype) for key, tensor in before.items()})
+    assert_bits(after, {key: tensor.to(dtype) for key, tensor in before.items()})
     assert after.encoder == before.encoder
 
 
@@ -271,7 +264,7 @@ def test_converting_again_changes_nothing(name: str, tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert run("convert", FORMATS[name](tmp_path / "in"), first, "--quiet") == 0
     assert run("convert", first, second, "--quiet") == 0
-    assert_same(open_checkpoint(second), open_checkpoint(first))
+    assert_bits(open_checkpoint(second), open_checkpoint(first))
     assert second.read_bytes() == first.read_bytes()
 
 
@@ -395,7 +388,7 @@ def test_a_name_of_open_clip(
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny", tags)
     assert run("convert", f"open_clip:tiny/{tag}", tmp_path / "a.safetensors", "--quiet") == 0
     before, after = open_checkpoint(f"open_clip:tiny/{tag}"), open_checkpoint(tmp_path / "a.safetensors")
-    assert_same(after, dict(clip.tower(3).state_dict()))
+    assert_bits(after, dict(clip.tower(3).state_dict()))
     assert after.quick_gelu is quick_gelu
     assert before.preprocessing is not None and after.preprocessing == before.preprocessing
     capsys.readouterr()
@@ -461,7 +454,7 @@ def test_an_existing_file_is_replaced_only_when_asked(source: Path, tmp_path: Pa
     assert "existing file" in one_line(capsys)
     assert out.read_bytes() == b"precious"
     assert run("convert", source, out, "--overwrite", "--quiet") == 0
-    assert_same(open_checkpoint(out), dict(clip.tower(3).state_dict()))
+    assert_bits(open_checkpoint(out), dict(clip.tower(3).state_dict()))
     # a mistake does not cost the old file
     kept = out.read_bytes()
     assert run("convert", tmp_path / "none.pt", out, "--overwrite") == 2

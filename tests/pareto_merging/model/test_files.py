@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from pareto_merging.model.files import (
 from pareto_merging.model.fold import fold
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
-from pareto_merging.system import files
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -192,46 +190,3 @@ def test_folded_file_is_self_sufficient(
         save_pareto_set(unsigned, tmp_path / "no.safetensors")
     with pytest.raises(ValueError, match="got a folded one"):
         save_pareto_set(folded, tmp_path / "no.safetensors")
-
-
-def test_pickles_are_not_opened(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pt"
-    torch.save({"a": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="a pickle, which could run code, is not opened"):
-        safetensors.read_tensors(path)
-    with pytest.raises(UserError, match="got no such file"):
-        safetensors.read_tensors(tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match="got a folder"):
-        safetensors.read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"short", b"\xff" * 8 + b"{}", b"\x10" + b"\x00" * 7 + b'{"a": 1}', b"\x00" * 64]
-)
-def test_broken_files_are_one_clear_error(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "broken.safetensors"
-    path.write_bytes(content)
-    for read in (safetensors.read_tensors, safetensors.read_metadata, safetensors.read_shapes):
-        with pytest.raises(UserError, match=r"broken.safetensors: expected a safetensors file, got"):
-            read(path)
-
-
-def test_atomic_writes_leave_the_old_file_or_none(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file.json"
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        files.write_json(path, {"a": float("nan")})
-    assert not path.exists()
-    files.write_json(path, {"a": 1})
-    before = path.read_text()
-
-    def fail_halfway() -> None:
-        with files.atomic_path(path) as temporary:
-            temporary.write_text("half")
-            raise RuntimeError("halfway")
-
-    with pytest.raises(RuntimeError, match="halfway"):
-        fail_halfway()
-    assert path.read_text() == before
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
-    assert json.loads(before) == {"a": 1}
-    assert path.stat().st_mode & 0o044

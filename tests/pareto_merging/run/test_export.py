@@ -6,7 +6,6 @@ import json
 import re
 import resource
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from command_line import one_line, run
 from safetensors.torch import save_file
 from support import clip, hf_files, open_clip_files
+from support.checkpoint_cases import assert_bits
 from torch import Tensor, nn
 
 import pareto_merging as pm
@@ -98,13 +98,6 @@ def features(model: nn.Module) -> Tensor:
 
 def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.detach().float(), expected.float(), atol=1e-5, rtol=0)
-
-
-def assert_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert sorted(found) == sorted(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def by_open_clip(folder: Path) -> Any:

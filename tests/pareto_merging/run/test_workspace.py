@@ -18,6 +18,7 @@ from command_line import one_line, run
 from helpers import noisy_copy
 from safetensors.torch import load_file, save_file
 from support import clip, hf_files, open_clip_files, pickled_modules
+from support.checkpoint_cases import assert_bits
 from torch import Tensor, nn
 
 import pareto_merging as pm
@@ -75,13 +76,6 @@ def write_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (c
 def normalised(pixels: np.ndarray, mean: Any = clip.MEAN, std: Any = clip.STD) -> Tensor:
     """As the definition says: bytes / 255, minus the mean, by the standard deviation of each channel."""
     return torch.from_numpy(((pixels / 255.0 - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)).float()
-
-
-def assert_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert sorted(found) == sorted(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def features(model: nn.Module) -> Tensor:
