@@ -1,167 +1,19 @@
-"""The goals: a rehearsal killed again and again, and tables of made-up figures."""
+"""Tables of made-up figures."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from benchmarks import tables
-from benchmarks.common import layer_case
 from benchmarks.common.goals import MET, NOT_MEASURED, NOT_MET
-from benchmarks.common.record import Record
-from benchmarks.common.session import Session
-from benchmarks.goals import cli, kernels, table, worker
-from benchmarks.goals.context import Context
-from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
+from benchmarks.goals import table
+from benchmarks.goals.groups import SUITE
 from benchmarks.serving import names as serving_names
-from benchmarks.suites import layers
 from benchmarks.training import names
-
-ROOT = Path(__file__).parents[2]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.goals", *arguments]
-
-
-@pytest.mark.slow
-def test_a_rehearsal_killed_at_any_moment_is_gone_on_from(tmp_path: Path) -> None:
-    """Killed when it has so many units: the file is valid each time and nothing is measured twice."""
-    out, rng = tmp_path / "goals.json", random.Random(0)
-    only = ["--quick", "--minutes", "60", "--only", "correctness"]
-    seconds: dict[str, float] = {}
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None):
-        arguments = [*only, "--resume", str(out)] if out.exists() else [*only, "--out", str(out)]
-        process = subprocess.Popen(
-            command(*arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        if number is not None:
-            enough = len(seconds) + rng.randint(1, 4)
-            while not out.exists() or len(json.loads(out.read_text())["units"]) < enough:
-                assert process.poll() is None
-                time.sleep(0.02)
-            process.send_signal(number)
-        said, errors = process.communicate()
-        data = json.loads(out.read_text())
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, None: 0}[number], errors
-        begun = {*data["units"], *data["not_reached"], *([data["running"]["unit"]] if data["running"] else ())}
-        assert {row["unit"] for row in data["rows"]} <= begun
-        kept = {key: unit["seconds"] for key, unit in data["units"].items()}
-        assert seconds.items() <= kept.items(), "what was measured stays"
-        seconds = kept
-    assert data["ended"] == "complete" and data["running"] is None and len(data["runs"]) == 4
-    assert [row for row in data["rows"] if not row["matched"]] == []
-    assert sum(key.startswith("correctness/") for key in data["units"]) == 15
-    lines = said.splitlines()
-    assert lines[0] == f"results go to {out}"
-    for name in ("GPU", "driver", "torch", "Triton", "triton_key", "clocks"):
-        assert any(line.startswith(name) for line in lines[1:8]), name
-    assert data["environment"]["triton_key"] == worker.triton_key() and len(worker.triton_key() or "") == 16
-    assert lines[-1] == str(out) and "a rehearsal: none of these figures is a measurement" in lines
-    goals = [line for line in lines if line.endswith(NOT_MEASURED)]
-    assert len(goals) == len(data["goals"]) == len(table.goals(data))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
-    out = tmp_path / "goals.json"
-    done = subprocess.run(command("--out", str(out)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "goals: expected a CUDA GPU that torch sees, got none (--quick rehearses on the CPU)" in done.stderr
-    assert not out.exists(), "nothing was measured, so there is no result"
-
-
-def test_another_cards_figures_are_not_gone_on_from(tmp_path: Path) -> None:
-    out = tmp_path / "goals.json"
-    arguments = ["--quick", "--only", "ceilings", "--minutes", "30"]
-    assert cli.main([*arguments, "--out", str(out)]) == 0
-    data = json.loads(out.read_text())
-    data["environment"]["gpu"] = "NVIDIA H200"
-    out.write_text(json.dumps(data))
-    before = data["rows"]
-    assert cli.main([*arguments, "--resume", str(out)]) == 2
-    assert json.loads(out.read_text())["rows"] == before, "and nothing is lost"
-
-
-def test_wrong_arguments_say_what_was_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "goals.json"
-    assert cli.main(["--quick", "--resume", str(out)]) == 2
-    assert f"goals: {out}: expected a results file, got No such file" in capsys.readouterr().err
-    out.write_text("{")
-    assert cli.main(["--quick", "--resume", str(out)]) == 2
-    assert "expected JSON" in capsys.readouterr().err and out.read_text() == "{"
-    for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--only", "kernels"]):
-        with pytest.raises(SystemExit) as exit_:
-            cli.parse(wrong)
-        assert exit_.value.code == 2
-    assert "--minutes: expected more than 0 and at most a day, got 0" in capsys.readouterr().err
-
-
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.parse(["--help"])
-    text = capsys.readouterr().out
-    for expected in ("exit codes:", "--resume", "SIGTERM: 143", *NAMES):
-        assert expected in text
-
-
-def test_a_group_that_needs_what_is_not_installed_is_passed_over(tmp_path: Path) -> None:
-    from benchmarks.common.record import Record
-
-    session = Session(Record.new(tmp_path / "goals.json", {"suite": SUITE}), say=lambda line: None)
-    groups = [Group("first", "", 1, "missing:measure"), Group("second", "", 1, "there:measure")]
-
-    def load(name: str) -> Any:
-        if name == "missing":
-            raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
-
-        class There:
-            @staticmethod
-            def measure(context: Any) -> None:
-                session.measure("second/one", lambda: [{"variant": "a", "ms": 1.0, "matched": True}], 1.0)
-
-        return There
-
-    worker.measure_groups(session, groups, None, load)
-    first, second = session.record.data["rows"]
-    assert first["reason"] == "not measured, for want of pydantic" and first["matched"]
-    assert second["unit"] == "second/one"
-
-
-def test_the_librarys_own_products_are_compared_as_well(tmp_path: Path) -> None:
-    """What ours is set against has a time only if it was right."""
-    context = Context(Session(Record.new(tmp_path / "goals.json", {})), torch.device("cpu"), True)
-    context.session.record.data["rows"] = [
-        {"unit": "ceilings/rates", "variant": name, "value": 1e12} for name in ("copy", "bfloat16")
-    ]
-    with torch.no_grad():
-        case = layer_case.Case.make(layers.TINY_LAYERS[0], 2, 12, torch.float16, torch.device("cpu"))
-        (right,) = kernels._library(context, case)
-        assert right.matched and 0 < right.error < 2e-3 and right.ms is not None
-        product = Tensor.__matmul__
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "__matmul__", lambda a, b: product(a, b) * (1.01 if a.dtype == torch.float16 else 1))
-            (wrong,) = kernels._library(context, case)
-    assert not wrong.matched and wrong.ms is None and wrong.reason == "wrong product"
-
-
-def test_every_groups_function_is_there() -> None:
-    import importlib
-
-    for group in GROUPS:
-        module, _, name = group.function.partition(":")
-        assert callable(getattr(importlib.import_module(f"benchmarks.goals.{module}"), name)), group.name
 
 
 def test_the_table_names_variants_as_their_suites_do() -> None:
@@ -315,20 +167,3 @@ def test_documents_take_the_newest_measurement(tmp_path: Path, monkeypatch: pyte
     measured = tables.updated(text)
     assert "goals-2026-01-02.json" in measured and "NVIDIA H100" in measured
     assert measured.count(f"| {MET} |") == len(table.goals({}))
-
-
-def test_the_environment_of_a_run_says_which_compiler() -> None:
-    lines = worker.first_lines(
-        {
-            "gpu": None,
-            "cpu": "a processor",
-            "torch": "2",
-            "python": "3",
-            "triton": "3.6",
-            "triton_key": "k",
-            "quick": True,
-        },
-        {"clocks.sm": "1980 MHz", "pstate": None},
-    )
-    assert "triton_key   k" in lines and "clocks       clocks.sm 1980 MHz" in lines
-    assert os.environ.get("TRITON_INTERPRET") or torch.cuda.is_available()

@@ -26,7 +26,7 @@ from benchmarks.micro.cases import Case, LogitsPoint, Point, TowerPoint
 from pmkernels import costs, dispatch, strategies
 from pmkernels.costs import Bound
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks/micro").glob("test_*.py"))
 CPU = torch.device("cpu")
 TINY = ("--layers", "40x24", "--rows", "6", "--tasks", "3", "--ranks", "2", "--logits", "6x10", "--towers", "ViT-B/32")

@@ -1,4 +1,4 @@
-"""Kernels with what the budget refuses on Hopper, and one without; compiled by test_budget in a process of its own."""
+"""Kernels with what the budget refuses on Hopper, and one without; compiled in a process of its own."""
 
 import triton
 import triton.language as tl
