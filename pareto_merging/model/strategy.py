@@ -8,14 +8,15 @@ import os
 import torch
 from torch import nn
 
-import pmkernels
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.state import pareto_states
 from pmkernels import strategies
 
-# those that come with the library
-STRATEGIES = (*pmkernels.STRATEGIES, "cached")
+
+def strategy_names() -> tuple[str, ...]:
+    """Return what a model's strategy may be called: those of pmkernels' table, and ``cached``."""
+    return (*strategies.names(), "cached")
 
 
 def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None = None) -> None:
@@ -39,9 +40,8 @@ def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None =
             device can follow is asked when the model runs.
         TypeError: a budget that is not a number of bytes.
     """
-    known = (*strategies.names(), "cached")
-    if strategy not in known:
-        raise ValueError(f"strategy: expected one of {', '.join(known)}, got {strategy!r}")
+    if strategy not in strategy_names():
+        raise ValueError(f"strategy: expected one of {', '.join(strategy_names())}, got {strategy!r}")
     states = pareto_states(model)
     if not states:
         raise ValueError(f"model: expected a Pareto model, got {type(model).__name__} without Pareto layers")

@@ -103,10 +103,10 @@ class RunConfig(Strict):
     @classmethod
     def _check_strategy(cls, name: str) -> str:
         # it takes PyTorch's seconds, which the help of the keys need not wait for
-        from pareto_merging.model.strategy import STRATEGIES
+        from pareto_merging.model.strategy import strategy_names
 
-        if name not in STRATEGIES:
-            raise ValueError(f"expected one of {', '.join(STRATEGIES)}")
+        if name not in strategy_names():
+            raise ValueError(f"expected one of {', '.join(strategy_names())}")
         return name
 
     @field_validator("cuda_graphs", mode="before")

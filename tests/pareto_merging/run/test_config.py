@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 
 from pareto_merging.cli.app import main
 from pareto_merging.errors import UserError
-from pareto_merging.model.strategy import STRATEGIES
+from pareto_merging.model.strategy import strategy_names
 from pareto_merging.run.config import RunConfig, dump_config, read_config
+from pmkernels import strategies
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,16 @@ def test_the_small_configuration_runs(tmp_path: Path) -> None:
 
 
 def test_every_strategy_can_be_named_and_is_explained(tmp_path: Path) -> None:
-    for name in STRATEGIES:
-        (tmp_path / "run.yaml").write_text(f"suite: digits\nstrategy: {name}\n")
-        assert read_config(tmp_path / "run.yaml").strategy == name
+    for name in strategy_names():
+        assert read(tmp_path, f"strategy: {name}").strategy == name
         assert name in (RunConfig.model_fields["strategy"].description or "")
+
+
+def test_a_strategy_of_ones_own_can_be_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"strategy: expected one of auto, .*, got 'mine'"):
+        read(tmp_path, "strategy: mine")
+    strategies.register(dataclasses.replace(strategies.TABLE["eager"], name="mine"))
+    try:
+        assert read(tmp_path, "strategy: mine").strategy == "mine"
+    finally:
+        strategies.unregister("mine")
