@@ -78,9 +78,9 @@ def model_card(
         header = ["## Source checkpoints\n", "| | from | digest of the weights |", "|---|---|---|"]
         parts.append("\n".join([*header, *rows]) + "\n")
     if library == "safetensors":
-        code = _loading_one_file(encoder, preprocessing or encoders.default_preprocessing(encoder), file_name)
+        code = _code_for_one_file(encoder, preprocessing or encoders.default_preprocessing(encoder), file_name)
     else:
-        code = _loading(library, encoder, has_text)
+        code = {"transformers": _code_for_transformers, "open_clip": _code_for_open_clip}[library](encoder, has_text)
     parts.append(f"## Loading it\n\n```python\n{code}```\n")
     parts.append("## Licence\n\nThat of the checkpoints it was merged from: see theirs.\n")
     return "\n".join(parts)
@@ -97,80 +97,79 @@ def _front_matter(library: Library, has_text: bool, sources: Sequence[Source]) -
     return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=False) + "---\n"
 
 
-def _loading_one_file(encoder: Mapping[str, Any], preprocessing: Mapping[str, Any], file_name: str) -> str:
-    quick_gelu = shapes.from_description(encoder).quick_gelu
+def _code_for_one_file(encoder: Mapping[str, Any], preprocessing: Mapping[str, Any], file_name: str) -> str:
     if "architecture" in encoder:
-        name = str(encoder["architecture"])
-        start = ["import open_clip"]
-        build = [f"encoder = open_clip.create_model({name!r}, force_quick_gelu={quick_gelu}).visual"]
-    else:
-        start = ["import open_clip", "from pareto_merging import encoders"]
-        build = [f"encoder = encoders.build({dict(encoder)!r})"]
-    size, mean, std = (preprocessing[key] for key in ("size", "mean", "std"))
-    return "\n".join(
-        [
-            *start,
-            "from PIL import Image",
-            "from safetensors.torch import load_file",
-            "",
-            *build,
-            f"encoder.load_state_dict(load_file({file_name!r}))",
-            "preprocess = open_clip.image_transform(",
-            f"    {size}, is_train=False, mean={tuple(mean)}, std={tuple(std)}",
-            ")",
-            'features = encoder.eval()(preprocess(Image.open("photo.jpg"))[None])',
-            "",
-        ]
-    )
-
-
-def _loading(library: Library, encoder: Mapping[str, Any], has_text: bool) -> str:
-    if library == "transformers":
-        if has_text:
-            # get_image_features returns one thing in transformers 4 and another in 5
-            kind, features = "CLIPModel", "model.visual_projection(model.vision_model(**inputs).pooler_output)"
-        elif shapes.from_description(encoder).output_dim is None:
-            kind, features = "CLIPVisionModel", "model(**inputs).pooler_output"
-        else:
-            kind, features = "CLIPVisionModelWithProjection", "model(**inputs).image_embeds"
-        return (
-            "from PIL import Image\n"
-            f"from transformers import CLIPImageProcessor, {kind}\n\n"
-            'folder = "."  # where this file is, or its name on the Hub\n'
-            f"model = {kind}.from_pretrained(folder)\n"
-            "processor = CLIPImageProcessor.from_pretrained(folder)\n"
-            'inputs = processor(images=Image.open("photo.jpg"), return_tensors="pt")\n'
-            f"features = {features}\n"
-        )
-    lines = [
-        "import open_clip",
-        "from PIL import Image",
-        "",
-        'folder = "."  # where this file is',
-    ]
-    if has_text:
-        lines.append('model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")')
-    else:
-        lines += [
-            "# every model of open_clip has a text tower: this one is small and random, and no part of what was merged",
-            "model, _, preprocess = open_clip.create_model_and_transforms(",
-            '    f"local-dir:{folder}", load_weights=False, pretrained_image_path=f"{folder}/visual.safetensors"',
-            ")",
-        ]
-    lines.append('features = model.eval().encode_image(preprocess(Image.open("photo.jpg"))[None])')
-    if not has_text and "architecture" in encoder:
         quick_gelu = shapes.from_description(encoder).quick_gelu
-        lines += [
-            "",
-            "# or inside a whole CLIP of the same kind, whose text tower it then has: give its tag or file",
-            "model = open_clip.create_model(",
-            f"    {str(encoder['architecture'])!r},",
-            '    pretrained="openai",',
-            f"    force_quick_gelu={quick_gelu},",
-            '    pretrained_image_path=f"{folder}/visual.safetensors",',
-            ")",
-        ]
-    return "\n".join(lines) + "\n"
+        ours, name = "", str(encoder["architecture"])
+        build = f"open_clip.create_model({name!r}, force_quick_gelu={quick_gelu}).visual"
+    else:
+        ours, build = "from pareto_merging import encoders\n", f"encoders.build({dict(encoder)!r})"
+    size, mean, std = (preprocessing[key] for key in ("size", "mean", "std"))
+    return f"""\
+import open_clip
+{ours}from PIL import Image
+from safetensors.torch import load_file
+
+encoder = {build}
+encoder.load_state_dict(load_file({file_name!r}))
+preprocess = open_clip.image_transform(
+    {size}, is_train=False, mean={tuple(mean)}, std={tuple(std)}
+)
+features = encoder.eval()(preprocess(Image.open("photo.jpg"))[None])
+"""
+
+
+def _code_for_transformers(encoder: Mapping[str, Any], has_text: bool) -> str:
+    if has_text:
+        # get_image_features returns one thing in transformers 4 and another in 5
+        kind, features = "CLIPModel", "model.visual_projection(model.vision_model(**inputs).pooler_output)"
+    elif shapes.from_description(encoder).output_dim is None:
+        kind, features = "CLIPVisionModel", "model(**inputs).pooler_output"
+    else:
+        kind, features = "CLIPVisionModelWithProjection", "model(**inputs).image_embeds"
+    return f"""\
+from PIL import Image
+from transformers import CLIPImageProcessor, {kind}
+
+folder = "."  # where this file is, or its name on the Hub
+model = {kind}.from_pretrained(folder)
+processor = CLIPImageProcessor.from_pretrained(folder)
+inputs = processor(images=Image.open("photo.jpg"), return_tensors="pt")
+features = {features}
+"""
+
+
+_OPEN_CLIP = """\
+import open_clip
+from PIL import Image
+
+folder = "."  # where this file is
+{load}
+features = model.eval().encode_image(preprocess(Image.open("photo.jpg"))[None])
+"""
+_WHOLE = 'model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")'
+_TOWER = """\
+# every model of open_clip has a text tower: this one is small and random, and no part of what was merged
+model, _, preprocess = open_clip.create_model_and_transforms(
+    f"local-dir:{folder}", load_weights=False, pretrained_image_path=f"{folder}/visual.safetensors"
+)"""
+_INSIDE = """
+# or inside a whole CLIP of the same kind, whose text tower it then has: give its tag or file
+model = open_clip.create_model(
+    {name!r},
+    pretrained="openai",
+    force_quick_gelu={quick_gelu},
+    pretrained_image_path=f"{{folder}}/visual.safetensors",
+)
+"""
+
+
+def _code_for_open_clip(encoder: Mapping[str, Any], has_text: bool) -> str:
+    code = _OPEN_CLIP.format(load=_WHOLE if has_text else _TOWER)
+    if has_text or "architecture" not in encoder:
+        return code
+    quick_gelu = shapes.from_description(encoder).quick_gelu
+    return code + _INSIDE.format(name=str(encoder["architecture"]), quick_gelu=quick_gelu)
 
 
 def _is_hub_id(value: str) -> bool:
