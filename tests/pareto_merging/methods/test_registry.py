@@ -16,7 +16,7 @@ from method_cases import conv_net, image_tasks, labelled_tasks, state_of
 from torch import Tensor, nn
 
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods import adamerging, registry, task_arithmetic
+from pareto_merging.methods import adamerging, pareto, registry, task_arithmetic
 from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
 from pareto_merging.methods.registry import METHODS, register
 
@@ -195,15 +195,15 @@ def test_adamerging_takes_its_preset_and_only_some_of_the_configuration() -> Non
         steps=None, seed=4, init_lambda=0.2, buffers="average", learning_rate=0.5, cosine=0.3, density=0.7, rank=9
     )
     given = Problem(conv_net(), [conv_net()], method=wide)
-    made = registry._adamerging_settings("official", plus=True)(given, {"learning_rate": 0.01})
+    made = adamerging.settings_of(given, {"learning_rate": 0.01}, plus=True)
     assert made == adamerging.settings(
         "official", plus=True, seed=4, init_lambda=0.2, buffers="average", density=0.7, learning_rate=0.01
     )
     assert (made.steps, made.batch_size) == (500, 32)
     given.method = settings(steps=7)
-    assert registry._adamerging_settings("fusionbench")(given, {}).steps == 7
+    assert adamerging.settings_of(given, {}, "fusionbench").steps == 7
     given.method = settings(preprocess="dare", density=0.3)
-    plus = registry._pareto_settings(preprocess="ties")(given, {"density": 0.5})
+    plus = pareto.settings_of(given, {"density": 0.5}, preprocess="ties")
     assert (plus.preprocess, plus.density, plus.rank) == ("ties", 0.5, 2)
 
 
