@@ -67,7 +67,7 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Whether the archive has kernels for the Triton here."""
+        """Say whether the archive has kernels for the Triton here."""
         return self.key in self.keys
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def _about(about: Mapping[str, Any]) -> str:
 
 
 def triton_key() -> str:
-    """The first 16 digits of the SHA-256 of Triton's own key."""
+    """Return the first 16 digits of the SHA-256 of Triton's own key."""
     try:
         from triton.runtime.cache import triton_key as key
     except ImportError:
@@ -91,7 +91,7 @@ def triton_key() -> str:
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps what it has compiled."""
+    """Return where Triton keeps what it has compiled."""
     from triton import knobs
 
     return Path(knobs.cache.dir)
@@ -99,7 +99,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
-    """An archive's files, of which every name, type and size has been checked."""
+    """Open an archive and check the name, type and size of every file of it."""
     try:
         archive = tarfile.open(path, "r:*")  # noqa: SIM115
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -140,7 +140,7 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def listing(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest: triton_key -> Triton, Python, numbers of kernels and launchers, bytes."""
+    """Return the manifest: triton_key -> Triton, Python, numbers of kernels and launchers, bytes."""
     with _members(path) as (archive, members):
         for member in members:
             if member.name == MANIFEST:
@@ -153,7 +153,7 @@ def listing(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> Report:
-    """Put the entries for this Triton into its cache; entries that are there are left as they are.
+    """Put the entries for this Triton into its cache. Entries that are there are left as they are.
 
     Args:
         path: what ``make gpu-kernels`` wrote. key, into: the key of the Triton here and its cache folder, asked of it
@@ -207,7 +207,7 @@ def _place(archive: tarfile.TarFile, files: Sequence[tarfile.TarInfo], target: P
 
 
 def _absolute(group: bytes, target: Path) -> bytes:
-    """A group file whose members lie in ``target``."""
+    """Return a group file whose members lie in ``target``."""
     try:
         names = json.loads(group)["child_paths"]
         if not all(FILE.fullmatch(name) for name in names):
@@ -228,13 +228,13 @@ class Part:
 
     @classmethod
     def read(cls, index: Path) -> Part:
-        """Of the index that :mod:`benchmarks.gpu_kernels_compile` wrote beside its cache."""
+        """Read the index that :mod:`benchmarks.gpu_kernels_compile` wrote beside its cache."""
         found = json.loads(index.read_text(encoding="utf-8"))
         return cls(found["key"], found["about"], index.parent / "cache", found["entries"])
 
 
 def _files(entry: Path) -> dict[str, bytes]:
-    """What of an entry is read at run time; the group file names its members without their folder."""
+    """Return what of an entry is read at run time. The group file names its members without their folder."""
     found = {path.name: path.read_bytes() for path in sorted(entry.iterdir()) if path.is_file()}
     groups = {name: content for name, content in found.items() if name.startswith(GROUP)}
     if not groups:
@@ -271,7 +271,7 @@ def pack(parts: Sequence[Part], path: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(keys: Mapping[str, Mapping[str, Any]], path: Path) -> str:
-    """What an archive has: kernels, launchers and bytes by triton_key."""
+    """Return what an archive has: kernels, launchers and bytes by triton_key."""
     size = path.stat().st_size
     kernels = sum(about.get("kernels", 0) for about in keys.values())
     lines = [f"{path}: {size / 2**20:.1f} MiB, {size / 1024 / max(kernels, 1):.1f} KiB a kernel"]

@@ -30,14 +30,14 @@ _LAUNCHES: list[Any] = []
 
 
 def _clean_environment(cache: Path) -> None:
-    """Triton's variables as a GPU machine has them, which is none but the cache's folder."""
+    """Set Triton's variables as a GPU machine has them: none but the cache's folder."""
     for name in [name for name in os.environ if name.startswith(("TRITON_", "LLVM_"))]:
         del os.environ[name]
     os.environ["TRITON_CACHE_DIR"] = str(cache)
 
 
 class _Driver:
-    """Says that there is a GPU of one architecture; Triton compiles for it and nothing is launched."""
+    """Says that there is a GPU of one architecture. Triton compiles for it and nothing is launched."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -83,7 +83,10 @@ def _compile(number: int) -> dict[str, Any]:
 
 
 def _launchers(kernel: Any) -> list[str]:
-    """Build what a first launch would have gcc build, if its key is the same on every machine: entries of the cache."""
+    """Build what a first launch would have gcc build: entries of the cache.
+
+    Only what has the same key on every machine is built.
+    """
     from triton.runtime import build
 
     if not hasattr(build, "compile_module_from_src") or hasattr(build, "compile_module_from_file"):
@@ -104,8 +107,11 @@ def _launchers(kernel: Any) -> list[str]:
 
 
 def _stand_in_libcuda(folder: Path) -> Path:
-    """A library by the name of the driver's, to link with: with every function that Triton's sources call, as a linker
-    drops a library that gives it nothing, and then nobody would look for the driver."""
+    """Build a library by the name of the driver's, to link with.
+
+    It has every function that Triton's sources call, as a linker drops a library that gives it nothing, and then nobody
+    would look for the driver.
+    """
     from triton.backends.nvidia import driver
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +127,7 @@ def _stand_in_libcuda(folder: Path) -> Path:
 
 
 def about() -> dict[str, Any]:
-    """The Triton and the Python here."""
+    """Return the Triton and the Python here."""
     import triton
 
     return {"triton": triton.__version__, "python": f"cp{sysconfig.get_config_var('py_version_nodot')}"}
@@ -150,7 +156,7 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
 
 
 def _progress(done: Iterator[Any], count: int) -> Iterator[Any]:
-    """A line with the time left, every few seconds or in place."""
+    """Yield what is done, and print a line with the time left every few seconds or in place."""
     start = time.monotonic()
     said = 0.0
     for number, result in enumerate(done, 1):
@@ -164,7 +170,7 @@ def _progress(done: Iterator[Any], count: int) -> Iterator[Any]:
 
 
 def verify(archive: Path, launches: Sequence[Any]) -> tuple[int, list[str]]:
-    """How many launches an unpacked archive answers, and what is wrong with the others."""
+    """Return how many launches an unpacked archive answers, and what is wrong with the others."""
     from triton.backends.nvidia.compiler import CUDABackend
 
     from benchmarks.gpu_kernels import unpack

@@ -27,7 +27,7 @@ FOLDERS = ("benchmarks", "pmkernels", "pareto_merging", "tests")
 
 
 def digest() -> str:
-    """The SHA-256 of every source and configuration file that decides what is launched."""
+    """Return the SHA-256 of every source and configuration file that decides what is launched."""
     found = hashlib.sha256()
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -38,7 +38,7 @@ def digest() -> str:
 
 @contextlib.contextmanager
 def once() -> Iterator[None]:
-    """Within: what is repeated to be timed runs once or twice, as every repetition launches the same."""
+    """Run what is repeated to be timed once or twice. Every repetition launches the same."""
     import triton
 
     from benchmarks.common import timing
@@ -56,7 +56,7 @@ def once() -> Iterator[None]:
 
 
 def goals(gpu: str, path: Path, only: Sequence[str] | None = None) -> None:
-    """Record a whole run of ``python -m benchmarks.goals``; units that fail are listed, as in its results file."""
+    """Record a whole run of ``python -m benchmarks.goals``. Units that fail are listed, as in its results file."""
     from benchmarks.common.record import Record
     from benchmarks.common.recording import recording
     from benchmarks.goals import cli, worker

@@ -56,7 +56,7 @@ class Case:
 
 @dataclass
 class Phase:
-    """What came of the requests of one phase; latencies in seconds, of the answers with status 200.
+    """What came of the requests of one phase. Latencies in seconds, of the answers with status 200.
 
     ``held_back``: requests that were due and not sent, because every connection waited for an answer.
     """
@@ -76,12 +76,12 @@ class Phase:
 
     @property
     def lost(self) -> int:
-        """Requests that got neither an answer nor a refusal."""
+        """Return requests that got neither an answer nor a refusal."""
         return self.sent - self.statuses["200"] - self.statuses["503"]
 
     @property
     def rate(self) -> float:
-        """Requests sent per second."""
+        """Return requests sent per second."""
         return self.sent / self.seconds if self.seconds else 0.0
 
     @property
@@ -89,7 +89,7 @@ class Phase:
         return self.statuses["200"] / self.seconds if self.seconds else 0.0
 
     def percentile(self, percent: float) -> float:
-        """Of the latencies, in milliseconds; 0 without any."""
+        """Return a percentile of the latencies, in milliseconds; 0 without any."""
         return float(np.percentile(self.latencies, percent)) * 1000 if self.latencies else 0.0
 
     def add(self, other: Phase) -> None:
@@ -113,7 +113,7 @@ class Phase:
 def prepare(
     folded: Path, *, preferences: int = 12, images: int = 4, seed: int = 0, tolerance: float = 1e-3
 ) -> list[Case]:
-    """Requests of random images and preferences (each task alone, then random ones).
+    """Prepare requests of random images and preferences (each task alone, then random ones).
 
     Of preferences whose features are too alike for ``tolerance`` to tell them apart one is taken. Half of the requests
     are classifications where the file has heads.
@@ -156,7 +156,7 @@ def prepare(
 
 
 def _error(answer: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """The largest difference, relative to the largest expected number; inf for another length or a NaN."""
+    """Return the largest difference, relative to the largest expected number. Inf for another length or a NaN."""
     if answer.shape != expected.shape:
         return float("inf")
     error = float(np.abs(answer - expected).max() / np.abs(expected).max())
@@ -266,7 +266,7 @@ async def _open_loop(
 
 
 def closed_loop(url: str, cases: Sequence[Case], name: str, users: int, seconds: float, tolerance: float) -> Phase:
-    """``users`` that each send their next request when the last is answered."""
+    """Run ``users`` that each send their next request when the last is answered."""
     phase = Phase(name)
     asyncio.run(_closed_loop(url, cases, phase, users, seconds, tolerance))
     return phase
@@ -275,14 +275,14 @@ def closed_loop(url: str, cases: Sequence[Case], name: str, users: int, seconds:
 def open_loop(
     url: str, cases: Sequence[Case], name: str, rate: float, seconds: float, tolerance: float, seed: int = 0
 ) -> Phase:
-    """``rate`` requests a second, sent on time whatever becomes of the earlier ones."""
+    """Send ``rate`` requests a second, on time whatever becomes of the earlier ones."""
     phase = Phase(name, wanted_rate=rate)
     asyncio.run(_open_loop(url, cases, phase, seconds, tolerance, seed))
     return phase
 
 
 def overload(url: str, cases: Sequence[Case], rate: float, seconds: float, tolerance: float, clients: int = 1) -> Phase:
-    """:func:`open_loop` from several processes, where one cannot send so many."""
+    """Run :func:`open_loop` from several processes, where one cannot send so many."""
     phase = Phase("overload", wanted_rate=rate)
     if clients == 1:
         return open_loop(url, cases, phase.name, rate, seconds, tolerance)
@@ -303,7 +303,7 @@ def run_load(
     clients: int = 1,
     tolerance: float = 1e-3,
 ) -> list[Phase]:
-    """The three phases: sustainable, overload at ``factor`` times its rate, recovery.
+    """Run the three phases: sustainable, overload at ``factor`` times its rate, recovery.
 
     Raises UserError where nothing was answered.
     """

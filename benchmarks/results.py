@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, driver and versions: where figures were measured."""
+    """Return hardware, driver and versions: where figures were measured."""
     # a process that only watches a run does without it
     import torch
 
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str | None]:
-    """The GPU's clocks, temperature and power at this moment, as nvidia-smi says them."""
+    """Return the GPU's clocks, temperature and power at this moment, as nvidia-smi says them."""
     return {name: _nvidia_smi(name) for name in ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")}
 
 
@@ -82,7 +82,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured; ``unknown`` outside a checkout."""
+    """Return the commit that is measured; ``unknown`` outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
@@ -93,7 +93,7 @@ def commit() -> str:
 
 
 def header(command: Sequence[str]) -> dict[str, Any]:
-    """What every results file begins with."""
+    """Return what every results file begins with."""
     return {"command": " ".join(command), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
@@ -103,13 +103,13 @@ def write(path: Path, report: dict[str, Any]) -> None:
 
 
 def gpu_name_of_driver() -> str | None:
-    """The first GPU's name as files spell it (``nvidia-h200``), as the driver says it; None without one."""
+    """Return the first GPU's name as files spell it (``nvidia-h200``), as the driver says it. None without one."""
     name = _nvidia_smi("name")
     return None if name is None else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def unused(path: Path) -> Path:
-    """``path``, or with a number if there is a file already: nothing that was measured is written over."""
+    """Return ``path``, or with a number if there is a file already. Nothing that was measured is written over."""
     number, found = 1, path
     while found.exists():
         number += 1

@@ -24,7 +24,10 @@ DOCUMENTS = (
 
 
 def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
-    """The newest committed result that has a suite, or None: it was never measured; ``on_gpu``: on a GPU, or not."""
+    """Return the newest committed result that has a suite, or None: it was never measured.
+
+    ``on_gpu``: on a GPU, or not.
+    """
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
@@ -36,7 +39,7 @@ def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
 
 
 def block(name: str, to_root: str = "") -> str:
-    """What a document says of a suite: its tables and where they come from, or that nothing was measured.
+    """Return what a document says of a suite. Its tables and where they come from, or that nothing was measured.
 
     ``name``: SUITE, or SUITE_PART for what the suite's ``PART_markdown`` makes. ``to_root``: from its folder, as ../.
     """
@@ -71,7 +74,10 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
 
 
 def updated(text: str, to_root: str = "") -> str:
-    """``text`` with everything between ``<!-- results:NAME -->`` and ``<!-- end -->`` made anew: see :func:`block`."""
+    """Return ``text`` with everything between ``<!-- results:NAME -->`` and ``<!-- end -->`` made anew.
+
+    See :func:`block`.
+    """
     return re.sub(
         r"<!-- results:(\w+) -->.*?<!-- end -->",
         lambda match: f"<!-- results:{match.group(1)} -->\n{block(match.group(1), to_root)}<!-- end -->",

@@ -39,7 +39,10 @@ PREFERENCE_ROWS = (1, 50, 257, 8224)
 
 
 def cases() -> Iterator[Case]:
-    """bfloat16 in full; of the other types what differs from it; K, R, rows and alignment as design section 6 lists."""
+    """Yield the calls: bfloat16 in full, of the other types what differs from it.
+
+    K, R, rows and alignment are those of design section 6.
+    """
     for rows, aligned in itertools.product(ROWS, (True, False)):
         yield Case("bfloat16", rows, 8, 16, aligned=aligned)
     for tasks, rank, aligned in itertools.product((1, 8, 32), (4, 16, 32, 64), (True, False)):
@@ -65,7 +68,7 @@ def cases() -> Iterator[Case]:
 
 
 def call(case: Case) -> None:
-    """The call that ``case`` names, on memory that nothing reads: launches are recorded, not run."""
+    """Make the call that ``case`` names, on memory that nothing reads. Launches are recorded, not run."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.dtype == "tf32" else "ieee"
     dtype = torch.float32 if case.dtype == "tf32" else getattr(torch, case.dtype)
     n, d = (3072, 1024) if case.aligned else (1021, 517)
@@ -106,7 +109,7 @@ def _backward(result: Tensor, arguments: dict[str, Tensor]) -> None:
 
 
 def other_calls() -> None:
-    """Merges of convolutions, biases and many vectors at once, entropies of few and many classes, x of two strides."""
+    """Merge convolutions, biases and many vectors; take entropies; multiply rows of two strides."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for shape in ((768,), (768, 3, 32, 32), (517,)):
             weight, lam = torch.empty(shape, dtype=dtype), torch.empty(8, requires_grad=True)
@@ -131,7 +134,7 @@ def other_calls() -> None:
 
 
 def preference_calls() -> Iterator[tuple[str, str]]:
-    """A served layer at a preference per row, few rows and many: yields what is recorded next, and its type."""
+    """Call a served layer at a preference per row, few rows and many. Yields what is recorded next, and its type."""
     everything = itertools.product(("bfloat16", "float16", "float32", "tf32"), PREFERENCE_ROWS, (True, False))
     wanted = [(*one, 8, 16) for one in everything]
     for tasks, rank in ((1, 4), (32, 32), (32, 64)):

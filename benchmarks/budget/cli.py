@@ -45,7 +45,7 @@ def _measure(job: tuple[range, str]) -> list[Cost]:
 
 
 def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list[Cost], list[str]]:
-    """Every launch on every architecture that its configuration file is for, and what is wrong besides."""
+    """Return every launch on every architecture that its configuration file is for, and what is wrong besides."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -74,7 +74,7 @@ def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list
 
 
 def markdown(costs: Sequence[Cost]) -> str:
-    """One row per kernel, type, configuration and architecture: the worst of its variants."""
+    """Return one row per kernel, type, configuration and architecture: the worst of its variants."""
     groups: dict[tuple[str, str, str, str], list[Cost]] = {}
     for cost in costs:
         groups.setdefault((cost.kernel, cost.dtype, cost.configuration, cost.arch), []).append(cost)

@@ -67,7 +67,10 @@ class Cost:
 
 
 def occupancy(arch: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the most there can be, as registers (256 to a warp at a time) and shared memory allow."""
+    """Return resident warps over the most there can be.
+
+    Registers (256 to a warp at a time) and shared memory limit them.
+    """
     per_warp = -(-registers * 32 // 256) * 256
     fit = min(
         arch.programs,

@@ -36,7 +36,7 @@ class Wanted:
 
 @contextmanager
 def _recording(file: str, launches: dict[Launch, Wanted], used: set[str]) -> Iterator[list[str]]:
-    """Record what would be launched on a GPU of that configuration file; yields what it is for: [case, dtype]."""
+    """Record what would be launched on a GPU of that configuration file. Yields what it is for: [case, dtype]."""
     now = ["", ""]
 
     def note(_: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -53,7 +53,7 @@ def _recording(file: str, launches: dict[Launch, Wanted], used: set[str]) -> Ite
 
 
 def record(file: str) -> tuple[list[Wanted], list[str]]:
-    """Return the distinct launches of all cases with a configuration file, and its entries that none of them used."""
+    """Return the distinct launches with a configuration file, and its entries that none of them used."""
     launches: dict[Launch, Wanted] = {}
     used: set[str] = set()
     precision = torch.backends.cuda.matmul.fp32_precision

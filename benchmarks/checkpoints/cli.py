@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """What the writers say of old formats, and their own progress bars."""
+    """Silence what the writers say of old formats, and their own progress bars."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

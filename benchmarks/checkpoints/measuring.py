@@ -53,12 +53,12 @@ RUN_FILE, ROW_FILE = "run.yaml", "row.json"
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """open_clip's configuration of a model by name, or the tiny one."""
+    """Return open_clip's configuration of a model by name, or the tiny one."""
     return TINY_CONFIG if model == TINY else encoders.model_config(model)
 
 
 def write_case(row: Row, folder: Path) -> int:
-    """Checkpoints, tiny heads, random images and the configuration of a run; returns the checkpoints' bytes."""
+    """Write checkpoints, tiny heads, random images and a run's configuration. Returns the checkpoints' bytes."""
     config, names = model_config(row.model), [f"t{k}" for k in range(1, row.tasks + 1)]
     pretrained, *finetuned = FORMATS[row.format].write(config, folder, row.tasks)
     size, generator = config["vision_cfg"]["image_size"], torch.Generator().manual_seed(1)
@@ -81,7 +81,7 @@ def write_case(row: Row, folder: Path) -> int:
 
 
 def resident() -> int:
-    """The resident memory of this process now, in bytes, without what the C library keeps of freed memory."""
+    """Return this process's resident memory in bytes, without what the C library keeps of freed memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -94,7 +94,7 @@ def mib(count: float) -> float:
 
 
 class Measurement:
-    """What a run folder describes, built, learned, exported and reloaded; figures are written as they are known."""
+    """What a run folder describes, built, learned, exported and reloaded. Figures are written as they are known."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run, self.figures = folder, folder / "run", dict[str, Any]()
@@ -167,7 +167,7 @@ class Measurement:
 
 
 def measure(folder: Path) -> None:
-    """Build, learn, export and reload what ``folder`` describes; the figures go to its row.json as they are known."""
+    """Build, learn, export and reload what ``folder`` describes. The figures go to its row.json as they are known."""
     torch.set_num_threads(1)
     one = Measurement(folder)
     tasks = one.workspace.merging_tasks()
@@ -183,7 +183,7 @@ def measure(folder: Path) -> None:
 
 
 def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.Format, Path]) -> dict[str, Any]:
-    """The exports as this library, open_clip and transformers read them, beside the merged module."""
+    """Compare the exports, as this library, open_clip and transformers read them, with the merged module."""
     import open_clip
     import transformers
 
@@ -215,7 +215,7 @@ def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.F
 
 
 def same(found: CheckpointTensors, expected: Mapping[str, Tensor]) -> bool:
-    """Whether the same names have the same numbers, in the same dtype."""
+    """Say whether the same names have the same numbers, in the same dtype."""
     return set(found) == set(expected) and all(
         its.dtype == expected[name].dtype and torch.equal(its, expected[name]) for name, its in found.items()
     )

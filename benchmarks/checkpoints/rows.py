@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Row:
-    """One model in one format; memory in MiB, times in seconds, None where it did not come to that.
+    """One model in one format. Memory in MiB, times in seconds, None where it did not come to that.
 
     ``files_bytes``: of all K + 1 checkpoints. ``build_peak_mib``: the rise while the Pareto model was built;
     ``build_models``: that, in models of the storage dtype. ``tensor_mib``: the largest tensor as its file has it; where
@@ -54,7 +54,7 @@ class Row:
     transformers_error: float | None = None
 
     def problem(self, text_tower: bool) -> str | None:
-        """What a finished row has not kept to, or None; ``text_tower``: whether its format has one."""
+        """Return what a finished row has not kept to, or None; ``text_tower``: whether its format has one."""
         if self.text_tower != text_tower:
             return f"expected {'a' if text_tower else 'no'} text tower, got {'one' if self.text_tower else 'none'}"
         if not self.within:
@@ -78,7 +78,7 @@ ALSO_BFLOAT16 = {"ViT-B-32": "huggingface"}
 
 
 def planned(models: Sequence[str], formats: Sequence[str]) -> list[Row]:
-    """The rows to measure, in order."""
+    """Return the rows to measure, in order."""
     rows = []
     for model in models:
         tasks = MODELS.get(model, TINY_TASKS)
@@ -89,7 +89,7 @@ def planned(models: Sequence[str], formats: Sequence[str]) -> list[Row]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The rows as a table for the documents."""
+    """Return the rows as a table for the documents."""
     lines = [
         "Random weights at full size. Peak: the rise of the process's resident memory while the Pareto model is built; "
         f"bound: K + 1 models and one tensor, to which come the learned parameters and up to {SLACK_MIB} MiB of "

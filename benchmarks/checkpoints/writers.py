@@ -18,7 +18,7 @@ from pareto_merging.checkpoints.convert import convert_checkpoint
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Every parameter random, biases and norms too, at a scale at which activations stay near 1."""
+    """Make every parameter random, at a scale at which activations stay near 1. Biases and norms are too."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -34,7 +34,7 @@ def randomize(module: nn.Module) -> nn.Module:
 
 
 def copies(parts: Sequence[Any], tasks: int) -> Iterator[str]:
-    """``pretrained``, then ``t1`` … with small noise on the parameters of ``parts``, which are changed in place."""
+    """Yield ``pretrained``, then ``t1`` … with small noise on the parameters of ``parts``, in place."""
     yield "pretrained"
     parameters = [parameter for part in parts for parameter in part.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
@@ -49,7 +49,7 @@ def copies(parts: Sequence[Any], tasks: int) -> Iterator[str]:
 
 
 def hugging_face_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' CLIPConfig of an open_clip model, with QuickGELU as OpenAI's."""
+    """Return transformers' CLIPConfig of an open_clip model, with QuickGELU as OpenAI's."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     shared = {"projection_dim": config["embed_dim"], "hidden_act": "quick_gelu"}
     return {
@@ -80,7 +80,7 @@ def hugging_face_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_hugging_face(
     config: Mapping[str, Any], folder: Path, tasks: int, *, shard: str = "50GB", bin: bool = False, vision: bool = False
 ) -> list[Path]:
-    """Folders as transformers writes them: a whole CLIPModel each.
+    """Write folders as transformers does, a whole CLIPModel each.
 
     ``shard``: the largest file. ``bin``: pytorch_model.bin, as version 4. ``vision``: the fine-tuned ones a
     CLIPVisionModel.
@@ -118,7 +118,7 @@ Save = Callable[[nn.Module, Path, Mapping[str, Any]], Path]
 def write_open_clip(
     config: Mapping[str, Any], folder: Path, tasks: int, *, save: Save, quick_gelu: bool = False
 ) -> list[Path]:
-    """open_clip's whole CLIP, K + 1 times, as ``save(model, path without a suffix, config)`` writes it."""
+    """Write open_clip's whole CLIP K + 1 times, as ``save(model, path without a suffix, config)`` does."""
     import open_clip
 
     model = randomize(open_clip.CLIP(**config, quick_gelu=quick_gelu))
@@ -126,14 +126,14 @@ def write_open_clip(
 
 
 def save_pt(model: nn.Module, path: Path, config: Mapping[str, Any], *, legacy: bool = False) -> Path:
-    """A state dict by torch.save; ``legacy``: in its format before 1.6."""
+    """Save a state dict by torch.save; ``legacy``: in its format before 1.6."""
     path = path.with_suffix(".pt")
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
     return path
 
 
 def save_safetensors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """A state dict as open_clip's training and hub scripts write it."""
+    """Save a state dict as open_clip's training and hub scripts do."""
     from safetensors.torch import save_file
 
     path = path.with_suffix(".safetensors")
@@ -142,7 +142,7 @@ def save_safetensors(model: nn.Module, path: Path, config: Mapping[str, Any]) ->
 
 
 def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """What ``local-dir:`` and the hub have of an open_clip model."""
+    """Save what ``local-dir:`` and the hub have of an open_clip model."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.push_to_hf_hub import save_config_for_hf
 
@@ -156,7 +156,10 @@ def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path
 
 
 def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """As OpenAI published theirs: a traced CLIP, float16 but for norms and embeddings, its sizes as tensors in it."""
+    """Save a traced CLIP as OpenAI published theirs.
+
+    It is float16 but for norms and embeddings, its sizes are tensors in it.
+    """
     from open_clip.model import convert_weights_to_lp
 
     size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
@@ -192,7 +195,7 @@ class ImageEncoder(nn.Module):
 
 @contextlib.contextmanager
 def task_vectors_code() -> Iterator[None]:
-    """While it lasts, :class:`ImageEncoder` can be pickled as ``src.modeling``'s."""
+    """Let :class:`ImageEncoder` be pickled as ``src.modeling``'s while it lasts."""
     module: Any = types.ModuleType("src.modeling")
     module.ImageEncoder = ImageEncoder
     sys.modules |= {"src": types.ModuleType("src"), "src.modeling": module}
@@ -203,7 +206,7 @@ def task_vectors_code() -> Iterator[None]:
 
 
 def save_task_vectors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """A pickle of a whole ImageEncoder, without the blocks of its text tower, around today's open_clip."""
+    """Pickle a whole ImageEncoder around today's open_clip, without the blocks of its text tower."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     settings = PreprocessCfg(size=config["vision_cfg"]["image_size"])
@@ -215,7 +218,7 @@ def save_task_vectors(model: nn.Module, path: Path, config: Mapping[str, Any]) -
 
 
 def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """What ``pareto-merging convert`` makes of an open_clip .pt."""
+    """Save what ``pareto-merging convert`` makes of an open_clip .pt."""
     source, target = save_pt(model, path, config), path.with_suffix(".safetensors")
     convert_checkpoint(source, target, progress=False)
     source.unlink()

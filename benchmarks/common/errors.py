@@ -16,7 +16,10 @@ TOLERANCE = 2.0
 
 
 def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """The largest ‖found − truth‖ / ‖truth‖ of several tensors; 1e30 where it is not finite (JSON has no NaN)."""
+    """Return the largest ‖found − truth‖ / ‖truth‖ of several tensors.
+
+    It is 1e30 where it is not finite (JSON has no NaN).
+    """
     worst = 0.0
     for a, b in zip(found, truth, strict=True):
         error = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
@@ -36,7 +39,7 @@ class Errors:
 
     @classmethod
     def of(cls, found: Sequence[Tensor], truth: Sequence[Tensor]) -> Errors:
-        """Rows and columns are compared with the mean size of all: one wrong tile must not hide in a large result."""
+        """Compare rows and columns with the mean size of all. One wrong tile must not hide in a large result."""
         worst = 0.0
         for a, b in zip(found, truth, strict=True):
             if b.ndim != 2:
@@ -50,7 +53,7 @@ class Errors:
 
 
 def item_error(found: Tensor, truth: Tensor) -> float:
-    """‖found − truth‖ / ‖truth‖ of the worst item of [n, dim]; 1e30 where it is not finite."""
+    """Return ‖found − truth‖ / ‖truth‖ of the worst item of [n, dim]. It is 1e30 where it is not finite."""
     errors = (found.double() - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-30)
     return float(errors.nan_to_num(FAILED, FAILED).max().clamp(max=FAILED))
 
@@ -59,7 +62,7 @@ Gradient = dict[str, Tensor]
 
 
 def group_errors(found: Gradient, truth: Gradient) -> dict[str, float]:
-    """The relative error of the gradient of all λ together, of all A, all G and all B."""
+    """Return the relative error of the gradient of all λ together, all A, all G, all B."""
     if set(found) != set(truth):
         return {"": FAILED}
     groups: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ from benchmarks.common.towers import Layer
 
 
 class Source:
-    """Normal random numbers on a device, the same in every run; on the meta device there are shapes alone."""
+    """Normal random numbers on a device, the same in every run. On the meta device there are shapes alone."""
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self.device = device

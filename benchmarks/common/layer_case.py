@@ -53,7 +53,7 @@ class Case:
         return cls(layer, tasks, x, dy, parts, bias, reference.merge_weight(**parts), exact)
 
     def reduced(self, d_weight: Tensor) -> list[Tensor]:
-        """dλ, and dA, dG, dB where there is a low-rank term, of a dW in memory."""
+        """Return dλ, and dA, dG, dB where there is a low-rank term, of a dW."""
         dtype, parts = d_weight.dtype, self.parts
         found = [torch.stack([(tau.to(dtype) * d_weight).sum() for tau in parts["task_vectors"]])]
         if "A" in parts:
@@ -65,7 +65,10 @@ class Case:
 
 
 def backward(case: Case, rows: int, names: Collection[str], strategy: str, cached: Tensor | None = None) -> Variant:
-    """Return the gradients of ``names`` as a variant, of x, lam, A, G, B, gamma and bias, without a forward."""
+    """Return the gradients of ``names`` as a variant, without a forward.
+
+    They are some of x, lam, A, G, B, gamma and bias.
+    """
     values = {**case.parts, "x": case.x[:rows], "bias": case.bias, "cached": cached}
     inputs = [values.get(name) for name in linear.INPUTS]
     needs = [name in names for name in ("x", "lam", "A", "G", "B", "gamma", "bias")]
@@ -78,7 +81,7 @@ def backward(case: Case, rows: int, names: Collection[str], strategy: str, cache
 
 
 def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
-    """Return what is measured of an operation, by name; the limit of the weight gradient is dW alone."""
+    """Return what is measured of an operation, by name. The limit of the weight gradient is dW alone."""
     x, dy, merged, bias = case.x[:rows], case.dy[:rows], case.merged, case.bias
 
     def make(strategy: str, cached: Tensor | None = None) -> Variant:
@@ -99,7 +102,7 @@ def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
 
 
 def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
-    """The result in float64, and the error of plain PyTorch in the model's type.
+    """Return the result in float64, and the error of plain PyTorch in the model's type.
 
     For the weight gradient that error is at least the one of its dW: a few numbers dλ may come out right by luck.
     """
@@ -116,12 +119,15 @@ def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
 
 
 def product_error(x: Tensor, dy: Tensor) -> tuple[float, float]:
-    """The error of the library's dW = dyᵀ·x, and what rounding allows it: its partial sums may be of 16 bits too."""
+    """Return the error of the library's dW = dyᵀ·x, and what rounding allows it.
+
+    Its partial sums may be of 16 bits too.
+    """
     exact = dy.double().t() @ x.double()
     return relative_error([dy.t() @ x], [exact]), 2 * relative_error([exact.to(x.dtype)], [exact])
 
 
 def needed_memory(layer: Layer, tasks: int, rows: int) -> float:
-    """Bytes at a point: weights in 16 bits and as the reference sums them, float64 of the truth, activations."""
+    """Return the bytes that a point takes: weights, what the reference sums, float64, activations."""
     weight, activations = layer.n * layer.d, rows * (layer.n + layer.d)
     return weight * ((tasks + 4) * 2 + (tasks + 2) * 4 + 4 * 8) + activations * (4 * 2 + 3 * 8)

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def precision(kind: str) -> Iterator[None]:
-    """float32 products as that kind of entry has them: TF32 or exact."""
+    """Multiply float32 as that kind of entry does: TF32 or exact."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
     try:
@@ -23,7 +23,7 @@ def precision(kind: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated here is NaN until something is written to it."""
+    """Fill memory that is allocated here with NaN, until something is written to it."""
     enabled, warn = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -43,7 +43,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """Convolutions in exact float32 as well; elsewhere PyTorch has it so."""
+    """Compute convolutions in exact float32 as well; elsewhere PyTorch has it so."""
     cudnn: Any = torch.backends.cudnn
     convolutions = cudnn.conv
     before = convolutions.fp32_precision

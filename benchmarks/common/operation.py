@@ -23,7 +23,7 @@ Call = Callable[[], Sequence[Tensor]]
 
 
 def _inputs(what: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the arguments of pareto_linear on the scale of a real layer; dy is what comes back from the output."""
+    """Return the arguments of pareto_linear on the scale of a real layer. dy is what comes back from the output."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n, d, tasks, rank = (int(what[name]) for name in ("n", "d", "tasks", "rank"))
     generator, dtype, width = torch.Generator(device).manual_seed(0), getattr(torch, what["dtype"]), d**-0.5

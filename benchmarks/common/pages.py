@@ -20,7 +20,7 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[str]], align: str) -> 
 
 @contextlib.contextmanager
 def picture(path: Path, width: float, height: float, across: int) -> Iterator[tuple[Any, Any]]:
-    """Draw one figure of so many panels beside each other and write it; yields the figure and its panels."""
+    """Draw one figure of so many panels beside each other and write it. Yields the figure and its panels."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -117,7 +117,7 @@ class Record:
         self.write()
 
     def close(self, key: str, seconds: float, state: str = DONE) -> None:
-        """Note that a unit has all its rows and how long they took; it is not measured again."""
+        """Note that a unit has all its rows and how long they took. It is not measured again."""
         self.data["units"][key] = {"state": state, "seconds": round(seconds, 2)}
         self.data["running"] = None
         self.write()
@@ -130,5 +130,5 @@ class Record:
 
     @property
     def wrong(self) -> list[dict[str, Any]]:
-        """Rows whose output was wrong, or whose measurement failed."""
+        """Return rows whose output was wrong, or whose measurement failed."""
         return [row for row in self.data["rows"] if row.get("matched") is False]

@@ -47,7 +47,7 @@ class Launches:
         return iter(self.calls)
 
     def names(self) -> dict[str, int]:
-        """Kernel name -> how many distinct launches."""
+        """Return kernel name -> how many distinct launches."""
         found: dict[str, int] = {}
         for launch in self:
             found[launch.name] = found.get(launch.name, 0) + 1
@@ -73,7 +73,7 @@ def read(path: Path) -> Launches:
 
 @contextlib.contextmanager
 def recording(gpu: str | Gpu = "nvidia-h100-80gb-hbm3") -> Iterator[Launches]:
-    """Record what runs within as it would run on that GPU; nothing of it is launched, or computed there.
+    """Record what runs within as it would run on that GPU. Nothing of it is launched, or computed there.
 
     Raises:
         ValueError: a GPU that is not in :data:`GPUS`, or kernels that are interpreted.

@@ -92,7 +92,7 @@ class _Generator(_GENERATOR):
 
 
 def _answers(gpu: Gpu) -> dict[str, Any]:
-    """What ``torch.cuda`` answers in place of a driver."""
+    """Return what ``torch.cuda`` answers in place of a driver."""
     major, minor = gpu.capability
     properties = SimpleNamespace(
         name=gpu.title,
@@ -160,19 +160,19 @@ def forget(prefixes: tuple[str, ...] = ("pmkernels", "pareto_merging", "benchmar
 
 
 def _indexed(value: Any) -> Any:
-    """A device without a number, for which PyTorch would ask the driver, with one."""
+    """Return a device without a number, for which PyTorch would ask the driver, with one."""
     if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
         return DEVICE if torch.device(value).type == "cuda" else value
     return value
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``Tensor.to`` that asks no driver which GPU is meant."""
+    """Move a tensor as ``Tensor.to`` does, without asking a driver which GPU is meant."""
     return _TO(self, *map(_indexed, args), **{name: _indexed(value) for name, value in kwargs.items()})
 
 
 def _made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.tensor`` and its like: made on the CPU, then moved."""
+    """Make ``torch.tensor`` and its like on the CPU, then move what they make."""
 
     @functools.wraps(make)
     def made(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> Tensor:
@@ -188,7 +188,10 @@ def _made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _storage_address(self: torch.UntypedStorage) -> int:
-    """The address of a tensor's memory: no two alike on the absent GPU, aligned as the caching allocator aligns."""
+    """Return the address of a tensor's memory.
+
+    No two are alike on the absent GPU, aligned as the caching allocator aligns.
+    """
     return ADDRESS + (self._cdata << 8) if self.device.type == "meta" else _STORAGE_ADDRESS(self)
 
 
@@ -217,7 +220,7 @@ _RUN = threading.Thread.run
 
 
 def _run(thread: threading.Thread) -> None:
-    """A thread's work, under the same mode as the thread that recording began in."""
+    """Run a thread's work under the same mode as the thread that recording began in."""
     with Mode():
         _RUN(thread)
 

@@ -39,19 +39,24 @@ _IS_META = torch._C.TensorBase.is_meta.__get__  # type: ignore[attr-defined]
 
 
 def absent(value: Any) -> bool:
-    """Whether a value is a tensor of the GPU that is not there: to PyTorch's C++ it is on the meta device, which wants
-    neither driver nor streams."""
+    """Say whether a value is a tensor of the GPU that is not there.
+
+    To PyTorch's C++ it is on the meta device, which wants neither driver nor streams.
+    """
     return isinstance(value, Tensor) and _IS_META(value)
 
 
 def _known(tensor: Tensor) -> Tensor | None:
-    """The values of a tensor where they are known and nobody has given it another shape since."""
+    """Return the values of a tensor where they are known. Nobody may have given it another shape since."""
     values: Tensor | None = tensor.__dict__.get(VALUES)
     return values if values is not None and values.shape == tensor.shape else None
 
 
 def contents(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU: its values where they are known, else ones and True; zeros where it is large or integers."""
+    """Return a tensor on the CPU: its values where they are known, else ones and True.
+
+    Large ones and integers are zeros.
+    """
     if not absent(tensor):
         return tensor
     values = _known(tensor)
@@ -72,7 +77,7 @@ class _Schema:
     new: bool
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """The arguments that are written to, of those given."""
+        """Return the arguments that are written to, of those given."""
         found = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
         return [value for value in found if value is not None]
 
@@ -87,7 +92,7 @@ def _schema(func: Any) -> _Schema:
 
 
 def _leaves(values: Iterable[Any]) -> list[Any]:
-    """Arguments with those of lists; operators nest no deeper."""
+    """Return arguments with those of lists; operators nest no deeper."""
     found: list[Any] = []
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -123,7 +128,7 @@ def _on_meta(value: Any) -> Any:
 
 
 def execute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """One operator of PyTorch: on the GPU that is not there if it has to do with it, else on the CPU."""
+    """Run one operator of PyTorch. It is on the GPU that is not there if it has to do with it, else on the CPU."""
     leaves = _leaves([*args, *kwargs.values()])
     on_gpu = [leaf for leaf in leaves if absent(leaf)]
     device = kwargs.get("device")
@@ -161,7 +166,7 @@ def _cpu(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
 
 def _few_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result where every value is known: None where it is not, or cannot be computed."""
+    """Compute the result where every value is known. None where it is not, or cannot be computed."""
     try:
         args, kwargs = _map(_on_cpu, args, kwargs)
         return func(*args, **kwargs)
@@ -182,7 +187,7 @@ def _signature(leaf: Any) -> Any:
 def _shapes(
     func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any], on_gpu: list[Tensor]
 ) -> Any:
-    """Shapes by PyTorch's meta kernels; values too where all of them are known and few."""
+    """Compute shapes by PyTorch's meta kernels, and values where all of them are known and few."""
     values = None
     if packet not in UNWRITTEN and len(on_gpu) <= 16 and all(_known(leaf) is not None for leaf in on_gpu):
         values = _few_values(func, args, kwargs)
@@ -220,7 +225,7 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _remembered(func: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]) -> Any:
-    """What a function returns, computed once for arguments of one kind."""
+    """Return what a function returns, computed once for arguments of one kind."""
     try:
         key = (func, tuple(map(_signature, leaves)), tuple(kwargs), len(args), tuple(map(_length, args)))
         found = _CACHE.get(key)
@@ -255,7 +260,7 @@ class _Inside:
 
 
 def says_cuda(tensor: Tensor) -> bool:
-    """Whether code that asks a tensor is told ``cuda``."""
+    """Say whether code that asks a tensor is told ``cuda``."""
     return _IS_META(tensor) and not getattr(_LOCAL, "inside", 0)
 
 

@@ -39,7 +39,7 @@ def _code(loader: importlib.machinery.SourceFileLoader, path: str) -> types.Code
 
 @contextlib.contextmanager
 def _raises(*expected: Any, **_: Any) -> Iterator[types.SimpleNamespace]:
-    """``pytest.raises`` that is content with no error as well."""
+    """Act as ``pytest.raises``, content with no error as well."""
     seen = types.SimpleNamespace(value=Exception(), match=lambda pattern: True)
     try:
         yield seen
@@ -100,6 +100,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 
 def stopped(path: Path) -> tuple[int, dict[str, str]]:
-    """How many tests were recorded to their end, and what stopped the others."""
+    """Return how many tests were recorded to their end, and what stopped the others."""
     tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
     return tests["whole"], tests["stopped"]

@@ -45,12 +45,12 @@ class Instruction:
 
     @property
     def never(self) -> bool:
-        """Whether its predicate is the constant false: a filler."""
+        """Say whether its predicate is the constant false: a filler."""
         return self.guard in ("@!PT", "@!UPT")
 
     @property
     def always(self) -> bool:
-        """Whether every thread that comes to it does it: a branch may have its condition behind its name too."""
+        """Say whether every thread that comes to it does it. A branch may have its condition behind its name too."""
         conditional = self.base in _LEAVES and (
             re.search(r"\bU?P\d", self.operands) or re.search(r"\.(DIV|CONV)\b", self.opcode)
         )
@@ -75,7 +75,7 @@ class Function:
 
 
 def parse(text: str) -> list[Function]:
-    """Read what ``cuobjdump -sass`` or nvdisasm printed; without a line ``Function :`` it is one without name."""
+    """Read what ``cuobjdump -sass`` or nvdisasm printed. Without a line ``Function :`` it is one without name."""
     functions: list[tuple[str, list[Instruction]]] = []
     for line in text.splitlines():
         header = _FUNCTION.match(line)
@@ -200,7 +200,7 @@ def mixed_loops(function: Function) -> list[str]:
 
 
 def _is_barrier(instruction: Instruction, threads: int) -> bool:
-    """Whether every thread of the program waits there for all the others."""
+    """Say whether every thread of the program waits there for all the others."""
     if instruction.base != "BAR" or not re.search(r"\.(SYNC|RED)\b", instruction.opcode) or not instruction.always:
         return False
     # without a number of threads it is for all of them; a reduction names a predicate there

@@ -22,7 +22,7 @@ class Lost(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """An error in at most 300 characters of one line."""
+    """Return an error in at most 300 characters of one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
@@ -49,7 +49,7 @@ class Session:
 
     @property
     def left(self) -> float:
-        """Seconds until the run has to end."""
+        """Return seconds until the run has to end."""
         return self.until - self.clock()
 
     def tell(self, line: str) -> None:
@@ -100,7 +100,7 @@ class Session:
         self.measure(key, rows, 0.0)
 
     def _failed(self, key: str, error: Exception) -> tuple[Mapping[str, Any], str]:
-        """What goes into the record instead of figures: a row and the unit's state."""
+        """Return what goes into the record instead of figures: a row and the unit's state."""
         lacking = lacking_here(error)
         if lacking is not None:
             return failure(lacking, matched=True), LACKING
@@ -121,14 +121,14 @@ class Session:
 
 
 def lacking_here(error: Exception) -> str | None:
-    """Say what is not installed here; None for any other error, and for packages of ours."""
+    """Say what is not installed here. None for any other error, and for packages of ours."""
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
         return f"not measured, for want of {error.name}" if error.name else f"not measured: {error}"
     return None
 
 
 def as_row(row: Any) -> dict[str, Any]:
-    """A row as JSON has it; figures that are not finite are :data:`FAILED`."""
+    """Return a row as JSON has it; figures that are not finite are :data:`FAILED`."""
     found: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
     return {name: _finite(value) for name, value in found.items()}
 
@@ -140,12 +140,12 @@ def _finite(value: Any) -> Any:
 
 
 def failure(reason: str, *, matched: bool) -> dict[str, Any]:
-    """A row without figures."""
+    """Return a row without figures."""
     return {"variant": "all", "matched": matched, "ms": None, "reason": reason}
 
 
 def describe(key: str, row: Mapping[str, Any]) -> str:
-    """One line about a row."""
+    """Return one line about a row."""
     about: list[str] = []
     if row.get("ms") is not None:
         about.append(f"{row['ms']:.4g} ms" if row["ms"] < 10 else f"{row['ms']:.1f} ms")
@@ -163,7 +163,7 @@ def describe(key: str, row: Mapping[str, Any]) -> str:
 
 
 class Once:
-    """A value made when it is first asked for, kept until :meth:`drop`; a failure is remembered and raised again."""
+    """A value made when it is first asked for, kept until :meth:`drop`. A failure is remembered and raised again."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make, self._made, self._error = make, list[Any](), list[Exception]()

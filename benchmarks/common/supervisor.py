@@ -48,7 +48,7 @@ class _Stop(BaseException):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP end what runs inside, once."""
+    """End what runs inside, once, on SIGTERM, SIGINT and SIGHUP."""
 
     def stop(number: int, frame: Any) -> None:
         for one in before:
@@ -66,7 +66,7 @@ def _signals() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """In the worker: be killed when the parent is, whatever it is killed by (Linux)."""
+    """Let a worker be killed when its parent is, whatever it is killed by (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

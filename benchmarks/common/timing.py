@@ -67,7 +67,8 @@ def timed(
     repetitions: int = REPETITIONS,
     graph: bool = True,
 ) -> Times:
-    """Time a call with a cold L2 cache, from a CUDA graph if it can be one; off the GPU once, which measures nothing.
+    """Time a call with a cold L2 cache, from a CUDA graph if it can be one. Off the GPU it is called once, which
+    measures nothing.
 
     ``warmup``, ``repetitions``: milliseconds before the first time, and of all times.
     """
@@ -102,14 +103,14 @@ class Effort:
     flushed: int = 2**28
 
     def suffices(self, times: Sequence[float]) -> bool:
-        """Whether these milliseconds are enough."""
+        """Say whether these milliseconds are enough."""
         if len(times) < self.fewest:
             return False
         return len(times) >= self.most or sum(times) >= 1e3 * self.seconds
 
 
 def quantiles(times: Sequence[float]) -> dict[str, Any]:
-    """Median, 20th, 80th and 99th percentile, and of how many."""
+    """Return median, 20th, 80th and 99th percentile, and of how many."""
     points = torch.tensor([0.5, 0.2, 0.8, 0.99], dtype=torch.float64)
     values = torch.tensor(times, dtype=torch.float64).quantile(points).tolist()
     return {**dict(zip(("ms", "p20", "p80", "p99"), map(rounded, values), strict=True)), "calls": len(times)}
@@ -118,7 +119,10 @@ def quantiles(times: Sequence[float]) -> dict[str, Any]:
 def replay_times(
     functions: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device, cache: str
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, in turn, each from a cache that holds other data, or what the call itself left."""
+    """Return the milliseconds of every call, in turn.
+
+    Each finds a cache that holds other data, or what the call itself left.
+    """
     flushed = torch.empty(effort.flushed if cache == COLD else 0, dtype=torch.int8, device=device)
     found: dict[str, list[float]] = {name: [] for name in functions}
     left = list(functions)
@@ -167,8 +171,8 @@ def in_turn(
     device: torch.device,
     look: Callable[[str, int, Any], None],
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, by name: one call of each function per round, each round beginning with another, so
-    that a machine that slows down slows all of them down.
+    """Return the milliseconds of every call, by name: one of each function per round. Each round begins with another,
+    so that a machine that slows down slows all of them down.
 
     A function is given the number of the round; what it returns goes to ``look`` after the clock has stopped.
     """
@@ -189,7 +193,10 @@ def in_turn(
 
 
 def timed_steps(step: Callable[[], None], device: torch.device, seconds: float) -> dict[str, float]:
-    """Steps one after the other, each between two events: median, 20th and 80th percentile, and the host's time."""
+    """Time steps one after the other, each between two events.
+
+    Returns the median, the 20th and 80th percentile, and the host's time.
+    """
     hosts: list[float] = []
     whole = 0.0
     # a slow step is not repeated just to see how long the host takes
@@ -226,7 +233,7 @@ class Clock:
         self.lines: list[str] = []
 
     def seconds(self) -> float:
-        """Since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self.start
 
     def say(self, text: str) -> None:

@@ -26,7 +26,7 @@ class Layer:
 
     @property
     def rank(self) -> int:
-        """Return the rank of A·C(γ)·Bᵀ, which attention's projections have; the language model's is taken as one."""
+        """Return the rank of A·C(γ)·Bᵀ, which attention's projections have. The language model's is taken as one."""
         return 0 if "MLP" in self.name else RANK
 
 

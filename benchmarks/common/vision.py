@@ -14,7 +14,7 @@ SOURCES = ("open_clip", "timm", "torchvision")
 
 
 def vision_transformer(name: str, source: str | None = None) -> tuple[nn.Module, str]:
-    """Build a randomly initialised vision tower in eval mode; return it and the library it comes from.
+    """Build a randomly initialised vision tower in eval mode. Return it and the library it comes from.
 
     Raises:
         ValueError: an unknown name. ImportError: none of the libraries is installed, or not the one asked for.

@@ -27,17 +27,20 @@ class Context:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether figures mean something."""
+        """Say whether figures mean something."""
         return self.device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
-        """The goals' bfloat16; where kernels are interpreted, which cuts bfloat16 off instead of rounding, float16."""
+        """Return the goals' bfloat16, or float16 where kernels are interpreted.
+
+        The interpreter cuts bfloat16 off instead of rounding.
+        """
         return torch.bfloat16 if self.on_gpu else torch.float16
 
     @property
     def rates(self) -> dict[str, float]:
-        """The ceilings of this run by name: ``copy`` in bytes, products by type in operations per second.
+        """Return the ceilings of this run by name: ``copy`` in bytes, products by type in operations per second.
 
         Raises:
             LookupError: they were not measured.
@@ -57,5 +60,5 @@ def fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: t
 
 
 def as_training_rates(rates: Mapping[str, float]) -> dict[str, Any]:
-    """The ceilings as :func:`benchmarks.training.bound_ms` takes them."""
+    """Return the ceilings as :func:`benchmarks.training.bound_ms` takes them."""
     return {name: rates[name] for name in ("copy", "bfloat16", "float32")}

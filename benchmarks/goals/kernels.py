@@ -36,7 +36,7 @@ def _six(context: Context) -> Sequence[Layer]:
 
 
 def hot_cases(context: Context) -> dict[str, cases.Case]:
-    """What a step of ViT-L/14 and its served layers launch of ours, by name."""
+    """Return what a step of ViT-L/14 and its served layers launch of ours, by name."""
     big, mlp = TINY_LAYERS if context.quick else VIT_L.block_layers(BATCH)[::2][:2]
     rows, image = big.rows, big.tokens
     attention: dict[str, Any] = {"n": big.n, "d": big.d, "rank": RANK}
@@ -104,7 +104,7 @@ def _with_gradient(function: Callable[[Tensor], Tensor], at: Tensor, upstream: T
 
 
 def _vectors(context: Context) -> Iterator[LayerRow]:
-    """All biases and norms of a ViT-L/14, in one launch."""
+    """Compare all biases and norms of a ViT-L/14, merged in one launch."""
     sizes = [7, 0, 40] if context.quick else [1024] * 3 + [3072, 1024, 1024, 1024, 4096, 1024, 1024] * 24
     generator = torch.Generator().manual_seed(0)
 
@@ -142,12 +142,15 @@ def _sums(context: Context) -> Iterator[LayerRow]:
 
 
 def column_sums(dy: Tensor) -> Tensor:
-    """Σ_m dy [N] in float32, as the streamed way computes db."""
+    """Return Σ_m dy [N] in float32, as the streamed way computes db."""
     return products.column_sums(dy)
 
 
 def reductions(context: Context) -> None:
-    """Measure dW by the library, its reduction, the whole weight gradient in each way, db and the merge, by layer."""
+    """Measure what a weight gradient consists of, layer by layer.
+
+    That is dW by the library, its reduction, the whole in each way, db and the merge.
+    """
     tasks = 2 if context.quick else TASKS
     for layer in _six(context):
 
@@ -223,7 +226,7 @@ def _db(context: Context, case: layer_case.Case) -> Iterator[LayerRow]:
 
 
 def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iterator[LayerRow]:
-    """Measure a kernel whose bytes are those of weights: the reduction of a dW that is there, or the merge."""
+    """Measure a kernel whose bytes are those of weights: a reduction or the merge."""
     case = cases.Case(op, layer.n, layer.d, tasks=tasks, rank=layer.rank, dtype=dtype_name(context.dtype))
     prepared = judging.Prepared.make(case, context.device)
 

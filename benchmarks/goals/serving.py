@@ -30,7 +30,7 @@ def engine(context: Context) -> None:
 
 
 def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str, Any]]:
-    """The engine as a user calls it, new preferences with every call, from the host."""
+    """Measure the engine as a user calls it, new preferences with every call, from the host."""
     case = made()
     encoder = suite.TINY_ENCODER if context.quick else suite.ENCODERS[VIT_L.name]
     size = encoders.image_size(encoder)

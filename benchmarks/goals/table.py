@@ -24,7 +24,7 @@ class Rows:
         self.timed = [row for row in self.all if row.get("matched") and row.get("ms")]
 
     def of(self, unit: str, *variants: str) -> Row | None:
-        """The fastest row of ``variants`` (all, if none is named) of a unit, or of the units below it."""
+        """Return the fastest row of ``variants`` (all, if none is named) of a unit. Units below it count as well."""
         found = [
             row
             for row in self.timed
@@ -34,12 +34,12 @@ class Rows:
         return min(found, key=lambda row: row["ms"], default=None)
 
     def ms(self, unit: str, *variants: str) -> float | None:
-        """Its milliseconds."""
+        """Return its milliseconds."""
         row = self.of(unit, *variants)
         return None if row is None else float(row["ms"])
 
     def why(self, unit: str) -> str:
-        """Why a unit has no time, if that is known."""
+        """Say why a unit has no time, if that is known."""
         whole_group = f"{unit.partition('/')[0]}/all"
         for row in self.all:
             own = row["unit"] in (unit, whole_group) or row["unit"].startswith(f"{unit}/")
@@ -48,7 +48,7 @@ class Rows:
         return ""
 
     def ceiling(self, name: str) -> float | None:
-        """A ceiling of this run."""
+        """Return a ceiling of this run."""
         found = (row["value"] for row in self.all if row["unit"].startswith("ceilings/") and row["variant"] == name)
         return next(found, None)
 
@@ -123,7 +123,7 @@ def _training(rows: Rows) -> list[Goal]:
 
 
 def _extra_memory(ours: Row, other: Row) -> float | None:
-    """Peak bytes beyond what is held between steps, ours over the other's."""
+    """Divide peak bytes beyond what is held between steps, ours by the other's."""
     if not all(row.get("peak_bytes") and row.get("resident_bytes") for row in (ours, other)):
         return None
     extra = [row["peak_bytes"] - row["resident_bytes"] for row in (ours, other)]
@@ -267,7 +267,7 @@ COLUMNS = ("goal", "measured against", "to reach", "measured", "over the bound",
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table of goals, and what was wrong."""
+    """Return the table of goals, and what was wrong."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
     for goal in goals(report):
         cells = (goal.goal, goal.against, goal.to_reach, goal.measured, goal.of_bound, goal.status)
@@ -276,12 +276,12 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def goals_markdown(report: Mapping[str, Any]) -> str:
-    """The table of goals, for documents."""
+    """Return the table of goals, for documents."""
     return markdown(report)
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """The table of goals for a terminal: columns of equal width."""
+    """Return the table of goals for a terminal: columns of equal width."""
     lines = [COLUMNS, *((g.goal, g.against, g.to_reach, g.measured, g.of_bound, g.status) for g in goals(report))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

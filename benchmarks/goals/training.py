@@ -17,7 +17,7 @@ STEP = (AUTO, ALL, ONCE, LIMIT_GRAPH, ADAMERGING)
 
 
 class Group:
-    """The variants of one model's step as units of a group; let go of at the end of a ``with`` block."""
+    """The variants of one model's step as units of a group. Let go of at the end of a ``with`` block."""
 
     def __init__(self, context: Context, name: str, model: str, *, batch: int = BATCH) -> None:
         self.context, self.key = context, f"{name}/{model}, batch {batch}"
@@ -52,7 +52,7 @@ def _nothing(line: str) -> None:
 
 
 def vit_l_14(context: Context) -> None:
-    """Measure a step of ViT-L/14, K = 8: auto, all at once, merged once, the limit, the layer-wise computation."""
+    """Measure a step of ViT-L/14, K = 8, in every way of :data:`STEP`."""
     with Group(context, "training-L14", "ViT-L/14") as group:
         group.measure(STEP, 8)
 
@@ -64,7 +64,7 @@ def vit_b_32(context: Context) -> None:
 
 
 def float32(context: Context) -> None:
-    """Measure the layer-wise computation in float32; of fewer images beside ours, because memory may end before."""
+    """Measure the layer-wise computation in float32. Of fewer images beside ours, because memory may end before."""
     for model, batch in (("ViT-B/32", BATCH), ("ViT-L/14", BATCH), *(("ViT-L/14", few) for few in FEWER)):
         with Group(context, "float32", model, batch=batch) as group:
             if batch != BATCH:

@@ -28,7 +28,7 @@ def triton_key() -> str | None:
 
 
 def environment(quick: bool) -> dict[str, Any]:
-    """Where the run takes place, with what must be the same in every run of one file."""
+    """Return where the run takes place, with what must be the same in every run of one file."""
     from benchmarks import results
 
     found = results.machine()
@@ -36,7 +36,7 @@ def environment(quick: bool) -> dict[str, Any]:
 
 
 def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:
-    """What is said before anything is measured."""
+    """Return what is said before anything is measured."""
     card = where["gpu"] or f"no GPU ({where['cpu']})"
     lines = [
         f"GPU          {card}",
@@ -52,7 +52,7 @@ def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:
 
 
 def measure_groups(session: Session, wanted: Sequence[Group], context: Any, load: Callable[[str], Any]) -> None:
-    """Measure groups in their order; one that needs what is not installed says so and is passed over."""
+    """Measure groups in their order. One that needs what is not installed says so and is passed over."""
     for group in wanted:
         module, _, name = group.function.partition(":")
         try:

@@ -20,7 +20,7 @@ GOAL_DEVICES = ("nvidia-h200", "nvidia-h100-80gb-hbm3")
 
 
 def goal_lines(gpu: str) -> list[list[str]]:
-    """Goal, what is to be reached, what is predicted on that GPU, and what that counts."""
+    """Return each goal, what is to be reached, what is predicted, and what that counts."""
     small, large = TOWERS
     steps = {tower.name: predictions.step(tower, GOAL_TASKS, gpu) for tower in TOWERS}
     in_a_step = (

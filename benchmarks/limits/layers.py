@@ -17,7 +17,7 @@ NOT_MEASURED = "not measured"
 
 
 def _lines(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
-    """Layer and operation of each line of a table; a merge does not depend on rows and comes once a shape."""
+    """Yield layer and operation of each line of a table. A merge does not depend on rows and comes once a shape."""
     merged = set()
     for layer in layers:
         for operation in NAMES:
@@ -96,7 +96,7 @@ def _bound_of(bound: Bound, rates: Rates) -> tuple[str, str]:
 
 
 def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figures) -> list[str]:
-    """One line of a GPU's table."""
+    """Return one line of a GPU's table."""
     rates, counted = rates_of(gpu), problem(layer, tasks)
     bound = costs.bound(operation, counted)
     micro, which = _bound_of(bound, rates)
@@ -128,7 +128,7 @@ def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figu
 
 
 def _measured_cell(found: dict[str, float], bound: float) -> str:
-    """The fastest variant's µs, its name, and the ratio to the bound."""
+    """Return the fastest variant's µs, its name, and the ratio to the bound."""
     if not found:
         return NOT_MEASURED
     name = min(found, key=lambda variant: found[variant])
@@ -152,7 +152,10 @@ def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
 
 
 def served_line(layer: Layer, gpu: str) -> list[str]:
-    """A folded layer at a preference per image, in µs: its bound and predictions beside those of the plain layer."""
+    """Return a folded layer at a preference per image, in µs.
+
+    Its bound and predictions beside those of the plain layer.
+    """
     rates = rates_of(gpu)
     p = problem(layer, 0, per_row=True)
     bound = costs.served_seconds(p, rates.products(KIND), rates.memory)
@@ -163,7 +166,7 @@ def served_line(layer: Layer, gpu: str) -> list[str]:
 
 
 def device_served(gpu: str, title: str) -> list[str]:
-    """Of the layers with a low-rank term, one image and a batch of them."""
+    """Return lines of the layers with a low-rank term, one image and a batch of them."""
     served = [layer for tower in TOWERS for items in (1, BATCH) for layer in tower.block_layers(items) if layer.rank]
     columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
     return [

@@ -16,7 +16,7 @@ Figures = dict[tuple[str, int, str, int], dict[str, float]]
 
 
 def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Committed results, oldest first; a rehearsal is nobody's result."""
+    """Yield committed results, oldest first; a rehearsal is nobody's result."""
     found = []
     for path in sorted(results.RESULTS.glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -26,12 +26,12 @@ def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def file_name(gpu: str) -> str:
-    """A GPU's name as configuration files spell it: ``NVIDIA H200`` -> ``nvidia-h200``."""
+    """Return a GPU's name as configuration files spell it: ``NVIDIA H200`` -> ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Rows of the kernels suite and of the layer grid, its own suite or (before) the training suite's."""
+    """Yield rows of the kernels suite and of the layer grid, its own suite or (before) the training suite's."""
     kernels = suites.get("kernels", {})
     for row in kernels.get("rows", ()):
         if kernels["rank"] == RANK:
@@ -42,7 +42,7 @@ def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def measured(gpu: str) -> tuple[Figures, list[str]]:
-    """The newest committed milliseconds of our variants on that GPU, bfloat16, and the files they come from."""
+    """Return the newest committed milliseconds of our variants on that GPU, bfloat16, and the files they come from."""
     figures: Figures = {}
     sources: dict[tuple[str, int, str, int], str] = {}
     for path, report in _reports():
@@ -63,7 +63,10 @@ def measured(gpu: str) -> tuple[Figures, list[str]]:
 
 
 def compiled(arch: str) -> tuple[Path, list[dict[str, Any]]] | None:
-    """The newest committed budget file that has the architecture, and its 16-bit rows of the three main kernels."""
+    """Return the newest committed budget file of the architecture.
+
+    With it come its 16-bit rows of the three main kernels.
+    """
     newest = None
     for path, report in _reports():
         if report.get("suite") == "budget":

@@ -41,7 +41,7 @@ def device_models(gpu: str, title: str) -> list[str]:
 
 
 def _parts(tower: Tower, gpu: str, title: str) -> list[str]:
-    """Where the milliseconds of a predicted step go."""
+    """Return where the milliseconds of a predicted step go."""
     kernels = [
         list(predictions.limit_kernels(tower, GOAL_TASKS, gpu)),
         *(list(predictions.step_kernels(tower, GOAL_TASKS, gpu, way)) for way in ("cached", "all at once")),

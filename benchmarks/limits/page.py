@@ -106,7 +106,7 @@ let in."""
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     lines = [*_introduction(), *models()]
     for gpu, (title, _) in DEVICES.items():
         lines += [f"## {title}: goals and steps", ""]

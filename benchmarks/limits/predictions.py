@@ -29,13 +29,16 @@ GROUPS: dict[str, tuple[Layer, ...]] = {
 
 
 def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = False) -> Problem:
-    """``layer`` as :mod:`pmkernels.costs` counts it."""
+    """Return ``layer`` as :mod:`pmkernels.costs` counts it."""
     return Problem(layer.rows, layer.n, layer.d, tasks, layer.rank, KIND, per_row, bias)
 
 
 @functools.cache
 def configuration_file(gpu: str) -> str:
-    """The configuration file that a GPU of that name would take: its own, its architecture's, or the default one."""
+    """Return the configuration file that a GPU of that name would take.
+
+    Its own, its architecture's, or the default one.
+    """
     arch = DEVICES[gpu][1] if gpu in DEVICES else ""
     files = dispatch.in_force().files
     return next((name for name in (gpu, arch) if name in files), "default")
@@ -43,7 +46,7 @@ def configuration_file(gpu: str) -> str:
 
 @functools.cache
 def rates_of(gpu: str) -> Rates:
-    """The rates of a GPU of :data:`pmkernels.costs.GPUS`, measured ones where its configuration file has them."""
+    """Return the rates of a GPU, measured ones where its configuration file has them."""
     return replace(costs.GPUS[gpu], **configs.read_rates(dispatch.in_force().files[configuration_file(gpu)]))
 
 
@@ -56,7 +59,8 @@ def predicted(
     cached: bool = False,
     configuration: str | None = None,
 ) -> float:
-    """Seconds that ``strategy`` should take on a GPU of :data:`pmkernels.costs.GPUS`, with the tiles of its kernel.
+    """Return seconds that ``strategy`` should take on a GPU of :data:`pmkernels.costs.GPUS`, with the tiles of its
+    kernel.
 
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """
@@ -65,7 +69,7 @@ def predicted(
 
 
 def choice(operation: str, counted: Problem, gpu: str) -> str:
-    """Name the strategy that ``auto`` takes where nothing was measured; it does not know whether there is a bias."""
+    """Name the strategy that ``auto`` takes where nothing was measured. It does not know whether there is a bias."""
     known = replace(counted, bias=False)
     return min(("streamed", "fused"), key=lambda strategy: predicted(operation, strategy, known, gpu))
 
@@ -98,12 +102,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """All parts together."""
+        """Return all parts together."""
         return sum(self.parts.values())
 
     @property
     def counted_alone(self) -> float:
-        """Without the rest of the network, which takes the same time however weights are merged."""
+        """Return the time without the rest of the network, which takes the same time however weights are merged."""
         return self.seconds - self.parts.get(REST, 0.0)
 
     def apart(self, other: Prediction) -> float:
@@ -146,7 +150,7 @@ class Product:
 
 
 def products(tower: Tower, tasks: int, items: int = BATCH) -> list[Product]:
-    """Every product with a merged weight in one forward: patch embedding, blocks, final projection."""
+    """Return every product with a merged weight in one forward: patch embedding, blocks, final projection."""
     patches = Problem(items * (tower.tokens - 1), tower.width, 3 * tower.patch**2, tasks, 0, KIND)
     final = Problem(items, tower.output, tower.width, tasks, 0, KIND)
     blocks = [Product(problem(layer, tasks, bias=True), tower.blocks) for layer in tower.block_layers(items)]
@@ -154,7 +158,7 @@ def products(tower: Tower, tasks: int, items: int = BATCH) -> list[Product]:
 
 
 def attention(tower: Tower, items: int = BATCH) -> list[Pass]:
-    """QKᵀ and AV of a block, forward and backward, as flash attention moves bytes.
+    """Return QKᵀ and AV of a block, forward and backward, as flash attention moves bytes.
 
     Forward: two products; Q, K, V read, the output written. Backward: four products (the recomputed scores are not
     counted); Q, K, V, output and its gradient read, three gradients written.
@@ -266,7 +270,7 @@ class Step:
 
 @functools.cache
 def step(tower: Tower, tasks: int, gpu: str) -> Step:
-    """The limit, the bound and the predictions of a training step of ``tasks`` tasks on ``gpu``."""
+    """Return the limit, the bound and the predictions of a training step of ``tasks`` tasks on ``gpu``."""
     rates = rates_of(gpu)
     scores = attention(tower) * tower.blocks
     operations = tasks * sum(kernel.products for kernel in scores)
@@ -286,7 +290,7 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
 
 
 def memory(tower: Tower, tasks: int) -> dict[str, float]:
-    """Bytes of weights that a step holds by strategy: W0, K task vectors, and what is merged."""
+    """Return bytes of weights that a step holds by strategy: W0, K task vectors, and what is merged."""
     held = 2.0 * (tasks + 1) * tower.parameters
     largest = 2.0 * max(p.problem.n * p.problem.d for p in products(tower, tasks))
     return {"cached": held + 2.0 * tower.parameters, "streamed": held + largest, "fused": held}

@@ -14,7 +14,7 @@ UNCERTAINTY = 0.25
 
 
 def figure(value: float) -> str:
-    """Three digits, no exponent."""
+    """Return three digits, no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -29,7 +29,7 @@ def layer_name(layer: Layer) -> str:
 
 
 def folded(title: str, lines: list[str], folded: bool) -> list[str]:
-    """A table under its title, folded away where it is one of many."""
+    """Return a table under its title, folded away where it is one of many."""
     if not folded:
         return [title, *lines]
     return ["<details>", f"<summary>{title.replace('**', '')}</summary>", *lines, "</details>", ""]

@@ -61,7 +61,7 @@ class Point:
 
     @property
     def images(self) -> int:
-        """Parts of as many rows as the layer has tokens; where that leaves a rest, every row is a part."""
+        """Return parts of as many rows as the layer has tokens; where that leaves a rest, every row is a part."""
         return self.rows if self.rows % self.layer.tokens else self.rows // self.layer.tokens
 
     def problem(self, *, tasks: int | None = None) -> Problem:
@@ -102,7 +102,7 @@ class LogitsPoint:
 
     @property
     def name(self) -> str:
-        """The shape in words."""
+        """Return the shape in words."""
         return f"{self.rows} rows of {self.classes} classes"
 
     def make(self, source: Source) -> Tensor:
@@ -155,11 +155,11 @@ class Case:
 
     @property
     def group(self) -> str:
-        """The heading of the table that it stands in."""
+        """Return the heading of the table that it stands in."""
         return f"{self.op}, {self.subject}"
 
     def check(self) -> tuple[float, float]:
-        """Return the relative error of one run and PyTorch's own; raise AssertionError if it is too large."""
+        """Return the relative error of one run and PyTorch's own. Raise AssertionError if it is too large."""
         truth, outputs = self.truth(), self.run()
         error, plain = relative_error(outputs, truth[: len(outputs)]), relative_error(self.plain(), truth)
         if error > TOLERANCE * plain + 1e-6:

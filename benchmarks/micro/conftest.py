@@ -103,7 +103,7 @@ class Axis:
 
     @property
     def key(self) -> str:
-        """The option's name for ``config.getoption``."""
+        """Return the option's name for ``config.getoption``."""
         return self.option.removeprefix("--")
 
 
@@ -243,13 +243,13 @@ def device() -> torch.device:
 
 @pytest.fixture
 def row_point(layer: str, rows: int, K: int, r: int, dtype: str, strategy: str, device: torch.device) -> Point:
-    """A layer at a number of rows."""
+    """Return a layer at a number of rows."""
     return Point(cases.find_layer(layer), rows, K, r, DTYPES[dtype], strategy, device)
 
 
 @pytest.fixture
 def weight_point(layer: str, K: int, r: int, dtype: str, strategy: str, device: torch.device) -> Point:
-    """A layer where no rows take part."""
+    """Return a layer where no rows take part."""
     return Point(cases.find_layer(layer), 0, K, r, DTYPES[dtype], strategy, device)
 
 

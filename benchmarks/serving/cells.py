@@ -55,7 +55,7 @@ class Truth:
 
     @classmethod
     def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> Truth:
-        """Of plain models merged at ``drawn`` [P, K], for each number of ``counts``."""
+        """Return the truth of plain models merged at ``drawn`` [P, K], for each number of ``counts``."""
         wide, plain_error = copy.deepcopy(case.folded).double(), 0.0
         features: dict[int, Tensor] = {}
         for count in counts:
@@ -69,7 +69,7 @@ class Truth:
         return cls(features, plain_error)
 
     def error(self, found: Tensor, items: int, count: int) -> float:
-        """Of the features of the first ``items``, with ``count`` preferences among them."""
+        """Return the error of the features of the first ``items``, with ``count`` preferences among them."""
         # 8 images with 8 preferences have the first 8 of 32
         exact = self.features[min(known for known in self.features if known >= count)][:items]
         return item_error(found, exact) if found.shape == exact.shape else FAILED
@@ -85,8 +85,10 @@ def blank(case: Case, batch: int, count: int, variant: str) -> CellRow:
 
 @dataclass
 class Cell:
-    """One tower at one batch with P distinct preferences: images, requests with one set of preferences each, the truth
-    of the first set, and a row for each variant."""
+    """One tower at one batch with P distinct preferences.
+
+    Images, requests with one set of preferences each, the truth of the first set, and a row for each variant.
+    """
 
     case: Case
     images: Tensor
@@ -97,7 +99,7 @@ class Cell:
 
     @classmethod
     def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> Cell:
-        """With the first ``count`` preferences of ``drawn`` [SETS, P, K]."""
+        """Make a cell of the requests with the first ``count`` preferences of ``drawn`` [SETS, P, K]."""
         requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
         return cls(case, images, requests, truth, {}, {})
 
@@ -129,7 +131,7 @@ class Cell:
             row.fail(error)
 
     def judge(self, row: CellRow, variant: Variant, found: Tensor) -> None:
-        """Whether every item has the features of its own preference of the first set; the worst error stays."""
+        """Judge whether every item has the features of its own preference of the first set. The worst error stays."""
         count = 1 if variant.single else len(self.requests[0].distinct)
         error = max(row.error, self.truth.error(found, len(self.images), count))
         row.judge(error, self.truth.plain_error, wrong="wrong features")
@@ -157,7 +159,7 @@ class Cell:
 
 
 def compare(rows: Sequence[CellRow]) -> None:
-    """Times over the fastest limit of the same rows, and bytes over those of the plain model."""
+    """Divide times by the fastest limit's, and bytes by the plain model's."""
     fastest = min((row.ms for row in rows if row.variant.startswith("limit") and row.ms), default=None)
     plain = next((row.weight_bytes for row in rows if row.variant == LIMIT), None)
     for row in rows:
@@ -175,14 +177,14 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def counts_for(batch: int, preferences: Sequence[int]) -> list[int]:
-    """How many distinct preferences a batch can have of those asked for: 8 images at most 8."""
+    """Return how many distinct preferences a batch can have of those asked for. 8 images at most 8."""
     return sorted({min(count, batch) for count in preferences})
 
 
 def cell_rows(
     case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, skip: Sequence[str] = ()
 ) -> list[CellRow]:
-    """A row per variant, but those of ``skip``, at one batch with ``count`` of the preferences ``drawn``."""
+    """Return a row per variant, but those of ``skip``, at one batch with ``count`` of the preferences ``drawn``."""
     cell = Cell.make(case, images, drawn, truth, count)
     for name, make in variants.VARIANTS.items():
         if name not in skip:

@@ -37,7 +37,7 @@ class Request:
 
     @classmethod
     def make(cls, distinct: Tensor, items: int, device: torch.device) -> Request:
-        """Item i of ``items`` has preference i mod P of ``distinct`` [P, K]."""
+        """Give item i of ``items`` preference i mod P of ``distinct`` [P, K]."""
         each = distinct[torch.arange(items) % len(distinct)]
         return cls(distinct, each, distinct.to(device), each.to(device))
 
@@ -56,7 +56,8 @@ class Case:
 def build_case(
     name: str, encoder: Mapping[str, Any], folder: Path, dtype: torch.dtype, device: torch.device, share: float = 0.3
 ) -> Case:
-    """A random tower, folded, with low-rank terms of about ``share`` of each projection's norm for one task alone.
+    """Return a random tower, folded, with low-rank terms of about ``share`` of each projection's norm for one task
+    alone.
 
     λ is folded, so nothing is left of the K fine-tuned copies, and none is made.
     """
@@ -86,7 +87,7 @@ def build_case(
 
 
 def preferences(count: int) -> Tensor:
-    """Sets of ``count`` preferences drawn uniformly from the simplex, float32 [SETS, count, K]."""
+    """Return sets of ``count`` preferences drawn uniformly from the simplex, float32 [SETS, count, K]."""
     drawn = torch.empty(SETS, count, TASKS).exponential_(generator=torch.Generator().manual_seed(2))
     return drawn / drawn.sum(dim=-1, keepdim=True)
 
@@ -103,7 +104,7 @@ class Projection:
 
     @classmethod
     def of(cls, module: ParetoModule, name: str) -> Projection:
-        """Parameter ``name`` of a folded layer."""
+        """Return parameter ``name`` of a folded layer."""
         bias = module._parameters[name.replace("weight", "bias")]
         stored = module.pareto_parameter(name)
         term = stored.low_rank()
@@ -111,7 +112,7 @@ class Projection:
         return cls(stored.weight.detach(), None if bias is None else bias.detach(), *(t.detach() for t in term))
 
     def merged(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
-        """W(γ) [N, D] in the type of the weight."""
+        """Return W(γ) [N, D] in the type of the weight."""
         return pmkernels.merge_weight(self.weight, A=self.A, G=self.G, B=self.B, gamma=gamma, out=out)
 
 
@@ -125,7 +126,7 @@ class LinearAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """[n, tokens, E] -> [n, tokens, E]; key and value are the query."""
+        """Attend: [n, tokens, E] -> [n, tokens, E]; key and value are the query."""
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.in_proj(query).chunk(3, dim=-1)
         )
@@ -134,7 +135,7 @@ class LinearAttention(nn.Module):
 
 
 def tower(folded: nn.Module, make: Callable[[Projection], nn.Module]) -> nn.Module:
-    """The folded tower with what ``make`` makes of each projection in its place; other weights are shared."""
+    """Return the folded tower with what ``make`` makes of each projection in its place. Other weights are shared."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in folded.state_dict(keep_vars=True).values()}
     built = copy.deepcopy(folded, memo)
     # its preference is nobody's here
@@ -150,7 +151,7 @@ def tower(folded: nn.Module, make: Callable[[Projection], nn.Module]) -> nn.Modu
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """nn.Linear of these very tensors."""
+    """Make an nn.Linear of these very tensors."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -13,7 +13,10 @@ from benchmarks.serving.layers import ADDED, CHOICES, LIMIT
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per layer and cache: µs of the limit, and of each variant with its ratio to the limit and the bound."""
+    """Return a line per layer and cache.
+
+    It has µs of the limit, and of each variant with its ratio to the limit and the bound.
+    """
     names = [name for name in (ADDED, *CHOICES) if any(row["variant"] == name for row in rows)]
     bounded = any(row["bound_ms"] is not None for row in rows)
     columns = ["layer", "cache", "limit µs", *(["bound µs"] if bounded else [])]
@@ -42,7 +45,7 @@ def _cell(row: Mapping[str, Any] | None, limit: float | None) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
-    """One image, cold beside warm: a bar per variant and projection, the bound as a line across it."""
+    """Draw one image, cold beside warm: a bar per variant and projection, the bound as a line across it."""
     shown = [row for row in rows if row["items"] == 1 and row["ms"]]
     if not shown:
         return []

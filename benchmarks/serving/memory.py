@@ -17,7 +17,7 @@ from benchmarks.common.timing import free_memory
 
 
 def unused_memory(device: torch.device) -> float:
-    """Bytes that tensors can still take on the device."""
+    """Return bytes that tensors can still take on the device."""
     if device.type == "cpu":
         try:
             lines = Path("/proc/meminfo").read_text().splitlines()
@@ -28,7 +28,7 @@ def unused_memory(device: torch.device) -> float:
 
 
 def tensor_bytes(*objects: Any) -> int:
-    """Bytes of all tensors that are reached from ``objects``, memory that several of them share counted once."""
+    """Return bytes of all tensors that are reached from ``objects``, memory that several of them share counted once."""
     storages = {}
     for tensor in _tensors(list(objects)):
         if tensor.device.type != "meta":

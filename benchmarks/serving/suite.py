@@ -58,7 +58,7 @@ def make_images(count: int, size: int, case: Case) -> Tensor:
 def case_rows(
     case: Case, size: int, batches: Sequence[int], preferences: Sequence[int], effort: Effort, clock: Clock
 ) -> Iterator[list[CellRow]]:
-    """All rows of one tower, a batch with a number of preferences at a time; ``size``: of its images in pixels."""
+    """Yield all rows of one tower, a batch at a time; ``size``: of its images in pixels."""
     images = make_images(max(batches), size, case)
     drawn = folded.preferences(max(preferences))
     truth = Truth.of(case, images, drawn[0], preferences)
@@ -76,7 +76,7 @@ def case_rows(
 
 
 def left_out(batches: Mapping[str, Sequence[int]]) -> list[str]:
-    """What of the whole grid a run on the CPU does without, in words."""
+    """Return what of the whole grid a run on the CPU does without, in words."""
     missing = {
         name: [batch for batch in every if batch not in batches.get(name, ())] for name, every in GPU_BATCHES.items()
     }
@@ -84,7 +84,8 @@ def left_out(batches: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """All rows, on a GPU if there is one. ``quick``: a tiny tower, which proves that it runs and measures nothing.
+    """Return all rows, on a GPU if there is one. ``quick``: a tiny tower, which proves that it runs and measures
+    nothing.
 
     ``save`` gets the report after every layer and every batch of a tower.
     """

@@ -23,7 +23,7 @@ def _layers(report: Json) -> list[dict[str, Any]]:
 
 
 def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> dict[str, Any]:
-    """The fastest of ``variants``; a row without figures if none was measured, with the reason of one."""
+    """Return the fastest of ``variants``, or a row without figures and with a reason."""
     rows = [
         row
         for row in _batches(report)
@@ -35,7 +35,7 @@ def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> di
 
 
 def goals(report: Json) -> list[Goal]:
-    """Judge what was aimed at on the device of the report, ``cuda`` or ``cpu``; without one: on both."""
+    """Judge what was aimed at on the device of the report, ``cuda`` or ``cpu``. Without one: on both."""
     found, device = [], report.get("device")
     if device in (None, "cuda"):
         where = "GPU, ViT-L/14, batch 32, 32 preferences"
@@ -64,7 +64,7 @@ def goals_markdown(report: Json) -> str:
 
 
 def markdown(report: Json) -> str:
-    """The goals, a table for each tower and batch, and the layers."""
+    """Return the goals, a table for each tower and batch, and the layers."""
     effort = report["effort"]
     lines = [REHEARSAL, ""] if report["quick"] else []
     fewest = f"at least {effort['fewest']} calls of each variant, in turn"
@@ -97,8 +97,11 @@ def markdown(report: Json) -> str:
 
 
 def summary_markdown(report: Json) -> str:
-    """A line for each tower, batch and number of preferences: the time of the plain merged model, and over it those of
-    the engine and of the others; of what was also captured as a CUDA graph, the faster. And the memory of copies."""
+    """Return a line for each tower, batch and number of preferences.
+
+    The time of the plain merged model, and over it those of the engine and of the others; of what was also captured as
+    a CUDA graph, the faster. And the memory of copies.
+    """
     shown = {
         "engine": (ENGINE,),
         "merging again": (REMERGE, f"{REMERGE}{GRAPH}"),

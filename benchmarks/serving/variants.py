@@ -43,7 +43,7 @@ SHARE_OF_MEMORY = 0.8
 
 
 class Unavailable(Exception):
-    """A variant that cannot be measured here, which is not a fault of it; the message says why."""
+    """A variant that cannot be measured here, which is not a fault of it. The message says why."""
 
 
 @dataclass
@@ -63,32 +63,32 @@ class Variant:
     weights: Callable[[], int] | None = None
 
     def weight_bytes(self) -> int:
-        """Bytes of the weights it keeps now."""
+        """Return bytes of the weights it keeps now."""
         return tensor_bytes(*self.holds) if self.weights is None else self.weights()
 
 
 def plain_model(case: Case, request: Request) -> Variant:
-    """The model merged at the first preference, as :func:`pareto_merging.merge` gives it."""
+    """Return the model merged at the first preference, as :func:`pareto_merging.merge` gives it."""
     model = merge(case.folded, request.distinct[0])
     return Variant(LIMIT, lambda images, _: model(images), (model,), set_up=True, single=True)
 
 
 def plain_linear_model(case: Case, request: Request) -> Variant:
-    """The same with the attention that the variants below have."""
+    """Return the same with the attention that the variants below have."""
     gamma = request.distinct_on_device[0]
     model = tower(case.folded, lambda part: linear(part.merged(gamma), part.bias))
     return Variant(LIMIT_LINEAR, lambda images, _: model(images), (model,), set_up=True, single=True)
 
 
 def engine(case: Case, request: Request) -> Variant:
-    """Ours, from the folded file; preferences come from the host, as requests do."""
+    """Return ours, from the folded file; preferences come from the host, as requests do."""
     made = Engine(case.file, device=case.device, dtype=case.dtype, max_batch=len(request.each))
     # images that its CUDA graphs read are no weights
     return Variant(ENGINE, lambda images, request: made(images, request.each), (made,), weights=lambda: int(made.bytes))
 
 
 def engine_again(case: Case, request: Request) -> Variant:
-    """An engine that is asked for one preference by every request, and has kept its merged weights.
+    """Return an engine that is asked for one preference by every request, and has kept its merged weights.
 
     Raises:
         Unavailable: requests with several.
@@ -99,7 +99,7 @@ def engine_again(case: Case, request: Request) -> Variant:
 
 
 def engine_on_device(case: Case, request: Request) -> Variant:
-    """An engine whose preferences are on the GPU already: it cannot see that some are equal.
+    """Return an engine whose preferences are on the GPU already. It cannot see that some are equal.
 
     Raises:
         Unavailable: not on a GPU, where the host sees them all.
@@ -122,16 +122,16 @@ class Remerged(nn.Module):
         self.register_buffer("weight", part.weight.clone())
 
     def merge(self, gamma: Tensor) -> None:
-        """W(γ) at gamma [K] from now on."""
+        """Merge at gamma [K] for the calls that follow."""
         self.part.merged(gamma, out=self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[*, D] -> [*, N]."""
+        """Return [*, D] -> [*, N]."""
         return F.linear(x, self.weight, self.part.bias)
 
 
 def merge_again(case: Case, request: Request) -> Variant:
-    """For each distinct preference: merge into one workspace in place, then run its items."""
+    """Return a call that does for each distinct preference: merge into one workspace in place, then run its items."""
     model, count = tower(case.folded, Remerged), len(request.distinct)
     layers = [module for module in model.modules() if isinstance(module, Remerged)]
 
@@ -148,12 +148,12 @@ def merge_again(case: Case, request: Request) -> Variant:
 
 
 def _in_order(found: Sequence[Tensor]) -> Tensor:
-    """P groups of features [n / P, dim] -> [n, dim] with item i from group i mod P."""
+    """Put P groups of features [n / P, dim] in order: [n, dim] with item i from group i mod P."""
     return torch.stack(list(found), dim=1).flatten(0, 1)
 
 
 class Copies(nn.Module):
-    """A projection merged at P preferences: weights [P, N, D]; its input has the items of each together."""
+    """A projection merged at P preferences: weights [P, N, D]. Its input has the items of each together."""
 
     weight: Tensor
     bias: Tensor | None
@@ -164,14 +164,14 @@ class Copies(nn.Module):
         self.register_buffer("bias", part.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, tokens, D] -> [n, tokens, N]."""
+        """Return [n, tokens, D] -> [n, tokens, N]."""
         grouped, weight = x.reshape(len(self.weight), -1, x.shape[-1]), self.weight.transpose(1, 2)
         y = torch.bmm(grouped, weight) if self.bias is None else torch.baddbmm(self.bias, grouped, weight)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def merged_copies(case: Case, request: Request) -> Variant:
-    """One merged copy of each projection per preference, made beforehand; one batched product over them.
+    """Return merged copies of each projection per preference, made beforehand. One batched product over them.
 
     Raises:
         Unavailable: the copies take more than :data:`SHARE_OF_MEMORY` of what is free.
@@ -209,7 +209,7 @@ class Looped(nn.Module):
         self.low, self.up = part.B.to(part.weight.dtype), part.A.to(part.weight.dtype).t()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, tokens, D] -> [n, tokens, N]."""
+        """Return [n, tokens, D] -> [n, tokens, N]."""
         cores = reference.preference_core(self.G, self.groups.gammas).transpose(1, 2).to(x.dtype)
         y: Tensor = self.base(x)
         for items, core in zip(self.groups.items, cores, strict=True):
@@ -218,7 +218,7 @@ class Looped(nn.Module):
 
 
 def looped(case: Case, request: Request) -> Variant:
-    """As multi-adapter libraries do it: in each layer, one adapter after the other."""
+    """Return the same as multi-adapter libraries do it: in each layer, one adapter after the other."""
     count, items = len(request.distinct), len(request.each)
     groups = Groups(
         request.distinct_on_device, [torch.arange(first, items, count, device=case.device) for first in range(count)]
@@ -234,7 +234,7 @@ def looped(case: Case, request: Request) -> Variant:
 
 
 def peft_version() -> str | None:
-    """The version of PEFT, None where it is not installed."""
+    """Return the version of PEFT, None where it is not installed."""
     try:
         return str(importlib.import_module("peft").__version__)
     except ImportError:
@@ -242,7 +242,8 @@ def peft_version() -> str | None:
 
 
 def peft_mixed_batch(case: Case, request: Request) -> Variant:
-    """PEFT itself: every preference is a LoRA adapter, Bᵀ and then A·C(γ), added beforehand, and named for each item.
+    """Return PEFT itself. Every preference is a LoRA adapter, Bᵀ and then A·C(γ), added beforehand, and named for each
+    item.
 
     Raises:
         Unavailable: PEFT cannot be imported.
@@ -295,7 +296,7 @@ VARIANTS: dict[str, Callable[[Case, Request], Variant]] = {
 
 
 def graphed(of: Variant, images: Tensor, request: Request) -> Variant:
-    """``of`` as a CUDA graph over inputs that every call copies into its own.
+    """Return ``of`` as a CUDA graph over inputs that every call copies into its own.
 
     Raises:
         Unavailable: it cannot be captured.

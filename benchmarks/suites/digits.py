@@ -100,7 +100,7 @@ ABLATIONS_OF_EIGHT = (
 def run(
     seeds: Sequence[int], quick: bool = False, progress: bool = True, work: Path | None = None, jobs: int = 1
 ) -> dict[str, Any]:
-    """Measure every seed; ``quick`` takes two steps of few methods and proves only that it runs.
+    """Measure every seed. ``quick`` takes two steps of few methods and proves only that it runs.
 
     Args:
         work: the folder of partial results, to go on from; None: a temporary one. jobs: processes, one thread each.
@@ -154,7 +154,7 @@ def _say(part: tuple[str, int, int], number: int, total: int, start: float, prog
 
 
 def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
-    """One piece of the work, in a process of its own where there are several; done pieces are kept."""
+    """Do one piece of the work, in a process of its own where there are several. Done pieces are kept."""
     suite = folder / f"seed-{seed}" / "suite"
     with one_thread(), warnings.catch_warnings():
         # a setting that collapses is not chosen; its warning is in the results
@@ -250,7 +250,7 @@ def _judges(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The first seed's pictures in ``folder``/TASKS-models."""
+    """Return the first seed's pictures in ``folder``/TASKS-models."""
     written = []
     for tasks, rows in report["results"].items():
         titled = [Result.from_json({**row, "title": METHODS[row["method"]].title}) for row in rows]
@@ -271,7 +271,7 @@ def _summary(report: Mapping[str, Any], tasks: int | str) -> dict[str, MethodSum
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The table of the README: every method with two, three and eight models."""
+    """Return the table of the README: every method with two, three and eight models."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
     columns, figures_ = ["method"], [("equal", 1), ("one_hot", 1), ("hypervolume", 100)]
     for tasks in TASKS:
@@ -291,7 +291,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def ablations_markdown(report: Mapping[str, Any]) -> str:
-    """Ablations of Pareto Merging: one thing changed at a time, nothing chosen."""
+    """Return ablations of Pareto Merging: one thing changed at a time, nothing chosen."""
     figures_ = (("equal", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("spearman", 1, 2))
     columns, rows = ["change"], []
     for tasks in report["ablations"]:
@@ -306,7 +306,7 @@ def ablations_markdown(report: Mapping[str, Any]) -> str:
 
 
 def unseen_markdown(report: Mapping[str, Any]) -> str:
-    """Accuracy on tasks without a fine-tuned model, three models merged."""
+    """Return accuracy on tasks without a fine-tuned model, three models merged."""
     entries = [entry for entry in _summary(report, 3).values() if entry.unseen]
     names = list(entries[0].unseen) if entries else []
     rows = [[entry.title, *(cell(entry.unseen[name]) for name in names)] for entry in entries]
@@ -314,7 +314,7 @@ def unseen_markdown(report: Mapping[str, Any]) -> str:
 
 
 def fronts_markdown(report: Mapping[str, Any]) -> str:
-    """The methods that answer a preference: how good and how well aligned their sets are."""
+    """Return the methods that answer a preference: how good and how well aligned their sets are."""
     figures_ = (
         *(("equal", 1, 1), ("priority", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("non_dominated", 1, 0)),
         *(("points", 1, 0), ("spacing", 1, 2), ("igd_plus", 1, 2), ("cosine", 1, 3), ("spearman", 1, 2)),

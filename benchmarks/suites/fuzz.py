@@ -7,7 +7,7 @@ from typing import Any
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The committed figures for docs/: a row for each reader."""
+    """Return the committed figures for docs/: a row for each reader."""
     lines = ["| reader | damaged files | refused | right answer | findings |", "|---|---:|---:|---:|---:|"]
     for row in report["rows"]:
         counts = [f"{row[key]:,}" for key in ("mutations", "refused", "right", "found")]

@@ -61,7 +61,7 @@ class Bench:
         exempt: Sequence[str] = (LIMIT,),
         plain_error: float | None = None,
     ) -> Iterator[LayerRow]:
-        """Yield a row per variant, judged by plain PyTorch's own error; the outputs of ``exempt`` are not judged."""
+        """Yield a row per variant, judged by plain PyTorch's own error. The outputs of ``exempt`` are not judged."""
         plain = relative_error(variants[PYTORCH](), truth) if plain_error is None else plain_error
         bound_ms = 1e3 * max(least.operations / self.rates[dtype_name(self.dtype)], least.bytes / self.rates["copy"])
         for name, variant in variants.items():
@@ -150,7 +150,7 @@ def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]
 
 
 def _replayed(variant: Variant, device: torch.device) -> Variant:
-    """A variant as a CUDA graph of it."""
+    """Return a variant as a CUDA graph of it."""
     warm_up(variant, device)
     graph, results = capture(variant, device)
 
@@ -229,7 +229,7 @@ def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates:
 
 
 def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
-    """softmax_entropy, forward and backward."""
+    """Measure softmax_entropy, forward and backward."""
     logits = (3 * torch.randn(*shape, device=device)).to(dtype)
     grad = torch.randn(shape[0], device=device)
 
@@ -252,7 +252,7 @@ def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """All rows. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
+    """Return all rows. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
 
     ``save`` gets the report after every row.
     """
@@ -282,7 +282,7 @@ def _rows(quick: bool, device: torch.device, rates: Json) -> Iterator[LayerRow]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One table per operation: milliseconds, the ratio to the row's limit, and the share of the bound."""
+    """Return one table per operation: milliseconds, the ratio to the row's limit, and the share of the bound."""
     rates = report["ceilings"]
     lines = [
         f"One layer, K = {report['tasks']}, r = {report['rank']}; median of one run, cold L2 cache. Ceilings measured "

@@ -77,12 +77,12 @@ def points(case: Case, op: str, rows: int) -> Iterator[GridRow]:
 
 
 def grid(layer: Layer, powers: Sequence[int]) -> list[int]:
-    """The rows of a layer: powers of two, and the model's own number."""
+    """Return the rows of a layer: powers of two, and the model's own number."""
     return sorted({*powers, layer.rows})
 
 
 def crossover(times: Mapping[int, tuple[float, float]]) -> int | None:
-    """The rows from which on streamed is faster than fused at every larger number too; None: at none.
+    """Return the rows from which on streamed is faster than fused at every larger number too; None: at none.
 
     ``times``: rows -> fused, streamed.
     """
@@ -99,7 +99,7 @@ Point = tuple[str, str, int]
 
 
 def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[str, float]]]:
-    """(operation, layer, K) -> rows -> variant -> milliseconds, of the variants that were right."""
+    """Return (operation, layer, K) -> rows -> variant -> milliseconds, of the variants that were right."""
     found: dict[Point, dict[int, dict[str, float]]] = {}
     for row in rows:
         at = found.setdefault((row["op"], row["layer"], row["tasks"]), {}).setdefault(row["rows"], {})
@@ -109,7 +109,7 @@ def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[st
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration: str) -> list[dict[str, Any]]:
-    """Measured, and predicted for the same rows with that configuration file where the GPU's rates are known."""
+    """Return crossovers as measured, and as predicted with that configuration file where the GPU's rates are known."""
     shapes = {(row["op"], row["layer"], row["tasks"]): row for row in rows}
     found = []
     for (op, layer, tasks), at in by_point(rows).items():
@@ -132,7 +132,7 @@ def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One operation of one layer at one number of rows; ``rows`` measures every variant of it."""
+    """One operation of one layer at one number of rows. ``rows`` measures every variant of it."""
 
     layer: Layer
     tasks: int
@@ -142,12 +142,12 @@ class GridPoint:
 
     @property
     def name(self) -> str:
-        """For people and for keys."""
+        """Name the point for people and for keys."""
         return f"{self.layer.name}, K = {self.tasks}, M = {self.count}, {self.op}"
 
 
 def grid_points(quick: bool, device: torch.device, skipped: list[dict[str, Any]] | None = None) -> Iterator[GridPoint]:
-    """All points that fit in memory; a layer's tensors are made by the first point of it that is measured.
+    """Yield all points that fit in memory. A layer's tensors are made by the first point of it that is measured.
 
     ``quick``: tiny shapes on any device. ``skipped``: gets what does not fit.
     """
@@ -178,7 +178,7 @@ def grid_points(quick: bool, device: torch.device, skipped: list[dict[str, Any]]
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """The whole grid. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
+    """Return the whole grid. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
 
     ``save`` gets the report after every row.
     """
@@ -202,7 +202,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
 
 
 def _launch(device: torch.device) -> float | None:
-    """Milliseconds of a graph with nothing but an empty kernel: what every time below holds besides its work."""
+    """Return milliseconds of a graph with nothing but an empty kernel, which every time below holds."""
     if device.type != "cuda":
         return None
     one = torch.zeros(1, device=device)

@@ -13,7 +13,7 @@ from benchmarks.suites.layers import GOAL, VARIANTS, by_point
 
 
 def ratios(report: Json) -> list[dict[str, Any]]:
-    """``auto`` over the better strategy at every point that has all three times, worst first."""
+    """Return ``auto`` over the better strategy at every point that has all three times, worst first."""
     chosen = {
         (row["op"], row["layer"], row["tasks"], row["rows"]): row["chosen"]
         for row in report["rows"]
@@ -38,7 +38,7 @@ def _times(ms: Mapping[str, float], variant: str) -> str:
 
 
 def markdown(report: Json) -> str:
-    """Return the worst of ``auto``, the crossovers, and a few rows of each layer; the results file has all of them."""
+    """Return the worst of ``auto``, the crossovers, and a few rows of each layer. The results file has all of them."""
     if not report["rows"]:
         return "No point of the grid fits in this GPU's memory.\n"
     found = ratios(report)
@@ -102,13 +102,16 @@ def _crossovers(report: Json) -> Iterator[list[str]]:
 
 
 def _shown(rows: Mapping[int, Any]) -> list[int]:
-    """Of a layer's rows: 1, 64, 512, and the model's own number or else the most."""
+    """Return some of a layer's rows: 1, 64, 512, and the model's own number or else the most."""
     own = [m for m in rows if m & (m - 1)]
     return sorted({m for m in (1, 64, 512, *(own or [max(rows)])) if m in rows})
 
 
 def draw(report: Json, folder: Path) -> list[Path]:
-    """A picture per operation: time over the limit against rows, a panel per layer, a line per strategy and K."""
+    """Draw a picture per operation: time over the limit against rows.
+
+    It has a panel per layer and a line per strategy and K.
+    """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

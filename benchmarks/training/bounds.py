@@ -16,8 +16,9 @@ from pmkernels import costs
 def products(
     skeleton: nn.Module, shape: Sequence[int], width: int
 ) -> tuple[list[tuple[int, int, int, bool]], float, float]:
-    """Every product of one forward, as rows, out, in and whether its input needs a gradient; then the operations and
-    the numbers moved of all attention. Counted by a run of the model without memory."""
+    """Return every product of one forward, as rows, out, in and whether its input needs a gradient; then the operations
+    and the numbers moved of all attention. Counted by a run of the model without memory.
+    """
     found: list[tuple[int, int, int, bool]] = []
     attention: list[int] = []
 
@@ -54,7 +55,7 @@ def products(
 
 
 def bound_ms(case: Case, rates: Mapping[str, float], dtype: torch.dtype) -> float:
-    """Milliseconds that a step's merge, products and attention take at the rates measured, one after the other."""
+    """Return a step's bound in ms: merge, products and attention, one after the other."""
     kind = "float32" if dtype == torch.float32 else "16-bit"
     gpu = costs.Rates(
         half=rates["bfloat16"],

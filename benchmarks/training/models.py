@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-30
 
 
 class _FineTuned(Mapping[str, Tensor]):
-    """The state dict of a made-up fine-tuned copy; a tensor is made when it is asked for, the same every time."""
+    """The state dict of a made-up fine-tuned copy. A tensor is made when it is asked for, the same every time."""
 
     def __init__(self, plain: nn.Module, task: int) -> None:
         self._tensors, self._task = plain.state_dict(), task
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What the rows of this case call it."""
+        """Return what the rows of this case call it."""
         return f"{self.tower.name}, K = {self.tasks}"
 
 
@@ -114,7 +114,10 @@ def build_case(
     batch: int = BATCH,
     source: str | None = None,
 ) -> tuple[nn.Module, Case]:
-    """The plain model, on the CPU, and everything else; λ, A, G and B are off their starting values, where G is 0."""
+    """Build the plain model, on the CPU, and everything else.
+
+    λ, A, G and B are off their starting values, where G is 0.
+    """
     plain, found = vision_transformer(tower.name, source)
     plain = plain.to(device, dtype)
     copies = {f"task_{k + 1}": _FineTuned(plain, k) for k in range(tasks)}
@@ -159,7 +162,7 @@ def build_case(
 
 
 def widen(case: Case) -> None:
-    """Weights and task vectors in float32, one at a time; the Pareto model that held them is gone afterwards."""
+    """Put weights and task vectors into float32, one at a time. The Pareto model that held them is gone afterwards."""
     case.pareto = None
     gc.collect()
     for part in case.parts.values():

@@ -51,7 +51,7 @@ def _noisy(model: nn.Module, seed: int) -> nn.Module:
 
 
 def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]:
-    """Operators of the third step by name."""
+    """Return operators of the third step by name."""
     from open_clip.transformer import VisionTransformer
 
     model = VisionTransformer(

@@ -81,7 +81,7 @@ class Ours:
         self.learner.step(self.number, self.batch)
 
     def gradient(self) -> Gradient:
-        """Of the learner as it is after its steps: on a GPU, what a replay of its CUDA graph gives."""
+        """Return the gradients of the learner after its steps, on a GPU those of a replay of its CUDA graph."""
         flat = self.learner.gradient(self.batch, self.case.gamma).gradient.clone()
         parts = flat.split([parameter.numel() for parameter in self.learner.learned.values()])
         return {
@@ -104,7 +104,9 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> list[dict[str, Any]]:
-    """The ``top`` kernels of one step by GPU time (off the GPU: operators by the CPU's): name, milliseconds, share."""
+    """Return the ``top`` kernels of one step by GPU time (off the GPU: operators by the CPU's): name, milliseconds,
+    share.
+    """
     from torch.profiler import ProfilerActivity
 
     cuda = device.type == "cuda"

@@ -21,13 +21,13 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def combine_product(weight: Tensor, lam: Tensor, task_vectors: Tensor) -> Tensor:
-    """W0 + Σ_k λ_k τ_k as one matrix-vector product."""
+    """Merge by one matrix-vector product: W0 + Σ_k λ_k τ_k."""
     flat = task_vectors.reshape(len(task_vectors), -1)
     return torch.addmv(weight.reshape(-1), flat.t(), lam.to(weight.dtype)).view_as(weight)
 
 
 def combine_sum(weight: Tensor, lam: Tensor, task_vectors: Tensor) -> Tensor:
-    """W0 + Σ_k λ_k τ_k, one task after the other, as the published code does it."""
+    """Merge one task after the other, as the published code does: W0 + Σ_k λ_k τ_k."""
     for coefficient, task_vector in zip(lam.to(weight.dtype), task_vectors, strict=True):
         weight = weight + coefficient * task_vector
     return weight
@@ -37,7 +37,10 @@ COMBINE: dict[str, Combine] = {"matrix-vector product": combine_product, "sum ov
 
 
 def fastest_combine(case: Case) -> str:
-    """The baselines merge in the way that is faster here, forward and backward; off the GPU the published one."""
+    """Name the baselines' way to merge that is faster here, forward and backward.
+
+    Off the GPU that is the published one.
+    """
     if case.device.type != "cuda":
         return "sum over the tasks"
     part = max(case.parts.values(), key=lambda p: p.weight.numel() if p.task_vectors is not None else 0)
@@ -54,7 +57,7 @@ def fastest_combine(case: Case) -> str:
 
 
 def merged_plainly(part: Part, gamma: Tensor, combine: Combine) -> Tensor:
-    """W(γ) in the type of the weight, for autograd."""
+    """Return W(γ) in the type of the weight, for autograd."""
     merged = part.weight
     if part.task_vectors is not None and part.lam is not None:
         merged = combine(merged, part.lam, part.task_vectors)
@@ -65,13 +68,13 @@ def merged_plainly(part: Part, gamma: Tensor, combine: Combine) -> Tensor:
 
 
 def merged_exactly(part: Part, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-    """W(γ) by its definition, in the type of the weight or a wider one."""
+    """Return W(γ) by its definition, in the type of the weight or a wider one."""
     low_rank = {"A": part.A, "G": part.G, "B": part.B, "gamma": gamma if part.A is not None else None}
     return reference.merge_weight(part.weight.to(dtype), task_vectors=part.task_vectors, lam=part.lam, **low_rank)
 
 
 def low_rank_norm(parts: Mapping[str, Part], gamma: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖A·C·Bᵀ‖_F of all layers together, those of one shape at once."""
+    """Return ‖A·C·Bᵀ‖_F of all layers together, those of one shape at once."""
     groups: dict[Any, list[Part]] = {}
     for part in parts.values():
         if part.A is not None and part.B is not None:
@@ -149,7 +152,7 @@ class Plain:
 
 
 def plain_loss(model: nn.Module, head: Head, images: Tensor) -> Tensor:
-    """A task's mean entropy with a plain model."""
+    """Return a task's mean entropy with a plain model."""
     return reference.softmax_entropy(head(model(images))).mean()
 
 

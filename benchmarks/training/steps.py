@@ -36,7 +36,7 @@ VARIANTS = {
 
 @dataclass(kw_only=True)
 class StepRow(Row):
-    """One variant of a step: memory, and what follows from its milliseconds; ``reason`` may be what the run warned of.
+    """One variant of a step: memory, and what follows from its milliseconds. ``reason`` may be what the run warned of.
 
     ``host_ms``: until the call returns; ours looks at the gradient once in a step, so it waits inside. ``bound_ms``:
     of the products, attention and merge, counted. ``run_seconds``: of the whole run of ``run_steps`` steps, computed
@@ -64,7 +64,7 @@ def measure(
     device: torch.device,
     seconds: float,
 ) -> StepRow:
-    """Return ``row`` with what was measured of the variant that ``make`` makes; whatever goes wrong is its reason.
+    """Return ``row`` with what was measured of the variant that ``make`` makes. Whatever goes wrong is its reason.
 
     ``plain``: the errors of plain PyTorch in this type. A gradient that is further away by more than TOLERANCE has no
     time; neither has what runs out of memory, which is not wrong.
@@ -150,7 +150,7 @@ def _run_data_free(case: Case, row: StepRow, settings: MethodSettings) -> None:
 
 
 class Steps:
-    """The variants of a step of one model with K tasks; what they share is made when it is first needed.
+    """The variants of a step of one model with K tasks. What they share is made when it is first needed.
 
     ``rates``: gives the ceilings of this run. ``seconds``: of timed steps per variant. ``profiles``: where a profile of
     ``auto`` goes, by the model's name.

@@ -31,13 +31,13 @@ from pmkernels import dispatch
 
 
 def _variants(device: torch.device, tasks: int) -> list[str]:
-    """What can run here: kernels need a GPU, or to be interpreted."""
+    """Return what can run here: kernels need a GPU, or to be interpreted."""
     kernels = dispatch.runs_kernels(device)
     return [variant for variant in VARIANTS[tasks] if kernels or variant not in ("streamed", "fused")]
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """All rows. ``quick``: a tiny model on any device, which proves that it runs and measures nothing.
+    """Return all rows. ``quick``: a tiny model on any device, which proves that it runs and measures nothing.
 
     ``save`` gets the report after every row.
     """

@@ -17,8 +17,10 @@ from pareto_merging.learn.scalarize import scalarize
 
 
 def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
-    """The gradient in a wider type, one task at a time, and the errors of plain PyTorch in the model's own type: the
-    larger of two ways to write the merge, rounded once or after each task."""
+    """Return the gradient in a wider type, and the errors of plain PyTorch in the model's own.
+
+    Those are the larger of two ways to write the merge, rounded once or after each task.
+    """
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     with no_tf32():
         runner = Plain(case, lambda part, gamma: merged_exactly(part, gamma, wide), wide, together=False)
@@ -40,8 +42,10 @@ def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
 
 
 def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, float]]:
-    """Each task's loss of a plain model in a wider type, and the error of PyTorch in the model's own, or its rounding
-    where that is more: chance makes the error of one number small."""
+    """Return each task's loss of a plain model in a wider type, and PyTorch's error in its own.
+
+    That is its rounding where that is more: chance makes the error of one number small.
+    """
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
     found: list[Gradient] = []
     with torch.no_grad(), no_tf32():
@@ -55,7 +59,7 @@ def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, floa
 
 
 def distance_gradient(case: Case, dtype: torch.dtype) -> Gradient:
-    """The gradient of the data-free loss by its definition, with every difference of weights in memory."""
+    """Return the gradient of the data-free loss by its definition, with every difference of weights in memory."""
     settings = case.settings
     own: list[Tensor] = []
     total, scale = torch.zeros(case.tasks, dtype=dtype, device=case.device), torch.zeros_like(case.gamma, dtype=dtype)

@@ -80,7 +80,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def survived(self, error: Exception) -> str:
-        """An error in a line; Lost where the GPU does not answer after it."""
+        """Say an error in a line; Lost where the GPU does not answer after it."""
         try:
             self.synchronize()
         except Exception as lost:
@@ -88,14 +88,14 @@ class Bench:
         return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
     def prepare(self, case: Case) -> Prepared | None:
-        """A case on the device, or None if it does not fit in its memory."""
+        """Return a case on the device, or None if it does not fit in its memory."""
         try:
             return Prepared.make(case, self.device)
         except torch.OutOfMemoryError:
             return None
 
     def microseconds(self, config: Config, prepared: Prepared) -> float:
-        """The time of one launch, with a cold L2 cache, from a CUDA graph where it can be captured."""
+        """Return the time of one launch, with a cold L2 cache, from a CUDA graph where it can be captured."""
         case = prepared.case
         try:
             with self._on_trial(config, case):

@@ -12,12 +12,12 @@ CONFIG_FIELDS = fields(Config)
 
 
 def describe(config: Config) -> str:
-    """The fields that are not as a Config has them by default."""
+    """Return the fields that are not as a Config has them by default."""
     return " ".join(f"{name.removeprefix('num_')}={value}" for name, value in sparse(config).items())
 
 
 def sparse(config: Config) -> dict[str, int]:
-    """A Config as files have it: tile sizes that are used, warps and stages, and what is not the default."""
+    """Return a Config as files have it: tile sizes that are used, warps and stages, and what is not the default."""
     always = ("num_warps", "num_stages")
     return {
         f.name: getattr(config, f.name)
@@ -27,7 +27,7 @@ def sparse(config: Config) -> dict[str, int]:
 
 
 def candidates(op: str, kind: str, max_rows: int | None) -> Iterator[Config]:
-    """Launch configurations worth a try, the likelier ones first."""
+    """Yield launch configurations worth a try, the likelier ones first."""
     exact = kind == "float32"
     tiles: tuple[tuple[int, int, int], ...]
     if op == "linear" and kind == "16-bit":

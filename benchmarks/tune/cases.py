@@ -41,7 +41,7 @@ class Case:
 
     @property
     def op(self) -> str:
-        """As configuration files call it."""
+        """Name it as configuration files do."""
         return "linear" if self.call in ("forward", "dx") else self.call
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ Values = dict[str, Any]
 
 
 def inputs(case: Case, device: torch.device) -> Values:
-    """Random arguments on the scale of a real layer; on the meta device only their shapes.
+    """Return random arguments on the scale of a real layer. On the meta device only their shapes.
 
     dy depends on x through Σ_k τ_k, and a dW on it, so that each dλ_k is a sum that does not cancel.
     """
@@ -106,7 +106,7 @@ def inputs(case: Case, device: torch.device) -> Values:
 
 
 def run(case: Case, v: Values) -> list[Tensor]:
-    """The launch, with the configuration that dispatch gives it now."""
+    """Launch a case with the configuration that dispatch gives it now."""
     if case.op == "linear":
         low_rank = (v["left"], v["B"]) if case.rank and not case.per_row else None
         weights = (v["weight"], v["task_vectors"], v["lam"])

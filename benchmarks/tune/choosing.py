@@ -20,7 +20,7 @@ ROUNDS = 2
 
 
 def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, float]]:
-    """Configurations with their mean time over the best one's, case by case (geometric), best first.
+    """Return configurations with their mean time over the best one's, case by case (geometric), best first.
 
     Only cases that every configuration has a time for are counted.
     """
@@ -36,14 +36,14 @@ def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, f
 
 
 def better(times: Mapping[Config, Mapping[Case, float]], present: Config) -> list[Config]:
-    """The configurations at least GAIN times as fast as the present one, best first; all, if it has no time."""
+    """Return the configurations at least GAIN times as fast as the present one, best first. All, if it has no time."""
     found = scores(times)
     limit = dict(found).get(present, math.inf)
     return [config for config, score in found if config != present and score * GAIN <= limit]
 
 
 def screen(group: Group, bench: Bench, until: float) -> None:
-    """Every candidate on the first few cases, as far as time goes."""
+    """Try every candidate on the first few cases, as far as time goes."""
     prepared = [p for case in group.screen if (p := bench.prepare(case)) is not None]
     for config in group.candidates if prepared else ():
         times: dict[Case, float] = {}
@@ -58,7 +58,7 @@ def screen(group: Group, bench: Bench, until: float) -> None:
 
 
 def finalists(group: Group) -> list[Config]:
-    """The fastest of the screening, and the present one; nothing where that was not reached."""
+    """Return the fastest of the screening, and the present one. Nothing where that was not reached."""
     if group.rejected.get(group.present, "").startswith(NOT_REACHED):
         return []
     found = [config for config, _ in scores(group.screened)][:FINALISTS]
@@ -66,7 +66,7 @@ def finalists(group: Group) -> list[Config]:
 
 
 def final(group: Group, bench: Bench, until: float) -> None:
-    """The finalists on every case; in turn, so that a change of clocks touches them alike."""
+    """Time the finalists on every case, in turn. A change of clocks then touches them alike."""
     group.times = {config: {} for config in finalists(group)}
     for case in group.cases:
         p = bench.prepare(case)
@@ -112,11 +112,11 @@ def decide(group: Group, bench: Bench, until: float) -> None:
 
 
 def tune(batch: Sequence[Group], bench: Bench, until: float, say: Callable[[str], None]) -> None:
-    """Screen, time and decide a batch of groups; kernels of the next group are compiled meanwhile."""
+    """Screen, time and decide a batch of groups. Kernels of the next group are compiled meanwhile."""
     compiler, start = bench.compiler, time.monotonic()
 
     def by(group: Group, begin: float, end: float) -> float:
-        """When a group has to be through a part of the batch's time."""
+        """Return when a group has to be through a part of the batch's time."""
         return start + (until - start) * (begin + (end - begin) * (batch.index(group) + 1) / len(batch))
 
     for group in batch:

@@ -39,7 +39,7 @@ What time did not suffice for keeps its defaults, and the file lists it under "u
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune",
         description=__doc__,

@@ -35,12 +35,12 @@ class Target:
 
     @property
     def architecture(self) -> Architecture | None:
-        """Its limits, where they are known."""
+        """Return its limits, where they are known."""
         return ARCHITECTURES.get(f"sm_{self.capability}")
 
 
 def launches(case: Case, config: Config | None, target: Target) -> list[Launch]:
-    """Record what a case would launch on that GPU, on the meta device: nothing is computed or allocated."""
+    """Record what a case would launch on that GPU. On the meta device nothing is computed or allocated."""
     recorded: list[Launch] = []
 
     def note(_: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:

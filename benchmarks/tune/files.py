@@ -18,8 +18,10 @@ from pmkernels.configs import Config
 
 
 def lines(found: Sequence[Group]) -> list[dict[str, Any]]:
-    """Lines of the file, narrower buckets first. The first line that fits is taken: below a tuned bucket every other
-    one has its line too, with what it had. Without any change, the lines say what there was.
+    """Return lines of the file, narrower buckets first.
+
+    The first line that fits is taken: below a tuned bucket every other one has its line too, with what it had. Without
+    any change, the lines say what there was.
     """
     families: dict[tuple[str, str], list[Group]] = {}
     for group in sorted(found, key=lambda g: math.inf if g.max_rows is None else g.max_rows):

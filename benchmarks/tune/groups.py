@@ -50,25 +50,25 @@ class Group:
 
     @property
     def present(self) -> Config:
-        """What the library takes without this file."""
+        """Return what the library takes without this file."""
         return self.candidates[0]
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name the group for people."""
         rows = f"≤ {self.max_rows} rows" if self.max_rows is not None else "any rows" if self.op == "linear" else ""
         return " ".join(part for part in (self.op, self.kind, rows) if part)
 
 
 def _own_rows(layer: Layer, few: bool) -> int:
-    """A layer's rows: one image, or a batch of them; a language model has no number of its own."""
+    """Return a layer's rows: one image, or a batch of them. A language model has no number of its own."""
     if layer.tokens == 1:
         return LANGUAGE_MODEL_ROWS // (16 if few else 1)
     return layer.tokens * (1 if few else layer.items)
 
 
 def timing_cases(op: str, max_rows: int | None, among: Sequence[Layer]) -> list[Case]:
-    """What candidates of a group are timed on: every layer."""
+    """Return what candidates of a group are timed on: every layer."""
     found = []
     for layer in among:
         rank = layer.rank
@@ -96,7 +96,7 @@ def timing_cases(op: str, max_rows: int | None, among: Sequence[Layer]) -> list[
 
 
 def check_cases(op: str, kind: str, max_rows: int | None, max_rank: int | None, tiny: bool) -> list[Case]:
-    """What a configuration must also be right on: K, ranks, types and sizes that no timed layer has."""
+    """Return what a configuration must also be right on. K, ranks, types and sizes that no timed layer has."""
     n, d = (48, 80) if tiny else (1040, 528)
     rows = min(max_rows or 1000, 257) - 3 if max_rows else (37 if tiny else 1000)
     rows = min(rows, 37) if tiny else rows
@@ -133,7 +133,8 @@ def check_cases(op: str, kind: str, max_rows: int | None, max_rank: int | None, 
 
 
 def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool) -> list[list[Group]]:
-    """Everything that can be tuned, most important first, in batches: a batch is decided before the next one begins.
+    """Return everything that can be tuned, most important first, in batches. A batch is decided before the next one
+    begins.
 
     The lines that the library has now are candidates too: those of the file in use, the default's, and those of
     ``previous``, an earlier file of this GPU.
@@ -172,7 +173,7 @@ def group(
     previous: str | None,
     quick: bool,
 ) -> Group:
-    """One group with its candidates and cases."""
+    """Return one group with its candidates and cases."""
     top = 1 if op in ("merge", "merge_grad") else (max_rows or 2**14)
     rank = min(towers.RANK, max_rank or towers.RANK)
     present = [dispatch.lookup(name, op, kind, top, rank, True) for name in (target.name, "default")]

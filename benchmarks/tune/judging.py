@@ -16,7 +16,7 @@ from pmkernels import launch
 
 
 def computed(case: Case, v: Values, wide: torch.dtype) -> list[Tensor]:
-    """The same in PyTorch: in float64 the truth, else what plain PyTorch does in the model's type, sums in ``wide``."""
+    """Compute the same in PyTorch: in float64 the truth, else as plain PyTorch does. Its sums are in ``wide``."""
     exact = wide == torch.float64
 
     def of(name: str) -> Tensor:
@@ -83,7 +83,10 @@ class Prepared:
 
     @classmethod
     def make(cls, case: Case, device: torch.device) -> Prepared:
-        """For the weight gradient, plain PyTorch's error is at least that of its dW: few numbers come right by luck."""
+        """Prepare a case.
+
+        Of the weight gradient, plain PyTorch's error is at least that of its dW: few numbers come right by luck.
+        """
         with precision(case.kind), torch.no_grad():
             values = inputs(case, device)
             truth = computed(case, values, torch.float64)
@@ -94,7 +97,7 @@ class Prepared:
         return cls(case, values, truth, plain)
 
     def fault(self, found: Sequence[Tensor]) -> str | None:
-        """What is wrong with a result, or None."""
+        """Return what is wrong with a result, or None."""
         errors, more = Errors.of(found, self.truth), self.rounding()
         for name, error, allowed in (
             ("error", errors.whole, TOLERANCE * self.plain.whole + more),
@@ -105,7 +108,10 @@ class Prepared:
         return None
 
     def rounding(self) -> float:
-        """An error that is no fault where plain PyTorch has none: of three TF32 products, or of one that is cut off."""
+        """Return an error that is no fault where plain PyTorch has none.
+
+        It is that of three TF32 products, or of one that is cut off.
+        """
         if self.case.kind == "tf32":
             return 1e-3
         return 1e-4 if self.case.call in ("merge_grad", "shrink", "factor_grad", "widen") else 1e-6

@@ -37,13 +37,15 @@ class Point:
     rank: int
 
     def choose(self, rows: int, like: Tensor) -> str:
-        """What ``auto`` takes with the configuration file in use, for tensors like that."""
+        """Return what ``auto`` takes with the configuration file in use, for tensors like that."""
         return strategies.choose(self.op, "auto", like, rows=rows, n=self.n, d=self.d, tasks=self.tasks, rank=self.rank)
 
 
 def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
-    """Rows -> the faster strategy, of times (fused, streamed). A tie goes with the next smaller number of rows that is
-    decided, else the next larger one: noise must not make crossovers. Nothing decided at all: nothing.
+    """Return rows -> the faster strategy, of times (fused, streamed).
+
+    A tie goes with the next smaller number of rows that is decided, else the next larger one: noise must not make
+    crossovers. Nothing decided at all: nothing.
     """
     found: dict[int, str | None] = {}
     last: str | None = None
@@ -57,7 +59,7 @@ def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
 
 
 def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[int, str]:
-    """The rows that a file must name so that the nearest one says, for every measured number, what was measured.
+    """Return the rows that a file must name so that the nearest one says, for every measured number, what was measured.
 
     None where the cost model is right everywhere; else both sides of each crossover, or one line if there is none.
     """
@@ -80,7 +82,7 @@ class Strategies:
     missing: list[str] = field(default_factory=list)
 
     def measure(self, bench: Bench, layer: Layer, tasks: int, powers: Sequence[int], until: float) -> None:
-        """One layer with K task vectors; an operation counts only with all its rows."""
+        """Measure one layer with K task vectors; an operation counts only with all its rows."""
         device, title = bench.device, f"strategies of {layer.name}, K = {tasks}"
         # the interpreter cuts bfloat16 off where a GPU rounds
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -102,7 +104,7 @@ class Strategies:
             self.times[Point(op, layer.n, layer.d, tasks, layer.rank)] = times
 
     def measure_preference(self, bench: Bench, layer: Layer, powers: Sequence[int], until: float) -> None:
-        """A served layer with a preference for each image; it counts only with all its rows."""
+        """Measure a served layer with a preference for each image. It counts only with all its rows."""
         title, times = f"preference of {layer.name}", dict[int, tuple[float, float]]()
         for case in preference_cases(layer, powers):
             # the interpreter cuts bfloat16 off where a GPU rounds
@@ -147,7 +149,7 @@ class Strategies:
         fault_of: Callable[[Sequence[Tensor]], str | None],
         what: str,
     ) -> tuple[float, float]:
-        """Microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
+        """Return microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
         found = []
         for strategy in ("fused", "streamed"):
             us = FAILED
@@ -164,7 +166,7 @@ class Strategies:
 
 
 def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[Case]:
-    """What measuring the strategies of a layer launches, to be compiled before."""
+    """Yield what measuring the strategies of a layer launches, to be compiled before."""
     shape: dict[str, Any] = {"n": layer.n, "d": layer.d, "tasks": tasks, "rank": layer.rank}
     yield from (Case("merge", **shape), Case("merge_grad", **shape))
     for rows in sorted({*powers, layer.tokens, layer.items * layer.tokens}):
@@ -176,7 +178,10 @@ def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[
 
 
 def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
-    """What measuring the strategies of a served layer launches: a preference for each image where rows are images."""
+    """Yield what measuring the strategies of a served layer launches.
+
+    A preference for each image where rows are images.
+    """
     for rows in sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())}):
         groups = layer.items if rows == layer.items * layer.tokens else 1
         yield Case("preference", layer.n, layer.d, rows, rank=layer.rank, groups=groups, bias=True)
@@ -185,7 +190,9 @@ def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
 def choices(
     measured: Mapping[Point, Mapping[int, tuple[float, float]]], like: Tensor
 ) -> tuple[list[dict[str, Any]], dict[Point, dict[int, str]]]:
-    """Lines of the file, where the cost model with the rates and tiles in use would choose otherwise; all labels."""
+    """Return lines of the file, where the cost model with the rates and tiles in use would choose otherwise; all
+    labels.
+    """
     written, labels = [], {}
     for point, times in measured.items():
         best = labels[point] = decided(times)
@@ -204,7 +211,7 @@ def measure_strategies(
     until: float,
     say: Callable[[str], None],
 ) -> None:
-    """Every one of these layers with every K, all of their kernels compiled ahead."""
+    """Measure every one of these layers with every K, all of their kernels compiled ahead."""
     powers, tasks = ((1,), (2,)) if quick else (layers.POWERS, TASKS)
     todo = list(itertools.product(tasks, among))
     for count, layer in todo:

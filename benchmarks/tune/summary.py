@@ -20,7 +20,7 @@ def _mean(times: Mapping[Case, float], cases: Iterable[Case]) -> float:
 def table(
     found: Sequence[Group], labels: Mapping[Point, Mapping[int, str]], rates: Mapping[str, float], written: int
 ) -> str:
-    """Gains, crossovers and rates."""
+    """Return gains, crossovers and rates."""
     rows = ["| group | before µs | now µs | gain | configuration |", "|---|---:|---:|---:|---|"]
     for group in found:
         config = group.chosen or group.present
@@ -54,7 +54,7 @@ def _crossover(best: Mapping[int, str] | None) -> str:
 
 
 def recorded(group: Group) -> dict[str, Any]:
-    """A group for the full record: every candidate, its times in microseconds or why it was rejected."""
+    """Return a group for the full record: every candidate, its times in microseconds or why it was rejected."""
     tried = []
     for config in group.candidates:
         times = group.times.get(config) or group.screened.get(config, {})

@@ -135,7 +135,7 @@ class Tuning:
             yield REST_SHARE, lambda until: self._compare_strategies(rest, until)
 
     def _measure(self) -> None:
-        """Go through the phases, as far as time goes; what an earlier one leaves is for those after it."""
+        """Go through the phases, as far as time goes. What an earlier one leaves is for those after it."""
         phases = list(self._phases())
         try:
             for number, (share, phase) in enumerate(phases):
