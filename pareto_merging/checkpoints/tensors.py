@@ -1,4 +1,4 @@
-"""Named tensors that are read when they are asked for: the one protocol, and a mapping of it."""
+"""Named tensors that are read when asked for, as a protocol and a mapping."""
 
 from __future__ import annotations
 

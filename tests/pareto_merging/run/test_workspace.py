@@ -734,7 +734,7 @@ def test_a_plan_reads_no_weight(
     def refuse(self: Any, key: str) -> Tensor:
         raise AssertionError(f"read {key}")
 
-    monkeypatch.setattr(checkpoint.CheckpointTensors, "__getitem__", refuse)
+    monkeypatch.setattr(checkpoint.CheckpointTensors, "read", refuse)
     source = "owner/name" if name == "hub" else files / name
     config = write_config(tmp_path / "run.yaml", source, {"a": files / "clip1", "b": files / "encoder2.pt"})
     assert run("plan", config, "--json") == 0
