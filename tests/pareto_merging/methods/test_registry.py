@@ -280,5 +280,5 @@ def test_compare_runs_a_method_of_ones_own(dummy: Method, tmp_path: Path, capsys
     stored = json.loads((tmp_path / "out" / "halfway-seed-0.json").read_text())
     assert [row["choice"] for row in stored["candidates"]] == dummy.choices(2, MethodSettings())
     assert dummy.title in (tmp_path / "out" / "compare.md").read_text()
-    assert command_line.run("compare", "--help") == 0
-    assert f"halfway: {dummy.title}" in capsys.readouterr().out
+    assert command_line.run("compare", "--list") == 0
+    assert dummy.title in capsys.readouterr().out
