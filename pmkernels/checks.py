@@ -26,7 +26,7 @@ def check_tensor(name: str, value: Any, device: torch.device, learned: bool = Fa
 
 def broadcasts(lead: torch.Size, to: torch.Size) -> bool:
     """Say whether the leading dimensions of γ are those of x, or 1."""
-    return len(lead) == len(to) and all(here in (1, there) for here, there in zip(lead, to, strict=True))
+    return len(lead) == len(to) and all(size in (1, wanted) for size, wanted in zip(lead, to, strict=True))
 
 
 def check_cached(cached: Any, weight: Tensor, dtype: torch.dtype) -> None:

@@ -14,7 +14,8 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # Triton has no build for this platform
+except ImportError:
+    # Triton has no build for this platform
     HAS_TRITON = False
 
 # decided when kernels are defined, so once: Triton interprets kernels on the CPU and does not compile them

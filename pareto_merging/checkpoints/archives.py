@@ -149,9 +149,6 @@ def _check_size(path: Path, storage: Storage, entry: _Entry | None) -> _Entry:
     return entry
 
 
-# --- zip ---
-
-
 def _open_zip(path: Path, file: BinaryIO) -> Archive:
     size = path.stat().st_size
     _check_directory(path, file, size)
@@ -266,9 +263,6 @@ def _small(path: Path, file: BinaryIO, entry: _Entry, name: str, limit: int = 64
     if len(data) != entry.size or (entry.checksum is not None and zlib.crc32(data) != entry.checksum):
         raise UserError(f"{path}: expected {name} as it was written, got another checksum (damaged)")
     return data
-
-
-# --- legacy ---
 
 
 def _open_legacy(path: Path, file: BinaryIO) -> Archive:

@@ -22,7 +22,7 @@ _OTHER_FOLDERS = {
 
 
 def register(layout: Layout) -> Layout:
-    """Add a layout, which is asked before those of earlier; ValueError if its name is taken."""
+    """Add a layout, asked before those that are there; ValueError if its name is taken."""
     if layout.name in LAYOUTS:
         raise ValueError(f"layout: expected a new name, got {layout.name!r}, which is taken")
     LAYOUTS[layout.name] = layout

@@ -96,7 +96,7 @@ FORMATS: dict[str, Format] = {}
 
 
 def register(format: Format) -> Format:
-    """Add a format, which is asked before those of earlier; ValueError if its name is taken."""
+    """Add a format, asked before those that are there; ValueError if its name is taken."""
     if format.name in FORMATS:
         raise ValueError(f"format: expected a new name, got {format.name!r}, which is taken")
     FORMATS[format.name] = format

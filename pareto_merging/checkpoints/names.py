@@ -311,7 +311,7 @@ NAMINGS: dict[str, Naming] = {}
 
 
 def register(naming: Naming) -> Naming:
-    """Add a naming scheme, which is asked before those of earlier; ValueError if its name is taken."""
+    """Add a scheme, asked before those that are there; ValueError if its name is taken."""
     if naming.name in NAMINGS:
         raise ValueError(f"naming: expected a new name, got {naming.name!r}, which is taken")
     NAMINGS[naming.name] = naming

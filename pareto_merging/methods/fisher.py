@@ -99,10 +99,10 @@ def _sums(
         norm = math.hypot(*(float(torch.linalg.vector_norm(f, dtype=torch.float64)) for f in fisher.values()))
         norms.append(norm)
         for names, _ in tensors:
-            found = next((name for name in names if name in fisher), None)
-            if found is None:
+            known = next((name for name in names if name in fisher), None)
+            if known is None:
                 continue
-            f = fisher.pop(found)
+            f = fisher.pop(known)
             if normalize and norm:
                 f /= norm
             f += floor

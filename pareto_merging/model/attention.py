@@ -112,7 +112,7 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         return q, k, project(value, "in_proj_weight", rows=slice(2 * size, 3 * size))
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
-        """Split heads: [batch, L, E], [L, batch, E] or [L, E] to [batch, heads, L, head_dim]."""
+        """Split the features of batches in any layout into heads [batch, heads, L, head_dim]."""
         x = x if batched else x.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

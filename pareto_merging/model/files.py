@@ -222,7 +222,7 @@ def _tasks_of(
 
 
 def _rank_of(path: Path, header: Mapping[str, Any]) -> int:
-    """Return the rank of a Pareto set file, as its header and its A [out, r] agree on it."""
+    """Return a Pareto set file's rank, agreed on by its header and its A."""
     ranks = {shape[1] for name, (shape, _) in read_shapes(path).items() if name.startswith("A.") and len(shape) == 2}
     if header.get("core", "tensor") == "tensor" and ranks - {header["rank"]}:
         raise UserError(f"{path}: expected rank {min(ranks)} as its A has, got {header['rank']} in the header")
