@@ -116,6 +116,10 @@ _SETS = {
 }
 
 
+# no task is called as what a text may stand for
+RESERVED_WORDS = ("equal", "one-hot", "priority", *_SETS)
+
+
 def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
     """Read preferences from the command line, float32 [K] each, in the order given. One or more, separated by
     semicolons.

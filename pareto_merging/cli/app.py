@@ -18,7 +18,7 @@ from pareto_merging.cli.export import export
 from pareto_merging.cli.options import Stopped, tell
 from pareto_merging.cli.plan import plan
 from pareto_merging.cli.serve import serve
-from pareto_merging.cli.train import KEYS_EPILOG, train
+from pareto_merging.cli.train import Train, train
 from pareto_merging.errors import Interrupted, TrainingError, UserError
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo)
-app.command(cls=KEYS_EPILOG)(train)
+app.command(cls=Train)(train)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(convert)

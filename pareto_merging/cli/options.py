@@ -1,16 +1,13 @@
-"""What several commands share: options, help that is made when asked for, and warnings."""
+"""What several commands share: arguments, options, warnings, and how one is stopped."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from typer.core import TyperCommand
 
 PREFERENCES_HELP = (
     "`0.5,0.5;0.9,0.1`, `TASK=0.7` (the rest is shared out), `equal`, `one-hot` (each task alone), `priority` (0.5 "
@@ -43,17 +40,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 class Stopped(Exception):
     """An interrupted command whose message says how to go on. Exit code 130."""
-
-
-def with_epilog(paragraphs: Callable[[], list[str]]) -> type[TyperCommand]:
-    """Return a command class whose help ends in paragraphs that are made when asked for."""
-
-    class Described(TyperCommand):
-        def format_help(self, ctx: Any, formatter: Any) -> None:
-            self.epilog = "\n\n".join(map(escape, paragraphs()))
-            super().format_help(ctx, formatter)
-
-    return Described
 
 
 def tell(text: str) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
-from pareto_merging.cli.options import ConfigFile, OutFolder, Quiet, Stopped, warn, with_epilog
+from pareto_merging.cli.options import ConfigFile, OutFolder, Quiet, Stopped, warn
 
 
 def train(
@@ -43,6 +45,15 @@ def train(
     print(f"{out / SET_NAME}: learned in {done}; {result.seconds:.1f} s. Next: pareto-merging {after}")
 
 
+class Train(TyperCommand):
+    """The command, whose help ends in the keys of CONFIG.yaml; they are listed when it is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help."""
+        self.epilog = "\n\n".join(map(escape, _keys()))
+        super().format_help(ctx, formatter)
+
+
 def _keys() -> list[str]:
     """Return every key of CONFIG.yaml with its meaning, choices and default."""
     from pareto_merging.learn.settings import MethodSettings
@@ -70,6 +81,3 @@ def _described_fields(group: Any) -> Iterator[str]:
         has_default = not field.is_required() and field.default is not None
         default = f" (default {field.default})" if has_default else " (required)" if field.is_required() else ""
         yield f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}"
-
-
-KEYS_EPILOG = with_epilog(_keys)

@@ -144,15 +144,21 @@ class RunConfig(Strict):
         if self.tasks is not None and len(self.tasks) < 1:
             raise ValueError("tasks: expected at least one")
         for name in (*(self.tasks or ()), *(self.unseen or ())):
-            bad = [c for c in ",;=[]\n" if c in name]
-            if name == "pretrained":
-                raise ValueError("tasks: expected other names than pretrained, which is the model they came from")
-            words = ("equal", "one-hot", "priority", "grid", "lattice", "energy", "dirichlet")
-            if not name.strip() or bad or name.split(":")[0] in words:
-                raise ValueError(f"tasks: expected names that preferences can be given by, got {name!r}")
+            _check_name(name)
         if isinstance(self.tasks, list) and len(set(self.tasks)) != len(self.tasks):
             raise ValueError("tasks: expected each task once")
         return self
+
+
+def _check_name(task: str) -> None:
+    """Raise ValueError for a name that no preference could be given by."""
+    # it takes PyTorch's seconds, which the help of the keys need not wait for
+    from pareto_merging.preferences import RESERVED_WORDS
+
+    if task == "pretrained":
+        raise ValueError("tasks: expected other names than pretrained, which is the model they came from")
+    if not task.strip() or any(c in task for c in ",;=[]\n") or task.split(":")[0] in RESERVED_WORDS:
+        raise ValueError(f"tasks: expected names that preferences can be given by, got {task!r}")
 
 
 def read_config(path: Path) -> RunConfig:

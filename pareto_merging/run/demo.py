@@ -20,6 +20,7 @@ from pareto_merging.measure.comparison import Comparison
 from pareto_merging.measure.evaluation import evaluate_preferences
 from pareto_merging.measure.metrics import hypervolume, non_dominated, spearman
 from pareto_merging.measure.results import Measured, Point
+from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.run.config import RunConfig
@@ -42,14 +43,8 @@ METHOD: dict[str, Any] = {
 PAIR_METHOD: dict[str, Any] = {**METHOD, "steps": 300}
 TWO_TASKS = ("upright", "mirrored")
 QUICK_STEPS = 5
-BASELINES = {
-    "individual": "Individual",
-    "pretrained": "Pretrained",
-    "weight-averaging": "Weight averaging",
-    "task-arithmetic": "Task arithmetic",
-    "adamerging": "AdaMerging",
-}
-MERGED_MODELS = ("Weight averaging", "Task arithmetic", "AdaMerging")
+MERGED_MODELS = ("weight-averaging", "task-arithmetic", "adamerging")
+BASELINES = ("individual", "pretrained", *MERGED_MODELS)
 # what each baseline may try, chosen without labels; Pareto Merging has its published setting
 CHOICES: dict[str, list[dict[str, Any]]] = {
     "task-arithmetic": [{"coefficient": c} for c in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)],
@@ -125,7 +120,7 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     console.print("Eight tasks: the baselines, each tuned on the unlabelled split …")
     eight = Workspace(demo_config(quick=quick, seed=seed), suite_folder)
     comparison = Comparison(eight, effort=EFFORT, grid="equal", choices=CHOICES, progress=progress, keep=True)
-    entries = {title: _entry(_measured(comparison, key)) for key, title in BASELINES.items()}
+    entries = {METHODS[key].title: _entry(_measured(comparison, key)) for key in BASELINES}
     console.print("Eight tasks: Pareto Merging …")
     learned = _measured(comparison, "pareto")
     entries["Pareto Merging (equal preference)"] = _entry(learned, "equal")
@@ -137,10 +132,10 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
     config = demo_config(TWO_TASKS, quick=quick, seed=seed)
     pair, trained = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
     pairs = Comparison(Workspace(config, suite_folder), effort=EFFORT, choices=CHOICES, progress=progress)
-    results = {title: _measured(pairs, key) for key, title in BASELINES.items()}
+    results = {key: _measured(pairs, key) for key in BASELINES}
     front = _front(pair, pairs, progress)
-    points = {name: results[name].points[0].accuracy for name in MERGED_MODELS}
-    individuals = {name: _own(results["Individual"], name).accuracy for name in pairs.evaluation}
+    points = {results[key].title: results[key].points[0].accuracy for key in MERGED_MODELS}
+    individuals = {name: _own(results["individual"], name).accuracy for name in pairs.evaluation}
     figures.two_task_front(
         folder / "front.png",
         TWO_TASKS,
@@ -160,7 +155,7 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
             "tasks": list(TWO_TASKS),
             "seconds": round(trained.seconds, 2),
             "settings": config.method.model_dump(mode="json"),
-            "methods": {title: _entry(result) for title, result in results.items()},
+            "methods": {result.title: _entry(result) for result in results.values()},
             "individual_models": individuals,
         },
         "front": front,
