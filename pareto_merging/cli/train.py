@@ -46,7 +46,7 @@ def train(
 
 
 class Train(TyperCommand):
-    """The command, whose help ends in the keys of CONFIG.yaml; they are listed when it is asked for."""
+    """The command, whose help ends in the keys of CONFIG.yaml, listed when asked for."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
