@@ -202,7 +202,9 @@ def test_a_fine_tuned_checkpoint_that_says_otherwise(
     what: str, kind: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     if what == "preprocessing":
-        monkeypatch.setattr(clip, "MEAN", (0.5, 0.5, 0.5))
+        # each has the number by its own name
+        for writer in (hf_files, open_clip_files, pickled_modules):
+            monkeypatch.setattr(writer, "MEAN", (0.5, 0.5, 0.5))
     write: dict[str, Callable[..., Path]] = {
         "hf": hf_files.huggingface_folder,
         "open_clip": open_clip_files.open_clip_folder,
@@ -484,8 +486,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     open_clip_files.torchscript_archive(folder / "ViT-B-32.pt", 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "MEAN", OPENAI_DATASET_MEAN)
-        patch.setattr(clip, "STD", OPENAI_DATASET_STD)
+        for writer in (hf_files, pickled_modules):
+            patch.setattr(writer, "MEAN", OPENAI_DATASET_MEAN)
+            patch.setattr(writer, "STD", OPENAI_DATASET_STD)
         hf_files.huggingface_folder(folder / "hf", 1)
         pickled_modules.task_vectors_encoder(folder / "finetuned.pt", 2)
     for seed, name in ((1, "hf"), (2, "pickle")):
