@@ -30,12 +30,12 @@ WORKER = Path(__file__).parent / "common" / "operation.py"
 
 
 class BaseError(ValueError):
-    """A commit that is not there, or a tree that cannot do what is to be timed."""
+    """A commit that does not exist, or a tree that cannot do the operation."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is timed: an operation of a layer of ``n`` × ``d``, by its names in :mod:`benchmarks.common.operation`."""
+    """An operation of a layer of ``n`` × ``d``, by its names in :mod:`benchmarks.common.operation`."""
 
     operation: str
     n: int
@@ -68,7 +68,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Milliseconds of both trees, ours over the base's, and how far our outputs are from the base's."""
+    """Milliseconds of both trees, ours over the base's, and how far the outputs differ."""
 
     operation: Operation
     base: str
@@ -121,7 +121,7 @@ def worktree(root: Path, revision: str) -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def _worker(tree: Path, name: str, what: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    """Start the process of one tree, and see that it is that tree's library which it times."""
+    """Start the process of one tree, and check that it times that tree's library."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-P", str(WORKER), json.dumps(what)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -152,7 +152,7 @@ def _round(process: subprocess.Popen[str], name: str) -> float:
 
 
 def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: int = 20, calls: int = 10) -> Comparison:
-    """Time ``operation`` in the tree at ``root`` and at ``revision``, in turn; ``calls``: of a round, off the GPU.
+    """Time ``operation`` in the tree at ``root`` and at ``revision``, in turn. ``calls``: of a round, off the GPU.
 
     Raises:
         BaseError: no such commit, or one of the trees cannot do it.

@@ -57,7 +57,7 @@ class ArchiveError(ValueError):
 
 @dataclass
 class Report:
-    """What came of unpacking: the key of the Triton here, those of the archive, and how many entries were new."""
+    """What unpacking found: the key of the Triton here, the archive's, and new entries."""
 
     key: str
     keys: dict[str, dict[str, Any]]
@@ -184,7 +184,7 @@ def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> R
 
 
 def _place(archive: tarfile.TarFile, files: Sequence[tarfile.TarInfo], target: Path) -> bool:
-    """Write one entry beside its place and rename it, so that nobody sees a part of it; False if one is there."""
+    """Write one entry beside its place and rename it. Nobody sees a part of it; False if one is there."""
     contents = {PurePosixPath(member.name).name: _read(archive, member) for member in files}
     wanted = {name for name in contents if name.startswith(GROUP)} or set(contents)
     if target.exists() and all((target / name).exists() for name in wanted):
@@ -219,7 +219,7 @@ def _absolute(group: bytes, target: Path) -> bytes:
 
 @dataclass
 class Part:
-    """What one Triton compiled: its key, and the entries of its cache that an archive takes."""
+    """What one Triton compiled: its key, and its cache entries for the archive."""
 
     key: str
     about: dict[str, Any]
@@ -284,7 +284,7 @@ def table(keys: Mapping[str, Mapping[str, Any]], path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 3 if an archive has nothing for the Triton here."""
+    """Run the command line. The exit code is 3 if an archive has nothing for the Triton here."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_kernels",
         description=__doc__,

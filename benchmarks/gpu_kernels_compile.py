@@ -64,7 +64,7 @@ def _driver() -> Iterator[None]:
 
 
 class _Built:
-    """A module in C that was built and not loaded, as there is no driver to load it with."""
+    """A module in C that was built and not loaded. There is no driver to load it with."""
 
     def __getattr__(self, name: str) -> Any:
         return None
@@ -156,7 +156,7 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
 
 
 def _progress(done: Iterator[Any], count: int) -> Iterator[Any]:
-    """Yield what is done, and print a line with the time left every few seconds or in place."""
+    """Yield what is done, and print the time left every few seconds or in place."""
     start = time.monotonic()
     said = 0.0
     for number, result in enumerate(done, 1):
@@ -194,7 +194,7 @@ def verify(archive: Path, launches: Sequence[Any]) -> tuple[int, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 1 if a kernel does not compile or is not found."""
+    """Run the command line. The exit code is 1 if a kernel does not compile or is not found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels_compile", description=__doc__)
     parser.add_argument(
         "--launches", type=Path, nargs="+", required=True, help="files of benchmarks.gpu_kernels_record"

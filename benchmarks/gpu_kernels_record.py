@@ -87,7 +87,7 @@ RECORD: dict[str, Callable[[str, Path], None]] = {"smoke": smoke, "goals": goals
 
 
 def record(folder: Path, gpus: Sequence[str], sources: Sequence[str], again: bool = False) -> list[Path]:
-    """Record what is not there yet or was recorded of other sources, one process a core; returns the files."""
+    """Record what is missing or was recorded of other sources, and return the files. One process a core."""
     from benchmarks.common.recording import read
     from benchmarks.common.recording_plugin import stopped
 

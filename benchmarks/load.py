@@ -1,4 +1,4 @@
-"""Drives a running server as many users would, and checks every answer against that user's own merged model.
+"""Load of many users on a running server, with every answer checked. Each is compared with the user's own merged model.
 
     pareto-merging serve folded.safetensors --port 8000
     python -m benchmarks.load http://127.0.0.1:8000 folded.safetensors
@@ -173,7 +173,7 @@ def _numbers(answer: dict[str, Any], classes: int) -> NDArray[np.float32]:
 
 
 class Client:
-    """Open connections to one server, used again when free: a few dozen lines that can send thousands a second.
+    """Open connections to one server, used again when free. A few dozen lines can send thousands a second.
 
     General clients spend milliseconds a request once hundreds are under way.
 

@@ -117,7 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Run:
-    """One run of a suite, or of all for a GPU: its report, which is written to a file as it grows.
+    """One run of a suite, or of all for a GPU. Its report is written to a file as it grows.
 
     ``alone``: of one suite, in a file of its own; else suites of a GPU stand in a file named after it.
     """

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor has: bytes of shared memory (for one program, and in all), registers, warps, programs."""
+    """What a multiprocessor has of shared memory, registers, warps and programs. Shared memory is in bytes, for one
+    program and in all."""
 
     name: str
     capability: int

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.budget``: compile every kernel as it would be launched, without a GPU, and check its cost.
+"""``python -m benchmarks.budget``: compile every kernel without a GPU and check its cost.
 
 The public functions are called with the arguments listed in :func:`cases`, forward and backward, and every launch they
 would make is recorded and compiled for each architecture (ptxas and nvdisasm come with Triton). The exit code is 1
@@ -45,7 +45,7 @@ def _measure(job: tuple[range, str]) -> list[Cost]:
 
 
 def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list[Cost], list[str]]:
-    """Return every launch on every architecture that its configuration file is for, and what is wrong besides."""
+    """Return every launch on the architectures of its configuration file, and what else is wrong."""
     from rich.console import Console
     from rich.progress import Progress
 

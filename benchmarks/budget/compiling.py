@@ -29,7 +29,7 @@ NARROW_PRODUCTS = ("shrink_kernel", "widen_kernel", "factor_grad_kernel", "core_
 
 
 class _Compiler:
-    """A driver that says it is a GPU of one architecture: Triton compiles for it and never launches."""
+    """A driver that says it is a GPU of one architecture. Triton compiles for it and never launches."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -102,7 +102,7 @@ def measure(wanted: Wanted, arch: Architecture) -> Cost:
 
 
 def measure_all(launches: Sequence[Wanted], arch: Architecture) -> list[Cost]:
-    """Compile launches for one architecture and read their machine code, which is a third cheaper for many at once."""
+    """Compile launches for one architecture and read their machine code. Many at once are a third cheaper."""
     compiled = [compile_launch(launch, arch) for launch in launches]
     whole = [one for one in compiled if one.kernel is not None]
     start = time.perf_counter()
@@ -184,7 +184,7 @@ def _assembler_log() -> Iterator[io.StringIO]:
 def _faults_of_wgmma(
     options: dict[str, Any], arch: Architecture, text: str, code: sass.Function, log: str
 ) -> list[str]:
-    """Say what is wrong with a kernel's wgmma, from its PTX, its machine code and what ptxas printed."""
+    """Say what is wrong with a kernel's wgmma. Its PTX, machine code and ptxas's output tell."""
     if "ptxas info" not in log:
         # the kernel came from Triton's cache: the same PTX again, by Triton's own call and with its flags
         backend = triton.compiler.make_backend(GPUTarget("cuda", arch.capability, 32))

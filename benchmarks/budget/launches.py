@@ -53,7 +53,7 @@ def _recording(file: str, launches: dict[Launch, Wanted], used: set[str]) -> Ite
 
 
 def record(file: str) -> tuple[list[Wanted], list[str]]:
-    """Return the distinct launches with a configuration file, and its entries that none of them used."""
+    """Return the distinct launches with a configuration file, and its unused entries."""
     launches: dict[Launch, Wanted] = {}
     used: set[str] = set()
     precision = torch.backends.cuda.matmul.fp32_precision

@@ -81,7 +81,7 @@ def write_case(row: Row, folder: Path) -> int:
 
 
 def resident() -> int:
-    """Return this process's resident memory in bytes, without what the C library keeps of freed memory."""
+    """Return this process's resident memory in bytes, without the C library's freed memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -110,7 +110,7 @@ class Measurement:
         write_json(self.folder / ROW_FILE, self.figures)
 
     def build(self) -> nn.Module:
-        """Build the Pareto model, and compare what it took with K + 1 models and one tensor."""
+        """Build the Pareto model, and compare its memory with K + 1 models and one tensor."""
         workspace = self.workspace
         pretrained = workspace.checkpoint(workspace.encoder_config.pretrained)
         numbers = [tensor.numel() for tensor in workspace.skeleton().state_dict().values()]

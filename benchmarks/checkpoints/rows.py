@@ -1,4 +1,4 @@
-"""One model in one format: what was measured of it, and what it has not kept to."""
+"""One model in one format: what was measured, and which promises it broke."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Row:
     transformers_error: float | None = None
 
     def problem(self, text_tower: bool) -> str | None:
-        """Return what a finished row has not kept to, or None; ``text_tower``: whether its format has one."""
+        """Return which promise a finished row broke, or None. ``text_tower``: whether its format has one."""
         if self.text_tower != text_tower:
             return f"expected {'a' if text_tower else 'no'} text tower, got {'one' if self.text_tower else 'none'}"
         if not self.within:

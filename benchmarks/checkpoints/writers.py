@@ -227,7 +227,7 @@ def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> P
 
 @dataclass(frozen=True)
 class Format:
-    """How checkpoints of a format are written, and whether the pretrained one has a text tower to export."""
+    """How checkpoints of a format are written, and whether there is a text tower."""
 
     write: Callable[[Mapping[str, Any], Path, int], list[Path]]
     text_tower: bool = True

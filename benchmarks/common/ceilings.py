@@ -27,7 +27,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device, quick: bool) -> floa
 
 
 def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
-    """Measure the bytes per second of a large copy, and the operations per second of a large product in each type."""
+    """Measure the bytes per second of a large copy, and operations per second by type."""
     source = torch.randn(2**10 if quick else 2**29, device=device)
     target = torch.empty_like(source)
     rates = {"copy": 2 * source.numel() * 4 / _seconds(lambda: target.copy_(source), device)}
@@ -66,7 +66,7 @@ def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
 
 
 def _warm_seconds(function: Callable[[], Any], times: int = 50, replays: int = 20) -> float:
-    """Return the seconds of one of many calls in a CUDA graph, with a warm cache."""
+    """Return the seconds of one of many calls in a graph, with a warm cache."""
     device = torch.device("cuda", torch.cuda.current_device())
     repeat, _ = replayed(lambda: [function() for _ in range(times)], device)
     repeat()

@@ -32,7 +32,7 @@ LINE_TOLERANCE = 2 * TOLERANCE
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors: the largest of several results, and the largest of a row or column of one of them."""
+    """Relative errors: the largest of several results, and the largest of their rows or columns."""
 
     whole: float
     line: float
@@ -62,7 +62,7 @@ Gradient = dict[str, Tensor]
 
 
 def group_errors(found: Gradient, truth: Gradient) -> dict[str, float]:
-    """Return the relative error of the gradient of all λ together, all A, all G, all B."""
+    """Return the relative errors of the gradients of λ, A, G and B, each together."""
     if set(found) != set(truth):
         return {"": FAILED}
     groups: dict[str, list[str]] = {}

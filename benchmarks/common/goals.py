@@ -10,7 +10,7 @@ MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of a table: ``measured`` and ``of_bound`` are texts, empty where there is nothing to say.
+    """One line of a table. ``measured`` and ``of_bound`` are texts, empty where there is nothing to say.
 
     ``where``: the model or machine, in tables of several. ``against``, ``to_reach``: where they are columns of their
     own.
@@ -31,7 +31,7 @@ def status_of(measured: str | None, met: bool) -> str:
 
 
 def judged(where: str, goal: str, measured: str | None, met: bool, reason: str | None = None) -> Goal:
-    """Return a goal of a model or machine; ``reason``: why nothing was measured, where that is known."""
+    """Return a goal of a model or machine. ``reason``: why nothing was measured, where that is known."""
     return Goal(goal, measured or reason or "", status_of(measured, met), where)
 
 

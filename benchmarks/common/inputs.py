@@ -26,7 +26,7 @@ class Source:
 def make_folded(
     layer: Layer, tasks: int, rank: int, dtype: torch.dtype, source: Source, items: int | None = None
 ) -> dict[str, Tensor]:
-    """Return W0, and A, G, B and γ where there is a low-rank term, as :mod:`pmkernels` calls them.
+    """Return W0, and A, G, B and γ of a low-rank term, as in :mod:`pmkernels`.
 
     γ is [K], or [items, 1, K] where each of ``items`` has its own.
     """

@@ -34,7 +34,7 @@ def instead_of_launches(function: Callable[..., Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One distinct launch: ``kernel`` as module and name, what of its arguments decides the code, and the options."""
+    """One distinct launch: ``kernel`` as module and name, the arguments that decide its code, options."""
 
     kernel: str
     arguments: tuple[Encoded, ...]
@@ -50,7 +50,7 @@ class Launch:
 
     @classmethod
     def of(cls, kernel: Any, arguments: Iterable[Any], options: dict[str, Any]) -> Launch:
-        """Encode a call of ``kernel.run``: of a number that is no constant of the kernel only its class."""
+        """Encode a call of ``kernel.run``. A number that is no constant of the kernel is kept as its class only."""
         constant = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
         encoded = [
             encode(value) if parameter.is_constexpr else _coarse(encode(value))
@@ -68,7 +68,7 @@ class Launch:
         return {name: decode(value) for name, value in self.options.items()}
 
     def compile(self) -> Any:
-        """Compile for the active driver's GPU, or take what Triton's cache has: what a first launch does."""
+        """Compile for the active driver's GPU, or take what Triton's cache has. A first launch does the same."""
         return _named(self.kernel).run(*map(decode, self.arguments), grid=(1,), warmup=True, **self.decoded_options)
 
 
@@ -88,7 +88,7 @@ def encode(value: Any) -> Encoded:
 
 
 def _coarse(value: Encoded) -> Encoded:
-    """Put an integer into the class that Triton looks at: 1, 16, 2 and the same beyond 32 bits."""
+    """Put an integer into the class that Triton looks at. They are 1, 16, 2 and the same beyond 32 bits."""
     if "tuple" in value:
         return {**value, "tuple": [_coarse(item) for item in value["tuple"]]}
     number = value.get("value")

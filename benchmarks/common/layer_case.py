@@ -1,4 +1,4 @@
-"""One layer with K task vectors: its inputs, the variants of each operation, and the truth."""
+"""One layer with K task vectors: inputs, variants of each operation, and the truth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Variant = Callable[[], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One layer with K task vectors: inputs for the most rows, and W(γ) in the model's type and in float64."""
+    """One layer with K task vectors and inputs for the most rows. W(γ) is there in the model's type and in float64."""
 
     layer: Layer
     tasks: int

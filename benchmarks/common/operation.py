@@ -91,7 +91,7 @@ def _round(call: Call, calls: int) -> float:
 
 
 def main(what: dict[str, Any]) -> None:
-    """Say where pmkernels is and keep the outputs, then time a round for every line that comes."""
+    """Print where pmkernels is, keep the outputs, and time a round for each line."""
     torch.set_num_threads(int(what["threads"]))
     call = OPERATIONS[what["operation"]](_inputs(what), what["strategy"])
     torch.save([tensor.cpu() for tensor in call()], what["outputs"])

@@ -12,7 +12,7 @@ RULES = {"l": "---|", "r": "---:|"}
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[str]], align: str) -> list[str]:
-    """Return the lines of a table; ``align``: l or r for each column, the last for all after it too."""
+    """Return the lines of a table. ``align``: l or r for each column, the last for all after it too."""
     rule = "|" + "".join(RULES[letter] for letter in align.ljust(len(columns), align[-1]))
     head = f"| {' | '.join(columns)} |".replace("|  |", "| |")
     return [head, rule, *(f"| {' | '.join(cells)} |" for cells in rows)]

@@ -1,4 +1,4 @@
-"""Assembly language of NVIDIA GPUs (PTX), as Triton hands it to ptxas, and what ptxas says of it: lints of wgmma."""
+"""NVIDIA's assembly language (PTX) and what ptxas says of it: lints of wgmma."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERIALISED = re.compile(
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement: where it stands, the predicate it stands under (or nothing) and what it says."""
+    """One statement: its place, the predicate that guards it (or nothing) and its text."""
 
     line: int
     guard: str
@@ -74,7 +74,8 @@ def _following(statements: list[Statement], labels: dict[str, int]) -> list[list
 
 
 def pending_operands(text: str) -> list[str]:
-    """Name the wgmma whose left operand is in registers and that stay pending behind a wait or a change of those.
+    """Name the wgmma that stay pending too long with their left operand in registers. That is behind a wait, or a
+    change of those registers.
 
     Until 13.3 ptxas may reuse the registers before they were read (Triton issue 9433), so such a product has to be
     complete at the first wait after it: a wait with 0 pending, or with no more than what was started later.
@@ -126,5 +127,5 @@ def _defined(text: str) -> frozenset[str]:
 
 
 def serialised(log: str) -> list[str]:
-    """Return the reasons, with their numbers, for which ptxas says that it serialised wgmma, each once."""
+    """Return the reasons, with their numbers, for which ptxas says that it serialised wgmma. Each comes once."""
     return [f"{code}: {' '.join(why.split())}" for code, why in dict.fromkeys(_SERIALISED.findall(log))]

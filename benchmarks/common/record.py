@@ -1,4 +1,4 @@
-"""A results file that is whole after every row: what was measured survives whatever ends the run.
+"""A results file that is whole after every row, whatever ends the run.
 
 A run consists of units, each with a key and one or more rows. The file is written anew, atomically, when a unit begins,
 after each of its rows and when it is done: a kill at any moment leaves a file with every row until then. What was under
@@ -27,7 +27,7 @@ class RecordError(ValueError):
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as JSON through a file beside ``path``: a kill leaves the old file or the new one."""
+    """Write ``data`` as JSON through a file beside ``path``. A kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -81,7 +81,7 @@ class Record:
         return cls(path, {"not_reached": [], "running": None, "ended": RUNNING, **data})
 
     def resume(self) -> None:
-        """Forget how the earlier run ended: what it did not measure, also for want of a package, is tried now."""
+        """Forget how the earlier run ended. What it did not measure, also for want of a package, is tried now."""
         units = {key: unit for key, unit in self.data["units"].items() if unit.get("state") != LACKING}
         rows = [row for row in self.data["rows"] if isinstance(row, dict) and row.get("unit") in units]
         self.data |= {"units": units, "rows": rows, "not_reached": [], "running": None, "ended": RUNNING}
@@ -106,7 +106,7 @@ class Record:
         self.data["environment"] = {**before, **environment}
 
     def begin(self, key: str, limit: float, now: float) -> None:
-        """Note that a unit is under way, since ``now`` and for at most ``limit`` seconds (of time.monotonic)."""
+        """Note that a unit is under way since ``now``, for at most ``limit`` seconds. Both are of time.monotonic."""
         self.data["rows"] = [row for row in self.data["rows"] if row["unit"] != key]
         self.data["running"] = {"unit": key, "since": now, "limit": limit}
         self.write()

@@ -1,4 +1,4 @@
-"""Record the Triton launches of code that is meant for a CUDA GPU, on a machine without one.
+"""Record the Triton launches of code for a CUDA GPU, on a machine without one.
 
     with recording("nvidia-h100-80gb-hbm3") as launches:
         step()
@@ -27,7 +27,7 @@ from benchmarks.common.recording_cuda import GPUS, Gpu, absent_gpu
 
 @dataclass
 class Launches:
-    """The distinct launches in the order of their first calls, and how often each was called."""
+    """The distinct launches in the order of their first calls, and how many of each."""
 
     gpu: str = ""
     calls: dict[Launch, int] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""What code can ask of a CUDA GPU, answered where there is none: ``torch.cuda``, and where a tensor says it lies."""
+"""What code can ask of a CUDA GPU, answered where there is none. That is ``torch.cuda``, and where a tensor says it
+lies."""
 
 from __future__ import annotations
 
@@ -150,7 +151,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
 
 
 def forget(prefixes: tuple[str, ...] = ("pmkernels", "pareto_merging", "benchmarks")) -> None:
-    """Clear every function cache of those packages: what it keeps may be about another GPU, or none."""
+    """Clear every function cache of those packages. What it keeps may be about another GPU, or none."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in prefixes and module is not None:
             for value in list(vars(module).values()):

@@ -1,4 +1,4 @@
-"""A CUDA GPU that is not there: tensors say that they lie on it, have shapes and no memory, and nothing is computed.
+"""A CUDA GPU that is not there. Tensors say that they lie on it, have shapes and no memory, and nothing is computed.
 
 What runs on the CPU is really computed; what runs on ``cuda`` gets shapes, strides and types only (by PyTorch's meta
 kernels). Reading a number of it gives 1, and whether two are equal True, except that a few numbers (preferences,
@@ -53,7 +53,7 @@ def _known(tensor: Tensor) -> Tensor | None:
 
 
 def contents(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU: its values where they are known, else ones and True.
+    """Return a tensor on the CPU, with its values where they are known. Else it has ones and True.
 
     Large ones and integers are zeros.
     """
@@ -69,7 +69,7 @@ def contents(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Schema:
-    """Of an operator: which arguments it writes to, whether it returns those alone, and whether it returns views."""
+    """Which arguments an operator writes to, and whether it returns those alone, or views."""
 
     writes: tuple[tuple[int, str], ...]
     returned: int
@@ -187,7 +187,7 @@ def _signature(leaf: Any) -> Any:
 def _shapes(
     func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any], on_gpu: list[Tensor]
 ) -> Any:
-    """Compute shapes by PyTorch's meta kernels, and values where all of them are known and few."""
+    """Compute shapes by PyTorch's meta kernels, and values where all are known and few."""
     values = None
     if packet not in UNWRITTEN and len(on_gpu) <= 16 and all(_known(leaf) is not None for leaf in on_gpu):
         values = _few_values(func, args, kwargs)
@@ -250,7 +250,7 @@ _LOCAL = threading.local()
 
 
 class _Inside:
-    """Within: a tensor says that it is on the meta device, as PyTorch's own shape functions have to know."""
+    """A block in which tensors say that they are on the meta device. PyTorch's own shape functions have to know."""
 
     def __enter__(self) -> None:
         _LOCAL.inside = getattr(_LOCAL, "inside", 0) + 1

@@ -1,4 +1,4 @@
-"""A pytest plugin that records what GPU tests would launch, on a machine without a GPU.
+"""A pytest plugin that records what GPU tests would launch, on a machine without one.
 
     python -m pytest tests/gpu -m "gpu and smoke" --assert=plain -p benchmarks.common.recording_plugin \\
         --record-launches launches.json --record-gpu nvidia-h200
@@ -53,7 +53,8 @@ class Recorder:
     """From before the first import of a test to the end of the session."""
 
     def __init__(self, folder: Path, gpu: str, path: Path) -> None:
-        self.path, self.passed, self.stopped = path, 0, {}  # type: tuple[Path, int, dict[str, str]]
+        self.path, self.passed = path, 0
+        self.stopped: dict[str, str] = {}
         self._stack = contextlib.ExitStack()
         self.launches: Launches = self._stack.enter_context(recording(gpu))
         loader, tests = importlib.machinery.SourceFileLoader, folder / "tests"

@@ -1,4 +1,4 @@
-"""A row of figures: one variant of one operation, how it was judged, and how long it took."""
+"""A row of figures: a variant of an operation, its errors, and its time."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Row:
     reason: str | None = None
 
     def judge(self, error: float, plain_error: float, wrong: str | None = None) -> bool:
-        """Note both errors, and whether ours is within what plain PyTorch's allows; ``wrong``: the reason if not."""
+        """Note both errors, and whether ours is within what plain PyTorch's allows. ``wrong``: the reason if not."""
         self.error, self.plain_error = rounded(error), rounded(plain_error)
         self.matched = error <= TOLERANCE * plain_error + 1e-6
         self.reason = None if self.matched else wrong
         return self.matched
 
     def fail(self, error: Exception) -> None:
-        """Note why there are no figures: running out of memory is a result, any other error is wrong."""
+        """Note why there are no figures. Running out of memory is a result, any other error is wrong."""
         if isinstance(error, torch.cuda.OutOfMemoryError):
             self.reason = "out of memory"
         else:

@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA GPUs, as Triton's nvdisasm prints it: instructions, where they lead, loops, and lints.
+"""Machine code of NVIDIA GPUs, as Triton's nvdisasm prints it: instructions, loops, and lints.
 
 A lint says what is wrong in words that name the instructions. Each follows all paths through the code, so a wait at the
 end of a loop's body meets the write at the beginning of the next round.
@@ -92,7 +92,7 @@ def parse(text: str) -> list[Function]:
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """Return the instructions of a cubin's functions, which is an ELF file with a section ``.text.NAME`` for each."""
+    """Return the instructions of a cubin's functions. It is an ELF file with a section ``.text.NAME`` for each."""
     (headers,) = struct.unpack_from("<Q", cubin, 0x28)
     size, count, of_names = struct.unpack_from("<3H", cubin, 0x3A)
     # of a section's header: its name's place among the names; its own place and length in the file
@@ -104,7 +104,7 @@ def machine_code(cubin: bytes) -> bytes:
 
 
 def disassemble(cubins: Sequence[bytes], capability: int, nvdisasm: str) -> list[Function]:
-    """Return the code of cubins for one architecture: one call for all, as each begins with 0.3 s of its own tables.
+    """Return the code of cubins for one architecture. One call does all, as each begins with 0.3 s of its own tables.
 
     Addresses begin at 0 in each; the addresses that jumps name are moved as well, others (``BSSY``, ``RET``) are not.
     """
@@ -151,7 +151,7 @@ def successors(function: Function) -> list[list[int]]:
 
 
 def loops(function: Function) -> list[tuple[Instruction, ...]]:
-    """Return the bodies of the loops: what lies between a branch back and its target, outer loops first."""
+    """Return the bodies of the loops, outer loops first. One lies between a branch back and its target."""
     code = function.code
     spans = {
         (target, place)
@@ -175,7 +175,7 @@ def innermost(bodies: Sequence[tuple[Instruction, ...]]) -> list[tuple[Instructi
 def reach(
     following: Sequence[Sequence[int]], step: Callable[[int, frozenset[State]], frozenset[State]]
 ) -> list[frozenset[State]]:
-    """Return what may be true before each place: ``step`` gives what is true after it, paths that meet are joined."""
+    """Return what may be true before each place. ``step`` gives what is true after it, paths that meet are joined."""
     before: list[frozenset[State]] = [frozenset() for _ in following]
     todo = list(range(len(following)))[::-1]
     while todo:
@@ -189,7 +189,7 @@ def reach(
 
 
 def mixed_loops(function: Function) -> list[str]:
-    """Name the loops with products of a warp (HMMA) beside wgmma (HGMMA), which makes ptxas serialise the latter."""
+    """Name the loops with HMMA products beside wgmma (HGMMA). Such a loop makes ptxas serialise the latter."""
     found = []
     for body in innermost(loops(function)):
         bases = [instruction.base for instruction in body]
@@ -211,7 +211,8 @@ def _is_barrier(instruction: Instruction, threads: int) -> bool:
 
 
 def missing_barriers(function: Function, warps: int) -> list[str]:
-    """Name the writes to shared memory that may follow a wait for wgmma with no barrier of all warps between.
+    """Name the writes to shared memory that may race with reads of wgmma. They follow a wait with no barrier of all
+    warps between.
 
     A wait ends when the wgmma of its own warpgroup have read their operands. Another warpgroup of the program may still
     be reading the tile that the write replaces (Triton issue 11047, mended after 3.6 by pull request 11056). With one

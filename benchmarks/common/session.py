@@ -1,4 +1,4 @@
-"""Measuring unit by unit: what is there already is not measured again, and what would take too long is not begun."""
+"""Measuring unit by unit, as far as time goes. What is there already is not measured again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Session:
         return self.wanted(key) and key not in self.record.data["units"]
 
     def measure(self, key: str, function: Callable[[], Rows], seconds: float) -> None:
-        """Measure a unit and save each row as it comes, unless it is there already or time does not suffice.
+        """Measure a unit and save each row as it comes. It is left out if it is there already or time does not suffice.
 
         Whatever goes wrong inside becomes one more row that says so: running out of memory is a result, other errors
         are wrong. ``function`` gives rows, dataclasses or mappings; ``seconds`` is what it should take on a large GPU.
@@ -187,7 +187,7 @@ class Once:
 
 
 def chosen(keys: Sequence[str] | None) -> Callable[[str], bool]:
-    """Tell which units are asked for: those whose group is one of ``keys``, all if that is None."""
+    """Tell which units are asked for. They are those whose group is one of ``keys``, all if that is None."""
     if keys is None:
         return lambda key: True
     groups = frozenset(keys)

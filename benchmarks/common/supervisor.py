@@ -1,4 +1,4 @@
-"""A run that always ends: the measuring is done by a process of its own, which is watched, ended and begun again.
+"""A run that always ends. The measuring is done by a process of its own, which is watched, ended and begun again.
 
 A kernel that hangs, an error that leaves the GPU unusable, a compiler that does not return to Python: none of them
 can be ended from within. So whoever starts a run is this process, which uses no GPU and imports no PyTorch. It ends
@@ -89,7 +89,7 @@ def supervise(
     finish: Callable[[Record], None],
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run ``command`` until it has measured everything or ``seconds`` are over, and finish its results file.
+    """Run ``command`` until all is measured or ``seconds`` are over, and finish its results file.
 
     The file at ``path`` is a record of ``suite`` that is there already. ``command`` gets ``--until`` with the value of
     time.monotonic at which it has to be done. ``finish`` is called with the record at the end, whatever the end was,
@@ -154,7 +154,7 @@ def _how(code: int) -> str:
 
 
 def _wait(worker: subprocess.Popen[bytes], path: Path, suite: str, until: float) -> str | None:
-    """Wait for the worker: None if it ended by itself, ``over`` at the limit, else why its unit is given up."""
+    """Wait for the worker. None if it ended by itself, ``over`` at the limit, else why its unit is given up."""
     stamp, running = 0, None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):

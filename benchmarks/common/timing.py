@@ -1,4 +1,4 @@
-"""Timers: one call from a CUDA graph with a cold cache, whole steps, and calls of several functions in turn."""
+"""Timers of one call with a cold cache, whole steps, and several functions in turn."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def timed(
     repetitions: int = REPETITIONS,
     graph: bool = True,
 ) -> Times:
-    """Time a call with a cold L2 cache, from a CUDA graph if it can be one. Off the GPU it is called once, which
-    measures nothing.
+    """Time a call with a cold L2 cache, from a CUDA graph if possible. Off the GPU it is called once, which measures
+    nothing.
 
     ``warmup``, ``repetitions``: milliseconds before the first time, and of all times.
     """
@@ -92,7 +92,7 @@ WAIT = 100_000
 
 @dataclass(frozen=True)
 class Effort:
-    """How long each variant is measured: at least ``fewest`` calls, then until ``seconds`` or ``most`` of them.
+    """How long each variant is measured. At least ``fewest`` calls, then until ``seconds`` or ``most`` of them.
 
     ``flushed``: bytes that are written before a call that is to find a cold cache.
     """

@@ -11,7 +11,7 @@ TASKS, RANK, BATCH, KIND = 8, 16, 32, "16-bit"
 
 @dataclass(frozen=True)
 class Layer:
-    """One projection: out and in features, and the rows of its input as items times tokens."""
+    """One projection: out and in features, and its input's rows as items times tokens."""
 
     name: str
     n: int

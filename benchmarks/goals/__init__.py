@@ -1,1 +1,1 @@
-"""``python -m benchmarks.goals``: what the project aims at on a GPU, measured in order of value until time is up."""
+"""``python -m benchmarks.goals``: the project's goals on a GPU, measured in order of value."""

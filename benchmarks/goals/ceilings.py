@@ -1,4 +1,4 @@
-"""What this card does at best: everything else is set against these figures of the same run."""
+"""What this card does at best. Everything else is set against these figures of the same run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {
 
 
 def measure(context: Context) -> None:
-    """Measure a large copy, products of 8192³ in each type, copies inside L2, and an empty launch."""
+    """Measure a large copy, products of 8192³ by type, copies inside L2, and empty launches."""
 
     def rows() -> Iterator[dict[str, Any]]:
         from benchmarks.common import ceilings

@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def default_path(quick: bool, date: str) -> Path:
-    """Return where results go: named after the card, a rehearsal's into a folder for temporary files."""
+    """Return where results go. The file is named after the card; a rehearsal's is in a folder for temporary files."""
     if quick:
         return Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-goals-{date}.json"
     name = results.gpu_name_of_driver() or "gpu"
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def last_lines(record: Record, ended: str, wanted: Sequence[str] = NAMES) -> str:
-    """Return what is said when all is over: faults, the table of goals, and how to go on."""
+    """Return the last words of a run: faults, the goals, and how to go on."""
     data = record.data
     lines = [f"WRONG {row['unit']}: {row['variant']}: {row.get('reason') or 'wrong output'}" for row in record.wrong]
     clocks = data["runs"][-1].get("clocks_after") or {}

@@ -1,4 +1,4 @@
-"""What every group is given, and rows of one operation that is timed beside its bound."""
+"""What every group is given, and rows of one operation timed beside its bound."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Context:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Return the ceilings of this run by name: ``copy`` in bytes, products by type in operations per second.
+        """Return the ceilings of this run by name. ``copy`` is in bytes, products by type in operations per second.
 
         Raises:
             LookupError: they were not measured.

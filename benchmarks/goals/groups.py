@@ -1,4 +1,4 @@
-"""What is measured, in order of value: the groups of units, by the name that ``--only`` and keys have."""
+"""The groups of units in order of value, by their names in ``--only`` and keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SUITE = "goals"
 
 @dataclass(frozen=True)
 class Group:
-    """Units that are measured together: what they are, and where the function that measures them is.
+    """Units that are measured together, and the function that measures them.
 
     ``seconds``: about what all of it takes on an H100. ``function``: ``module:name``, imported when it is its turn,
     because a machine may lack what a later group needs.

@@ -1,4 +1,4 @@
-"""The hot kernels: right on the shapes that the goals use, then reductions and weight gradients beside their bounds."""
+"""The hot kernels: right on the goals' shapes, then beside their bounds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def hot_cases(context: Context) -> dict[str, cases.Case]:
 
 
 def correctness(context: Context) -> None:
-    """Compare every hot kernel with float64: its whole result, and the worst row or column of it."""
+    """Compare every hot kernel with float64. Its whole result counts, and the worst row or column of it."""
     measure = context.session.measure
     for name, case in hot_cases(context).items():
         measure(f"correctness/{name}", functools.partial(_compare, context, name, case), 2)

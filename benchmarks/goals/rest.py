@@ -1,4 +1,4 @@
-"""What is left when the rest is measured: few bytes, a data-free run, and the layer grid point by point."""
+"""What is left at the end: few bytes, a data-free run, and the layer grid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from benchmarks.suites import layers
 
 
 def measure(context: Context) -> None:
-    """Measure what has the least value for the time it takes, as far as time goes."""
+    """Measure what has the least value for its time, as far as time goes."""
     try:
         # it needs pydantic
         from benchmarks.goals import training

@@ -1,4 +1,4 @@
-"""Projections and a block of the served model with a preference for each image, beside the plain ones."""
+"""Projections and a block of the served model at a preference per image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tower_of(context: Context) -> Tower:
 
 
 def layers(context: Context) -> None:
-    """Measure the projections of attention at 32 images and one, and a whole block, with a cold and a warm cache."""
+    """Measure projections of attention and a whole block, with cold and warm cache. Batches are 32 images and one."""
     tower, effort = tower_of(context), QUICK_EFFORT if context.quick else EFFORT
     for items in (3, 1) if context.quick else (BATCH, 1):
         for layer in tower.block_layers(items)[:2]:
@@ -46,7 +46,7 @@ def _projection(context: Context, tower: Tower, layer: Layer, effort: Effort) ->
 
 @torch.no_grad()
 def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
-    """Measure the block in the middle with a preference for each image, beside that of a plain merged model."""
+    """Measure the block in the middle at a preference per image, beside a merged one."""
     # it needs pydantic and open_clip, which projections do without
     from benchmarks.goals.shared_case import shared_case
 
@@ -71,7 +71,7 @@ def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
 
 
 def _two_blocks(folded: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor], float]:
-    """Return the calls of both blocks on x, their results in float64, and the error of the block as it is folded."""
+    """Return both blocks' calls on x, their float64 results, and the folded one's error."""
     from benchmarks.serving.folded import preferences
     from pareto_merging import merge, set_preference
     from pareto_merging.serving.layers import serve_layers

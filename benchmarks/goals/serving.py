@@ -1,4 +1,4 @@
-"""The engine as a user calls it, beside the plain merged model and merging again for each request."""
+"""The engine as a user calls it, beside the plain merged model and merging again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EFFORT = Effort(100, 200, 1.5)
 
 
 def engine(context: Context) -> None:
-    """Measure the engine beside the plain merged model and merging again, at a batch and at one image."""
+    """Measure the engine beside the plain merged model and merging again. Once at a batch, once at one image."""
     case = shared_case(context)
     batches = ((4, 4), (1, 1)) if context.quick else ((BATCH, BATCH), (1, 1))
     for batch, count in batches:
@@ -30,7 +30,7 @@ def engine(context: Context) -> None:
 
 
 def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str, Any]]:
-    """Measure the engine as a user calls it, new preferences with every call, from the host."""
+    """Measure the engine as a user calls it, from the host. Every call brings new preferences."""
     case = made()
     encoder = suite.TINY_ENCODER if context.quick else suite.ENCODERS[VIT_L.name]
     size = encoders.image_size(encoder)

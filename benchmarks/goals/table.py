@@ -1,4 +1,4 @@
-"""The table of goals: what was aimed at, what was measured beside it in the same run, and whether that is met."""
+"""The table of goals: aims, measurements of the same run, and whether they are met."""
 
 from __future__ import annotations
 

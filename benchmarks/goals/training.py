@@ -1,4 +1,4 @@
-"""An optimiser step of whole models: ours beside its limit and its baselines, each with a gradient that was checked."""
+"""An optimiser step of whole models: ours beside its limit and baselines, with checked gradients."""
 
 from __future__ import annotations
 

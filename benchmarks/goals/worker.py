@@ -28,7 +28,7 @@ def triton_key() -> str | None:
 
 
 def environment(quick: bool) -> dict[str, Any]:
-    """Return where the run takes place, with what must be the same in every run of one file."""
+    """Return where the run takes place, with what all runs of a file must share."""
     from benchmarks import results
 
     found = results.machine()

@@ -61,7 +61,7 @@ def counts() -> list[str]:
 
 
 def db_bytes(tower: Tower) -> float:
-    """Add up the bytes of dy that db reads once more in a block and task, by the library's sum over rows."""
+    """Add up the bytes of dy that db reads again in a block and task. The library's sum over rows reads them."""
     gradients = (problem(layer, GOAL_TASKS, bias=True) for layer in tower.block_layers(BATCH))
     return sum(kernel.cache for p in gradients for kernel in costs.bias_sums(p, 0.0))
 
@@ -166,7 +166,7 @@ def served_line(layer: Layer, gpu: str) -> list[str]:
 
 
 def device_served(gpu: str, title: str) -> list[str]:
-    """Return lines of the layers with a low-rank term, one image and a batch of them."""
+    """Return lines of the layers with a low-rank term, for one image and a batch."""
     served = [layer for tower in TOWERS for items in (1, BATCH) for layer in tower.block_layers(items) if layer.rank]
     columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
     return [

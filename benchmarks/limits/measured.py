@@ -31,7 +31,8 @@ def file_name(gpu: str) -> str:
 
 
 def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yield rows of the kernels suite and of the layer grid, its own suite or (before) the training suite's."""
+    """Yield rows of the kernels suite and of the layer grid. The grid is its own suite, or (before) in the training
+    suite."""
     kernels = suites.get("kernels", {})
     for row in kernels.get("rows", ()):
         if kernels["rank"] == RANK:
@@ -42,7 +43,7 @@ def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def measured(gpu: str) -> tuple[Figures, list[str]]:
-    """Return the newest committed milliseconds of our variants on that GPU, bfloat16, and the files they come from."""
+    """Return the newest committed milliseconds of our variants on that GPU, and their files. Only bfloat16 counts."""
     figures: Figures = {}
     sources: dict[tuple[str, int, str, int], str] = {}
     for path, report in _reports():

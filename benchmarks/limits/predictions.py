@@ -1,4 +1,4 @@
-"""Layers and whole models counted: their bounds, and what :mod:`pmkernels.costs` predicts of steps and of serving.
+"""Layers and whole models counted: their bounds, and :mod:`pmkernels.costs`'s predictions.
 
 A step or a forward is a list of kernels, each with how often it is launched; its seconds are their sum, one after the
 other. What :data:`PARTS` names can be added up by part. Nothing here was measured.
@@ -59,8 +59,8 @@ def predicted(
     cached: bool = False,
     configuration: str | None = None,
 ) -> float:
-    """Return seconds that ``strategy`` should take on a GPU of :data:`pmkernels.costs.GPUS`, with the tiles of its
-    kernel.
+    """Return the seconds ``strategy`` should take on a GPU, with the tiles of its kernel. The GPU is one of
+    :data:`pmkernels.costs.GPUS`.
 
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """
@@ -107,7 +107,7 @@ class Prediction:
 
     @property
     def counted_alone(self) -> float:
-        """Return the time without the rest of the network, which takes the same time however weights are merged."""
+        """Return the time without the rest of the network. That takes the same time however weights are merged."""
         return self.seconds - self.parts.get(REST, 0.0)
 
     def apart(self, other: Prediction) -> float:
@@ -126,7 +126,7 @@ def prediction(kernels: Kernels, gpu: str) -> Prediction:
 
 
 def at_full_rate(kernels: Kernels) -> Iterator[tuple[int, Pass]]:
-    """Yield the kernels as if those that are bound by memory reached its full rate, whatever their form."""
+    """Yield the kernels as if those bound by memory reached its full rate."""
     for times, kernel in kernels:
         yield times, replace(kernel, form="library product") if kernel.memory_efficiency < 1 else kernel
 
@@ -142,7 +142,7 @@ def of_operation(
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a step and how often it comes: ``dx`` is false where nothing before it learns."""
+    """A product of a step and how often it comes. ``dx`` is false where nothing before it learns."""
 
     problem: Problem
     times: int
@@ -203,7 +203,7 @@ def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Ite
 
 
 def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
-    """Yield the kernels of a step of the limit: frozen merged linear layers, and a full dW of each."""
+    """Yield the kernels of the limit's step: frozen merged linear layers, and their full dW."""
     for product in products(tower, tasks):
         times = tasks * product.times * (3 if product.dx else 2)
         yield from of_operation("forward", "streamed", product.problem, gpu, times, cached=True)
@@ -231,7 +231,7 @@ def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Iterator[tuple
 
 
 def once_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
-    """Yield the kernels of a step that merges once with autograd: the baseline of two more models of memory.
+    """Yield the kernels of a step that merges once with autograd. This baseline takes two more models of memory.
 
     The τ are added up by one product of λ and reduced by one; dW of each task but the first is added in place.
     """
@@ -270,7 +270,7 @@ class Step:
 
 @functools.cache
 def step(tower: Tower, tasks: int, gpu: str) -> Step:
-    """Return the limit, the bound and the predictions of a training step of ``tasks`` tasks on ``gpu``."""
+    """Return the limit, the bound and the predictions of a training step."""
     rates = rates_of(gpu)
     scores = attention(tower) * tower.blocks
     operations = tasks * sum(kernel.products for kernel in scores)
@@ -290,7 +290,7 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
 
 
 def memory(tower: Tower, tasks: int) -> dict[str, float]:
-    """Return bytes of weights that a step holds by strategy: W0, K task vectors, and what is merged."""
+    """Return bytes of weights that a step holds, by strategy. W0, K task vectors, and what is merged."""
     held = 2.0 * (tasks + 1) * tower.parameters
     largest = 2.0 * max(p.problem.n * p.problem.d for p in products(tower, tasks))
     return {"cached": held + 2.0 * tower.parameters, "streamed": held + largest, "fused": held}
@@ -325,7 +325,7 @@ def served_and_plain(
 
 
 def reduction_share(layer: Layer, tasks: int, gpu: str) -> float:
-    """Divide bytes over bandwidth by the predicted seconds of the reduction of a dW with its partial sums."""
+    """Divide bytes over bandwidth by the predicted seconds of a dW's reduction. It includes the partial sums."""
     p, rates = problem(layer, tasks), rates_of(gpu)
     kernels = strategies.predicted_passes(configuration_file(gpu), rates, "weight_grad", "streamed", p)
     reduction = [kernel for kernel in kernels if kernel.name in ("reduction", "partial sums")]
@@ -333,7 +333,7 @@ def reduction_share(layer: Layer, tasks: int, gpu: str) -> float:
 
 
 def weight_gradient_ratio(layer: Layer, tasks: int, gpu: str, *, bias: bool) -> float:
-    """Divide the predicted weight gradient of ``auto`` by the library's dW and the bytes of τ over bandwidth."""
+    """Divide ``auto``'s predicted weight gradient by the library's dW and one reading of τ."""
     p, rates = problem(layer, tasks, bias=bias), rates_of(gpu)
     product = costs.seconds(costs.product(p), rates, KIND)
     return predicted("weight_grad", choice("weight_grad", p, gpu), p, gpu) / (product + tasks * p.weight / rates.memory)

@@ -19,7 +19,7 @@ def figure(value: float) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> list[str]:
-    """Return a table between empty lines, whose first ``text`` columns are words and the others figures."""
+    """Return a table between empty lines. Its first ``text`` columns are words, the others figures."""
     return ["", *pages.table(columns, rows, "l" * text + "r" * (len(columns) - text)), ""]
 
 
@@ -36,7 +36,7 @@ def folded(title: str, lines: list[str], folded: bool) -> list[str]:
 
 
 def ratio_text(value: float, off: float, digits: int = 2) -> str:
-    """Write a predicted ratio, and what it may be where it is so much more or less."""
+    """Write a predicted ratio and its bounds, where it is so much more or less."""
     return f"*{value:.{digits}f}× ({value - off:.{digits}f}–{value + off:.{digits}f})*"
 
 

@@ -1,4 +1,4 @@
-"""What the microbenchmarks share: inputs at a point, the check against float64, and counted operations and bytes."""
+"""What microbenchmarks share: inputs at a point, the check against float64, and counts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYERS[label(LANGUAGE_MODEL[0].name)] = Layer(LANGUAGE_MODEL[0].name, 4096, 4096
 
 
 def find_layer(name: str) -> Layer:
-    """Return the layer of that name in :data:`LAYERS`, or of that size: ``OUTxIN``, with a ViT-L/14's rows."""
+    """Return the layer of that name in :data:`LAYERS`, or of that size. That is ``OUTxIN``, with a ViT-L/14's rows."""
     if name in LAYERS:
         return LAYERS[name]
     n, _, d = name.partition("x")
@@ -49,7 +49,7 @@ def find_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Point:
-    """One benchmark's parameters: ``rows`` is 0 where an operation has none, ``r`` without a low-rank term."""
+    """One benchmark's parameters. ``rows`` is 0 where an operation has none, ``r`` without a low-rank term."""
 
     layer: Layer
     rows: int
@@ -61,7 +61,7 @@ class Point:
 
     @property
     def images(self) -> int:
-        """Return parts of as many rows as the layer has tokens; where that leaves a rest, every row is a part."""
+        """Return parts of as many rows as the layer has tokens. Where that leaves a rest, every row is a part."""
         return self.rows if self.rows % self.layer.tokens else self.rows // self.layer.tokens
 
     def problem(self, *, tasks: int | None = None) -> Problem:
@@ -198,7 +198,7 @@ def offers(*strategies: str, low_rank: bool = False) -> Callable[[Benchmark], Be
 
 
 def make_weights(point: Point, source: Source) -> dict[str, Tensor]:
-    """Return W0, τ and λ of a layer, and A, G, B and γ where it has a low-rank term, as :mod:`pmkernels` calls them."""
+    """Return W0, τ, λ and the low-rank term of a layer, as in :mod:`pmkernels`."""
     return inputs.make_weights(point.layer, point.K, point.r, point.dtype, source)
 
 
@@ -237,7 +237,7 @@ def forward_and_backward(
 def backward(
     function: Callable[..., Tensor], values: Mapping[str, Tensor], names: Iterable[str], grad: Tensor
 ) -> Variant:
-    """Return the backward alone as a variant: the forward is run now and its graph kept."""
+    """Return the backward alone as a variant. The forward is run now and its graph kept."""
     result, leaves = graph(function, values, names)
     return lambda: torch.autograd.grad(result, leaves, grad.to(result.dtype), retain_graph=True)
 

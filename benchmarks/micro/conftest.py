@@ -93,7 +93,7 @@ def logits_shape(text: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A parameter of benchmarks: the option that sets its values, and the word before a value in an id."""
+    """A parameter of benchmarks. ``option`` sets its values, ``word`` stands before one in an id."""
 
     option: str
     parse: Callable[[str], Any]
@@ -153,7 +153,7 @@ def machine() -> dict[str, Any]:
 
 
 def default_values(axis: str, chosen: dict[str, Any], on_gpu: bool) -> Sequence[Any]:
-    """Return what an axis goes through where no option says so, at the values of the axes before it."""
+    """Return the values of an axis without its option, given those of the axes before."""
     if axis == "rows":
         layer = cases.find_layer(chosen["layer"])
         return (layer.tokens, layer.rows) if on_gpu else (layer.tokens,)
@@ -172,7 +172,7 @@ def default_values(axis: str, chosen: dict[str, Any], on_gpu: bool) -> Sequence[
 def points(
     axes: Sequence[str], config: pytest.Config, chosen: dict[str, Any], on_gpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the values of ``axes``, each as a dictionary, the last axis the fastest."""
+    """Yield every combination of the values of ``axes``, each as a dictionary. The last axis is the fastest."""
     if not axes:
         yield chosen
         return
@@ -271,7 +271,7 @@ def rates(device: torch.device) -> costs.Rates | None:
 
 
 def facts(case: Case, device: torch.device, median: float | None) -> dict[str, Any]:
-    """Return what is kept beside a case's times: where, what, and its rate at the median, in seconds."""
+    """Return what is kept beside a case's times: where, what, and its rate. The rate is at the median, in seconds."""
     least, known = case.least, rates(device)
     here = machine()
     found: dict[str, Any] = {name: here.get(name) for name in ("gpu", "torch", "triton")}

@@ -1,4 +1,4 @@
-"""pareto_linear at one preference: forward, the gradient of x, and all that a training step does with a layer."""
+"""pareto_linear at one preference: forward, the gradient of x, and a layer's training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""merge_weight: W(γ) of one layer, written once from W0, the task vectors and the low-rank term."""
+"""merge_weight: W(γ) of one layer, written once from all its parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A served layer: preference_linear at a preference per image and per row, and the two ways in which it widens.
+"""A served layer: preference_linear at a preference per image and row, and its two widenings.
 
 The rows [x | t] are written by a kernel of their own in the ``streamed`` strategy; [W | A] is laid out once a model.
 """
@@ -16,7 +16,7 @@ from pmkernels.costs import Bound
 
 
 def make_served(point: Point, items: int) -> dict[str, Tensor]:
-    """Return a folded layer's values by the reference's names, one preference for each of ``items`` parts of the rows.
+    """Return a folded layer's values by the reference's names. Each of ``items`` parts of the rows has one preference.
 
     A and B are what their values in the model's type are in float32.
     """

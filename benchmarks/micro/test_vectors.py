@@ -1,4 +1,4 @@
-"""merge_vectors: all biases and normalisations of a vision transformer in one launch, and the gradient of λ."""
+"""merge_vectors: all vectors of a vision transformer in one launch, and the gradient of λ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradients of λ, A, G and B: from rows, where dW need not exist, and from a dW that is there."""
+"""The gradients of λ, A, G and B, from rows and from a given dW. From rows, dW need not exist."""
 
 from __future__ import annotations
 

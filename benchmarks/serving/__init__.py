@@ -1,1 +1,1 @@
-"""The serving suite: a batch of requests, each with a preference of its own, from one folded model."""
+"""The serving suite: requests with preferences of their own, answered from one folded model."""

@@ -48,14 +48,14 @@ class CellRow(Row):
 
 @dataclass(frozen=True)
 class Truth:
-    """Features in float64 by number of distinct preferences, [items, dim], and the error of plain PyTorch."""
+    """Features in float64 by number of distinct preferences, and plain PyTorch's error. They are [items, dim]."""
 
     features: dict[int, Tensor]
     plain_error: float
 
     @classmethod
     def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> Truth:
-        """Return the truth of plain models merged at ``drawn`` [P, K], for each number of ``counts``."""
+        """Return the truth of plain models merged at ``drawn`` [P, K], for all ``counts``."""
         wide, plain_error = copy.deepcopy(case.folded).double(), 0.0
         features: dict[int, Tensor] = {}
         for count in counts:
@@ -99,12 +99,12 @@ class Cell:
 
     @classmethod
     def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> Cell:
-        """Make a cell of the requests with the first ``count`` preferences of ``drawn`` [SETS, P, K]."""
+        """Make a cell of the first ``count`` preferences of each of ``drawn`` [SETS, P, K]."""
         requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
         return cls(case, images, requests, truth, {}, {})
 
     def add(self, name: str, make: Callable[[], Variant], captures: bool = False) -> None:
-        """Make a variant, call it until it is warm, and note its memory; ``captures``: it runs while it is made."""
+        """Make a variant, warm it up, and note its memory. ``captures``: it runs while it is made."""
         row = self.rows[name] = blank(self.case, len(self.images), len(self.requests[0].distinct), name)
         device = self.images.device
         if device.type == "cuda":
@@ -184,7 +184,7 @@ def counts_for(batch: int, preferences: Sequence[int]) -> list[int]:
 def cell_rows(
     case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, skip: Sequence[str] = ()
 ) -> list[CellRow]:
-    """Return a row per variant, but those of ``skip``, at one batch with ``count`` of the preferences ``drawn``."""
+    """Return a row per variant at one batch with ``count`` of the preferences. ``skip``: variants that are left out."""
     cell = Cell.make(case, images, drawn, truth, count)
     for name, make in variants.VARIANTS.items():
         if name not in skip:

@@ -1,4 +1,4 @@
-"""A folded vision tower, requests to it, and copies of it whose projections are something else."""
+"""A folded vision tower, requests to it, and copies with other projections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What comes with a batch: the P distinct preferences [P, K], and the one of each item [n, K], float32.
+    """A batch's preferences, float32: P distinct ones [P, K], and each item's [n, K].
 
     Both are on the host, where requests arrive, and on the device, where most variants want them.
     """
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Case:
-    """One folded tower on a device, in the type it is served in, and its folded file."""
+    """One folded tower on a device, in the type that serves, and its file."""
 
     name: str
     folded: nn.Module
@@ -56,8 +56,8 @@ class Case:
 def build_case(
     name: str, encoder: Mapping[str, Any], folder: Path, dtype: torch.dtype, device: torch.device, share: float = 0.3
 ) -> Case:
-    """Return a random tower, folded, with low-rank terms of about ``share`` of each projection's norm for one task
-    alone.
+    """Return a random folded tower with low-rank terms. Their norm is about ``share`` of each projection's, for one
+    task alone.
 
     λ is folded, so nothing is left of the K fine-tuned copies, and none is made.
     """
@@ -94,7 +94,8 @@ def preferences(count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """The parts of a folded projection: weight [N, D], bias [N], and A [N, R], G [R, R, K], B [D, R] in float32."""
+    """The parts of a folded projection. Its weight is [N, D] and its bias [N]; A [N, R], G [R, R, K] and B [D, R] are
+    float32."""
 
     weight: Tensor
     bias: Tensor | None

@@ -1,4 +1,5 @@
-"""The layers of the serving suite: preference_linear beside F.linear, a preference per image, cold and warm cache.
+"""The layers of the serving suite: preference_linear beside F.linear. Each image has a preference; the cache is cold or
+warm.
 
 The bound of a layer counts its operations and bytes (:func:`pmkernels.costs.bound`) at the rates of the same run, and x
 read once more: the product with B comes before the one with A.
@@ -31,7 +32,7 @@ ITEMS = (1, 8, 32)
 
 @dataclass(kw_only=True)
 class ServedRow(LayerRow):
-    """One variant of one projection at a preference per image; ``cache``: cold or warm when it starts."""
+    """One variant of one projection at a preference per image. ``cache``: cold or warm when it starts."""
 
     model: str
     projection: str
@@ -41,7 +42,7 @@ class ServedRow(LayerRow):
 
 
 def layer_values(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return random parts of a folded projection, inputs [items, tokens, D] and a preference per item."""
+    """Return random parts of a folded projection, inputs [items, tokens, D] and each item's preference."""
     source = Source(device)
     values = make_folded(layer, TASKS, RANK, dtype, source, layer.items)
     values["x"] = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
@@ -58,7 +59,8 @@ def bound_ms(layer: Layer, rates: Json | None, dtype: torch.dtype) -> float | No
 
 
 def variants(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Return F.linear, t·Aᵀ added to it by the library, and preference_linear in each strategy that runs here."""
+    """Return F.linear, the library's low-rank layer, and preference_linear in each strategy. The library's adds t·Aᵀ to
+    F.linear. Strategies that do not run here are left out."""
     x, weight, bias = values["x"], values["weight"], values["bias"]
     wide, low = pmkernels.widen_weight(weight, values["A"]), values["B"].to(x.dtype).t().contiguous().t()
 

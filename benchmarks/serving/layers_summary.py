@@ -45,7 +45,7 @@ def _cell(row: Mapping[str, Any] | None, limit: float | None) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
-    """Draw one image, cold beside warm: a bar per variant and projection, the bound as a line across it."""
+    """Draw one image, cold beside warm. A bar per variant and projection, the bound as a line across it."""
     shown = [row for row in rows if row["items"] == 1 and row["ms"]]
     if not shown:
         return []

@@ -28,7 +28,7 @@ def unused_memory(device: torch.device) -> float:
 
 
 def tensor_bytes(*objects: Any) -> int:
-    """Return bytes of all tensors that are reached from ``objects``, memory that several of them share counted once."""
+    """Return the bytes of all tensors reached from ``objects``. Memory that several of them share is counted once."""
     storages = {}
     for tensor in _tensors(list(objects)):
         if tensor.device.type != "meta":

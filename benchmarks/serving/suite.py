@@ -1,4 +1,4 @@
-"""The serving suite: a batch of requests, each with a preference of its own, from one folded model.
+"""The serving suite: requests with preferences of their own, answered from one folded model.
 
 Whole towers: the engine beside the plain merged model (the limit) and beside other ways to serve P preferences from one
 batch (:mod:`benchmarks.serving_baselines`), on the same images and preferences, called in turn. Every call brings
@@ -58,7 +58,7 @@ def make_images(count: int, size: int, case: Case) -> Tensor:
 def case_rows(
     case: Case, size: int, batches: Sequence[int], preferences: Sequence[int], effort: Effort, clock: Clock
 ) -> Iterator[list[CellRow]]:
-    """Yield all rows of one tower, a batch at a time; ``size``: of its images in pixels."""
+    """Yield all rows of one tower, a batch at a time. ``size``: of its images in pixels."""
     images = make_images(max(batches), size, case)
     drawn = folded.preferences(max(preferences))
     truth = Truth.of(case, images, drawn[0], preferences)

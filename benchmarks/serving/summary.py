@@ -138,7 +138,7 @@ def _cells(row: Json, number: int) -> list[str]:
 
 
 def draw(report: Json, folder: Path) -> list[Path]:
-    """Draw time over distinct preferences, a picture for each tower, and one of layers at one image."""
+    """Draw time over distinct preferences for each tower, and layers at one image."""
     rows, written = [row for row in _batches(report) if row["ms"]], []
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for model in dict.fromkeys(row["model"] for row in rows):

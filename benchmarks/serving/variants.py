@@ -1,4 +1,4 @@
-"""What the serving suite measures: the engine, the plain merged model, and other ways to serve a preference per item.
+"""The serving suite's variants: the engine, the plain merged model, and other ways.
 
 Every variant answers the same request, a batch of images of which item i wants preference i mod P, from the same
 folded vision tower of open_clip. Its attention is rebuilt from two linear layers where a variant needs to reach them;
@@ -88,7 +88,7 @@ def engine(case: Case, request: Request) -> Variant:
 
 
 def engine_again(case: Case, request: Request) -> Variant:
-    """Return an engine that is asked for one preference by every request, and has kept its merged weights.
+    """Return an engine that keeps its merged weights. Every request asks it for the same preference.
 
     Raises:
         Unavailable: requests with several.
@@ -131,7 +131,7 @@ class Remerged(nn.Module):
 
 
 def merge_again(case: Case, request: Request) -> Variant:
-    """Return a call that does for each distinct preference: merge into one workspace in place, then run its items."""
+    """Return a call that merges in place for each distinct preference, then runs its items. There is one workspace."""
     model, count = tower(case.folded, Remerged), len(request.distinct)
     layers = [module for module in model.modules() if isinstance(module, Remerged)]
 
@@ -148,7 +148,7 @@ def merge_again(case: Case, request: Request) -> Variant:
 
 
 def _in_order(found: Sequence[Tensor]) -> Tensor:
-    """Put P groups of features [n / P, dim] in order: [n, dim] with item i from group i mod P."""
+    """Put P groups of features [n / P, dim] in order. Item i of [n, dim] comes from group i mod P."""
     return torch.stack(list(found), dim=1).flatten(0, 1)
 
 
@@ -194,14 +194,15 @@ def merged_copies(case: Case, request: Request) -> Variant:
 
 @dataclass
 class Groups:
-    """The preferences [P, K] of the batch that is under way, and which items have each."""
+    """The preferences [P, K] of the batch under way, and which items have each."""
 
     gammas: Tensor
     items: list[Tensor]
 
 
 class Looped(nn.Module):
-    """A projection and P low-rank terms: one product for all items, then for each preference x·B·Cᵀ·Aᵀ of its own."""
+    """A projection with P low-rank terms, one after the other. One product for all items, then for each preference
+    x·B·Cᵀ·Aᵀ of its own."""
 
     def __init__(self, part: Projection, groups: Groups) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class Looped(nn.Module):
 
 
 def looped(case: Case, request: Request) -> Variant:
-    """Return the same as multi-adapter libraries do it: in each layer, one adapter after the other."""
+    """Return the same as multi-adapter libraries do it. In each layer one adapter comes after the other."""
     count, items = len(request.distinct), len(request.each)
     groups = Groups(
         request.distinct_on_device, [torch.arange(first, items, count, device=case.device) for first in range(count)]

@@ -1,4 +1,4 @@
-"""The study: every method on the embedded digits suite, with two, three and eight models, over several seeds.
+"""The study: every method on the embedded digits suite, over several seeds. With two, three and eight models.
 
 A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and
 2 were looked at while the suite was designed; figures to be believed come from others. Every method may try the same
@@ -154,7 +154,7 @@ def _say(part: tuple[str, int, int], number: int, total: int, start: float, prog
 
 
 def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
-    """Do one piece of the work, in a process of its own where there are several. Done pieces are kept."""
+    """Do one piece of the work and keep it. Where there are several, each has a process of its own."""
     suite = folder / f"seed-{seed}" / "suite"
     with one_thread(), warnings.catch_warnings():
         # a setting that collapses is not chosen; its warning is in the results
@@ -230,7 +230,8 @@ def _ablation_summary(found: Sequence[Sequence[Result]]) -> dict[str, Any]:
 
 
 def _judges(results: Sequence[Result]) -> dict[str, Any]:
-    """Measure how well the label-free score orders methods: its rank correlation, per seed, with what it stands for.
+    """Measure how well the label-free score orders methods. It is the rank correlation, per seed, with what the score
+    stands for.
 
     Over the methods that give one model: the chosen setting's score against its held-out accuracy.
     """
@@ -314,7 +315,7 @@ def unseen_markdown(report: Mapping[str, Any]) -> str:
 
 
 def fronts_markdown(report: Mapping[str, Any]) -> str:
-    """Return the methods that answer a preference: how good and how well aligned their sets are."""
+    """Return the table of methods that answer a preference: their sets' quality and alignment."""
     figures_ = (
         *(("equal", 1, 1), ("priority", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("non_dominated", 1, 0)),
         *(("points", 1, 0), ("spacing", 1, 2), ("igd_plus", 1, 2), ("cosine", 1, 3), ("spearman", 1, 2)),

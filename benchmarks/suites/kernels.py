@@ -1,4 +1,4 @@
-"""The kernels suite: each operation of one layer beside the library's own product and the strong baselines, on one GPU.
+"""The kernels suite: each operation of a layer beside the library's and strong baselines.
 
 Everything is measured side by side in one run, on the same inputs, with a cold L2 cache; a time is reported only if the
 outputs matched float64 in that run. The limit of every row is ``F.linear`` (or the plain product) on a weight merged
@@ -43,7 +43,7 @@ TINY_LOGITS = ((6, 10),)
 
 @dataclass(frozen=True)
 class Bench:
-    """What rows are of: a layer in one type, on a device; ``rates``: the ceilings of this run."""
+    """What rows are of: a layer in one type, on a device. ``rates``: the ceilings of this run."""
 
     layer: str
     dtype: torch.dtype
@@ -86,7 +86,7 @@ def _gradients(
 
 
 def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
-    """Merge into a tensor of the graph, then multiply: the strong baseline, which merges once per step."""
+    """Merge into a tensor of the graph, then multiply. The strong baseline merges once per step."""
     return F.linear(x, reference.merge_weight(**parts), bias)
 
 
@@ -133,7 +133,7 @@ def _merge_rows(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
 
 
 def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]:
-    """Measure forward and backward together, beside the products of a merged weight and its full dW."""
+    """Measure forward and backward together, beside a merged weight's products and its full dW."""
     x, dy, names = case.x, case.dy, ("x", *PARAMETERS)
     whole = functools.partial(_gradients, {**case.parts, "x": x, "bias": case.bias}, names, dy)
     limit = "limit: full dW, merged beforehand"
@@ -162,7 +162,7 @@ def _replayed(variant: Variant, device: torch.device) -> Variant:
 
 
 def _beside(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
-    """Measure whether merging the next layer hides behind this layer's product: the most that running ahead gains."""
+    """Measure whether merging the next layer hides behind this layer's product. Running ahead gains that at most."""
     x, bias, merged, side = case.x, case.bias, case.merged, torch.cuda.Stream()
     out = torch.empty_like(merged)
     merge = functools.partial(pmkernels.merge_weight, **case.parts, out=out, strategy="fused")
@@ -282,7 +282,7 @@ def _rows(quick: bool, device: torch.device, rates: Json) -> Iterator[LayerRow]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return one table per operation: milliseconds, the ratio to the row's limit, and the share of the bound."""
+    """Return a table per operation: milliseconds, over the row's limit, and the bound's share."""
     rates = report["ceilings"]
     lines = [
         f"One layer, K = {report['tasks']}, r = {report['rank']}; median of one run, cold L2 cache. Ceilings measured "

@@ -1,4 +1,4 @@
-"""The layer grid: each strategy beside the limit, over layers, rows and K, in one run.
+"""The layer grid: each strategy beside the limit, over layers, rows and K.
 
 A time is reported only if its output matched float64 in that run. Calls are captured in CUDA graphs and replayed with a
 cold L2 cache: what is compared is the work on the GPU, also at one row, where a launch from Python takes longer than
@@ -82,7 +82,7 @@ def grid(layer: Layer, powers: Sequence[int]) -> list[int]:
 
 
 def crossover(times: Mapping[int, tuple[float, float]]) -> int | None:
-    """Return the rows from which on streamed is faster than fused at every larger number too; None: at none.
+    """Return the rows from which on streamed is faster than fused. It is so at every larger number too; None: at none.
 
     ``times``: rows -> fused, streamed.
     """
@@ -109,7 +109,8 @@ def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[st
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration: str) -> list[dict[str, Any]]:
-    """Return crossovers as measured, and as predicted with that configuration file where the GPU's rates are known."""
+    """Return crossovers as measured, and as predicted where the GPU's rates are known. ``configuration``: the file that
+    predictions take."""
     shapes = {(row["op"], row["layer"], row["tasks"]): row for row in rows}
     found = []
     for (op, layer, tasks), at in by_point(rows).items():
@@ -202,7 +203,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
 
 
 def _launch(device: torch.device) -> float | None:
-    """Return milliseconds of a graph with nothing but an empty kernel, which every time below holds."""
+    """Return milliseconds of a graph with an empty kernel. Every time below holds them."""
     if device.type != "cuda":
         return None
     one = torch.zeros(1, device=device)

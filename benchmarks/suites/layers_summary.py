@@ -13,7 +13,7 @@ from benchmarks.suites.layers import GOAL, VARIANTS, by_point
 
 
 def ratios(report: Json) -> list[dict[str, Any]]:
-    """Return ``auto`` over the better strategy at every point that has all three times, worst first."""
+    """Return ``auto`` over the better strategy, worst first. Points without all three times are left out."""
     chosen = {
         (row["op"], row["layer"], row["tasks"], row["rows"]): row["chosen"]
         for row in report["rows"]
@@ -102,7 +102,7 @@ def _crossovers(report: Json) -> Iterator[list[str]]:
 
 
 def _shown(rows: Mapping[int, Any]) -> list[int]:
-    """Return some of a layer's rows: 1, 64, 512, and the model's own number or else the most."""
+    """Return some of a layer's rows: 1, 64, 512, and the model's own or most."""
     own = [m for m in rows if m & (m - 1)]
     return sorted({m for m in (1, 64, 512, *(own or [max(rows)])) if m in rows})
 

@@ -1,1 +1,1 @@
-"""The training suite: one optimiser step of a whole vision transformer, beside what else could be done."""
+"""The training suite: one optimiser step of a vision transformer, beside other ways."""

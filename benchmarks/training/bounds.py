@@ -16,9 +16,8 @@ from pmkernels import costs
 def products(
     skeleton: nn.Module, shape: Sequence[int], width: int
 ) -> tuple[list[tuple[int, int, int, bool]], float, float]:
-    """Return every product of one forward, as rows, out, in and whether its input needs a gradient; then the operations
-    and the numbers moved of all attention. Counted by a run of the model without memory.
-    """
+    """Return every product of one forward, then the operations and numbers moved of all attention. A product is rows,
+    out, in and whether its input needs a gradient. They are counted by a run of the model without memory."""
     found: list[tuple[int, int, int, bool]] = []
     attention: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A vision transformer with K made-up fine-tuned copies: what every variant of a step is given."""
+"""A vision transformer with K made-up fine-tuned copies, which every variant is given."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ OURS: dict[str, How] = {
 
 
 class Runner(Protocol):
-    """One variant: a step, and what is judged of it: the gradient at the same place (a limit: its losses)."""
+    """One variant: a step, and what is judged of it. That is the gradient at the same place; of a limit its losses."""
 
     warm_up: int
     notes: list[str]
@@ -81,7 +81,7 @@ class Ours:
         self.learner.step(self.number, self.batch)
 
     def gradient(self) -> Gradient:
-        """Return the gradients of the learner after its steps, on a GPU those of a replay of its CUDA graph."""
+        """Return the gradients of the learner after its steps. On a GPU a replay of its CUDA graph makes them."""
         flat = self.learner.gradient(self.batch, self.case.gamma).gradient.clone()
         parts = flat.split([parameter.numel() for parameter in self.learner.learned.values()])
         return {
@@ -104,9 +104,8 @@ def tensor_bytes(tensors: Any) -> int:
 
 
 def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> list[dict[str, Any]]:
-    """Return the ``top`` kernels of one step by GPU time (off the GPU: operators by the CPU's): name, milliseconds,
-    share.
-    """
+    """Return the ``top`` kernels of one step by GPU time: name, milliseconds, share. Off the GPU they are operators by
+    the CPU's."""
     from torch.profiler import ProfilerActivity
 
     cuda = device.type == "cuda"

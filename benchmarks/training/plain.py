@@ -88,7 +88,7 @@ def low_rank_norm(parts: Mapping[str, Part], gamma: Tensor, dtype: torch.dtype) 
 
 
 class Plain:
-    """A step in plain PyTorch: every merged parameter is a tensor of the graph, the model is called with them.
+    """A step in plain PyTorch. Every merged parameter is a tensor of the graph, the model is called with them.
 
     ``together``: the graphs of all tasks are alive at once, and one backward of the loss goes through them and the
     merge (layer-wise AdaMerging's computation; its published code learns λ alone, here the low-rank term is learned as
@@ -157,7 +157,7 @@ def plain_loss(model: nn.Module, head: Head, images: Tensor) -> Tensor:
 
 
 class Limit:
-    """Forward and backward of a plain model with the gradients of its linear weights, and nothing else.
+    """Forward and backward of a plain model with the gradients of its linear weights alone.
 
     Nothing that it learns could be compared with the others: what is judged are its losses, also out of a graph.
     """

@@ -107,7 +107,7 @@ def blank(case: Case, op: str, variant: str, dtype: torch.dtype) -> StepRow:
 
 
 def data_free_row(case: Case, say: Callable[[str], None], seconds: float, steps: int | None) -> StepRow:
-    """Measure a step without data, and the whole run of ``steps`` if it takes no longer than :data:`LONGEST_RUN`."""
+    """Measure a step without data, and a whole run of ``steps`` if short. Short: no longer than :data:`LONGEST_RUN`."""
     settings = case.settings.model_copy(update={"objective": "weight-distance"})
     row = blank(case, DATA_FREE, AUTO, case.dtype)
     try:

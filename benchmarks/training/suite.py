@@ -1,4 +1,4 @@
-"""The training suite: one optimiser step of a whole vision transformer, beside what else could be done, on one GPU.
+"""The training suite: one optimiser step of a vision transformer, beside other ways.
 
 Everything is measured side by side in one run, on the same models, images and heads, at the same preference: ours in
 every strategy; the model merged once per step with autograd; the usual layer-wise AdaMerging computation in float32 and

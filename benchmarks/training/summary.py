@@ -19,7 +19,7 @@ STEP_GOALS = {"ViT-B/32": 1.15, "ViT-L/14": 1.05}
 
 
 def _row(report: Json, model: str, variant: str, dtype: str = "bfloat16", op: str = STEP) -> Json:
-    """Return the row of eight tasks that was asked for, or one without figures if there is none."""
+    """Return the row of eight tasks that was asked for, or one without figures."""
     for row in report["rows"]:
         key = (row["op"], row.get("model"), row.get("tasks"), row.get("dtype"), row.get("variant"))
         if key == (op, model, 8, dtype, variant) and row["matched"]:
@@ -81,7 +81,7 @@ COLUMNS = (
 
 
 def markdown(report: Json) -> str:
-    """Return the goals, a table for each model and K, and profiles where a goal was missed."""
+    """Return the goals, a table for each model and K, and profiles of missed goals."""
     rates = report["ceilings"]
     own = [row for row in report["rows"] if row["op"] in (STEP, DATA_FREE)]
     lines = [REHEARSAL, ""] if report["quick"] else []

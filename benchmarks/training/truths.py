@@ -17,7 +17,7 @@ from pareto_merging.learn.scalarize import scalarize
 
 
 def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
-    """Return the gradient in a wider type, and the errors of plain PyTorch in the model's own.
+    """Return the gradient in a wider type, and plain PyTorch's errors in the model's.
 
     Those are the larger of two ways to write the merge, rounded once or after each task.
     """
@@ -42,7 +42,7 @@ def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
 
 
 def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, float]]:
-    """Return each task's loss of a plain model in a wider type, and PyTorch's error in its own.
+    """Return each task's loss of a plain model in a wider type, and PyTorch's error.
 
     That is its rounding where that is more: chance makes the error of one number small.
     """
@@ -59,7 +59,7 @@ def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, floa
 
 
 def distance_gradient(case: Case, dtype: torch.dtype) -> Gradient:
-    """Return the gradient of the data-free loss by its definition, with every difference of weights in memory."""
+    """Return the gradient of the data-free loss by its definition. Every difference of weights is in memory."""
     settings = case.settings
     own: list[Tensor] = []
     total, scale = torch.zeros(case.tasks, dtype=dtype, device=case.device), torch.zeros_like(case.gamma, dtype=dtype)

@@ -88,14 +88,14 @@ class Bench:
         return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
     def prepare(self, case: Case) -> Prepared | None:
-        """Return a case on the device, or None if it does not fit in its memory."""
+        """Return a case on the device, or None if its memory does not suffice."""
         try:
             return Prepared.make(case, self.device)
         except torch.OutOfMemoryError:
             return None
 
     def microseconds(self, config: Config, prepared: Prepared) -> float:
-        """Return the time of one launch, with a cold L2 cache, from a CUDA graph where it can be captured."""
+        """Return the time of one launch with a cold L2 cache. From a CUDA graph where it can be captured."""
         case = prepared.case
         try:
             with self._on_trial(config, case):

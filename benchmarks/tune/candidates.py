@@ -17,7 +17,7 @@ def describe(config: Config) -> str:
 
 
 def sparse(config: Config) -> dict[str, int]:
-    """Return a Config as files have it: tile sizes that are used, warps and stages, and what is not the default."""
+    """Return a Config as files have it. Tile sizes that are used, warps and stages, and what is not the default."""
     always = ("num_warps", "num_stages")
     return {
         f.name: getattr(config, f.name)

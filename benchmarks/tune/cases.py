@@ -21,7 +21,7 @@ from pmkernels.reference import preference_core
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of one kernel: ``call`` is a configuration's op, except ``forward`` and ``dx``, which are both linear.
+    """One launch of one kernel. ``call`` is a configuration's op, except ``forward`` and ``dx``, which are both linear.
 
     ``groups``: preferences of shrink. ``aligned`` = False starts every tensor of the model off a 16-byte boundary.
     """

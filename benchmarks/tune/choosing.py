@@ -1,4 +1,4 @@
-"""Choosing among candidates: screened on a few cases, timed on all, checked where they will be used."""
+"""Choosing among candidates: screened on few cases, timed on all, checked in use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ROUNDS = 2
 
 
 def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, float]]:
-    """Return configurations with their mean time over the best one's, case by case (geometric), best first.
+    """Return configurations with their mean time over the best one's, best first. The mean is geometric, of the cases'
+    ratios.
 
     Only cases that every configuration has a time for are counted.
     """

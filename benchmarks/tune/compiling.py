@@ -26,7 +26,7 @@ NOT_REACHED = "not reached"
 
 @dataclass(frozen=True)
 class Target:
-    """What compiling for a GPU takes: its capability and multiprocessors, and the configuration file in use."""
+    """What compiling for a GPU takes: capability, multiprocessors, and the configuration file in use."""
 
     capability: int
     multiprocessors: int
@@ -67,7 +67,8 @@ def _compile(launch: Launch, case: Case, target: Target) -> list[str]:
 
 
 class Compiler:
-    """Compiles launches in processes forked before CUDA is in use: Triton's cache on disk has them when they are timed.
+    """A compiler of launches in processes forked before CUDA is in use. Triton's cache on disk has them when they are
+    timed.
 
     Without processes (``jobs`` = 0), and where one of them fails, a kernel is compiled by its first launch.
     """

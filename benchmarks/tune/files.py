@@ -1,4 +1,4 @@
-"""The configuration file that is written, and whether the library reads it as it was meant."""
+"""The configuration file that is written, and whether the library reads it as meant."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def validate(
     labels: Mapping[Point, Mapping[int, str]],
     like: Tensor,
 ) -> list[str]:
-    """Read a file as the library does: what it says that this run did not find."""
+    """Read a file as the library does, and say where that differs from this run."""
     faults = []
 
     def looked_up() -> dict[tuple[str, int], Config]:

@@ -1,4 +1,4 @@
-"""The groups: what one line of a configuration file is for, and what its candidates are tried on."""
+"""Groups: the lines of a configuration file, and what their candidates are tried on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PREFERENCE_ROWS: dict[int | None, tuple[int, ...]] = {32: (1, 32), 512: (50, 257
 
 @dataclass
 class Group:
-    """One op, type and bucket of rows: its candidates, the present one first, and what they are tried on."""
+    """One op, type and bucket of rows, with candidates and what they are tried on. The present one comes first."""
 
     op: str
     kind: str

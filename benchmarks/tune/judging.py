@@ -74,7 +74,7 @@ def _d_weight(v: Values, wide: torch.dtype) -> Tensor:
 
 @dataclass
 class Prepared:
-    """A case with its arguments on a device, its result in float64, and the errors of plain PyTorch."""
+    """A case with its arguments on a device, float64 result, and plain PyTorch's errors."""
 
     case: Case
     values: Values

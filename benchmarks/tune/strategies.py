@@ -59,7 +59,7 @@ def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
 
 
 def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[int, str]:
-    """Return the rows that a file must name so that the nearest one says, for every measured number, what was measured.
+    """Return the rows that a file must name to say everywhere what was measured. The nearest row is what says it.
 
     None where the cost model is right everywhere; else both sides of each crossover, or one line if there is none.
     """
@@ -75,7 +75,8 @@ def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[in
 
 @dataclass
 class Strategies:
-    """Microseconds (fused, streamed) of each operation over rows, what was wrong, and what time did not suffice for."""
+    """Microseconds (fused, streamed) of each operation over rows. Also what was wrong, and what time did not suffice
+    for."""
 
     times: dict[Point, dict[int, tuple[float, float]]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -190,9 +191,7 @@ def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
 def choices(
     measured: Mapping[Point, Mapping[int, tuple[float, float]]], like: Tensor
 ) -> tuple[list[dict[str, Any]], dict[Point, dict[int, str]]]:
-    """Return lines of the file, where the cost model with the rates and tiles in use would choose otherwise; all
-    labels.
-    """
+    """Return the lines where the cost model in use would choose otherwise, and all labels."""
     written, labels = [], {}
     for point, times in measured.items():
         best = labels[point] = decided(times)

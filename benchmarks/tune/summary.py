@@ -1,4 +1,4 @@
-"""What is said of a run: gains, crossovers and rates, and every candidate for the record."""
+"""A run in words: gains, crossovers and rates, and every candidate for the record."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _crossover(best: Mapping[int, str] | None) -> str:
 
 
 def recorded(group: Group) -> dict[str, Any]:
-    """Return a group for the full record: every candidate, its times in microseconds or why it was rejected."""
+    """Return a group for the full record. Every candidate has its times in microseconds or why it was rejected."""
     tried = []
     for config in group.candidates:
         times = group.times.get(config) or group.screened.get(config, {})

@@ -1,4 +1,4 @@
-"""One run: phases in order of value, the file that comes of them, and what is said of it."""
+"""One run: phases in order of value, their configuration file, and a summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ HOT_SHARE, STRATEGY_SHARE, OTHERS_SHARE, REST_SHARE = 0.4, 0.25, 0.3, 0.05
 
 
 def _target(device: torch.device) -> tuple[str, str, Target]:
-    """Return the GPU's name for people and for files, and what there is for it besides a file of its own."""
+    """Return the GPU's name for people and for files, and its compile target. There is one for it besides a file of its
+    own."""
     if device.type != "cuda":
         return "rehearsal", "rehearsal", Target(90, 132, "default")
     major, minor = torch.cuda.get_device_capability(device)
