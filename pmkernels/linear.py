@@ -127,7 +127,7 @@ def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None
     if cached is not None:
         product = products.forward_of_scratch if chosen.kernels else products.forward
         return product(x, cached, None, None, start=start, bias=bias)
-    low_rank = factors(parts, by_columns=chosen.kernels)
+    low_rank = factors(parts, parts.core(), by_columns=chosen.kernels)
     return chosen.forward(x, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start, bias=bias)
 
 
@@ -146,9 +146,10 @@ def _gradients(
     by_rows = None
     if parts.per_row or (needs.low_rank and not whole):
         by_rows = _by_rows(of_w.rows(parts, dy), dy, x, needs, need_x and parts.per_row)
+    core = parts.core() if whole or (of_x is not None and cached is None) else None
     gradients: dict[str, Tensor] = {}
     if of_x is not None:
-        gradients["x"] = _dx(dy, parts, cached, of_x, None if by_rows is None else by_rows.ds)
+        gradients["x"] = _dx(dy, parts, core, cached, of_x, None if by_rows is None else by_rows.ds)
     d_bias = None
     if needs.lam:
         A, B = parts.A if whole and needs.B else None, parts.B if whole and needs.P else None
@@ -157,7 +158,7 @@ def _gradients(
         if reduced.d_lam is not None:
             gradients["lam"] = reduced.d_lam
         if whole:
-            gradients.update(gradients_from_products(reduced, parts, needs))
+            gradients.update(gradients_from_products(reduced, parts, core, needs))
     if need_bias:
         gradients["bias"] = products.column_sums(dy) if d_bias is None else d_bias
     if by_rows is not None:
@@ -177,7 +178,9 @@ def _by_rows(rows: RowProducts, dy: Tensor, x: Tensor | None, needs: Needs, need
     return by_rows
 
 
-def _dx(dy: Tensor, parts: Parts, cached: Tensor | None, chosen: Strategy, ds: Tensor | None) -> Tensor:
+def _dx(
+    dy: Tensor, parts: Parts, core: Tensor | None, cached: Tensor | None, chosen: Strategy, ds: Tensor | None
+) -> Tensor:
     start = None
     if parts.per_row:
         assert ds is not None and parts.B is not None
@@ -185,7 +188,7 @@ def _dx(dy: Tensor, parts: Parts, cached: Tensor | None, chosen: Strategy, ds: T
     if cached is not None:
         product = products.dx_of_scratch if chosen.kernels else products.dx
         return product(dy, cached, None, None, start=start)
-    low_rank = factors(parts, by_columns=chosen.kernels)
+    low_rank = factors(parts, core, by_columns=chosen.kernels)
     return chosen.dx(dy, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start)
 
 

@@ -43,8 +43,10 @@ class Parts(NamedTuple):
         return 0 if self.task_vectors is None else self.task_vectors.shape[0]
 
     def core(self) -> Tensor | None:
-        """Return C(γ) [R, R], or None where the low-rank term is A·Bᵀ itself."""
-        return None if self.G is None or self.gamma is None else preference_core(self.G, self.gamma)
+        """Return C(γ) [R, R], or None where the term is A·Bᵀ itself or found row by row."""
+        return (
+            None if self.G is None or self.gamma is None or self.gamma.ndim > 1 else preference_core(self.G, self.gamma)
+        )
 
     def contiguous(self) -> Parts:
         """Return the parts with λ, A, G and B contiguous. Their offsets then stay in int32."""
@@ -90,24 +92,26 @@ class WeightGradients(NamedTuple):
 Factors = tuple[Tensor, Tensor]
 
 
-def factors(parts: Parts, *, by_columns: bool) -> Factors | None:
+def factors(parts: Parts, core: Tensor | None, *, by_columns: bool) -> Factors | None:
     """Return A·C(γ) and B, or None where W has no low-rank term of its own.
 
-    ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else in the type of the sums.
+    ``core``: C(γ). ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else left is in the
+    type of the sums.
     """
     A, B = parts.A, parts.B
     if A is None or B is None or parts.per_row:
         return None
-    core = parts.core()
     if by_columns:
         return (A.t().contiguous() if core is None else core.t() @ A.t()).t(), B
     wide = accumulate_dtype(parts.weight, parts.lam)
     return (A.to(wide) if core is None else A.to(wide) @ core.to(wide)), B
 
 
-def gradients_from_products(reduced: WeightGradients, parts: Parts, needs: Needs) -> dict[str, Tensor]:
+def gradients_from_products(
+    reduced: WeightGradients, parts: Parts, core: Tensor | None, needs: Needs
+) -> dict[str, Tensor]:
     """Return dA = P·Cᵀ, dB = Q·C, dG and dγ by name. Without a C these are P and Q."""
-    P, Q, core = reduced.P, reduced.Q, parts.core()
+    P, Q = reduced.P, reduced.Q
     gradients: dict[str, Tensor] = {}
     if core is None:
         return {name: _packed(product) for name, product in (("A", P), ("B", Q)) if product is not None}

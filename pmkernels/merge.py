@@ -82,7 +82,7 @@ def merge_weight(
 
 def _merged(parts: Parts, strategy: str, out: Tensor | None = None) -> Tensor:
     chosen = strategies.pick("merge", strategy, parts.weight, parts)
-    low_rank = factors(parts, by_columns=chosen.kernels)
+    low_rank = factors(parts, parts.core(), by_columns=chosen.kernels)
     return chosen.merge(parts.weight, parts.task_vectors, parts.lam, low_rank, out)
 
 
@@ -93,7 +93,7 @@ def _gradients(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool]
     chosen = strategies.pick("merge", strategy, d_weight, parts)
     A, B = parts.A if needs.B else None, parts.B if needs.P else None
     reduced = chosen.reduce(d_weight, parts.task_vectors if needs.lam else None, A=A, B=B)
-    gradients = gradients_from_products(reduced, parts, needs)
+    gradients = gradients_from_products(reduced, parts, parts.core(), needs)
     return gradients if reduced.d_lam is None else {**gradients, "lam": reduced.d_lam}
 
 

@@ -101,17 +101,8 @@ def preference_linear(
     tensors = {**given, "A": B, "task_vectors": None}
     chosen = strategies.resolve(strategy, tensors, x.device, own="preference")
     with no_autocast(x.device.type):
-        return _compute(x, wide, G, B, gamma, bias, chosen)
-
-
-def _compute(
-    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None, strategy: str
-) -> Tensor:
-    if strategy == EAGER:
-        y: Tensor = _Eager.apply(x, wide, G, B, gamma, bias)
-    else:
-        y = preference_operator(x, wide, G, B, gamma, bias, strategy)
-    return y
+        y: Tensor = preference_operator(x, wide, G, B, gamma, bias, chosen)
+        return y
 
 
 def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
@@ -150,7 +141,12 @@ def _fake_y(x: Tensor, wide: Tensor, *_: Any) -> Tensor:
 def preference_operator(
     x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None, strategy: str
 ) -> Tensor:
-    """Compute y by a strategy."""
+    """Compute y by a strategy.
+
+    So is the eager form: it has no backward, and needs the operator's rule for vmap.
+    """
+    if strategy == EAGER:
+        return _eager(x, wide, G, B, gamma, bias)
     (d, rank), rows = B.shape, math.prod(x.shape[:-1])
     chosen = strategies.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
     compute = strategies.TABLE[chosen].preference
@@ -160,35 +156,19 @@ def preference_operator(
         return compute(x, wide, G, B, groups, bias)
 
 
-class _Eager(torch.autograd.Function):
-    """The eager form, a Function for its rule under vmap; nobody asks for its gradient.
-
-    Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place, which spares the copy of x and
-    rounds no worse.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
-        (d, rank), n, lead = B.shape, wide.shape[0], x.shape[:-1]
-        count = math.prod(lead)
-        rows = x.reshape(count, d)
-        t = _mixed(rows @ B, G, groups_of(gamma, lead)).to(x.dtype)
-        if x.element_size() < 4:
-            zeros = x.new_zeros(count, wide.shape[1] - d - rank)
-            y = F.linear(torch.cat([rows, t, zeros], dim=1), wide, bias)
-        else:
-            y = F.linear(rows, wide[:, :d], bias).addmm_(t, wide[:, d : d + rank].t())
-        return y.view(*lead, n)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: there is no backward."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        """Compute y under vmap over x, γ or both."""
-        x, wide, G, B, gamma, bias = arguments
-        return _over_preferences(info, (*in_dims, None), x, wide, G, B, gamma, bias, EAGER)
+def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute y in plain PyTorch. Of 16-bit rows the product is R columns longer; of others t·Aᵀ is added in place,
+    which spares the copy of x and rounds no worse."""
+    (d, rank), n, lead = B.shape, wide.shape[0], x.shape[:-1]
+    count = math.prod(lead)
+    rows = x.reshape(count, d)
+    t = _mixed(rows @ B, G, groups_of(gamma, lead)).to(x.dtype)
+    if x.element_size() < 4:
+        zeros = x.new_zeros(count, wide.shape[1] - d - rank)
+        y = F.linear(torch.cat([rows, t, zeros], dim=1), wide, bias)
+    else:
+        y = F.linear(rows, wide[:, :d], bias).addmm_(t, wide[:, d : d + rank].t())
+    return y.view(*lead, n)
 
 
 def _mixed(s: Tensor, G: Tensor, gamma: Tensor) -> Tensor:
@@ -219,14 +199,14 @@ def _over_preferences(
     if gamma_dim is None:
         x = x.movedim(x_dim or 0, 0)
         spread = gamma if gamma.ndim == 1 else gamma.unsqueeze(0)
-        return _compute(x, wide, G, B, spread, bias, strategy), 0
+        return preference_operator(x, wide, G, B, spread, bias, strategy), 0
     gamma = gamma.movedim(gamma_dim, 0)
     if x_dim is None and gamma.ndim == 2:
         return _shared_product(x, wide, G, B, gamma, bias), 0
     x = x.expand(many, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if gamma.ndim == 2:
         gamma = gamma.view(many, *(1 for _ in x.shape[1:-1]), gamma.shape[-1])
-    return _compute(x, wide, G, B, gamma, bias, strategy), 0
+    return preference_operator(x, wide, G, B, gamma, bias, strategy), 0
 
 
 def _shared_product(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:

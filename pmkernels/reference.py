@@ -16,7 +16,10 @@ from torch.nn import functional as F
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the type of sums over tasks and rank: float32, or float64 if anything is."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def preference_core(G: Tensor, gamma: Tensor) -> Tensor:

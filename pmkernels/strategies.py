@@ -196,6 +196,8 @@ def _cheapest(
 
 def pick(operation: str, strategy: str, like: Tensor, parts: Parts) -> Strategy:
     """Return the strategy of an operation of a layer, for rows like x or dy."""
+    if strategy == EAGER:
+        return TABLE[EAGER]
     weight = parts.weight
     n = weight.shape[0] if weight.ndim else 1
     rows, d = math.prod(like.shape[:-1]), weight.numel() // max(n, 1)
@@ -222,10 +224,16 @@ def predicted_passes(
     return TABLE[strategy].cost(operation, problem, file, gpu) or []
 
 
+_OFF_THE_GPU = ValueError("strategy: expected 'eager' or 'auto' off the GPU")
+
+
 def _supported_by_kernels(case: Case) -> Exception | None:
     if not launch.HAS_TRITON:
         return ValueError("strategy: expected 'eager' or 'auto', because triton is not installed")
-    if not (dispatch.runs_kernels if case.asked else dispatch.as_on_a_gpu)(case.device):
+    if not case.asked and not dispatch.as_on_a_gpu(case.device):
+        # nobody is told, and auto asks often
+        return _OFF_THE_GPU
+    if not dispatch.runs_kernels(case.device):
         return ValueError(
             "strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU "
             f"(TRITON_INTERPRET=1, set before the start, interprets kernels on the CPU), got device {case.device}"

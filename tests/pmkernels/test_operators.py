@@ -118,7 +118,7 @@ def calls_of_the_others(rank: int, layout: Layout = same, dtype: torch.dtype = t
     logits = layout(torch.randn(2, 3, rank).to(dtype))
     yield ops.softmax_entropy, (logits,)
     yield ops.softmax_entropy_backward, (layout(torch.randn(2, 3)), logits, *(torch.randn(2, 3) for _ in range(3)))
-    for index, (gamma_lead, strategy) in enumerate(itertools.product(((), (2, 1)), ("fused", "streamed"))):
+    for index, (gamma_lead, strategy) in enumerate(itertools.product(((), (2, 1)), ("eager", "fused", "streamed"))):
         values = folded((2, 3), N, D, tasks=2, rank=rank, gamma_lead=gamma_lead, dtype=dtype)
         wide = pmkernels.widen_weight(values["weight"], values["A"])
         left = (layout(values["x"]), wide, layout(values["G"]), layout(values["B"].to(dtype)), layout(values["gamma"]))
