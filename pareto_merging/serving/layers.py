@@ -45,6 +45,11 @@ class ServedWeight:
         """Return W [N, D], in the memory of ``wide``."""
         return self.wide[:, : self.B.shape[0]]
 
+    @property
+    def in_use(self) -> Tensor | None:
+        """Return W(γ) where the one preference that it was kept for is in use."""
+        return self.merged if self.shared.in_use else None
+
     def at(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
         """Return W(γ) for gamma [K], a new tensor or ``out``."""
         d, rank = self.B.shape
@@ -69,9 +74,8 @@ class Served(ParetoModule):
         if part is None:
             return super().pareto_project(x, name, bias, rows, batch_dim)
         bias = None if bias is None else bias[rows]
-        if part.shared.in_use:
-            assert part.merged is not None
-            return F.linear(x, part.merged[rows], bias)
+        if (merged := part.in_use) is not None:
+            return F.linear(x, merged[rows], bias)
         gamma = self.pareto_gamma_for(x, batch_dim)
         return pmkernels.preference_linear(x, part.wide[rows], part.G, part.B, gamma, bias)
 
@@ -80,9 +84,8 @@ class Served(ParetoModule):
         if part is None:
             return super().pareto_merged(name, gamma)
         if gamma is None:
-            if part.shared.in_use:
-                assert part.merged is not None
-                return part.merged
+            if (merged := part.in_use) is not None:
+                return merged
             gamma = self.pareto_gamma_on(part.wide.device)
             if gamma.ndim != 1:
                 raise ValueError(

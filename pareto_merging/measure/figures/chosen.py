@@ -8,7 +8,7 @@ from pathlib import Path
 from pareto_merging.measure.figures.fronts import fronts
 from pareto_merging.measure.figures.parallel import parallel_coordinates
 from pareto_merging.measure.figures.projections import pairwise_projections
-from pareto_merging.measure.figures.sets import Set, checked, first_set
+from pareto_merging.measure.figures.sets import Set, checked, fronts_of
 from pareto_merging.measure.figures.simplex import simplex_scatter
 from pareto_merging.measure.figures.ternary import ternary
 
@@ -37,7 +37,7 @@ def compare_pictures(
         return [folder / "front.png"]
     written = []
     if len(task_names) == 3:
-        first = first_set(methods)
+        first = next(iter(fronts_of(methods)), None)
         if first is not None and first.gammas is not None:
             written.append(folder / "ternary.png")
             ternary(written[-1], task_names, first.gammas.tolist(), first.accuracies.tolist(), first.name)

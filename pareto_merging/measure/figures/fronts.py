@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import CheckedSet, Set, checked, checked_individuals, first_set
+from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, checked, checked_individuals, fronts_of
 from pareto_merging.measure.metrics import non_dominated
 
 _INDIVIDUAL_MARKERS = ("x", "+", "1", "2", "3", "4")
@@ -68,7 +68,7 @@ def fronts(
             style: look.Style = {"marker": _INDIVIDUAL_MARKERS[number % len(_INDIVIDUAL_MARKERS)], "linestyle": "none"}
             style |= {"color": look.BLACK if number % 2 == 0 else look.GREY, "markersize": 6.5, "markeredgewidth": 1.4}
             handles += whole.plot(point[:1], point[1:], label=labels[-1], zorder=5, **style)
-        if any(m.gammas is not None and not non_dominated(m.accuracies).all() for m in methods):
+        if any(isinstance(m, CheckedFront) and not non_dominated(m.accuracies).all() for m in methods):
             labels.append("hollow: dominated within its set")
             handles.append(look.key(**look.mark("o", 4.6), markerfacecolor="white", markeredgecolor=look.GREY))
 
@@ -84,7 +84,7 @@ def fronts(
         whole.add_patch(
             Rectangle((corner[0], corner[1]), *(opposite - corner), fill=False, edgecolor=look.GREY, linewidth=0.7)
         )
-        _name_ends(near, first_set(methods))
+        _name_ends(near, next(iter(fronts_of(methods)), None))
         look.legend_below(figure, handles, labels)
 
 
@@ -94,7 +94,7 @@ def _draw_fronts(axes: Axes, methods: Sequence[CheckedSet], size: float) -> list
     lines = 0
     for method in methods:
         dot = method.coloured_mark(size) | {"markeredgewidth": 0.6, "label": method.name}
-        if method.gammas is None:
+        if not isinstance(method, CheckedFront):
             dot |= method.coloured_mark(1.25 * size) | {"markeredgecolor": "black"}
             handles += axes.plot(*method.accuracies.T, zorder=4, **dot)
             continue
@@ -116,7 +116,7 @@ def _enlarged(methods: Sequence[CheckedSet]) -> tuple[look.Array, look.Array, in
     points, from it. Without such a set all models are in the box.
     """
     points = np.concatenate([method.accuracies for method in methods])
-    first = first_set(methods)
+    first = next(iter(fronts_of(methods)), None)
     inside = np.ones(len(points), dtype=bool)
     if first is not None:
         low, high = first.accuracies.min(axis=0), first.accuracies.max(axis=0)
@@ -128,7 +128,7 @@ def _enlarged(methods: Sequence[CheckedSet]) -> tuple[look.Array, look.Array, in
     return low - margin, high + margin * (1.7, 1.0), int((~inside).sum())
 
 
-def _name_ends(axes: Axes, method: CheckedSet | None) -> None:
+def _name_ends(axes: Axes, method: CheckedFront | None) -> None:
     """Write γ₁ beside the first and the last solution of a set."""
     if method is None or method.gammas is None:
         return

@@ -12,13 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 from pareto_merging.measure.figures import look
 from pareto_merging.measure.figures.sets import (
-    CheckedSet,
+    CheckedFront,
     Set,
     balance,
     checked,
     checked_individuals,
     favoured_task,
-    first_set,
+    fronts_of,
 )
 
 # more methods than this want the width of the page
@@ -44,7 +44,7 @@ def parallel_coordinates(
     """
     methods = checked(task_names, sets, at_least=3)
     alone = checked_individuals(individuals, len(task_names))
-    first = first_set(methods)
+    first = next(iter(fronts_of(methods)), None)
     # many methods want the width of the page, or their legend would be longer than the picture
     width = look.ONE_PANEL if len(methods) <= MANY else look.SEVERAL_PANELS
     with look.picture(path, width, 2.6) as figure:
@@ -61,11 +61,12 @@ def parallel_coordinates(
             if method is first:
                 continue
             broken += 1
-            rows = method.accuracies if method.gammas is None else method.accuracies[[method.balanced()]]
+            front = method if isinstance(method, CheckedFront) else None
+            rows = method.accuracies if front is None else front.accuracies[[front.balanced()]]
             style: look.Style = {"color": look.GREY, "linewidth": 0.6, "label": method.name, "zorder": 3}
             style |= method.grey_mark(3.4) | {"linestyle": look.LINES[1 + broken % (len(look.LINES) - 1)]}
             handles.append(axes.plot(at, rows.T, **style)[0])
-            labels.append(method.name + (f" ({balance(method)})" if method.gammas is not None else ""))
+            labels.append(method.name + ("" if front is None else f" ({balance(front)})"))
             values.append(rows)
         if alone:
             best = np.max(list(alone.values()), axis=0)
@@ -100,9 +101,8 @@ def _task_mark(task: int, size: float) -> look.Style:
     return look.mark(look.MARKERS[task % len(look.MARKERS)], size) | edge
 
 
-def _draw_solutions(axes: Axes, method: CheckedSet) -> tuple[list[Artist], list[str]]:
+def _draw_solutions(axes: Axes, method: CheckedFront) -> tuple[list[Artist], list[str]]:
     """Draw the lines of a set with preferences; return what the legend shows for them."""
-    assert method.gammas is not None
     at = np.arange(method.accuracies.shape[1])
     even = method.balanced()
     for row, (gamma, accuracy) in enumerate(zip(method.gammas, method.accuracies, strict=True)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import CheckedSet, Set, checked
+from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, checked
 
 
 def pairwise_projections(
@@ -55,6 +55,6 @@ def pairwise_projections(
 
 def _dots(method: CheckedSet) -> look.Style:
     """Return a method's marks: one model large with a black edge, solutions small and behind."""
-    if method.gammas is None:
+    if not isinstance(method, CheckedFront):
         return method.coloured_mark(4.8) | {"markeredgecolor": "black", "markeredgewidth": 0.5, "zorder": 4}
     return method.coloured_mark(3.2) | {"markeredgecolor": "none", "alpha": 0.8, "zorder": 3}

@@ -26,14 +26,10 @@ class Set:
 
 @dataclass(frozen=True)
 class CheckedSet:
-    """A ``Set`` that was checked.
-
-    ``accuracies`` [n, K], ``gammas`` [n, K] or None, and its place among the sets.
-    """
+    """A ``Set`` that was checked: ``accuracies`` [n, K], and its place among the sets."""
 
     name: str
     accuracies: look.Array
-    gammas: look.Array | None
     place: int
 
     def coloured_mark(self, size: float) -> look.Style:
@@ -48,9 +44,15 @@ class CheckedSet:
             "markeredgewidth": 0.6,
         }
 
+
+@dataclass(frozen=True)
+class CheckedFront(CheckedSet):
+    """A checked set of models that each have a preference: ``gammas`` [n, K]."""
+
+    gammas: look.Array
+
     def balanced(self) -> int:
         """Return the row of the preference that is nearest to the equal one."""
-        assert self.gammas is not None
         return int(np.abs(self.gammas - 1 / self.gammas.shape[1]).max(axis=1).argmin())
 
 
@@ -71,14 +73,15 @@ def checked(
         raise ValueError(f"task_names: expected {exactly or f'at least {at_least}'} names, got {tasks}")
     if not sets:
         raise ValueError("sets: expected at least one, got none")
-    methods = []
+    methods: list[CheckedSet] = []
     for place, one in enumerate(sets):
         prefix = argument.format(place)
         accuracies = _numbers(f"{prefix}accuracies", one.accuracies, f"[n, {tasks}], n ≥ 1")
         if accuracies.ndim != 2 or accuracies.shape[1] != tasks or not len(accuracies):
             raise ValueError(f"{prefix}accuracies: expected [n, {tasks}], n ≥ 1, got {list(accuracies.shape)}")
-        gammas = None
-        if one.gammas is not None:
+        if one.gammas is None:
+            methods.append(CheckedSet(one.name, accuracies, place))
+        else:
             gammas = _numbers(f"{prefix}gammas", one.gammas, str(list(accuracies.shape)))
             if gammas.shape != accuracies.shape:
                 raise ValueError(f"{prefix}gammas: expected {list(accuracies.shape)}, got {list(gammas.shape)}")
@@ -87,7 +90,7 @@ def checked(
                     raise ValueError(
                         f"{prefix}gammas: expected weights of at least 0 that sum to 1, got {row.tolist()}"
                     )
-        methods.append(CheckedSet(one.name, accuracies, gammas, place))
+            methods.append(CheckedFront(one.name, accuracies, place, gammas))
     return methods
 
 
@@ -110,8 +113,8 @@ def _numbers(argument: str, values: Any, shape: str) -> look.Array:
     return numbers
 
 
-def first_set(methods: Sequence[CheckedSet]) -> CheckedSet | None:
-    return next((method for method in methods if method.gammas is not None), None)
+def fronts_of(methods: Sequence[CheckedSet]) -> list[CheckedFront]:
+    return [method for method in methods if isinstance(method, CheckedFront)]
 
 
 def favoured_task(gamma: look.Array) -> int | None:
@@ -119,6 +122,5 @@ def favoured_task(gamma: look.Array) -> int | None:
     return None if np.ptp(gamma) <= SUM_TOLERANCE else int(np.argmax(gamma >= gamma.max() - SUM_TOLERANCE))
 
 
-def balance(method: CheckedSet) -> str:
-    assert method.gammas is not None
+def balance(method: CheckedFront) -> str:
     return ("equal" if favoured_task(method.gammas[method.balanced()]) is None else "most even") + " preference"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import CheckedSet, Set, checked, favoured_task, first_set
+from pareto_merging.measure.figures.sets import CheckedFront, Set, checked, favoured_task, fronts_of
 from pareto_merging.measure.figures.ternary import CORNERS, draw_triangle
 
 
@@ -25,7 +25,7 @@ def simplex_scatter(path: Path, task_names: Sequence[str], sets: Sequence[Set]) 
     Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, exactly=3)
-    first = first_set(methods)
+    first = next(iter(fronts_of(methods)), None)
     others = [method for method in methods if method is not first]
     with look.picture(path, look.SEVERAL_PANELS, 2.5) as figure:
         grid = figure.add_gridspec(2, 3)
@@ -33,7 +33,7 @@ def simplex_scatter(path: Path, task_names: Sequence[str], sets: Sequence[Set]) 
             axes = figure.add_subplot(grid[0, column])
             for method in others:
                 # other sets are many points: behind everything, so that the coloured one is seen
-                single = method.gammas is None
+                single = not isinstance(method, CheckedFront)
                 style: look.Style = method.grey_mark(4.8 if single else 2.4) | {"alpha": 1.0 if single else 0.5}
                 axes.plot(*method.accuracies[:, (x, y)].T, label=method.name, zorder=3 if single else 2, **style)
             if first is not None:
@@ -66,8 +66,7 @@ def _mixed(gammas: look.Array) -> look.Array:
     return np.clip(gammas @ np.array([to_rgb(colour) for colour in look.COLOURS[:3]]), 0, 1)
 
 
-def _draw_preferences(axes: Axes, method: CheckedSet, x: int, y: int) -> None:
-    assert method.gammas is not None
+def _draw_preferences(axes: Axes, method: CheckedFront, x: int, y: int) -> None:
     favoured = [favoured_task(gamma) for gamma in method.gammas]
     for task, marker in (*enumerate(look.FAVOURED_MARKERS), (None, look.EQUAL_MARKER)):
         rows = [row for row, value in enumerate(favoured) if value == task]
@@ -85,7 +84,7 @@ def _draw_preferences(axes: Axes, method: CheckedSet, x: int, y: int) -> None:
             )
 
 
-def _colour_triangle(axes: Axes, task_names: Sequence[str], method: CheckedSet) -> None:
+def _colour_triangle(axes: Axes, task_names: Sequence[str], method: CheckedFront) -> None:
     """Draw the legend of ``_draw_preferences``."""
     x, y = np.meshgrid(np.linspace(0, 1, 240), np.linspace(0, CORNERS[0, 1], 208))
     top = y / CORNERS[0, 1]
@@ -95,7 +94,6 @@ def _colour_triangle(axes: Axes, task_names: Sequence[str], method: CheckedSet) 
     draw_triangle(axes, task_names, f"{look.short(method.name, 24)}: preference")
     for place, marker, colour in zip(CORNERS, look.FAVOURED_MARKERS, look.COLOURS, strict=False):
         axes.plot(*place, marker=marker, color=colour, markeredgecolor="black", markersize=5, clip_on=False, zorder=5)
-    assert method.gammas is not None
     if any(favoured_task(gamma) is None for gamma in method.gammas):
         equal = np.full(3, 1 / 3)
         style: look.Style = {"color": _mixed(equal), "markeredgecolor": "black", "markersize": 5}

@@ -12,7 +12,7 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import Set, checked
+from pareto_merging.measure.figures.sets import Set, checked, fronts_of
 
 # preferences of the tasks at the corners of a triangle
 CORNERS = np.array([[0.5, 0.75**0.5], [0.0, 0.0], [1.0, 0.0]])
@@ -34,8 +34,7 @@ def ternary(
         task_names: three names. gammas: [n, 3]. accuracies: [n, 3] in percent.
     Raises ValueError as :func:`.checked`.
     """
-    (method,) = checked(task_names, [Set("", accuracies, gammas)], exactly=3, argument="")
-    assert method.gammas is not None
+    (method,) = fronts_of(checked(task_names, [Set("", accuracies, gammas)], exactly=3, argument=""))
     where = method.gammas @ CORNERS
     panels = [*((f"accuracy on {look.short(name, 28)}", method.accuracies[:, k]) for k, name in enumerate(task_names))]
     panels.append(("average accuracy", method.accuracies.mean(axis=1)))
