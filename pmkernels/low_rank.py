@@ -43,7 +43,7 @@ class Parts(NamedTuple):
         return 0 if self.task_vectors is None else self.task_vectors.shape[0]
 
     def core(self) -> Tensor | None:
-        """Return C(γ) [R, R], or None where the term is A·Bᵀ itself or found row by row."""
+        """Return C(γ) [R, R], None where the term has none or one per row."""
         return (
             None if self.G is None or self.gamma is None or self.gamma.ndim > 1 else preference_core(self.G, self.gamma)
         )
