@@ -165,11 +165,11 @@ def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: i
             _worker(tree, commit, {**what, "outputs": str(outputs[commit])}) as base,
         ):
             times = [(_round(ours, "this tree"), _round(base, commit)) for _ in range(1 + rounds)]
-        found, expected = (torch.load(path, weights_only=True) for path in outputs.values())
+        output, expected = (torch.load(path, weights_only=True) for path in outputs.values())
     # the first round of a process is slower than any other
     mine, theirs = zip(*times[1:], strict=True)
     ratio = Figures.of([a / b for a, b in times[1:]])
-    error = relative_error([t.double() for t in found], [t.double() for t in expected])
+    error = relative_error([t.double() for t in output], [t.double() for t in expected])
     return Comparison(operation, commit, rounds, Figures.of(mine), Figures.of(theirs), ratio, error)
 
 

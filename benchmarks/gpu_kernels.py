@@ -72,8 +72,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.agrees:
-            there = "; ".join(f"{key} ({_about(about)})" for key, about in self.keys.items()) or "none"
-            return f"triton_key: expected one of the archive's, {there}, got {self.key}: nothing was unpacked"
+            keys = "; ".join(f"{key} ({_about(about)})" for key, about in self.keys.items()) or "none"
+            return f"triton_key: expected one of the archive's, {keys}, got {self.key}: nothing was unpacked"
         return f"{self.added} entries of {self.key} unpacked into {self.folder}, {self.present} were there"
 
 
@@ -145,10 +145,10 @@ def listing(path: Path) -> dict[str, dict[str, Any]]:
         for member in members:
             if member.name == MANIFEST:
                 try:
-                    found: dict[str, dict[str, Any]] = json.loads(_read(archive, member))["keys"]
+                    keys: dict[str, dict[str, Any]] = json.loads(_read(archive, member))["keys"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise ArchiveError(f"{path}: expected a manifest, got {error!r}") from error
-                return found
+                return keys
     raise ArchiveError(f"{path}: expected {MANIFEST}, got an archive without it")
 
 
@@ -229,20 +229,20 @@ class Part:
     @classmethod
     def read(cls, index: Path) -> Part:
         """Read the index that :mod:`benchmarks.gpu_kernels_compile` wrote beside its cache."""
-        found = json.loads(index.read_text(encoding="utf-8"))
-        return cls(found["key"], found["about"], index.parent / "cache", found["entries"])
+        fields = json.loads(index.read_text(encoding="utf-8"))
+        return cls(fields["key"], fields["about"], index.parent / "cache", fields["entries"])
 
 
 def _files(entry: Path) -> dict[str, bytes]:
     """Return what of an entry is read at run time. The group file names its members without their folder."""
-    found = {path.name: path.read_bytes() for path in sorted(entry.iterdir()) if path.is_file()}
-    groups = {name: content for name, content in found.items() if name.startswith(GROUP)}
+    files = {path.name: path.read_bytes() for path in sorted(entry.iterdir()) if path.is_file()}
+    groups = {name: content for name, content in files.items() if name.startswith(GROUP)}
     if not groups:
-        return found
+        return files
     kept: dict[str, bytes] = {}
     for group, content in groups.items():
         names = [name for name in json.loads(content)["child_paths"] if name.endswith((".json", ".cubin"))]
-        kept |= {name: found[name] for name in names}
+        kept |= {name: files[name] for name in names}
         kept[group] = json.dumps({"child_paths": {name: name for name in names}}).encode()
     return kept
 

@@ -147,8 +147,8 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
     made = [result for result in results if "fault" not in result]
     kernels = sorted({result["entry"] for result in made})
     launchers = sorted({entry for result in made for entry in result["launchers"]})
-    found = {**about(), "kernels": len(kernels), "launchers": len(launchers), "arch": f"sm_{ARCHITECTURE}"}
-    index = {"key": triton_key(), "about": found, "entries": [*kernels, *launchers], "faults": faults}
+    description = {**about(), "kernels": len(kernels), "launchers": len(launchers), "arch": f"sm_{ARCHITECTURE}"}
+    index = {"key": triton_key(), "about": description, "entries": [*kernels, *launchers], "faults": faults}
     temporary = folder / "index.tmp"
     temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
     temporary.replace(folder / "index.json")
@@ -158,11 +158,11 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
 def _progress(done: Iterator[Any], count: int) -> Iterator[Any]:
     """Yield what is done, and print the time left every few seconds or in place."""
     start = time.monotonic()
-    said = 0.0
+    last = 0.0
     for number, result in enumerate(done, 1):
         now = time.monotonic()
-        if now - said > (0.2 if sys.stderr.isatty() else 15) or number == count:
-            said, left = now, (now - start) / number * (count - number)
+        if now - last > (0.2 if sys.stderr.isatty() else 15) or number == count:
+            last, left = now, (now - start) / number * (count - number)
             line = f"{about()['triton']}: {number} of {count} kernels, {left:.0f} s left"
             print(f"\r{line}   " if sys.stderr.isatty() else line, end="", file=sys.stderr, flush=True)
             print(file=sys.stderr, end="" if sys.stderr.isatty() and number < count else "\n", flush=True)
@@ -213,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in chosen.launches:
             launches.add(read(path))
         if chosen.verify is not None:
-            found, faults = verify(chosen.verify, list(launches))
-            print(f"Triton {about()['triton']}: {found} of {len(launches)} launches found in {chosen.verify}")
+            number, faults = verify(chosen.verify, list(launches))
+            print(f"Triton {about()['triton']}: {number} of {len(launches)} launches found in {chosen.verify}")
         else:
             index = compile_all(list(launches), chosen.folder.absolute(), chosen.jobs)
             faults = index["faults"]

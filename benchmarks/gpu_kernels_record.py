@@ -28,12 +28,12 @@ FOLDERS = ("benchmarks", "pmkernels", "pareto_merging", "tests")
 
 def digest() -> str:
     """Return the SHA-256 of every source and configuration file that decides what is launched."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".json") and "results" not in path.parts:
-                found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+                sha.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
     # a process that only watches a run does without it
     import torch
 
-    found: dict[str, Any] = {
+    versions: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,12 +36,12 @@ def machine() -> dict[str, Any]:
     try:
         import triton
 
-        found["triton"] = triton.__version__
+        versions["triton"] = triton.__version__
     except ImportError:
-        found["triton"] = None
+        versions["triton"] = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {
+        versions |= {
             "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": _nvidia_smi("driver_version"),
         }
-    return found
+    return versions
 
 
 def clocks() -> dict[str, str | None]:
@@ -110,8 +110,8 @@ def gpu_name_of_driver() -> str | None:
 
 def unused(path: Path) -> Path:
     """Return ``path``, or with a number if there is a file already. Nothing that was measured is written over."""
-    number, found = 1, path
-    while found.exists():
+    number, candidate = 1, path
+    while candidate.exists():
         number += 1
-        found = path.with_stem(f"{path.stem}-{number}")
-    return found
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate

@@ -28,14 +28,14 @@ def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
 
     ``on_gpu``: on a GPU, or not.
     """
-    found = []
+    results = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
         beside_others = suite in report.get("suites", {})
-        there = beside_others or report.get("suite") == suite
-        if not report.get("quick") and there and on_gpu in (None, beside_others or suite == GOALS):
-            found.append((report["date"], path))
-    return max(found)[1] if found else None
+        measured = beside_others or report.get("suite") == suite
+        if not report.get("quick") and measured and on_gpu in (None, beside_others or suite == GOALS):
+            results.append((report["date"], path))
+    return max(results)[1] if results else None
 
 
 def block(name: str, to_root: str = "") -> str:
@@ -53,13 +53,13 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
     if path is None:
         if on_gpu:
             command = "make gpu-goals" if suite == GOALS else "make gpu"
-            said = (
+            missing = (
                 f"Times on a GPU: **not measured** yet. `{command}` measures them and writes the file they come from.\n"
             )
             # what is aimed at can be shown before it is measured
             nothing = {"rows": [], "device": "cuda"}
             goals = suite == GOALS or part == "goals"
-            return f"{SUITES[suite].showing.goals_markdown(nothing)}\n{said}" if goals else said
+            return f"{SUITES[suite].showing.goals_markdown(nothing)}\n{missing}" if goals else missing
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
     where = report["environment"]

@@ -136,9 +136,9 @@ def _registers(cubin: bytes) -> int:
         binary.flush()
         command = [tool("cuobjdump"), "--dump-resource-usage", binary.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1])
+    match = re.search(r"REG:(\d+)", usage)
+    assert match is not None, usage
+    return int(match[1])
 
 
 def _read(compiled: _Compiled, arch: Architecture, code: sass.Function) -> None:

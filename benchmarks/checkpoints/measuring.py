@@ -76,8 +76,8 @@ def write_case(row: Row, folder: Path) -> int:
         "device": "cpu",
     }
     write_text(folder / RUN_FILE, yaml.safe_dump(run))
-    found = [file for path in (pretrained, *finetuned) for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in found if file.is_file())
+    paths = [file for path in (pretrained, *finetuned) for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in paths if file.is_file())
 
 
 def resident() -> int:
@@ -196,33 +196,33 @@ def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.F
     is_equal = is_equal and all(same(checkpoint.text, text) for checkpoint in opened[1:])
     images = read_tensors(Path(str(next(iter(workspace.task_configs.values())).merging)))["images"][:1]
     merged = merged.float()
-    found: dict[str, Any] = {"bit_equal": is_equal}
+    report: dict[str, Any] = {"bit_equal": is_equal}
     with torch.no_grad():
         features = merged(images)
-        found["features"] = float(features.abs().max())
+        report["features"] = float(features.abs().max())
         del merged, tensors
         how = {} if text else {"load_weights": False, "pretrained_image_path": str(visual)}
         clip = open_clip.create_model(f"local-dir:{targets['open_clip']}", **how).eval()
-        found["open_clip_error"] = difference(clip.encode_image(images), features)
+        report["open_clip_error"] = difference(clip.encode_image(images), features)
         del clip
         kind: Any = transformers.CLIPModel if text else transformers.CLIPVisionModelWithProjection
         model, info = kind.from_pretrained(targets["huggingface"], dtype=torch.float32, output_loading_info=True)
         if any(info.values()):
             raise ValueError(f"transformers: expected every tensor and no other, got {info}")
         pooled = model.eval().vision_model(pixel_values=images).pooler_output
-        found["transformers_error"] = difference(model.visual_projection(pooled), features)
-    return found
+        report["transformers_error"] = difference(model.visual_projection(pooled), features)
+    return report
 
 
-def same(found: CheckpointTensors, expected: Mapping[str, Tensor]) -> bool:
+def same(tensors: CheckpointTensors, expected: Mapping[str, Tensor]) -> bool:
     """Say whether the same names have the same numbers, in the same dtype."""
-    return set(found) == set(expected) and all(
-        its.dtype == expected[name].dtype and torch.equal(its, expected[name]) for name, its in found.items()
+    return set(tensors) == set(expected) and all(
+        its.dtype == expected[name].dtype and torch.equal(its, expected[name]) for name, its in tensors.items()
     )
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())
+def difference(output: Tensor, expected: Tensor) -> float:
+    return float((output - expected).abs().max())
 
 
 def run_row(row: Row, folder: Path, say: Callable[[str], None]) -> Row:

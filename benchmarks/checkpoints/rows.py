@@ -64,9 +64,9 @@ class Row:
         if not self.bit_equal:
             return "an export is read as other numbers"
         for name in ("open_clip", "transformers"):
-            found = getattr(self, f"{name}_error")
-            if not found <= TOLERANCE * (self.features or 0.0):
-                return f"features of the export in {name} are off by {found}"
+            error = getattr(self, f"{name}_error")
+            if not error <= TOLERANCE * (self.features or 0.0):
+                return f"features of the export in {name} are off by {error}"
         return None
 
 

@@ -41,10 +41,10 @@ def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
     L2's rate is a slope, of two sizes of copies that stay in it.
     """
     with precision("float32"):
-        found = ceilings(device, quick)
+        measured = ceilings(device, quick)
     with precision("tf32"):
         tf32 = _product_rate(torch.float32, device, quick)
-    rates = {"half": found["bfloat16"], "tf32": tf32, "float32": found["float32"], "memory": found["copy"]}
+    rates = {"half": measured["bfloat16"], "tf32": tf32, "float32": measured["float32"], "memory": measured["copy"]}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         rates["multiprocessors"] = properties.multi_processor_count
@@ -60,7 +60,7 @@ def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
             (few, short), (many, long) = seconds.items()
             if long > short:
                 # below the rate of memory it would be no rate of a cache
-                rates["cache"] = max((many - few) / (long - short), found["copy"])
+                rates["cache"] = max((many - few) / (long - short), measured["copy"])
             rates["cache_bytes"] = cache
     return {name: value if name == "multiprocessors" else rounded(value) for name, value in rates.items()}
 

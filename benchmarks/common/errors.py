@@ -15,13 +15,13 @@ from benchmarks.common.session import FAILED
 TOLERANCE = 2.0
 
 
-def relative_error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """Return the largest ‖found − truth‖ / ‖truth‖ of several tensors.
 
     It is 1e30 where it is not finite (JSON has no NaN).
     """
     worst = 0.0
-    for a, b in zip(found, truth, strict=True):
+    for a, b in zip(results, truth, strict=True):
         error = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
         worst = max(worst, error if math.isfinite(error) else 1e30)
     return worst
@@ -38,10 +38,10 @@ class Errors:
     line: float
 
     @classmethod
-    def of(cls, found: Sequence[Tensor], truth: Sequence[Tensor]) -> Errors:
+    def of(cls, results: Sequence[Tensor], truth: Sequence[Tensor]) -> Errors:
         """Compare rows and columns with the mean size of all. One wrong tile must not hide in a large result."""
         worst = 0.0
-        for a, b in zip(found, truth, strict=True):
+        for a, b in zip(results, truth, strict=True):
             if b.ndim != 2:
                 continue
             size = float(b.norm()) / math.sqrt(b.numel())
@@ -49,28 +49,29 @@ class Errors:
                 lines = (a.double() - b).norm(dim=dim) / math.sqrt(b.shape[dim])
                 error = float(lines.max()) / max(size, 1e-30)
                 worst = max(worst, error if math.isfinite(error) else FAILED)
-        return cls(relative_error(found, truth), worst)
+        return cls(relative_error(results, truth), worst)
 
 
-def item_error(found: Tensor, truth: Tensor) -> float:
+def item_error(result: Tensor, truth: Tensor) -> float:
     """Return ‖found − truth‖ / ‖truth‖ of the worst item of [n, dim]. It is 1e30 where it is not finite."""
-    errors = (found.double() - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-30)
+    errors = (result.double() - truth).norm(dim=1) / truth.norm(dim=1).clamp(min=1e-30)
     return float(errors.nan_to_num(FAILED, FAILED).max().clamp(max=FAILED))
 
 
 Gradient = dict[str, Tensor]
 
 
-def group_errors(found: Gradient, truth: Gradient) -> dict[str, float]:
+def group_errors(gradient: Gradient, truth: Gradient) -> dict[str, float]:
     """Return the relative errors of the gradients of λ, A, G and B, each together."""
-    if set(found) != set(truth):
+    if set(gradient) != set(truth):
         return {"": FAILED}
     groups: dict[str, list[str]] = {}
     for name in truth:
         groups.setdefault(name.partition(".")[0], []).append(name)
     return {
         group: relative_error(
-            [torch.cat([found[name].reshape(-1) for name in names])], [torch.cat([truth[n].reshape(-1) for n in names])]
+            [torch.cat([gradient[name].reshape(-1) for name in names])],
+            [torch.cat([truth[n].reshape(-1) for n in names])],
         )
         for group, names in groups.items()
     }

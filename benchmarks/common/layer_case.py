@@ -55,13 +55,13 @@ class Case:
     def reduced(self, d_weight: Tensor) -> list[Tensor]:
         """Return dλ, and dA, dG, dB where there is a low-rank term, of a dW."""
         dtype, parts = d_weight.dtype, self.parts
-        found = [torch.stack([(tau.to(dtype) * d_weight).sum() for tau in parts["task_vectors"]])]
+        gradients = [torch.stack([(tau.to(dtype) * d_weight).sum() for tau in parts["task_vectors"]])]
         if "A" in parts:
             A, G, B, gamma = (parts[name].to(dtype) for name in ("A", "G", "B", "gamma"))
             core = reference.preference_core(G, gamma)
             P = d_weight @ B
-            found += [P @ core.t(), (A.t() @ P)[:, :, None] * gamma, d_weight.t() @ A @ core]
-        return found
+            gradients += [P @ core.t(), (A.t() @ P)[:, :, None] * gamma, d_weight.t() @ A @ core]
+        return gradients
 
 
 def backward(case: Case, rows: int, names: Collection[str], strategy: str, cached: Tensor | None = None) -> Variant:

@@ -56,21 +56,23 @@ def parse(text: str) -> tuple[list[Statement], dict[str, int]]:
 
 def _add(statements: list[Statement], line: int, text: str) -> None:
     text = text.lstrip("{} ")
-    found = re.match(r"(@!?[%\w]+)\s+", text)
+    predicate = re.match(r"(@!?[%\w]+)\s+", text)
     if text:
-        statements.append(Statement(line, found[1] if found else "", text[found.end() :] if found else text))
+        statements.append(
+            Statement(line, predicate[1] if predicate else "", text[predicate.end() :] if predicate else text)
+        )
 
 
 def _following(statements: list[Statement], labels: dict[str, int]) -> list[list[int]]:
-    found = []
+    successors = []
     for place, statement in enumerate(statements):
         jump = _BRANCH.match(statement.text)
         leaves = re.match(r"(ret|exit|trap)\b", statement.text) is not None
         following = [labels[jump[1]]] if jump is not None and jump[1] in labels else []
         if statement.guard or not (leaves or jump is not None):
             following.append(place + 1)
-        found.append([target for target in following if target < len(statements)])
-    return found
+        successors.append([target for target in following if target < len(statements)])
+    return successors
 
 
 def pending_operands(text: str) -> list[str]:
@@ -103,21 +105,21 @@ def pending_operands(text: str) -> list[str]:
         return frozenset((*state[:-1][max(len(state) - 1 - int(wait[1]), 0) :], state[-1]) for state in states)
 
     before = reach(_following(statements, labels), step)
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for place, states in enumerate(before):
         statement = statements[place]
         wait = _WAIT.match(statement.text)
         if wait is not None:
             for product in {one for state in step(place, states) for group in state[:-1] for one in group}:
-                found.setdefault(product, f"wait_group {wait[1]} in line {statement.line}")
+                reasons.setdefault(product, f"wait_group {wait[1]} in line {statement.line}")
             continue
         defined = _defined(statement.text)
         if defined:
             for product in {one for state in states for group in state for one in group}:
                 if operands[product] & defined:
-                    found.setdefault(product, f"a change of its registers in line {statement.line}")
+                    reasons.setdefault(product, f"a change of its registers in line {statement.line}")
     return [
-        f"wgmma in line {statements[product].line} pending behind {what}" for product, what in sorted(found.items())
+        f"wgmma in line {statements[product].line} pending behind {what}" for product, what in sorted(reasons.items())
     ]
 
 

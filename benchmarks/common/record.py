@@ -72,9 +72,9 @@ class Record:
             raise RecordError(f"{path}: expected a results file, got {error.strerror or error}") from error
         except ValueError as error:
             raise RecordError(f"{path}: expected JSON, got {error}") from error
-        found = data.get("suite") if isinstance(data, dict) else type(data).__name__
-        if found != suite:
-            raise RecordError(f"{path}: expected a results file of the suite {suite!r}, got {found!r}")
+        actual = data.get("suite") if isinstance(data, dict) else type(data).__name__
+        if actual != suite:
+            raise RecordError(f"{path}: expected a results file of the suite {suite!r}, got {actual!r}")
         for name, kind in (("units", dict), ("rows", list), ("runs", list), ("environment", dict)):
             if not isinstance(data.get(name), kind):
                 raise RecordError(f"{path}: {name}: expected a {kind.__name__}, got {type(data.get(name)).__name__}")

@@ -48,10 +48,10 @@ class Launches:
 
     def names(self) -> dict[str, int]:
         """Return kernel name -> how many distinct launches."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for launch in self:
-            found[launch.name] = found.get(launch.name, 0) + 1
-        return dict(sorted(found.items()))
+            counts[launch.name] = counts.get(launch.name, 0) + 1
+        return dict(sorted(counts.items()))
 
     def add(self, other: Iterable[Launch]) -> None:
         """Take the launches of another recording in as well."""
@@ -66,9 +66,9 @@ class Launches:
 def read(path: Path) -> Launches:
     """Read what :meth:`Launches.write` wrote."""
     text = json.loads(path.read_text(encoding="utf-8"))
-    found = Launches(text["gpu"])
-    found.add(Launch(entry["kernel"], tuple(entry["arguments"]), entry["options"]) for entry in text["launches"])
-    return found
+    launches = Launches(text["gpu"])
+    launches.add(Launch(entry["kernel"], tuple(entry["arguments"]), entry["options"]) for entry in text["launches"])
+    return launches
 
 
 @contextlib.contextmanager
@@ -82,10 +82,10 @@ def recording(gpu: str | Gpu = "nvidia-h100-80gb-hbm3") -> Iterator[Launches]:
         raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, got {gpu!r}")
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET: expected unset, kernels that are interpreted are not launched")
-    found = Launches(gpu if isinstance(gpu, str) else gpu.title)
+    launches = Launches(gpu if isinstance(gpu, str) else gpu.title)
 
     def note(_: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.note(kernel, arguments, options)
+        launches.note(kernel, arguments, options)
 
     with instead_of_launches(note), absent_gpu(GPUS[gpu] if isinstance(gpu, str) else gpu):
-        yield found
+        yield launches

@@ -115,7 +115,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
     def set_sync_debug_mode(chosen: int | str) -> None:
         mode[0] = {"default": 0, "warn": 1, "error": 2}.get(chosen, 0) if isinstance(chosen, str) else chosen
 
-    found: dict[str, Any] = {
+    answers: dict[str, Any] = {
         name: of(value)
         for name, value in {
             "is_available": True,
@@ -139,15 +139,17 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
     }
     zero = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
     nothing = "_lazy_init init synchronize empty_cache reset_peak_memory_stats _sleep set_device manual_seed"
-    found |= {name: of(0) for name in zero.split()} | {name: of(None) for name in f"{nothing} manual_seed_all".split()}
-    found |= dict.fromkeys(("Stream", "Event", "CUDAGraph", "graph", "stream", "StreamContext"), _Stream)
-    found |= {
+    answers |= {name: of(0) for name in zero.split()} | {
+        name: of(None) for name in f"{nothing} manual_seed_all".split()
+    }
+    answers |= dict.fromkeys(("Stream", "Event", "CUDAGraph", "graph", "stream", "StreamContext"), _Stream)
+    answers |= {
         "default_generators": (_Generator(DEVICE),),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": of(None),
     }
-    found |= {"set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: mode[0]}
-    return found
+    answers |= {"set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: mode[0]}
+    return answers
 
 
 def forget(prefixes: tuple[str, ...] = ("pmkernels", "pareto_merging", "benchmarks")) -> None:

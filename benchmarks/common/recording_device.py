@@ -78,8 +78,8 @@ class _Schema:
 
     def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Return the arguments that are written to, of those given."""
-        found = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
-        return [value for value in found if value is not None]
+        values = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
+        return [value for value in values if value is not None]
 
 
 @functools.cache
@@ -93,13 +93,13 @@ def _schema(func: Any) -> _Schema:
 
 def _leaves(values: Iterable[Any]) -> list[Any]:
     """Return arguments with those of lists; operators nest no deeper."""
-    found: list[Any] = []
+    leaves: list[Any] = []
     for value in values:
         if isinstance(value, (list, tuple)):
-            found += value
+            leaves += value
         else:
-            found.append(value)
-    return found
+            leaves.append(value)
+    return leaves
 
 
 def _map(
@@ -212,15 +212,15 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in kwargs.items() if name != "pin_memory"}
     try:
         with _Inside():
-            there, named = _map(_on_meta, args, given)
-            return func(*there, **named)
+            values, named = _map(_on_meta, args, given)
+            return func(*values, **named)
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "meta" not in str(error).lower():
             raise
         # a shape that depends on values: what there is instead of them decides
         read = functools.partial(_on_cpu, read=contents)
-        there, named = _map(read, args, given)
-        made = func(*there, **named)
+        values, named = _map(read, args, given)
+        made = func(*values, **named)
         return pytree.tree_map_only(Tensor, _on_meta, made)
 
 
@@ -228,18 +228,18 @@ def _remembered(func: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: 
     """Return what a function returns, computed once for arguments of one kind."""
     try:
         key = (func, tuple(map(_signature, leaves)), tuple(kwargs), len(args), tuple(map(_length, args)))
-        found = _CACHE.get(key)
+        layout = _CACHE.get(key)
     except TypeError:
         return _computed(func, args, kwargs)
-    if found is None:
+    if layout is None:
         made = _computed(func, args, kwargs)
         results, spec = pytree.tree_flatten(made)
         plain = all(isinstance(result, Tensor) and not result.storage_offset() for result in results)
         if plain and len(_CACHE) < 100_000:
             _CACHE[key] = [(r.shape, r.stride(), r.dtype) for r in results], spec
         return made
-    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in found[0]]
-    return pytree.tree_unflatten(made, found[1])
+    made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in layout[0]]
+    return pytree.tree_unflatten(made, layout[1])
 
 
 def _length(value: Any) -> int:

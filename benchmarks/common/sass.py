@@ -59,8 +59,8 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Return the address that a jump leads to, if that is known."""
-        found = _TARGET.search(self.operands) if self.base in _JUMPS else None
-        return int(found[1], 16) if found is not None else None
+        match = _TARGET.search(self.operands) if self.base in _JUMPS else None
+        return int(match[1], 16) if match is not None else None
 
     def __str__(self) -> str:
         return f"{self.opcode} at {self.address:#06x}"
@@ -115,18 +115,18 @@ def disassemble(cubins: Sequence[bytes], capability: int, nvdisasm: str) -> list
         command = [nvdisasm, "--binary", f"SM{capability}", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout if any(codes) else ""
     parsed = [instruction for function in parse(text) for instruction in function.code]
-    found, place, start = [], 0, 0
+    functions, place, start = [], 0, 0
     for code in codes:
         end, first = start + len(code), place
         while place < len(parsed) and parsed[place].address < end:
             place += 1
-        found.append(Function("", tuple(_moved(instruction, start) for instruction in parsed[first:place])))
+        functions.append(Function("", tuple(_moved(instruction, start) for instruction in parsed[first:place])))
         start = end
-    if place < len(parsed) or not all(function.code for function in found):
+    if place < len(parsed) or not all(function.code for function in functions):
         raise ValueError(
             f"nvdisasm: expected the code of {len(cubins)} kernels, got {place} of {len(parsed)} instructions"
         )
-    return found
+    return functions
 
 
 def _moved(instruction: Instruction, start: int) -> Instruction:
@@ -139,15 +139,15 @@ def _moved(instruction: Instruction, start: int) -> Instruction:
 def successors(function: Function) -> list[list[int]]:
     """Return, for each instruction, the places in ``function.code`` that may be executed next."""
     places = {instruction.address: place for place, instruction in enumerate(function.code)}
-    found: list[list[int]] = []
+    targets: list[list[int]] = []
     for place, instruction in enumerate(function.code):
         following: list[int] = []
         if not instruction.never and instruction.target in places:
             following.append(places[instruction.target])
         if place + 1 < len(function.code) and not (instruction.base in _LEAVES and instruction.always):
             following.append(place + 1)
-        found.append(following)
-    return found
+        targets.append(following)
+    return targets
 
 
 def loops(function: Function) -> list[tuple[Instruction, ...]]:
@@ -190,13 +190,13 @@ def reach(
 
 def mixed_loops(function: Function) -> list[str]:
     """Name the loops with HMMA products beside wgmma (HGMMA). Such a loop makes ptxas serialise the latter."""
-    found = []
+    names = []
     for body in innermost(loops(function)):
         bases = [instruction.base for instruction in body]
         if "HGMMA" in bases and "HMMA" in bases:
             count = f"{bases.count('HMMA')} HMMA beside {bases.count('HGMMA')} HGMMA"
-            found.append(f"{count} in the loop at {body[0].address:#06x}")
-    return found
+            names.append(f"{count} in the loop at {body[0].address:#06x}")
+    return names
 
 
 def _is_barrier(instruction: Instruction, threads: int) -> bool:
@@ -231,9 +231,9 @@ def missing_barriers(function: Function, warps: int) -> list[str]:
             return waits | {place}
         return frozenset() if _is_barrier(instruction, 32 * warps) else waits
 
-    found = []
+    faults = []
     for place, waits in enumerate(reach(successors(function), step)):
         instruction = code[place]
         if waits and not instruction.never and _SHARED_WRITES.match(instruction.opcode):
-            found.append(f"{instruction} after {code[min(waits)]}")
-    return found
+            faults.append(f"{instruction} after {code[min(waits)]}")
+    return faults

@@ -129,8 +129,8 @@ def lacking_here(error: Exception) -> str | None:
 
 def as_row(row: Any) -> dict[str, Any]:
     """Return a row as JSON has it; figures that are not finite are :data:`FAILED`."""
-    found: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
-    return {name: _finite(value) for name, value in found.items()}
+    fields: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+    return {name: _finite(value) for name, value in fields.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -124,7 +124,7 @@ def replay_times(
     Each finds a cache that holds other data, or what the call itself left.
     """
     flushed = torch.empty(effort.flushed if cache == COLD else 0, dtype=torch.int8, device=device)
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     left = list(functions)
     while left:
         events = {}
@@ -145,13 +145,13 @@ def replay_times(
             else:
                 start = time.perf_counter()
                 function()
-                found[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.perf_counter() - start))
         if events:
             torch.cuda.synchronize()
         for name, (before, after) in events.items():
-            found[name].append(before.elapsed_time(after))
-        left = [name for name in left if not effort.suffices(found[name])]
-    return found
+            times[name].append(before.elapsed_time(after))
+        left = [name for name in left if not effort.suffices(times[name])]
+    return times
 
 
 def synchronize(device: torch.device) -> None:
@@ -176,7 +176,7 @@ def in_turn(
 
     A function is given the number of the round; what it returns goes to ``look`` after the clock has stopped.
     """
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     left, number = list(functions), 0
     while left:
         first = number % len(left)
@@ -185,11 +185,11 @@ def in_turn(
             start = time.perf_counter()
             result = functions[name](number)
             synchronize(device)
-            found[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
             look(name, number, result)
-        left = [name for name in left if not effort.suffices(found[name])]
+        left = [name for name in left if not effort.suffices(times[name])]
         number += 1
-    return found
+    return times
 
 
 def timed_steps(step: Callable[[], None], device: torch.device, seconds: float) -> dict[str, float]:

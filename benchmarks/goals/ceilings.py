@@ -24,9 +24,9 @@ def measure(context: Context) -> None:
     def rows() -> Iterator[dict[str, Any]]:
         from benchmarks.common import ceilings
 
-        found = ceilings.measured_rates(context.device, context.quick)
+        measured = ceilings.measured_rates(context.device, context.quick)
         for name, (title, unit) in NAMES.items():
-            if name in found:
-                yield {"variant": title, "value": found[name], "unit_of_value": unit, "matched": True}
+            if name in measured:
+                yield {"variant": title, "value": measured[name], "unit_of_value": unit, "matched": True}
 
     context.session.measure("ceilings/rates", rows, 15)

@@ -112,10 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command += ["--quick"] if chosen.quick else []
     command += ["--only", *chosen.only] if chosen.only else []
 
-    def finish(found: Record) -> None:
-        run: dict[str, Any] = found.data["runs"][-1]
+    def finish(record: Record) -> None:
+        run: dict[str, Any] = record.data["runs"][-1]
         run |= {"clocks_after": results.clocks(), "seconds": round(time.monotonic() - start, 1)}
-        found.data["goals"] = [vars(goal) for goal in table.goals(found.data)]
+        record.data["goals"] = [vars(goal) for goal in table.goals(record.data)]
 
     had_rows = bool(record.data["rows"])
     outcome = supervise(record.path, SUITE, command, 60 * chosen.minutes, finish)

@@ -46,10 +46,10 @@ class Context:
             LookupError: they were not measured.
         """
         rows = [row for row in self.session.record.data["rows"] if row["unit"].startswith("ceilings/")]
-        found: dict[str, float] = {row["variant"]: row["value"] for row in rows if row.get("value")}
-        if "copy" not in found:
+        rates: dict[str, float] = {row["variant"]: row["value"] for row in rows if row.get("value")}
+        if "copy" not in rates:
             raise LookupError("expected the ceilings to be measured first, got none")
-        return found
+        return rates
 
 
 def fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> LayerRow:

@@ -41,7 +41,7 @@ def hot_cases(context: Context) -> dict[str, cases.Case]:
     rows, image = big.rows, big.tokens
     attention: dict[str, Any] = {"n": big.n, "d": big.d, "rank": RANK}
     plain: dict[str, Any] = {"n": mlp.n, "d": mlp.d, "rank": 0}
-    found = {
+    case_of = {
         "merge": cases.Case("merge", **attention),
         "merge of an MLP": cases.Case("merge", **plain),
         "reduction of dW": cases.Case("merge_grad", **attention),
@@ -57,8 +57,8 @@ def hot_cases(context: Context) -> dict[str, cases.Case]:
     }
     if context.quick:
         # the interpreter: few tasks, and a type that it rounds as a GPU does
-        return {name: replace(case, tasks=2, dtype=dtype_name(context.dtype)) for name, case in found.items()}
-    return found
+        return {name: replace(case, tasks=2, dtype=dtype_name(context.dtype)) for name, case in case_of.items()}
+    return case_of
 
 
 def correctness(context: Context) -> None:
@@ -74,26 +74,31 @@ def _compare(context: Context, name: str, case: cases.Case) -> Iterator[LayerRow
     prepared = judging.Prepared.make(case, context.device)
     with precision(case.kind), poisoned(), torch.no_grad():
         prepared.values["out"].fill_(torch.nan)
-        found = cases.run(case, prepared.values)
+        results = cases.run(case, prepared.values)
         again = cases.run(case, prepared.values)
-    fault = prepared.fault(found)
-    if fault is None and not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
+    fault = prepared.fault(results)
+    if fault is None and not all(torch.equal(a, b) for a, b in zip(results, again, strict=True)):
         fault = "wrong: other bits the second time"
     row = LayerRow(layer=f"{case.n}×{case.d}", dtype=case.dtype, variant=name, rows=case.rows, tasks=case.tasks)
-    yield _with_fault(row, fault, found, prepared)
+    yield _with_fault(row, fault, results, prepared)
 
 
-def _with_fault(row: LayerRow, fault: str | None, found: Sequence[Tensor], prepared: judging.Prepared) -> LayerRow:
-    row.error, row.plain_error = Errors.of(found, prepared.truth).whole, prepared.plain.whole
+def _with_fault(row: LayerRow, fault: str | None, results: Sequence[Tensor], prepared: judging.Prepared) -> LayerRow:
+    row.error, row.plain_error = Errors.of(results, prepared.truth).whole, prepared.plain.whole
     row.matched, row.reason = fault is None, fault
     return row
 
 
 def _judged(
-    name: str, rows: int, found: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+    name: str,
+    rows: int,
+    results: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> LayerRow:
     row = LayerRow(layer="", dtype=dtype_name(dtype), variant=name, rows=rows)
-    row.judge(relative_error(found, truth), relative_error(plain, truth), wrong="wrong result")
+    row.judge(relative_error(results, truth), relative_error(plain, truth), wrong="wrong result")
     return row
 
 
@@ -234,9 +239,9 @@ def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iter
         return cases.run(case, prepared.values)
 
     with precision(case.kind), torch.no_grad():
-        found = variant()
+        results = variant()
         # every task vector and dW are read; the merge also reads W0 and writes W
         moved = 2.0 * (tasks + (1 if op == "merge_grad" else 2)) * layer.n * layer.d
         row = LayerRow(layer=layer.name, dtype=case.dtype, variant=name, rows=0, tasks=tasks, bytes=moved)
         row.bound_ms = _bound_ms(context, 0.0, moved)
-        yield fill_times(_with_fault(row, prepared.fault(found), found, prepared), variant, context.device)
+        yield fill_times(_with_fault(row, prepared.fault(results), results, prepared), variant, context.device)

@@ -98,5 +98,5 @@ def _with_preferences(model: nn.Module, gammas: Tensor) -> nn.Module:
 
 def _middle_block(model: nn.Module) -> Callable[[Tensor], Tensor]:
     blocks: Any = model.get_submodule("transformer.resblocks")
-    found: Callable[[Tensor], Tensor] = blocks[len(blocks) // 2]
-    return found
+    block: Callable[[Tensor], Tensor] = blocks[len(blocks) // 2]
+    return block

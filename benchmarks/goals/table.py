@@ -25,13 +25,13 @@ class Rows:
 
     def of(self, unit: str, *variants: str) -> Row | None:
         """Return the fastest row of ``variants`` (all, if none is named) of a unit. Units below it count as well."""
-        found = [
+        rows = [
             row
             for row in self.timed
             if (row["unit"] == unit or row["unit"].startswith(f"{unit}/"))
             and (not variants or row["variant"] in variants)
         ]
-        return min(found, key=lambda row: row["ms"], default=None)
+        return min(rows, key=lambda row: row["ms"], default=None)
 
     def ms(self, unit: str, *variants: str) -> float | None:
         """Return its milliseconds."""
@@ -49,8 +49,8 @@ class Rows:
 
     def ceiling(self, name: str) -> float | None:
         """Return a ceiling of this run."""
-        found = (row["value"] for row in self.all if row["unit"].startswith("ceilings/") and row["variant"] == name)
-        return next(found, None)
+        values = (row["value"] for row in self.all if row["unit"].startswith("ceilings/") and row["variant"] == name)
+        return next(values, None)
 
 
 def _step(model: str, batch: int = 32) -> str:
@@ -75,34 +75,34 @@ def _serving(rows: Rows) -> list[Goal]:
     graphs = [name for name in limits if name.endswith("CUDA graph")]
     over = ratio(rows.ms(unit, ENGINE), rows.ms(unit, *graphs) if graphs else plain)
     goal = "serving ViT-L/14, 32 preferences, as a user calls it"
-    found = [
+    lines = [
         _judged(goal, "one plain merged model under a CUDA graph", "≤ 1.03×", times(over), at_most(over, 1.03), why)
     ]
     again = ratio(rows.ms(unit, REMERGE, f"{REMERGE}, CUDA graph"), rows.ms(unit, ENGINE))
-    found.append(_judged("the same", "merging again per request", "≥ 10×", times(again, 1), (again or 0) >= 10, why))
+    lines.append(_judged("the same", "merging again per request", "≥ 10×", times(again, 1), (again or 0) >= 10, why))
     held = None if ours is None or not ours.get("models") else float(ours["models"])
     text = None if held is None else f"{held:.4f} models"
-    found.append(_judged("the same", "memory of weights", "≤ 1.01 models", text, at_most(held, 1.01), why))
+    lines.append(_judged("the same", "memory of weights", "≤ 1.01 models", text, at_most(held, 1.01), why))
     unit = "served-layers/block"
     for cache in ("cold", "warm"):
         over = ratio(rows.ms(unit, f"a served block, {cache}"), rows.ms(unit, f"the plain block, {cache}"))
         met, text = at_most(over, 1.05), times(over)
-        found.append(_judged(f"a served block, {cache} cache", "the plain block", "≤ 1.05×", text, met, rows.why(unit)))
-    return found
+        lines.append(_judged(f"a served block, {cache} cache", "the plain block", "≤ 1.05×", text, met, rows.why(unit)))
+    return lines
 
 
 def _training(rows: Rows) -> list[Goal]:
-    found = []
+    lines = []
     for model, most in (("ViT-L/14", 1.05), ("ViT-B/32", 1.15)):
         unit = _step(model)
         ours, limit = rows.of(unit, AUTO), rows.ms(unit, STEP_LIMIT)
         over, why = ratio(rows.ms(unit, AUTO), limit), rows.why(unit)
         against = "frozen merged linears + full dW products, one graph"
         title = f"training step {model}"
-        found.append(_judged(title, against, f"≤ {most}×", times(over), at_most(over, most), why, _of_bound(ours)))
+        lines.append(_judged(title, against, f"≤ {most}×", times(over), at_most(over, most), why, _of_bound(ours)))
         if model == "ViT-B/32":
             over = ratio(rows.ms(unit, ALL), limit)
-            found.append(
+            lines.append(
                 _judged(f"{title}, all tasks at once", against, "≤ 0.9×", times(over), at_most(over, 0.9), why)
             )
     for model in MODELS:
@@ -116,10 +116,10 @@ def _training(rows: Rows) -> list[Goal]:
             if share is not None:
                 text, met = f"{text} at {share:.2f} of its extra memory", met and share < 0.6
         against = "merge once a step with autograd"
-        found.append(_judged(f"training step {model}", against, "faster, < 0.6 of its extra memory", text, met, ""))
+        lines.append(_judged(f"training step {model}", against, "faster, < 0.6 of its extra memory", text, met, ""))
     for model in MODELS:
-        found += _layer_wise(rows, model)
-    return found
+        lines += _layer_wise(rows, model)
+    return lines
 
 
 def _extra_memory(ours: Row, other: Row) -> float | None:
@@ -142,7 +142,7 @@ def _layer_wise(rows: Rows, model: str) -> list[Goal]:
             text, met = f"{text} at {share:.2f} of the memory", met and share <= 1 / 3
     title, against = f"training step {model}", "layer-wise AdaMerging computation, bfloat16"
     why = rows.why(f"{unit}/{ADAMERGING}")
-    found = [_judged(title, against, "≤ 1.05× at ≤ 1/3 of the memory", text, met, why)]
+    lines = [_judged(title, against, "≤ 1.05× at ≤ 1/3 of the memory", text, met, why)]
     against, text, met, whys = f"{against.rpartition(',')[0]}, its own float32", None, False, []
     for batch in (32, 16, 8):
         key = f"float32/{model}, batch {batch}"
@@ -156,7 +156,7 @@ def _layer_wise(rows: Rows, model: str) -> list[Goal]:
             whys.append(f"{batch} images: {rows.why(f'{key}/{ADAMERGING}, float32')}")
     if text is not None and whys:
         text += f" ({'; '.join(whys)})"
-    return [*found, _judged(title, against, "≥ 3× as fast", text, met, "; ".join(whys))]
+    return [*lines, _judged(title, against, "≥ 3× as fast", text, met, "; ".join(whys))]
 
 
 def _reductions(rows: Rows) -> list[Goal]:
@@ -179,17 +179,17 @@ def _reductions(rows: Rows) -> list[Goal]:
     met = worst is not None and shares[worst] >= 0.8
     bound = "" if worst is None else f"{1 / shares[worst]:.2f}×"
     goal = "reduction of dW"
-    found = [_judged(goal, "bytes over measured bandwidth", "≥ 80 %", text, met, rows.why("reductions"), bound)]
+    lines = [_judged(goal, "bytes over measured bandwidth", "≥ 80 %", text, met, rows.why("reductions"), bound)]
     slowest = max(gradients, key=lambda layer: gradients[layer][0], default=None)
     text = None if slowest is None else f"{gradients[slowest][0]:.2f}× ({slowest}; {len(gradients)} layers)"
     met = slowest is not None and gradients[slowest][0] <= 1.15
     bound = "" if slowest is None else gradients[slowest][1]
     against = "(library's dW measured) + τ bytes / bandwidth"
-    return [*found, _judged("weight gradient of a layer", against, "≤ 1.15×", text, met, "", bound)]
+    return [*lines, _judged("weight gradient of a layer", against, "≤ 1.15×", text, met, "", bound)]
 
 
 def _few_bytes(rows: Rows) -> list[Goal]:
-    unit, found = _step("ViT-L/14"), []
+    unit, lines = _step("ViT-L/14"), []
     unlimited = rows.ms(unit, AUTO)
     candidates = [row for key in (unit, "rest/ViT-L/14, batch 32") for row in rows.timed if row["unit"].startswith(key)]
     candidates = [row for row in candidates if row["variant"] in (AUTO, "streamed", "fused") and row.get("peak_bytes")]
@@ -204,22 +204,22 @@ def _few_bytes(rows: Rows) -> list[Goal]:
             least = min(candidates, key=lambda row: row["peak_bytes"])
             text = f"the least is {least['peak_bytes'] / GIB:.1f} GiB ({least['variant']})"
         goal = f"ViT-L/14 under {gib:g} GiB"
-        found.append(_judged(goal, "its unlimited step", f"≤ {most:.2f}×", text, met, ""))
-    return found
+        lines.append(_judged(goal, "its unlimited step", f"≤ {most:.2f}×", text, met, ""))
+    return lines
 
 
 def _runs(rows: Rows) -> list[Goal]:
-    found = []
+    lines = []
     for model, seconds, to_reach in (("ViT-B/32", 90.0, "≤ 90 s"), ("ViT-L/14", 1500.0, "≤ 25 min")):
         ours = rows.of(_step(model), AUTO, ALL)
         taken = None if ours is None else ours.get("run_seconds")
         text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant'] if ours else ''})"
-        found.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds), ""))
+        lines.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds), ""))
     free = rows.of("rest/ViT-B/32/data-free run")
     taken = None if free is None else free.get("run_seconds")
     how = "" if free is None else "measured" if free.get("run_measured") else "computed from the step"
     text = None if taken is None else f"{taken:.1f} s, {how}"
-    return [*found, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0), "")]
+    return [*lines, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0), "")]
 
 
 def _grid(rows: Rows) -> list[Goal]:

@@ -31,8 +31,8 @@ def environment(quick: bool) -> dict[str, Any]:
     """Return where the run takes place, with what all runs of a file must share."""
     from benchmarks import results
 
-    found = results.machine()
-    return {**found, "triton_key": triton_key(), "quick": quick}
+    machine = results.machine()
+    return {**machine, "triton_key": triton_key(), "quick": quick}
 
 
 def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:

@@ -101,10 +101,10 @@ def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figu
     bound = costs.bound(operation, counted)
     micro, which = _bound_of(bound, rates)
     rows = 0 if operation == "merge" else counted.rows
-    found = figures.get((layer.name, rows, NAMES[operation], tasks), {})
+    times = figures.get((layer.name, rows, NAMES[operation], tasks), {})
     fused = "–" if operation == "merge" else f"*{figure(predicted(operation, 'fused', counted, gpu) * 1e6)}*"
     streamed = figure(predicted(operation, "streamed", counted, gpu) * 1e6)
-    own = {name: ms for name, ms in found.items() if name != "cached"}
+    own = {name: ms for name, ms in times.items() if name != "cached"}
     cells = [
         layer_name(layer) if operation != "merge" else layer.name,
         NAMES[operation],
@@ -118,21 +118,21 @@ def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figu
         return [*cells, "–", "–", "–"]
     cached = costs.bound(operation, counted, cached=True)
     cached_seconds = predicted(operation, "streamed", counted, gpu, cached=True)
-    cached_found = {name: ms for name, ms in found.items() if name == "cached"}
+    cached_times = {name: ms for name, ms in times.items() if name == "cached"}
     return [
         *cells,
         " ".join(_bound_of(cached, rates)),
         f"*{figure(cached_seconds * 1e6)}*",
-        _measured_cell(cached_found, cached.seconds(rates, KIND)),
+        _measured_cell(cached_times, cached.seconds(rates, KIND)),
     ]
 
 
-def _measured_cell(found: dict[str, float], bound: float) -> str:
+def _measured_cell(times: dict[str, float], bound: float) -> str:
     """Return the fastest variant's µs, its name, and the ratio to the bound."""
-    if not found:
+    if not times:
         return NOT_MEASURED
-    name = min(found, key=lambda variant: found[variant])
-    return f"{figure(found[name] * 1e3)} {name}, {found[name] * 1e-3 / bound:.2f}×"
+    name = min(times, key=lambda variant: times[variant])
+    return f"{figure(times[name] * 1e3)} {name}, {times[name] * 1e-3 / bound:.2f}×"
 
 
 def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:

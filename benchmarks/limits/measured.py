@@ -17,12 +17,12 @@ Figures = dict[tuple[str, int, str, int], dict[str, float]]
 
 def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield committed results, oldest first; a rehearsal is nobody's result."""
-    found = []
+    reports = []
     for path in sorted(results.RESULTS.glob("*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         if not report.get("quick"):
-            found.append((report.get("date", ""), path, report))
-    yield from ((path, report) for _, path, report in sorted(found, key=lambda item: item[:2]))
+            reports.append((report.get("date", ""), path, report))
+    yield from ((path, report) for _, path, report in sorted(reports, key=lambda item: item[:2]))
 
 
 def file_name(gpu: str) -> str:

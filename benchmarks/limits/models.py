@@ -17,19 +17,19 @@ def device_models(gpu: str, title: str) -> list[str]:
     for tower in TOWERS:
         rows = []
         for tasks in TASKS:
-            found = predictions.step(tower, tasks, gpu)
+            step = predictions.step(tower, tasks, gpu)
             steps = STEPS.get(tasks)
-            run = f"{steps} steps: *{figure(steps * found.predicted['cached'].seconds)} s*" if steps else "–"
+            run = f"{steps} steps: *{figure(steps * step.predicted['cached'].seconds)} s*" if steps else "–"
             rows.append(
                 [
                     str(tasks),
-                    figure(found.operations / 1e12),
-                    figure(found.limit * 1e3),
-                    figure(found.bound * 1e3),
-                    f"{found.bound / found.limit:.3f}×",
-                    f"*{figure(found.predicted_limit.seconds * 1e3)}*",
-                    *(f"*{figure(way.seconds * 1e3)}*" for way in found.predicted.values()),
-                    *(f"*{found.ratio(way):.2f}×*" for way in ("cached", "all at once")),
+                    figure(step.operations / 1e12),
+                    figure(step.limit * 1e3),
+                    figure(step.bound * 1e3),
+                    f"{step.bound / step.limit:.3f}×",
+                    f"*{figure(step.predicted_limit.seconds * 1e3)}*",
+                    *(f"*{figure(way.seconds * 1e3)}*" for way in step.predicted.values()),
+                    *(f"*{step.ratio(way):.2f}×*" for way in ("cached", "all at once")),
                     run,
                 ]
             )

@@ -75,11 +75,11 @@ on a multiprocessor at a time, and reduces its tile of dW after it has multiplie
 
 
 def _device_compiled(arch: str) -> list[str]:
-    found = compiled(arch)
+    newest = compiled(arch)
     lines = [f"### Compiled for {arch}", ""]
-    if found is None:
+    if newest is None:
         return [*lines, "No committed `budget-*.json` has this architecture.", ""]
-    path, rows = found
+    path, rows = newest
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"].removesuffix("_kernel"), row["configuration"]), []).append(row)

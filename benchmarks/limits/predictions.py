@@ -118,11 +118,11 @@ class Prediction:
 
 def prediction(kernels: Kernels, gpu: str) -> Prediction:
     """Add up what kernels should take on a GPU, one after the other."""
-    rates, found, launches = rates_of(gpu), dict.fromkeys(PARTS, 0.0), 0
+    rates, seconds_of, launches = rates_of(gpu), dict.fromkeys(PARTS, 0.0), 0
     for times, kernel in kernels:
-        found[_PART_OF[kernel.name]] += times * kernel.seconds(rates, KIND)
+        seconds_of[_PART_OF[kernel.name]] += times * kernel.seconds(rates, KIND)
         launches += times * kernel.launches
-    return Prediction({part: seconds for part, seconds in found.items() if seconds}, launches)
+    return Prediction({part: seconds for part, seconds in seconds_of.items() if seconds}, launches)
 
 
 def at_full_rate(kernels: Kernels) -> Iterator[tuple[int, Pass]]:
@@ -285,8 +285,8 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
         limit += tasks * times * (with_weight + 1) * one
         gradient = costs.bound("weight_grad", p).seconds(rates, KIND)
         bound += times * (costs.bound("merge", p).seconds(rates, KIND) + tasks * (with_weight * one + gradient))
-    found = {way: prediction(step_kernels(tower, tasks, gpu, way), gpu) for way in WAYS}
-    return Step(operations, limit, bound, prediction(limit_kernels(tower, tasks, gpu), gpu), found)
+    predictions = {way: prediction(step_kernels(tower, tasks, gpu, way), gpu) for way in WAYS}
+    return Step(operations, limit, bound, prediction(limit_kernels(tower, tasks, gpu), gpu), predictions)
 
 
 def memory(tower: Tower, tasks: int) -> dict[str, float]:

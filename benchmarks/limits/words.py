@@ -50,8 +50,8 @@ def seconds_text(value: float) -> str:
 
 
 def extremes(values: Iterable[float]) -> tuple[float, float]:
-    found = sorted(values)
-    return found[0], found[-1]
+    ordered = sorted(values)
+    return ordered[0], ordered[-1]
 
 
 def share_text(least: float, most: float) -> str:

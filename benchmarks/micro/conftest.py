@@ -231,9 +231,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
-    here, there = (info.get("gpu") or "no GPU" for info in (machine_info, compared_benchmark["machine_info"]))
-    if here != there:
-        raise pytest.UsageError(f"--benchmark-compare: expected a run on a machine with {here}, got one with {there}")
+    here, other = (info.get("gpu") or "no GPU" for info in (machine_info, compared_benchmark["machine_info"]))
+    if here != other:
+        raise pytest.UsageError(f"--benchmark-compare: expected a run on a machine with {here}, got one with {other}")
 
 
 @pytest.fixture(scope="session")
@@ -274,15 +274,15 @@ def facts(case: Case, device: torch.device, median: float | None) -> dict[str, A
     """Return what is kept beside a case's times: where, what, and its rate. The rate is at the median, in seconds."""
     least, known = case.least, rates(device)
     here = machine()
-    found: dict[str, Any] = {name: here.get(name) for name in ("gpu", "torch", "triton")}
-    found |= {"chosen": case.choice, "operations": least.operations, "bytes": least.bytes}
+    figures: dict[str, Any] = {name: here.get(name) for name in ("gpu", "torch", "triton")}
+    figures |= {"chosen": case.choice, "operations": least.operations, "bytes": least.bytes}
     if known is not None:
-        found["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.dtype))
+        figures["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.dtype))
     if median is not None:
-        found["gb_per_s"] = 1e-9 * least.bytes / median
+        figures["gb_per_s"] = 1e-9 * least.bytes / median
         if least.operations:
-            found["tflop_per_s"] = 1e-12 * least.operations / median
-    return found
+            figures["tflop_per_s"] = 1e-12 * least.operations / median
+    return figures
 
 
 def rounds_of(seconds: float, config: pytest.Config) -> int:

@@ -64,15 +64,15 @@ class Truth:
                 exact = merge(wide, drawn[index])(own.double())
                 plain = merge(case.folded, drawn[index])(own)
                 plain_error = max(plain_error, item_error(plain, exact))
-                found = features.setdefault(count, exact.new_zeros(len(images), exact.shape[1]))
-                found[index::count] = exact
+                rows = features.setdefault(count, exact.new_zeros(len(images), exact.shape[1]))
+                rows[index::count] = exact
         return cls(features, plain_error)
 
-    def error(self, found: Tensor, items: int, count: int) -> float:
+    def error(self, output: Tensor, items: int, count: int) -> float:
         """Return the error of the features of the first ``items``, with ``count`` preferences among them."""
         # 8 images with 8 preferences have the first 8 of 32
         exact = self.features[min(known for known in self.features if known >= count)][:items]
-        return item_error(found, exact) if found.shape == exact.shape else FAILED
+        return item_error(output, exact) if output.shape == exact.shape else FAILED
 
 
 def blank(case: Case, batch: int, count: int, variant: str) -> CellRow:
@@ -110,7 +110,7 @@ class Cell:
         if device.type == "cuda":
             free(device)
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        there = [self.case.folded, *(variant.holds for variant in self.ready.values())]
+        others = [self.case.folded, *(variant.holds for variant in self.ready.values())]
         try:
             _forget_peak(device)
             variant = make()
@@ -121,7 +121,7 @@ class Cell:
             row.weight_bytes = variant.weight_bytes()
             if device.type == "cuda":
                 # weights that others hold as well were there before
-                shared = tensor_bytes(*variant.holds) + tensor_bytes(*there) - tensor_bytes(*variant.holds, *there)
+                shared = tensor_bytes(*variant.holds) + tensor_bytes(*others) - tensor_bytes(*variant.holds, *others)
                 row.peak_bytes = shared + torch.cuda.max_memory_allocated() - before
             if row.matched:
                 self.ready[name] = variant
@@ -130,10 +130,10 @@ class Cell:
         except Exception as error:
             row.fail(error)
 
-    def judge(self, row: CellRow, variant: Variant, found: Tensor) -> None:
+    def judge(self, row: CellRow, variant: Variant, output: Tensor) -> None:
         """Judge whether every item has the features of its own preference of the first set. The worst error stays."""
         count = 1 if variant.single else len(self.requests[0].distinct)
-        error = max(row.error, self.truth.error(found, len(self.images), count))
+        error = max(row.error, self.truth.error(output, len(self.images), count))
         row.judge(error, self.truth.plain_error, wrong="wrong features")
 
     def measure(self, effort: Effort) -> None:
@@ -142,9 +142,9 @@ class Cell:
         def call(variant: Variant) -> Callable[[int], Tensor]:
             return lambda number: variant.run(self.images, self.requests[0 if variant.set_up else number % SETS])
 
-        def look(name: str, number: int, found: Tensor) -> None:
+        def look(name: str, number: int, output: Tensor) -> None:
             if self.ready[name].set_up or number % SETS == 0:
-                self.judge(self.rows[name], self.ready[name], found)
+                self.judge(self.rows[name], self.ready[name], output)
 
         calls = {name: call(variant) for name, variant in self.ready.items()}
         for name, times in in_turn(calls, effort, self.images.device, look).items():

@@ -40,23 +40,23 @@ def tensor_bytes(*objects: Any) -> int:
 def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
     seen: dict[int, Any] = {}
     while waiting:
-        found = waiting.pop()
-        if id(found) in seen or isinstance(found, type | types.ModuleType | str | bytes | int | float):
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, type | types.ModuleType | str | bytes | int | float):
             continue
         # kept, so that no other object gets its address
-        seen[id(found)] = found
-        if isinstance(found, Tensor):
-            yield found
-        elif isinstance(found, Mapping):
-            waiting += list(found.values())
-        elif isinstance(found, list | tuple | set | frozenset):
-            waiting += list(found)
-        elif isinstance(found, functools.partial):
-            waiting += [found.func, found.args, found.keywords]
-        elif isinstance(found, types.MethodType):
-            waiting.append(found.__self__)
-        elif isinstance(found, types.FunctionType):
-            waiting += list(inspect.getclosurevars(found).nonlocals.values())
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += list(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += list(value)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, value.args, value.keywords]
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        elif isinstance(value, types.FunctionType):
+            waiting += list(inspect.getclosurevars(value).nonlocals.values())
         else:
-            waiting.append(getattr(found, "__dict__", {}))
-            waiting += [getattr(found, name, None) for name in getattr(type(found), "__slots__", ())]
+            waiting.append(getattr(value, "__dict__", {}))
+            waiting += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]

@@ -36,26 +36,26 @@ def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> di
 
 def goals(report: Json) -> list[Goal]:
     """Judge what was aimed at on the device of the report, ``cuda`` or ``cpu``. Without one: on both."""
-    found, device = [], report.get("device")
+    lines, device = [], report.get("device")
     if device in (None, "cuda"):
         where = "GPU, ViT-L/14, batch 32, 32 preferences"
         ours = _row(report, "ViT-L/14", 32, 32, ENGINE)
         over, held = ours["to_limit"], ours["models"]
         goal = "at most 1.03× the plain merged model"
-        found.append(judged(where, goal, times(over), at_most(over, 1.03), ours["reason"]))
+        lines.append(judged(where, goal, times(over), at_most(over, 1.03), ours["reason"]))
         again = _row(report, "ViT-L/14", 32, 32, REMERGE, f"{REMERGE}{GRAPH}")
         faster = ratio(again["ms"], ours["ms"])
         goal = "10× as fast as merging again for each request"
-        found.append(judged(where, goal, times(faster, 1), (faster or 0) >= 10, again["reason"]))
+        lines.append(judged(where, goal, times(faster, 1), (faster or 0) >= 10, again["reason"]))
         text = None if held is None else f"{held:.4f} models"
         goal = "at most 1.01 models of memory for weights"
-        found.append(judged(where, goal, text, at_most(held, 1.01), ours["reason"]))
+        lines.append(judged(where, goal, text, at_most(held, 1.01), ours["reason"]))
     if device in (None, "cpu"):
         ours = _row(report, "ViT-B/32", 32, 32, ENGINE)
         where, goal = "CPU, ViT-B/32, batch 32, 32 preferences", "at most 1.15× the plain merged model"
         over = ours["to_limit"]
-        found.append(judged(where, goal, times(over), at_most(over, 1.15), ours["reason"]))
-    return found
+        lines.append(judged(where, goal, times(over), at_most(over, 1.15), ours["reason"]))
+    return lines
 
 
 def goals_markdown(report: Json) -> str:
@@ -114,10 +114,10 @@ def summary_markdown(report: Json) -> str:
     rows = []
     for model, batch, count in dict.fromkeys((r["model"], r["batch"], r["preferences"]) for r in _batches(report)):
         plain = _row(report, model, batch, count, *limits)["ms"]
-        found = [_row(report, model, batch, count, *variants) for variants in shown.values()]
+        figures = [_row(report, model, batch, count, *variants) for variants in shown.values()]
         cells = [f"{model}, batch {batch}", str(count), "–" if plain is None else f"{plain:.1f}"]
-        cells += [times(row["to_limit"], 2) or "–" for row in found]
-        cells += ["–" if row["models"] is None else f"{row['models']:.2f} models" for row in (found[0], found[2])]
+        cells += [times(row["to_limit"], 2) or "–" for row in figures]
+        cells += ["–" if row["models"] is None else f"{row['models']:.2f} models" for row in (figures[0], figures[2])]
         rows.append(cells)
     return "\n".join(table(columns, rows, "lr")) + "\n"
 

@@ -136,20 +136,20 @@ def merge_again(case: Case, request: Request) -> Variant:
     layers = [module for module in model.modules() if isinstance(module, Remerged)]
 
     def run(images: Tensor, request: Request) -> Tensor:
-        found: list[Tensor] = []
+        features: list[Tensor] = []
         for index in range(count):
             gamma = request.distinct_on_device[index]
             for layer in layers:
                 layer.merge(gamma)
-            found.append(model(images[index::count]))
-        return _in_order(found)
+            features.append(model(images[index::count]))
+        return _in_order(features)
 
     return Variant(REMERGE, run, (model,))
 
 
-def _in_order(found: Sequence[Tensor]) -> Tensor:
+def _in_order(features: Sequence[Tensor]) -> Tensor:
     """Put P groups of features [n / P, dim] in order. Item i of [n, dim] comes from group i mod P."""
-    return torch.stack(list(found), dim=1).flatten(0, 1)
+    return torch.stack(list(features), dim=1).flatten(0, 1)
 
 
 class Copies(nn.Module):
@@ -228,8 +228,8 @@ def looped(case: Case, request: Request) -> Variant:
 
     def run(images: Tensor, request: Request) -> Tensor:
         groups.gammas = request.distinct_on_device
-        found: Tensor = model(images)
-        return found
+        features: Tensor = model(images)
+        return features
 
     return Variant(LOOP, run, (model,))
 
@@ -308,7 +308,7 @@ def graphed(of: Variant, images: Tensor, request: Request) -> Variant:
     compute = functools.partial(of.run, own, inside)
     try:
         warm_up(compute, device)
-        graph, found = capture(compute, device)
+        graph, features = capture(compute, device)
     except RuntimeError as error:
         torch.cuda.synchronize()
         raise Unavailable(f"no CUDA graph of it: {error}"[:200]) from error
@@ -318,6 +318,6 @@ def graphed(of: Variant, images: Tensor, request: Request) -> Variant:
         gammas.copy_(request.distinct_on_device)
         each.copy_(request.each_on_device)
         graph.replay()
-        return found
+        return features
 
     return replace(of, name=f"{of.name}{GRAPH}", run=run)

@@ -117,16 +117,16 @@ def run(
         "effort": EFFORT,
         "steps": STEPS,
         "method": METHOD,
-        "results": {tasks: [_short(row) for rows in found for row in rows] for tasks, found in results.items()},
+        "results": {tasks: [_short(row) for rows in seeded for row in rows] for tasks, seeded in results.items()},
         "summary": {
-            tasks: {key: entry.to_json() for key, entry in summarize([row for rows in found for row in rows]).items()}
-            for tasks, found in results.items()
+            tasks: {key: entry.to_json() for key, entry in summarize([row for rows in seeded for row in rows]).items()}
+            for tasks, seeded in results.items()
         },
         "answers": {
-            tasks: answer(summarize([row for rows in found for row in rows])) for tasks, found in results.items()
+            tasks: answer(summarize([row for rows in seeded for row in rows])) for tasks, seeded in results.items()
         },
-        "ablations": {tasks: _ablation_summary(found) for tasks, found in ablations.items()},
-        "judges": {tasks: _judges([row for rows in found for row in rows]) for tasks, found in results.items()},
+        "ablations": {tasks: _ablation_summary(seeded) for tasks, seeded in ablations.items()},
+        "judges": {tasks: _judges([row for rows in seeded for row in rows]) for tasks, seeded in results.items()},
     }
 
 
@@ -220,8 +220,8 @@ def _short(result: Result) -> dict[str, Any]:
     return short
 
 
-def _ablation_summary(found: Sequence[Sequence[Result]]) -> dict[str, Any]:
-    summary = summarize([row for rows in found for row in rows])
+def _ablation_summary(seeded: Sequence[Sequence[Result]]) -> dict[str, Any]:
+    summary = summarize([row for rows in seeded for row in rows])
     kept = ("equal", "one_hot", "hypervolume", "spearman", "seconds")
     return {
         name: {key: entry.figures[key].to_json() for key in kept if key in entry.figures}

@@ -86,13 +86,13 @@ def crossover(times: Mapping[int, tuple[float, float]]) -> int | None:
 
     ``times``: rows -> fused, streamed.
     """
-    found = None
+    first = None
     for rows in sorted(times, reverse=True):
         fused, streamed = times[rows]
         if streamed >= fused:
             break
-        found = rows
-    return found
+        first = rows
+    return first
 
 
 Point = tuple[str, str, int]
@@ -100,19 +100,19 @@ Point = tuple[str, str, int]
 
 def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[str, float]]]:
     """Return (operation, layer, K) -> rows -> variant -> milliseconds, of the variants that were right."""
-    found: dict[Point, dict[int, dict[str, float]]] = {}
+    times: dict[Point, dict[int, dict[str, float]]] = {}
     for row in rows:
-        at = found.setdefault((row["op"], row["layer"], row["tasks"]), {}).setdefault(row["rows"], {})
+        at = times.setdefault((row["op"], row["layer"], row["tasks"]), {}).setdefault(row["rows"], {})
         if row["ms"] is not None:
             at[row["variant"]] = row["ms"]
-    return found
+    return times
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration: str) -> list[dict[str, Any]]:
     """Return crossovers as measured, and as predicted where the GPU's rates are known. ``configuration``: the file that
     predictions take."""
     shapes = {(row["op"], row["layer"], row["tasks"]): row for row in rows}
-    found = []
+    entries = []
     for (op, layer, tasks), at in by_point(rows).items():
         shape = shapes[op, layer, tasks]
         both = {m: (ms["fused"], ms["streamed"]) for m, ms in at.items() if set(CHOICES) <= set(ms)}
@@ -127,8 +127,8 @@ def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration
                 )
                 predicted[m] = (fused, streamed)
             entry["predicted"] = crossover(predicted)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ def ratios(report: Json) -> list[dict[str, Any]]:
         for row in report["rows"]
         if row["variant"] == "auto"
     }
-    found = []
+    points = []
     for (op, layer, tasks), at in by_point(report["rows"]).items():
         for rows, ms in at.items():
             if {*CHOICES, "auto"} <= set(ms):
                 best = min(CHOICES, key=lambda name: ms[name])
                 entry = {"op": op, "layer": layer, "tasks": tasks, "rows": rows, "best": best}
-                found.append({**entry, "chosen": chosen[op, layer, tasks, rows], "ratio": ms["auto"] / ms[best]})
-    return sorted(found, key=lambda entry: -entry["ratio"])
+                points.append({**entry, "chosen": chosen[op, layer, tasks, rows], "ratio": ms["auto"] / ms[best]})
+    return sorted(points, key=lambda entry: -entry["ratio"])
 
 
 def _times(ms: Mapping[str, float], variant: str) -> str:
@@ -41,11 +41,11 @@ def markdown(report: Json) -> str:
     """Return the worst of ``auto``, the crossovers, and a few rows of each layer. The results file has all of them."""
     if not report["rows"]:
         return "No point of the grid fits in this GPU's memory.\n"
-    found = ratios(report)
-    lines = [_introduction(report, len(found)), ""]
+    points = ratios(report)
+    lines = [_introduction(report, len(points)), ""]
     lines += [f"**`auto` over the better strategy** (goal: at most {GOAL} everywhere)", ""]
     columns = ["operation", "points", "within the goal", "worst", "where", "`auto` took", "best"]
-    lines += table(columns, _worst(found), "lrrrl")
+    lines += table(columns, _worst(points), "lrrrl")
     lines += ["", "**Rows from which on `streamed` is faster than `fused`**: measured (predicted)", ""]
     lines += table(["layer", "K", *OPERATIONS], _crossovers(report), "lr")
     times = by_point(report["rows"])
@@ -80,9 +80,9 @@ def _introduction(report: Json, points: int) -> str:
     return "".join(parts) + "."
 
 
-def _worst(found: Sequence[Json]) -> Iterator[list[str]]:
+def _worst(points: Sequence[Json]) -> Iterator[list[str]]:
     for op in OPERATIONS:
-        of_op = [entry for entry in found if entry["op"] == op]
+        of_op = [entry for entry in points if entry["op"] == op]
         if of_op:
             worst, within = of_op[0], sum(entry["ratio"] <= GOAL for entry in of_op)
             where = f"{worst['layer']}, K = {worst['tasks']}, M = {worst['rows']}"

@@ -18,19 +18,19 @@ def products(
 ) -> tuple[list[tuple[int, int, int, bool]], float, float]:
     """Return every product of one forward, then the operations and numbers moved of all attention. A product is rows,
     out, in and whether its input needs a gradient. They are counted by a run of the model without memory."""
-    found: list[tuple[int, int, int, bool]] = []
+    counted: list[tuple[int, int, int, bool]] = []
     attention: list[int] = []
 
     def linear(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             if isinstance(module, nn.Conv2d):
-                found.append((output.numel() // output.shape[1], output.shape[1], module.weight[0].numel(), False))
+                counted.append((output.numel() // output.shape[1], output.shape[1], module.weight[0].numel(), False))
                 return
             rows = args[0].numel() // args[0].shape[-1]
             if isinstance(module, nn.MultiheadAttention):
-                found.extend([(rows, 3 * width, width, True), (rows, width, width, True)])
+                counted.extend([(rows, 3 * width, width, True), (rows, width, width, True)])
             else:
-                found.append((rows, module.out_features, module.in_features, True))
+                counted.append((rows, module.out_features, module.in_features, True))
             if isinstance(module, nn.MultiheadAttention) or name.endswith("qkv"):
                 attention.append(rows)
 
@@ -50,7 +50,7 @@ def products(
         for handle in handles:
             handle.remove()
     operations = sum(4.0 * rows * (rows // shape[0]) * width for rows in attention)
-    return found, operations, sum(4.0 * rows * width for rows in attention)
+    return counted, operations, sum(4.0 * rows * width for rows in attention)
 
 
 def bound_ms(case: Case, rates: Mapping[str, float], dtype: torch.dtype) -> float:
@@ -66,10 +66,10 @@ def bound_ms(case: Case, rates: Mapping[str, float], dtype: torch.dtype) -> floa
         multiprocessors=1,
         measured=True,
     )
-    found, operations, numbers = products(case.skeleton, case.images[0].shape, case.tower.width)
+    counted, operations, numbers = products(case.skeleton, case.images[0].shape, case.tower.width)
     seconds = 0.0
     size = 4 if kind == "float32" else 2
-    for rows, n, d, inner in found:
+    for rows, n, d, inner in counted:
         problem = costs.Problem(rows, n, d, case.tasks, RANK, kind)
         seconds += costs.bound("merge", problem).seconds(gpu, kind)
         each = [costs.bound("forward", problem, cached=True), costs.bound("weight_grad", problem)]

@@ -118,7 +118,7 @@ def build_case(
 
     λ, A, G and B are off their starting values, where G is 0.
     """
-    plain, found = vision_transformer(tower.name, source)
+    plain, library = vision_transformer(tower.name, source)
     plain = plain.to(device, dtype)
     copies = {f"task_{k + 1}": _FineTuned(plain, k) for k in range(tasks)}
     pareto = parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False).eval()
@@ -141,7 +141,7 @@ def build_case(
     size = tower.image
     case = Case(
         tower=tower,
-        source=found,
+        source=library,
         tasks=tasks,
         device=device,
         dtype=dtype,

@@ -33,21 +33,21 @@ FREE = ("detach", "alias", "empty", "new_empty", "empty_like", "empty_strided", 
 class _Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
         if not func.is_view and name not in FREE:
-            self.found[name] += 1
+            self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 def _noisy(model: nn.Module, seed: int) -> nn.Module:
-    found, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    noisy, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in noisy.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return noisy
 
 
 def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]:
@@ -70,7 +70,7 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
             learner.step(step, next(batches))
         with _Count() as counted:
             learner.step(3, next(batches))
-    return counted.found
+    return counted.counts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     modes: tuple[TasksAtOnce, ...] = ("one", "all")
     for at_once in modes:
-        found = count(chosen.blocks, chosen.tasks, at_once)
-        most = ", ".join(f"{name} {times}" for name, times in found.most_common(6))
-        print(f"tasks_at_once {at_once}: {found.total()} operators in a step ({most})")
+        counts = count(chosen.blocks, chosen.tasks, at_once)
+        most = ", ".join(f"{name} {times}" for name, times in counts.most_common(6))
+        print(f"tasks_at_once {at_once}: {counts.total()} operators in a step ({most})")
     return 0
 
 

@@ -110,11 +110,11 @@ def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> li
 
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as profiler:
         step()
         synchronize(device)
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    kernels = [(event.key, getattr(event, own), event.count) for event in found.key_averages()]
+    kernels = [(event.key, getattr(event, own), event.count) for event in profiler.key_averages()]
     kernels = [kernel for kernel in kernels if kernel[1] > 0]
     total = sum(microseconds for _, microseconds, _ in kernels)
     kernels.sort(key=lambda kernel: -kernel[1])
@@ -127,13 +127,13 @@ def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> li
 class Profiled(Ours):
     """Ours, with a profile of a step taken when it closes."""
 
-    found: list[dict[str, Any]]
+    kernels: list[dict[str, Any]]
 
     def close(self) -> None:
         try:
-            self.found = profile(self.step, self.case.device)
+            self.kernels = profile(self.step, self.case.device)
         except Exception as error:
             # what was measured counts without it
             print(f"no profile: {type(error).__name__}: {error}", flush=True)
-            self.found = []
+            self.kernels = []
         super().close()

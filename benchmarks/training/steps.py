@@ -70,20 +70,20 @@ def measure(
     time; neither has what runs out of memory, which is not wrong.
     """
     runner: Runner | None = None
-    found: Gradient | None = None
+    gradient: Gradient | None = None
     try:
         free(device)
         runner = make()
         for _ in range(runner.warm_up):
             runner.step()
-        found = runner.gradient()
-        errors = group_errors(found, truth)
+        gradient = runner.gradient()
+        errors = group_errors(gradient, truth)
         worst = max(errors, key=lambda group: errors[group] / (plain.get(group, 0.0) + 1e-6))
         row.error, row.plain_error = errors[worst], plain.get(worst, 0.0)
         row.matched = all(error <= TOLERANCE * plain.get(group, 0.0) + 1e-6 for group, error in errors.items())
         if not row.matched:
             row.reason = f"wrong {worst}" if worst == "loss" else f"wrong gradient of {worst}"
-        found = None
+        gradient = None
         if row.matched:
             row.note(timed_steps(runner.step, device, seconds))
             row.resident_bytes = runner.resident()
@@ -220,7 +220,7 @@ class Steps:
         row = measure(blank(case, STEP, variant, dtype), make, truth, errors, self.device, self.seconds)
         for runner in runners:
             if isinstance(runner, Profiled) and self.profiles is not None:
-                self.profiles[case.tower.name] = runner.found
+                self.profiles[case.tower.name] = runner.kernels
         if row.ms is not None:
             row.images_per_second = 1e3 * case.tasks * row.batch / row.ms
             row.bound_ms = bound_ms(case, self.rates(), dtype)

@@ -86,6 +86,6 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
             kept = profiles if tasks == 8 else None
             add(tower, tasks, torch.bfloat16, _variants(device, tasks), tower is VIT_B and tasks == 8, profiles=kept)
     missed = {goal.where for goal in goals(report) if goal.status == NOT_MET}
-    report["profiles"] = {model: found for model, found in profiles.items() if model in missed}
+    report["profiles"] = {model: profile for model, profile in profiles.items() if model in missed}
     clock.say("done")
     return report

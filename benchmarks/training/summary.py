@@ -23,8 +23,8 @@ def _row(report: Json, model: str, variant: str, dtype: str = "bfloat16", op: st
     for row in report["rows"]:
         key = (row["op"], row.get("model"), row.get("tasks"), row.get("dtype"), row.get("variant"))
         if key == (op, model, 8, dtype, variant) and row["matched"]:
-            found: Json = row
-            return found
+            match: Json = row
+            return match
     return {"ms": None, "peak_bytes": None, "run_seconds": None, "reason": None}
 
 

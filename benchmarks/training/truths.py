@@ -47,13 +47,13 @@ def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, floa
     That is its rounding where that is more: chance makes the error of one number small.
     """
     wide = torch.float64 if case.dtype == torch.float32 else torch.float32
-    found: list[Gradient] = []
+    losses: list[Gradient] = []
     with torch.no_grad(), no_tf32():
         for dtype in (wide, case.dtype):
             widened = copy.deepcopy(model).to(case.device, dtype)
             pairs = enumerate(zip(case.heads, case.images, strict=True))
-            found.append({f"loss.{task}": plain_loss(widened, head, x.to(dtype)) for task, (head, x) in pairs})
-    truth, plain = found
+            losses.append({f"loss.{task}": plain_loss(widened, head, x.to(dtype)) for task, (head, x) in pairs})
+    truth, plain = losses
     rounding = torch.finfo(case.dtype).eps
     return truth, {group: max(error, rounding) for group, error in group_errors(plain, truth).items()}
 

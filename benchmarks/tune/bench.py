@@ -62,11 +62,11 @@ class Bench:
                 torch.no_grad(),
             ):
                 prepared.values["out"].fill_(torch.nan)
-                found = run(case, prepared.values)
+                results = run(case, prepared.values)
                 self.synchronize()
         except Exception as error:
             return f"{self.survived(error)} ({case})"
-        return spilling[0] if spilling else prepared.fault(found)
+        return spilling[0] if spilling else prepared.fault(results)
 
     @staticmethod
     @contextmanager

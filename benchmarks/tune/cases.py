@@ -72,37 +72,37 @@ def inputs(case: Case, device: torch.device) -> Values:
         return normal(*shape[:-1], shape[-1] + pad, scale=scale).to(model)[..., pad:]
 
     n, d, width = case.n, case.d, case.d**-0.5
-    found: Values = {"task_vectors": None, "lam": None, "A": None, "B": None}
+    values: Values = {"task_vectors": None, "lam": None, "A": None, "B": None}
     if case.call in ("forward", "weight_grad", "shrink", "preference", "widen"):
-        found["x"] = stored(case.rows, d)
+        values["x"] = stored(case.rows, d)
     if case.call in ("dx", "factor_grad"):
-        found["dy"] = stored(case.rows, n)
+        values["dy"] = stored(case.rows, n)
     if case.call in ("forward", "dx", "merge", "preference"):
-        found["weight"] = stored(n, d, scale=width)
+        values["weight"] = stored(n, d, scale=width)
     if case.tasks and case.call not in ("shrink", "factor_grad", "preference", "widen"):
-        found["task_vectors"] = stored(case.tasks, n, d, scale=0.1 * width)
-        found["lam"] = normal(case.tasks, scale=0.3)
+        values["task_vectors"] = stored(case.tasks, n, d, scale=0.1 * width)
+        values["lam"] = normal(case.tasks, scale=0.3)
     if case.call == "weight_grad":
-        dy = F.linear(found["x"], found["task_vectors"].sum(dim=0)).float() + normal(case.rows, n, scale=0.1)
-        found["dy"] = dy.to(model)
+        dy = F.linear(values["x"], values["task_vectors"].sum(dim=0)).float() + normal(case.rows, n, scale=0.1)
+        values["dy"] = dy.to(model)
     if case.call == "merge_grad":
-        sums = 0.0 if found["task_vectors"] is None else found["task_vectors"].float().sum(dim=0)
-        found["d_weight"] = (sums + stored(n, d, scale=0.1 * width).float()).to(model)
+        sums = 0.0 if values["task_vectors"] is None else values["task_vectors"].float().sum(dim=0)
+        values["d_weight"] = (sums + stored(n, d, scale=0.1 * width).float()).to(model)
     if case.rank:
-        found["A"], found["B"] = normal(n, case.rank), normal(d, case.rank, scale=width)
-        found["G"] = normal(case.rank, case.rank, max(case.tasks, 1), scale=0.1)
-        found["gamma"] = torch.softmax(normal(case.groups, max(case.tasks, 1)), dim=-1)
-        core = preference_core(found["G"], found["gamma"][0])
+        values["A"], values["B"] = normal(n, case.rank), normal(d, case.rank, scale=width)
+        values["G"] = normal(case.rank, case.rank, max(case.tasks, 1), scale=0.1)
+        values["gamma"] = torch.softmax(normal(case.groups, max(case.tasks, 1)), dim=-1)
+        core = preference_core(values["G"], values["gamma"][0])
         # laid out as the operators lay it out
-        found["left"] = (core.t() @ found["A"].t()).t()
-        found["t"] = normal(case.rows, case.rank)
+        values["left"] = (core.t() @ values["A"].t()).t()
+        values["t"] = normal(case.rows, case.rank)
         # as a served layer holds them
-        found["right"] = found["B"].to(model).t().contiguous().t()
+        values["right"] = values["B"].to(model).t().contiguous().t()
         if case.call == "preference":
-            found["wide"] = pmkernels.widen_weight(found["weight"], found["A"])
-    found["bias"] = stored(n) if case.bias else None
-    found["out"] = torch.empty(n, d, dtype=model, device=device)
-    return found
+            values["wide"] = pmkernels.widen_weight(values["weight"], values["A"])
+    values["bias"] = stored(n) if case.bias else None
+    values["out"] = torch.empty(n, d, dtype=model, device=device)
+    return values
 
 
 def run(case: Case, v: Values) -> list[Tensor]:

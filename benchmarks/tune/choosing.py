@@ -29,18 +29,18 @@ def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, f
     if not shared:
         return []
     best = {case: min(of[case] for of in times.values()) for case in shared}
-    found = {
+    means = {
         config: math.exp(sum(math.log(of[case] / best[case]) for case in shared) / len(shared))
         for config, of in times.items()
     }
-    return sorted(found.items(), key=lambda item: item[1])
+    return sorted(means.items(), key=lambda item: item[1])
 
 
 def better(times: Mapping[Config, Mapping[Case, float]], present: Config) -> list[Config]:
     """Return the configurations at least GAIN times as fast as the present one, best first. All, if it has no time."""
-    found = scores(times)
-    limit = dict(found).get(present, math.inf)
-    return [config for config, score in found if config != present and score * GAIN <= limit]
+    ranked = scores(times)
+    limit = dict(ranked).get(present, math.inf)
+    return [config for config, score in ranked if config != present and score * GAIN <= limit]
 
 
 def screen(group: Group, bench: Bench, until: float) -> None:
@@ -62,8 +62,8 @@ def finalists(group: Group) -> list[Config]:
     """Return the fastest of the screening, and the present one. Nothing where that was not reached."""
     if group.rejected.get(group.present, "").startswith(NOT_REACHED):
         return []
-    found = [config for config, _ in scores(group.screened)][:FINALISTS]
-    return found if group.present in found or group.present in group.rejected else [*found, group.present]
+    fastest = [config for config, _ in scores(group.screened)][:FINALISTS]
+    return fastest if group.present in fastest or group.present in group.rejected else [*fastest, group.present]
 
 
 def final(group: Group, bench: Bench, until: float) -> None:
@@ -82,11 +82,11 @@ def final(group: Group, bench: Bench, until: float) -> None:
             if reason is not None:
                 group.rejected[config] = reason
                 del group.times[config]
-        found: dict[Config, list[float]] = {config: [] for config in group.times}
+        rounds: dict[Config, list[float]] = {config: [] for config in group.times}
         for _ in range(ROUNDS):
             for config in group.times:
-                found[config].append(bench.microseconds(config, p))
-        for config, times in found.items():
+                rounds[config].append(bench.microseconds(config, p))
+        for config, times in rounds.items():
             group.times[config][case] = min(times)
     measured = len(next(iter(group.times.values()), {}))
     if measured and 2 * measured >= len(group.cases):

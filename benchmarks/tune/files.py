@@ -17,16 +17,16 @@ from pmkernels import dispatch
 from pmkernels.configs import Config
 
 
-def lines(found: Sequence[Group]) -> list[dict[str, Any]]:
+def lines(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return lines of the file, narrower buckets first.
 
     The first line that fits is taken: below a tuned bucket every other one has its line too, with what it had. Without
     any change, the lines say what there was.
     """
     families: dict[tuple[str, str], list[Group]] = {}
-    for group in sorted(found, key=lambda g: math.inf if g.max_rows is None else g.max_rows):
+    for group in sorted(groups, key=lambda g: math.inf if g.max_rows is None else g.max_rows):
         families.setdefault((group.op, group.kind), []).append(group)
-    unchanged = all(group.chosen is None for group in found)
+    unchanged = all(group.chosen is None for group in groups)
     written: list[dict[str, Any]] = []
     for family in families.values():
         last = max((i for i, group in enumerate(family) if unchanged or group.chosen is not None), default=-1)
@@ -49,7 +49,7 @@ def lines(found: Sequence[Group]) -> list[dict[str, Any]]:
 def validate(
     name: str,
     text: str,
-    found: Sequence[Group],
+    groups: Sequence[Group],
     base: str,
     labels: Mapping[Point, Mapping[int, str]],
     like: Tensor,
@@ -58,7 +58,7 @@ def validate(
     faults = []
 
     def looked_up() -> dict[tuple[str, int], Config]:
-        table, below = {}, dict.fromkeys((g.op, g.kind) for g in found)
+        table, below = {}, dict.fromkeys((g.op, g.kind) for g in groups)
         for op, kind in below:
             for rows in (2**power for power in range(15)):
                 table[f"{op} {kind}", rows] = dispatch.lookup(
@@ -78,7 +78,7 @@ def validate(
                 if point.choose(rows, like) != label
             ]
     families: dict[str, list[Group]] = {}
-    for group in sorted(found, key=lambda g: math.inf if g.max_rows is None else g.max_rows):
+    for group in sorted(groups, key=lambda g: math.inf if g.max_rows is None else g.max_rows):
         families.setdefault(f"{group.op} {group.kind}", []).append(group)
     for (family, rows), config in after.items():
         owner = next((g for g in families[family] if g.max_rows is None or rows <= g.max_rows), None)

@@ -69,13 +69,13 @@ def _own_rows(layer: Layer, few: bool) -> int:
 
 def timing_cases(op: str, max_rows: int | None, among: Sequence[Layer]) -> list[Case]:
     """Return what candidates of a group are timed on: every layer."""
-    found = []
+    cases = []
     for layer in among:
         rank = layer.rank
         shape: dict[str, Any] = {"n": layer.n, "d": layer.d}
         if op == "linear":
             for rows in ROWS.get(max_rows) or (_own_rows(layer, few=False),):
-                found += [
+                cases += [
                     Case("forward", **shape, rows=rows, rank=rank, bias=True),
                     Case("dx", **shape, rows=rows, rank=rank),
                 ]
@@ -83,16 +83,16 @@ def timing_cases(op: str, max_rows: int | None, among: Sequence[Layer]) -> list[
             for rows in PREFERENCE_ROWS[max_rows] or (_own_rows(layer, few=False),):
                 # a preference for each image, or as many as there can be
                 groups = layer.items if rows % layer.items == 0 else 1
-                found += [Case(op, **shape, rows=rows, groups=groups, bias=True)] if rank else []
+                cases += [Case(op, **shape, rows=rows, groups=groups, bias=True)] if rank else []
         elif op == "weight_grad":
-            found.append(Case(op, **shape, rows=_own_rows(layer, few=max_rows is not None), rank=rank))
+            cases.append(Case(op, **shape, rows=_own_rows(layer, few=max_rows is not None), rank=rank))
         elif op in ("merge", "merge_grad"):
-            found += [Case(op, **shape, tasks=tasks, rank=rank) for tasks in ((8, 2) if op == "merge" else (8,))]
+            cases += [Case(op, **shape, tasks=tasks, rank=rank) for tasks in ((8, 2) if op == "merge" else (8,))]
         elif rank:
             rows = _own_rows(layer, few=False)
             groups = layer.items if op in ("shrink", "widen") and rows % layer.items == 0 else 1
-            found.append(Case(op, **shape, rows=rows, groups=groups))
-    return found
+            cases.append(Case(op, **shape, rows=rows, groups=groups))
+    return cases
 
 
 def check_cases(op: str, kind: str, max_rows: int | None, max_rank: int | None, tiny: bool) -> list[Case]:
@@ -101,35 +101,35 @@ def check_cases(op: str, kind: str, max_rows: int | None, max_rank: int | None, 
     rows = min(max_rows or 1000, 257) - 3 if max_rows else (37 if tiny else 1000)
     rows = min(rows, 37) if tiny else rows
     base = Case("forward" if op == "linear" else op, n, d, rows)
-    found: list[Case] = []
+    cases: list[Case] = []
     if op == "linear":
         for call in ("forward", "dx"):
             for tasks, rank in ((1, 4), (2, 16), (4, 32), (32, 16), (8, 64), (8, 0)):
-                found.append(replace(base, call=call, tasks=tasks, rank=rank))
+                cases.append(replace(base, call=call, tasks=tasks, rank=rank))
             for tasks in (8, 0):
-                found.append(replace(base, call=call, tasks=tasks, per_row=True))
-            found.append(replace(base, call=call, rows=1))
-        found.append(replace(base, bias=True))
+                cases.append(replace(base, call=call, tasks=tasks, per_row=True))
+            cases.append(replace(base, call=call, rows=1))
+        cases.append(replace(base, bias=True))
     elif op in ("weight_grad", "merge_grad", "merge"):
         base = replace(base, rows=rows if op == "weight_grad" else 0)
-        found = [replace(base, tasks=tasks, rank=rank) for tasks, rank in ((1, 4), (2, 16), (4, 32), (32, 16), (8, 0))]
+        cases = [replace(base, tasks=tasks, rank=rank) for tasks, rank in ((1, 4), (2, 16), (4, 32), (32, 16), (8, 0))]
         if op == "weight_grad":
-            found += [replace(base, bias=True), replace(base, rows=1)]
+            cases += [replace(base, bias=True), replace(base, rows=1)]
         else:
-            found += [replace(base, rank=64), replace(base, tasks=0)]
+            cases += [replace(base, rank=64), replace(base, tasks=0)]
     else:
         # these are also used where tensors are not aligned
         ranks = [rank for rank in (4, 16, 32, 64) if max_rank is None or rank <= max_rank]
-        found = [replace(base, tasks=tasks, rank=rank) for rank, tasks in itertools.product(ranks, (1, 32))]
-        found.append(replace(base, n=n + 1, d=d + 1, aligned=False))
+        cases = [replace(base, tasks=tasks, rank=rank) for rank, tasks in itertools.product(ranks, (1, 32))]
+        cases.append(replace(base, n=n + 1, d=d + 1, aligned=False))
         if op in ("shrink", "widen"):
-            found.append(replace(base, rows=4 * rows, groups=4))
+            cases.append(replace(base, rows=4 * rows, groups=4))
         if op == "preference":
-            found += [replace(base, groups=rows), replace(base, bias=True), replace(base, rows=1)]
+            cases += [replace(base, groups=rows), replace(base, bias=True), replace(base, rows=1)]
     if kind != "16-bit":
-        return [replace(case, kind=kind, dtype="float32") for case in found]
-    half = [replace(case, dtype="float16") for case in found if (case.tasks, case.rank) in ((2, 16), (1, 16), (4, 32))]
-    return found + half
+        return [replace(case, kind=kind, dtype="float32") for case in cases]
+    half = [replace(case, dtype="float16") for case in cases if (case.tasks, case.rank) in ((2, 16), (1, 16), (4, 32))]
+    return cases + half
 
 
 def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool) -> list[list[Group]]:
@@ -157,10 +157,10 @@ def groups(target: Target, ops: Sequence[str], previous: str | None, quick: bool
         lines = {line[0]: line for batch in reversed(wanted) for line in reversed(batch)}
         rest = [lines[op] for op in TUNED if op not in (*HOT, "linear")]
         wanted = [[lines[op] for op in HOT], [("linear", "16-bit", 32, None)], rest]
-    found = []
+    batches = []
     for batch in wanted:
-        found.append([group(target, *line, among, previous, quick) for line in batch if line[0] in ops])
-    return [batch for batch in found if batch]
+        batches.append([group(target, *line, among, previous, quick) for line in batch if line[0] in ops])
+    return [batch for batch in batches if batch]
 
 
 def group(
@@ -180,7 +180,7 @@ def group(
     if previous is not None:
         earlier = configs.read_entries(previous)
         present += [e.config for e in earlier if e.fits(Asked(op, kind, top, rank, True))][:1]
-    found = list(dict.fromkeys([*present, *candidates(op, kind, max_rows)]))[: 2 if quick else MOST]
+    tried = list(dict.fromkeys([*present, *candidates(op, kind, max_rows)]))[: 2 if quick else MOST]
     cases = timing_cases(op, max_rows, among)
     if kind != "16-bit":
         cases = [replace(case, kind=kind, dtype="float32") for case in cases]
@@ -188,4 +188,4 @@ def group(
     if quick:
         cases = [replace(case, tasks=2, dtype="float16") for case in cases]
         checks = [replace(case, tasks=min(case.tasks, 2), dtype="float16") for case in checks[:2]]
-    return Group(op, kind, max_rows, max_rank, found, cases[:2], cases, checks)
+    return Group(op, kind, max_rows, max_rank, tried, cases[:2], cases, checks)

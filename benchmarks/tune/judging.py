@@ -23,13 +23,13 @@ def computed(case: Case, v: Values, wide: torch.dtype) -> list[Tensor]:
         return v[name].to(wide)
 
     def merged() -> Tensor:
-        found = of("weight")
+        weight = of("weight")
         if v["lam"] is not None:
             for scale, task_vector in zip(of("lam"), v["task_vectors"], strict=True):
-                found = found + scale * task_vector.to(wide)
+                weight = weight + scale * task_vector.to(wide)
         if case.rank and not case.per_row:
-            found = found + of("left") @ of("B").t()
-        return found
+            weight = weight + of("left") @ of("B").t()
+        return weight
 
     if case.call == "merge":
         return [merged() if exact else merged().to(v["weight"].dtype)]
@@ -58,12 +58,12 @@ def computed(case: Case, v: Values, wide: torch.dtype) -> list[Tensor]:
     if case.call == "factor_grad":
         return [of("dy").t() @ of("t")]
     d_weight = of("d_weight") if case.call == "merge_grad" else _d_weight(v, wide)
-    found = []
+    parts = []
     if v["task_vectors"] is not None:
-        found.append(torch.stack([(task_vector.to(wide) * d_weight).sum() for task_vector in v["task_vectors"]]))
+        parts.append(torch.stack([(task_vector.to(wide) * d_weight).sum() for task_vector in v["task_vectors"]]))
     if case.rank:
-        found += [d_weight @ of("B"), d_weight.t() @ of("A")]
-    return [*found, of("dy").sum(dim=0)] if case.bias else found
+        parts += [d_weight @ of("B"), d_weight.t() @ of("A")]
+    return [*parts, of("dy").sum(dim=0)] if case.bias else parts
 
 
 def _d_weight(v: Values, wide: torch.dtype) -> Tensor:
@@ -96,9 +96,9 @@ class Prepared:
                 plain = Errors(max(plain.whole, of_dw.whole), max(plain.line, of_dw.line))
         return cls(case, values, truth, plain)
 
-    def fault(self, found: Sequence[Tensor]) -> str | None:
+    def fault(self, results: Sequence[Tensor]) -> str | None:
         """Return what is wrong with a result, or None."""
-        errors, more = Errors.of(found, self.truth), self.rounding()
+        errors, more = Errors.of(results, self.truth), self.rounding()
         for name, error, allowed in (
             ("error", errors.whole, TOLERANCE * self.plain.whole + more),
             ("error of a row or column", errors.line, LINE_TOLERANCE * (self.plain.line + more)),

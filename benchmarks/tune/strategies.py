@@ -47,15 +47,15 @@ def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
     A tie goes with the next smaller number of rows that is decided, else the next larger one: noise must not make
     crossovers. Nothing decided at all: nothing.
     """
-    found: dict[int, str | None] = {}
+    labels: dict[int, str | None] = {}
     last: str | None = None
     for rows in sorted(times):
         fused, streamed = times[rows]
         if max(fused, streamed) > TIE * min(fused, streamed):
             last = "fused" if fused < streamed else "streamed"
-        found[rows] = last
-    first = next((label for label in found.values() if label is not None), None)
-    return {} if first is None else {rows: label or first for rows, label in found.items()}
+        labels[rows] = last
+    first = next((label for label in labels.values() if label is not None), None)
+    return {} if first is None else {rows: label or first for rows, label in labels.items()}
 
 
 def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[int, str]:
@@ -66,11 +66,11 @@ def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[in
     if all(predicted[rows] == label for rows, label in best.items()):
         return {}
     ordered = sorted(best)
-    found: dict[int, str] = {}
+    labels: dict[int, str] = {}
     for before, after in itertools.pairwise(ordered):
         if best[before] != best[after]:
-            found |= {before: best[before], after: best[after]}
-    return found or {ordered[0]: best[ordered[0]]}
+            labels |= {before: best[before], after: best[after]}
+    return labels or {ordered[0]: best[ordered[0]]}
 
 
 @dataclass
@@ -124,8 +124,8 @@ class Strategies:
             def variant(strategy: str, served: tuple[Any, ...] = served, rows: int = case.rows) -> layer_case.Variant:
                 return lambda: [pmkernels.preference_linear(*served, strategy=strategy).view(rows, -1)]
 
-            def fault(found: Sequence[Tensor], prepared: Prepared = prepared) -> str | None:
-                return prepared.fault(found)
+            def fault(results: Sequence[Tensor], prepared: Prepared = prepared) -> str | None:
+                return prepared.fault(results)
 
             with torch.no_grad():
                 times[case.rows] = self._compared(bench, variant, fault, f"{title}, M = {case.rows}")
@@ -135,8 +135,8 @@ class Strategies:
         truth, plain = layer_case.truth(case, name, rows)
         variants = layer_case.variants(case, name, rows)
 
-        def fault(found: Sequence[Tensor]) -> str | None:
-            error = relative_error(found, truth)
+        def fault(results: Sequence[Tensor]) -> str | None:
+            error = relative_error(results, truth)
             allowed = error <= TOLERANCE * plain + 1e-6
             return None if allowed else f"error {error:.2e}, plain PyTorch {plain:.2e}"
 
@@ -151,7 +151,7 @@ class Strategies:
         what: str,
     ) -> tuple[float, float]:
         """Return microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
-        found = []
+        medians = []
         for strategy in ("fused", "streamed"):
             us = FAILED
             try:
@@ -162,8 +162,8 @@ class Strategies:
                 fault = bench.survived(error)
             if fault is not None:
                 self.wrong.append(f"{what}, {strategy}: {fault}")
-            found.append(us)
-        return found[0], found[1]
+            medians.append(us)
+        return medians[0], medians[1]
 
 
 def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[Case]:

@@ -18,11 +18,11 @@ def _mean(times: Mapping[Case, float], cases: Iterable[Case]) -> float:
 
 
 def table(
-    found: Sequence[Group], labels: Mapping[Point, Mapping[int, str]], rates: Mapping[str, float], written: int
+    groups: Sequence[Group], labels: Mapping[Point, Mapping[int, str]], rates: Mapping[str, float], written: int
 ) -> str:
     """Return gains, crossovers and rates."""
     rows = ["| group | before µs | now µs | gain | configuration |", "|---|---:|---:|---:|---|"]
-    for group in found:
+    for group in groups:
         config = group.chosen or group.present
         before, now = group.times.get(group.present), group.times.get(config)
         cells = "–", "–", "–"
