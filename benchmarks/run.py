@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import base, results
+from benchmarks.common.arguments import command_parser
 from benchmarks.common.suites import SUITES, measured_on
 
 # on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
@@ -82,12 +83,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.run", __doc__, epilog=EPILOG)
     parser.add_argument(
         "--suite",
         choices=(*CPU_SUITES, *GPU_SUITES, *SUITES_OF_BOTH, "all"),

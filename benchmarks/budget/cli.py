@@ -15,7 +15,6 @@ other sizes do not change the code, so the shapes below stand for all of theirs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -31,6 +30,7 @@ from benchmarks import results
 from benchmarks.budget.architectures import ARCHITECTURES
 from benchmarks.budget.compiling import Cost, measure_all
 from benchmarks.budget.launches import Wanted, record
+from benchmarks.common.arguments import command_parser
 from pmkernels import configs, dispatch
 from pmkernels.launch import INTERPRETING
 
@@ -96,9 +96,7 @@ def markdown(costs: Sequence[Cost]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.budget", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.budget", __doc__)
     parser.add_argument(
         "--arch", action="append", choices=sorted(ARCHITECTURES), help="repeatable (default: sm_86 and sm_90)"
     )

@@ -31,6 +31,7 @@ from benchmarks import results
 from benchmarks.checkpoints.measuring import measure, run_row
 from benchmarks.checkpoints.rows import HEAD, MODELS, TINY, Row, cells, planned
 from benchmarks.checkpoints.writers import FORMATS
+from benchmarks.common.arguments import command_parser
 from pareto_merging.system.progress import Advance, progress_bar
 from pareto_merging.system.tables import print_table
 
@@ -39,11 +40,7 @@ QUICK_FORMATS = ("huggingface-vision", "task-vectors")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 1 if a row failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.checkpoints", __doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS), help="default: both")
     parser.add_argument(
         "--formats", nargs="+", choices=sorted(FORMATS), metavar="FORMAT", help=f"default: all ({', '.join(FORMATS)})"

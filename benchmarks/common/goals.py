@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.common.pages import table
+
 MET, NOT_MET, NOT_MEASURED = "met", "not met", "not measured"
 
 
@@ -52,6 +54,5 @@ def at_most(value: float | None, most: float) -> bool:
 
 def markdown(title: str, goals: Sequence[Goal]) -> str:
     """Return the table of goals of models or machines, which ``title`` says."""
-    lines = [f"| {title} | goal | measured | |", "|---|---|---|---|"]
-    lines += [f"| {goal.where} | {goal.goal} | {goal.measured} | {goal.status} |" for goal in goals]
-    return "\n".join(lines) + "\n"
+    rows = ((goal.where, goal.goal, goal.measured, goal.status) for goal in goals)
+    return "\n".join(table((title, "goal", "measured", ""), rows, "l")) + "\n"

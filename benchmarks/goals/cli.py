@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.common.arguments import command_parser
 from benchmarks.common.record import COMPLETE, Record, RecordError
 from benchmarks.common.supervisor import EXIT_UNUSABLE, supervise
 from benchmarks.goals import table
@@ -45,13 +46,7 @@ examples:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     lines = "\n".join(f"  {group.name:<14} {group.about} ({group.seconds:.0f} s)" for group in GROUPS)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.goals",
-        description=DESCRIPTION,
-        epilog=EPILOG.format(groups=lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("benchmarks.goals", DESCRIPTION, epilog=EPILOG.format(groups=lines), allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=8.0, help="end after that long, all included (default: 8)")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="GROUP", help="these groups, after the ceilings")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from a results file of this card")

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.common.rows import LayerRow
 from benchmarks.common.session import Session
 from benchmarks.common.timing import timed
+from benchmarks.common.towers import TINY, VIT_L, Tower
 
 # milliseconds of repetitions of one variant
 WARMUP, REPETITIONS = 5, 40
@@ -37,6 +38,11 @@ class Context:
         The interpreter cuts bfloat16 off instead of rounding.
         """
         return torch.bfloat16 if self.on_gpu else torch.float16
+
+    @property
+    def tower(self) -> Tower:
+        """Return ViT-L/14, or the tiny tower of a rehearsal."""
+        return TINY if self.quick else VIT_L
 
     @property
     def rates(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from benchmarks.common.errors import relative_error
 from benchmarks.common.inputs import Source
 from benchmarks.common.rows import LayerRow, dtype_name
 from benchmarks.common.timing import COLD, WARM, Effort, quantiles, replay_times, replayed
-from benchmarks.common.towers import BATCH, TINY, VIT_L, Layer, Tower
+from benchmarks.common.towers import BATCH, Layer, Tower
 from benchmarks.goals.context import Context
 from benchmarks.serving.layers import ServedRow, layer_rows
 
@@ -23,14 +23,9 @@ BLOCK, PLAIN_BLOCK = "a served block", "the plain block"
 EFFORT, QUICK_EFFORT = Effort(100, 100, 0.0), Effort(2, 2, 0.0, flushed=0)
 
 
-def tower_of(context: Context) -> Tower:
-    """Return ViT-L/14, or the tiny tower of a rehearsal."""
-    return TINY if context.quick else VIT_L
-
-
 def layers(context: Context) -> None:
     """Measure projections of attention and a whole block, with cold and warm cache. Batches are 32 images and one."""
-    tower, effort = tower_of(context), QUICK_EFFORT if context.quick else EFFORT
+    tower, effort = context.tower, QUICK_EFFORT if context.quick else EFFORT
     for items in (3, 1) if context.quick else (BATCH, 1):
         for layer in tower.block_layers(items)[:2]:
             name = f"served-layers/{layer.name}, {items} image{'s' if items > 1 else ''}"
@@ -48,9 +43,9 @@ def _projection(context: Context, tower: Tower, layer: Layer, effort: Effort) ->
 def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
     """Measure the block in the middle at a preference per image, beside a merged one."""
     # it needs pydantic and open_clip, which projections do without
-    from benchmarks.goals.shared_case import shared_case
+    from benchmarks.goals.serving import shared_case
 
-    tower, items, case = tower_of(context), 3 if context.quick else BATCH, shared_case(context)()
+    tower, items, case = context.tower, 3 if context.quick else BATCH, shared_case(context)()
     source = Source(context.device, seed=4)
     x = source.normal(items, tower.tokens, tower.width, dtype=case.dtype)
     run, exact, allowed = _two_blocks(case.folded, x)

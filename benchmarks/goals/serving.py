@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common.session import Once
 from benchmarks.common.timing import Effort
-from benchmarks.common.towers import BATCH, VIT_L
+from benchmarks.common.towers import BATCH
 from benchmarks.goals.context import Context
-from benchmarks.goals.served import tower_of
-from benchmarks.goals.shared_case import shared_case
 from benchmarks.serving import cells, folded, names, suite, variants
 from pareto_merging.checkpoints import encoders
 
 EFFORT = Effort(100, 200, 1.5)
+
+
+def _encoder(context: Context) -> dict[str, Any]:
+    return suite.TINY_ENCODER if context.quick else suite.ENCODERS[context.tower.name]
+
+
+@functools.lru_cache(maxsize=1)
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="goals-serving-")
+
+
+def _make_case(context: Context) -> folded.Case:
+    dtype = context.dtype if context.on_gpu else torch.float32
+    return folded.build_case(context.tower.name, _encoder(context), Path(_folder().name), dtype, context.device)
+
+
+# the folded model is one for both groups that measure it, and goes when the second is through
+_case: dict[bool, Once] = {}
+
+
+def shared_case(context: Context) -> Once:
+    """Return the folded model, made when it is first asked for."""
+    return _case.setdefault(context.quick, Once(functools.partial(_make_case, context)))
 
 
 def engine(context: Context) -> None:
@@ -24,7 +47,7 @@ def engine(context: Context) -> None:
     case = shared_case(context)
     batches = ((4, 4), (1, 1)) if context.quick else ((BATCH, BATCH), (1, 1))
     for batch, count in batches:
-        name = f"serving/{tower_of(context).name}, batch {batch}"
+        name = f"serving/{context.tower.name}, batch {batch}"
         context.session.measure(name, functools.partial(_cell, context, case, batch, count), 25)
     case.drop()
 
@@ -32,8 +55,7 @@ def engine(context: Context) -> None:
 def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str, Any]]:
     """Measure the engine as a user calls it, from the host. Every call brings new preferences."""
     case = made()
-    encoder = suite.TINY_ENCODER if context.quick else suite.ENCODERS[VIT_L.name]
-    size = encoders.image_size(encoder)
+    size = encoders.image_size(_encoder(context))
     effort = suite.QUICK_EFFORT if context.quick else EFFORT
     with torch.no_grad():
         images = suite.make_images(batch, size, case)

@@ -266,12 +266,14 @@ def goals(report: Mapping[str, Any]) -> list[Goal]:
 COLUMNS = ("goal", "measured against", "to reach", "measured", "over the bound", "")
 
 
+def _cells(goal: Goal) -> tuple[str, ...]:
+    return goal.goal, goal.against, goal.to_reach, goal.measured, goal.of_bound, goal.status
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of goals, and what was wrong."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|---|---|"]
-    for goal in goals(report):
-        cells = (goal.goal, goal.against, goal.to_reach, goal.measured, goal.of_bound, goal.status)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in _cells(goal))} |" for goal in goals(report)]
     return "\n".join(lines) + "\n"
 
 
@@ -282,6 +284,6 @@ def goals_markdown(report: Mapping[str, Any]) -> str:
 
 def text(report: Mapping[str, Any]) -> str:
     """Return the table of goals for a terminal: columns of equal width."""
-    lines = [COLUMNS, *((g.goal, g.against, g.to_reach, g.measured, g.of_bound, g.status) for g in goals(report))]
+    lines = [COLUMNS, *map(_cells, goals(report))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -7,13 +7,13 @@ are taken from the newest committed results file of that GPU and appear nowhere 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.common.arguments import command_parser
 from benchmarks.common.towers import RANK
 from benchmarks.limits.goals import GOAL_DEVICES, device_goals
 from benchmarks.limits.layers import COLUMNS, NOT_MEASURED, counts, device_layers, device_served
@@ -134,9 +134,7 @@ def page() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmarks.limits", __doc__)
     parser.add_argument("--out", type=Path, default=PAGE, help="the file to write (default: benchmarks/limits.md)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the file would change")
     chosen = parser.parse_args(arguments)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.common.pages import table
+
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the committed figures for docs/: a row for each reader."""
-    lines = ["| reader | damaged files | refused | right answer | findings |", "|---|---:|---:|---:|---:|"]
-    for row in report["rows"]:
-        counts = [f"{row[key]:,}" for key in ("mutations", "refused", "right", "found")]
-        lines.append(f"| {row['reader']} | {' | '.join(counts)} |")
-    return "\n".join(lines) + "\n"
+    columns = {"mutations": "damaged files", "refused": "refused", "right": "right answer", "found": "findings"}
+    rows = ([row["reader"], *(f"{row[key]:,}" for key in columns)] for row in report["rows"])
+    return "\n".join(table(["reader", *columns.values()], rows, "lr")) + "\n"

@@ -7,7 +7,6 @@ with the number of blocks of ViT-L/14 and a width of 64, eight tasks, task by ta
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.arguments import command_parser
 from pareto_merging import MethodSettings, Task
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
@@ -75,11 +75,7 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.operators",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.training.operators", __doc__)
     parser.add_argument("--blocks", type=int, default=24, help="of the transformer (default: 24, as ViT-L/14)")
     parser.add_argument("--tasks", type=int, default=8, help="default: 8")
     chosen = parser.parse_args(arguments)

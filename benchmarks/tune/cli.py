@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common.arguments import command_parser
 from benchmarks.tune.compiling import Compiler
 from benchmarks.tune.groups import OPS
 from benchmarks.tune.tuning import Tuning
@@ -40,13 +41,7 @@ What time did not suffice for keeps its defaults, and the file lists it under "u
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("benchmarks.tune", __doc__, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two candidates each: proves that it runs")
     parser.add_argument(
         "--out", type=Path, help="the file to write (default: pmkernels/configs/<gpu>.json; --quick: a temporary file)"

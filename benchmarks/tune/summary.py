@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.common import pages
 from benchmarks.tune.candidates import describe, sparse
 from benchmarks.tune.cases import Case
 from benchmarks.tune.groups import Group
@@ -21,7 +22,7 @@ def table(
     groups: Sequence[Group], labels: Mapping[Point, Mapping[int, str]], rates: Mapping[str, float], written: int
 ) -> str:
     """Return gains, crossovers and rates."""
-    rows = ["| group | before µs | now µs | gain | configuration |", "|---|---:|---:|---:|---|"]
+    rows = []
     for group in groups:
         config = group.chosen or group.present
         before, now = group.times.get(group.present), group.times.get(config)
@@ -31,18 +32,23 @@ def table(
             if shared:
                 old, new = _mean(before, shared), _mean(now, shared)
                 cells = f"{old:.2f}", f"{new:.2f}", f"{old / new:.2f}×"
-        rows.append(f"| {group.name} | {' | '.join(cells)} | {describe(config) if group.chosen else group.state} |")
+        rows.append([group.name, *cells, describe(config) if group.chosen else group.state])
+    lines = pages.table(("group", "before µs", "now µs", "gain", "configuration"), rows, "lrrrl")
     if labels:
-        rows += ["", "Rows from which on streamed is faster than fused, as measured:", ""]
+        lines += ["", "Rows from which on streamed is faster than fused, as measured:", ""]
         operations = ("forward", "dx", "weight_grad", "preference")
-        rows += [f"| layer | K | {' | '.join(operations)} |", f"|---|{'---:|' * (1 + len(operations))}"]
+        rows = []
         shapes = dict.fromkeys((p.n, p.d, p.rank, p.tasks) for p in labels)
         for n, d, rank, tasks in shapes:
             ends = [_crossover(labels.get(Point(op, n, d, tasks, rank))) for op in operations]
-            rows.append(f"| {n}×{d}, r = {rank} | {tasks} | {' | '.join(ends)} |")
-        rows += ["", f"{written} strategy lines written: where the cost model would choose otherwise."]
-    rows += ["", "Rates: " + ", ".join(f"{name} {value:.4g}" for name, value in rates.items())]
-    return "\n".join(rows)
+            rows.append([f"{n}×{d}, r = {rank}", f"{tasks}", *ends])
+        lines += [
+            *pages.table(("layer", "K", *operations), rows, "lr"),
+            "",
+            f"{written} strategy lines written: where the cost model would choose otherwise.",
+        ]
+    lines += ["", "Rates: " + ", ".join(f"{name} {value:.4g}" for name, value in rates.items())]
+    return "\n".join(lines)
 
 
 def _crossover(best: Mapping[int, str] | None) -> str:
