@@ -18,6 +18,7 @@ from pareto_merging.model.state import set_preference
 from pareto_merging.model.strategy import set_strategy
 
 
+@pytest.mark.usefixtures("strategy")
 def test_linear_from_linears() -> None:
     pretrained = nn.Linear(6, 4)
     finetuned = [noisy_copy(pretrained, 1), noisy_copy(pretrained, 2), noisy_copy(pretrained, 3)]
@@ -40,6 +41,7 @@ def test_linear_from_linears() -> None:
         ParetoLinear.from_linears(pretrained, [copy.deepcopy(pretrained)], rank=0)
 
 
+@pytest.mark.usefixtures("strategy")
 def test_starting_values_of_the_low_rank_term() -> None:
     pretrained = nn.Linear(600, 400)
     layer = ParetoLinear.from_linears(pretrained, [noisy_copy(pretrained, 1)], rank=16)
@@ -53,6 +55,7 @@ def test_starting_values_of_the_low_rank_term() -> None:
     assert torch.equal(layer.A, again.A)
 
 
+@pytest.mark.usefixtures("strategy")
 def test_autocast(tiny_vit: nn.Module) -> None:
     model = randomize(parametrize(tiny_vit, [noisy_copy(tiny_vit, 1), noisy_copy(tiny_vit, 2)], rank=2))
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
