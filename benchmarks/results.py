@@ -105,7 +105,12 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def gpu_name_of_driver() -> str | None:
     """Return the first GPU's name as files spell it (``nvidia-h200``), as the driver says it. None without one."""
     name = _nvidia_smi("name")
-    return None if name is None else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return None if name is None else gpu_file_name(name)
+
+
+def gpu_file_name(gpu: str) -> str:
+    """Return a GPU's name as files spell it: ``NVIDIA H200`` -> ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def unused(path: Path) -> Path:

@@ -1,9 +1,10 @@
 """``python -m benchmarks.budget``: compile every kernel without a GPU and check its cost.
 
-The public functions are called with the arguments listed in :func:`cases`, forward and backward, and every launch they
-would make is recorded and compiled for each architecture (ptxas and nvdisasm come with Triton). The exit code is 1
-if a kernel needs more shared memory than the architecture has, spills registers to local memory (STL/LDL), lacks a
-tensor-core instruction where a 16-bit product is meant to use one, or if a shipped configuration is never launched.
+The public functions are called with the arguments listed in :mod:`benchmarks.budget.calls`, forward and backward, and
+every launch they would make is recorded and compiled for each architecture (ptxas and nvdisasm come with Triton). The
+exit code is 1 if a kernel needs more shared memory than the architecture has, spills registers to local memory
+(STL/LDL), lacks a tensor-core instruction where a 16-bit product is meant to use one, or if a shipped configuration is
+never launched.
 
 On Hopper three faults more, of asynchronous products (wgmma): ptxas says that it serialises them; shared memory may be
 written behind a wait with no barrier between the warpgroups; a left operand in registers stays pending, and ptxas is

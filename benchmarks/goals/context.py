@@ -66,5 +66,5 @@ def fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: t
 
 
 def as_training_rates(rates: Mapping[str, float]) -> dict[str, Any]:
-    """Return the ceilings as :func:`benchmarks.training.bound_ms` takes them."""
+    """Return the ceilings as :func:`benchmarks.training.bounds.bound_ms` takes them."""
     return {name: rates[name] for name in ("copy", "bfloat16", "float32")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,6 @@ def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
     yield from ((path, report) for _, path, report in sorted(reports, key=lambda item: item[:2]))
 
 
-def file_name(gpu: str) -> str:
-    """Return a GPU's name as configuration files spell it: ``NVIDIA H200`` -> ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-
-
 def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
     """Yield rows of the kernels suite and of the layer grid. The grid is its own suite, or (before) in the training
     suite."""
@@ -48,7 +42,7 @@ def measured(gpu: str) -> tuple[Figures, list[str]]:
     sources: dict[tuple[str, int, str, int], str] = {}
     for path, report in _reports():
         where = report.get("environment", {}).get("gpu")
-        if not where or file_name(where) != gpu:
+        if not where or results.gpu_file_name(where) != gpu:
             continue
         mine: Figures = {}
         for row in _layer_rows(report.get("suites", {})):

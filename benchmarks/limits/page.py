@@ -1,8 +1,9 @@
 """``python -m benchmarks.limits``: write ``benchmarks/limits.md``, what each layer and each model costs at the least.
 
 Operations and bytes are counted by :mod:`pmkernels.costs`; a bound is the larger of their two times at a GPU's rates,
-a predicted time is the sum over the kernels that a strategy launches (:mod:`benchmarks.predictions`). Measured figures
-are taken from the newest committed results file of that GPU and appear nowhere else: what has none says "not measured".
+a predicted time is the sum over the kernels that a strategy launches (:mod:`benchmarks.limits.predictions`). Measured
+figures are taken from the newest committed results file of that GPU and appear nowhere else: what has none says "not
+measured".
 """
 
 from __future__ import annotations

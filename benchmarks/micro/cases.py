@@ -42,11 +42,6 @@ def find_layer(name: str) -> Layer:
     return Layer(name, int(n), int(d), BATCH, TOWERS[-1].tokens)
 
 
-def find_device() -> torch.device:
-    """Return the current CUDA GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 @dataclass(frozen=True)
 class Point:
     """One benchmark's parameters. ``rows`` is 0 where an operation has none, ``r`` without a low-rank term."""

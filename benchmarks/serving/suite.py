@@ -1,7 +1,7 @@
 """The serving suite: requests with preferences of their own, answered from one folded model.
 
 Whole towers: the engine beside the plain merged model (the limit) and beside other ways to serve P preferences from one
-batch (:mod:`benchmarks.serving_baselines`), on the same images and preferences, called in turn. Every call brings
+batch (:mod:`benchmarks.serving.variants`), on the same images and preferences, called in turn. Every call brings
 preferences other than the one before, except where a variant can only have known them beforehand. A time is from the
 call to the last result on the device; images are there already, and nothing is decoded. Layers: preference_linear
 beside F.linear, with a cold and a warm cache.

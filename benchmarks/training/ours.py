@@ -91,7 +91,7 @@ class Ours:
 
     def resident(self) -> int:
         assert self.case.pareto is not None
-        return tensor_bytes(self.case.pareto.state_dict(keep_vars=True).values())
+        return bytes_of(self.case.pareto.state_dict(keep_vars=True).values())
 
     def close(self) -> None:
         # lets go of merged weights that were kept
@@ -99,7 +99,7 @@ class Ours:
         set_strategy(self.case.pareto, "eager")
 
 
-def tensor_bytes(tensors: Any) -> int:
+def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.errors import Gradient
 from benchmarks.training.models import CLASSES, LEARNING_RATE, Case, Head, Part
-from benchmarks.training.ours import tensor_bytes
+from benchmarks.training.ours import bytes_of
 from pareto_merging.learn.scalarize import scalarize
 from pmkernels import reference
 from pmkernels.graphs import capture, warm_up
@@ -145,7 +145,7 @@ class Plain:
 
     def resident(self) -> int:
         parts = (t for part in self.case.parts.values() for t in vars(part).values())
-        return tensor_bytes([*parts, *self.others.values()])
+        return bytes_of([*parts, *self.others.values()])
 
     def close(self) -> None:
         self.optimizer.zero_grad()
@@ -176,11 +176,8 @@ class Limit:
         for weight in self.weights:
             weight.requires_grad_(True)
         if graph:
-            self._capture()
-
-    def _capture(self) -> None:
-        warm_up(self._run, self.case.device)
-        self.graph, _ = capture(self._run, self.case.device)
+            warm_up(self._run, case.device)
+            self.graph, _ = capture(self._run, case.device)
 
     def _run(self) -> None:
         self.losses = []
@@ -203,7 +200,7 @@ class Limit:
         return {f"loss.{task}": loss.clone() for task, loss in enumerate(self.losses)}
 
     def resident(self) -> int:
-        return tensor_bytes(self.plain.state_dict().values())
+        return bytes_of(self.plain.state_dict().values())
 
     def close(self) -> None:
         self.graph = None

@@ -192,11 +192,6 @@ class Steps:
         self.say(f"{self.case.title}: the baselines merge by {name}")
         return COMBINE[name]
 
-    def _plainly(self, dtype: torch.dtype, together: bool) -> Plain:
-        """Make a step in plain PyTorch, merged in the way that is faster here."""
-        combine = self._combine()
-        return Plain(self.case, lambda part, gamma: merged_plainly(part, gamma, combine), dtype, together)
-
     def _runner(self, variant: str, dtype: torch.dtype) -> Runner:
         if variant in OURS:
             return (Profiled if variant == AUTO and self.profiles is not None else Ours)(self.case, *OURS[variant])
@@ -204,7 +199,9 @@ class Steps:
             # without a GPU there are no graphs: a rehearsal runs it as it is
             graph = variant == LIMIT_GRAPH and self.device.type == "cuda"
             return Limit(self._made()[0], self.case, graph)
-        return self._plainly(dtype, variant == ADAMERGING)
+        # merged in the way that is faster here
+        combine = self._combine()
+        return Plain(self.case, lambda part, gamma: merged_plainly(part, gamma, combine), dtype, variant == ADAMERGING)
 
     def row(self, variant: str, dtype: torch.dtype | None = None) -> StepRow:
         """Measure one of :data:`VARIANTS`; ``dtype``: another type than the model's, after :meth:`widen`."""

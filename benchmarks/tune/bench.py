@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +67,6 @@ class Bench:
             return f"{self.survived(error)} ({case})"
         return spilling[0] if spilling else prepared.fault(results)
 
-    @staticmethod
-    @contextmanager
-    def _on_trial(config: Config, case: Case) -> Iterator[None]:
-        with precision(case.kind), trial(case.op, config), torch.no_grad():
-            yield
-
     def synchronize(self) -> None:
         """Wait for the GPU; an error of it that stays comes up here."""
         if self.device.type == "cuda":
@@ -98,7 +91,7 @@ class Bench:
         """Return the time of one launch with a cold L2 cache. From a CUDA graph where it can be captured."""
         case = prepared.case
         try:
-            with self._on_trial(config, case):
+            with precision(case.kind), trial(case.op, config), torch.no_grad():
                 return microseconds(lambda: run(case, prepared.values), self.device)
         except Exception as error:
             self.survived(error)

@@ -61,7 +61,9 @@ class Tuning:
             gc.freeze()
         self.title, self.name, self.target = _target(device)
         compiler.target = self.target
-        self.out: Path = chosen.out or (_temporary() if chosen.quick else CONFIGS / f"{self.name}.json")
+        self.out: Path = chosen.out or CONFIGS / f"{self.name}.json"
+        if chosen.quick and chosen.out is None:
+            self.out = Path(tempfile.mkdtemp(prefix="pmkernels-tune-")) / "rehearsal.json"
         has_file = self.out.exists() and self.out.stat().st_size
         self.previous = self.out.read_text(encoding="utf-8") if has_file else None
         self.bench, self.strategies, self.untuned = Bench(device, compiler), Strategies(), list[str]()
@@ -161,7 +163,8 @@ class Tuning:
         faults = validate(self.name, text, self.groups, self.target.name, labels, like)
         self.say(f"written and read again: {self.out}")
         wrong = [*self.strategies.wrong]
-        wrong += [f"{g.name}: {g.rejected[g.present]}" for g in self.groups if _uses_a_wrong_one(g)]
+        used = ((g.name, g.rejected.get(g.present, "")) for g in self.groups if g.chosen is None)
+        wrong += [f"{name}: {reason}" for name, reason in used if _wrong(reason)]
         if self.chosen.record is not None:
             self._record(labels, wrong)
         print(table(self.groups, labels, self.rates, len(written)))
@@ -199,11 +202,3 @@ class Tuning:
 
 def _wrong(reason: str) -> bool:
     return reason.startswith("wrong")
-
-
-def _uses_a_wrong_one(group: Group) -> bool:
-    return group.chosen is None and _wrong(group.rejected.get(group.present, ""))
-
-
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="pmkernels-tune-")) / "rehearsal.json"
