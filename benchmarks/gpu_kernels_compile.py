@@ -83,10 +83,7 @@ def _compile(number: int) -> dict[str, Any]:
 
 
 def _launchers(kernel: Any) -> list[str]:
-    """Build what a first launch would have gcc build: entries of the cache.
-
-    Only what has the same key on every machine is built.
-    """
+    """Build what a first launch would have gcc build. Only what has the same key on every machine is."""
     from triton.runtime import build
 
     if not hasattr(build, "compile_module_from_src") or hasattr(build, "compile_module_from_file"):

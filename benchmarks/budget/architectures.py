@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor has of shared memory, registers, warps and programs. Shared memory is in bytes, for one
-    program and in all."""
+    """What a multiprocessor has. Shared memory is in bytes, for one program and in all."""
 
     name: str
     capability: int

@@ -39,10 +39,7 @@ PREFERENCE_ROWS = (1, 50, 257, 8224)
 
 
 def cases() -> Iterator[Case]:
-    """Yield the calls: bfloat16 in full, of the other types what differs from it.
-
-    K, R, rows and alignment are those of design section 6.
-    """
+    """Yield the calls: bfloat16 in full, of the other types what differs from it."""
     for rows, aligned in itertools.product(ROWS, (True, False)):
         yield Case("bfloat16", rows, 8, 16, aligned=aligned)
     for tasks, rank, aligned in itertools.product((1, 8, 32), (4, 16, 32, 64), (True, False)):

@@ -67,10 +67,7 @@ class Cost:
 
 
 def occupancy(arch: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Return resident warps over the most there can be.
-
-    Registers (256 to a warp at a time) and shared memory limit them.
-    """
+    """Return resident warps over the most there can be. Registers (256 at a time) and shared memory limit them."""
     per_warp = -(-registers * 32 // 256) * 256
     fit = min(
         arch.programs,

@@ -36,10 +36,7 @@ def ceilings(device: torch.device, quick: bool) -> dict[str, float]:
 
 
 def measured_rates(device: torch.device, quick: bool) -> dict[str, float]:
-    """Measure the fields of :class:`pmkernels.costs.Rates`.
-
-    L2's rate is a slope, of two sizes of copies that stay in it.
-    """
+    """Measure the fields of :class:`pmkernels.costs.Rates`. L2's is a slope, of two copies that stay in it."""
     with precision("float32"):
         measured = ceilings(device, quick)
     with precision("tf32"):

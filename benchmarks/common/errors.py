@@ -16,10 +16,7 @@ TOLERANCE = 2.0
 
 
 def relative_error(results: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Return the largest ‖found − truth‖ / ‖truth‖ of several tensors.
-
-    It is 1e30 where it is not finite (JSON has no NaN).
-    """
+    """Return the largest ‖result − truth‖ / ‖truth‖ of several tensors, 1e30 where it is not finite."""
     worst = 0.0
     for a, b in zip(results, truth, strict=True):
         error = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))

@@ -119,10 +119,7 @@ def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
 
 
 def product_error(x: Tensor, dy: Tensor) -> tuple[float, float]:
-    """Return the error of the library's dW = dyᵀ·x, and what rounding allows it.
-
-    Its partial sums may be of 16 bits too.
-    """
+    """Return the error of the library's dW = dyᵀ·x, and what rounding allows it. Partial sums round too."""
     exact = dy.double().t() @ x.double()
     return relative_error([dy.t() @ x], [exact]), 2 * relative_error([exact.to(x.dtype)], [exact])
 

@@ -1,5 +1,4 @@
-"""What code can ask of a CUDA GPU, answered where there is none. That is ``torch.cuda``, and where a tensor says it
-lies."""
+"""What code can ask of a CUDA GPU, answered where there is none."""
 
 from __future__ import annotations
 
@@ -191,10 +190,7 @@ def _made_here(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _storage_address(self: torch.UntypedStorage) -> int:
-    """Return the address of a tensor's memory.
-
-    No two are alike on the absent GPU, aligned as the caching allocator aligns.
-    """
+    """Return the address of a tensor's memory. No two are alike, and each is aligned as the allocator's."""
     return ADDRESS + (self._cdata << 8) if self.device.type == "meta" else _STORAGE_ADDRESS(self)
 
 

@@ -53,10 +53,7 @@ def _known(tensor: Tensor) -> Tensor | None:
 
 
 def contents(tensor: Tensor) -> Tensor:
-    """Return a tensor on the CPU, with its values where they are known. Else it has ones and True.
-
-    Large ones and integers are zeros.
-    """
+    """Return a tensor on the CPU. Unknown values are ones and True, zeros in large ones and integers."""
     if not absent(tensor):
         return tensor
     values = _known(tensor)

@@ -119,10 +119,7 @@ def quantiles(times: Sequence[float]) -> dict[str, Any]:
 def replay_times(
     functions: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device, cache: str
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of every call, in turn.
-
-    Each finds a cache that holds other data, or what the call itself left.
-    """
+    """Return the milliseconds of every call, in turn. The cache holds other data, or what the call left."""
     flushed = torch.empty(effort.flushed if cache == COLD else 0, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     left = list(functions)
@@ -193,10 +190,7 @@ def in_turn(
 
 
 def timed_steps(step: Callable[[], None], device: torch.device, seconds: float) -> dict[str, float]:
-    """Time steps one after the other, each between two events.
-
-    Returns the median, the 20th and 80th percentile, and the host's time.
-    """
+    """Time steps one after the other: median, 20th and 80th percentile, and the host's time."""
     hosts: list[float] = []
     whole = 0.0
     # a slow step is not repeated just to see how long the host takes

@@ -33,10 +33,7 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the goals' bfloat16, or float16 where kernels are interpreted.
-
-        The interpreter cuts bfloat16 off instead of rounding.
-        """
+        """Return bfloat16, or float16 where kernels are interpreted: there bfloat16 is cut off, not rounded."""
         return torch.bfloat16 if self.on_gpu else torch.float16
 
     @property

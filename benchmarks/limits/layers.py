@@ -152,10 +152,7 @@ def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
 
 
 def served_line(layer: Layer, gpu: str) -> list[str]:
-    """Return a folded layer at a preference per image, in µs.
-
-    Its bound and predictions beside those of the plain layer.
-    """
+    """Return a folded layer at a preference per image beside the plain layer, in µs."""
     rates = rates_of(gpu)
     p = problem(layer, 0, per_row=True)
     bound = costs.served_seconds(p, rates.products(KIND), rates.memory)

@@ -25,8 +25,7 @@ def _reports() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yield rows of the kernels suite and of the layer grid. The grid is its own suite, or (before) in the training
-    suite."""
+    """Yield rows of the kernels suite and of the layer grid. The training suite had the grid before."""
     kernels = suites.get("kernels", {})
     for row in kernels.get("rows", ()):
         if kernels["rank"] == RANK:
@@ -58,10 +57,7 @@ def measured(gpu: str) -> tuple[Figures, list[str]]:
 
 
 def compiled(arch: str) -> tuple[Path, list[dict[str, Any]]] | None:
-    """Return the newest committed budget file of the architecture.
-
-    With it come its 16-bit rows of the three main kernels.
-    """
+    """Return the architecture's newest committed budget file. With it come its 16-bit rows of main kernels."""
     newest = None
     for path, report in _reports():
         if report.get("suite") == "budget":

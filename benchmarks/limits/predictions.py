@@ -35,10 +35,7 @@ def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = Fal
 
 @functools.cache
 def configuration_file(gpu: str) -> str:
-    """Return the configuration file that a GPU of that name would take.
-
-    Its own, its architecture's, or the default one.
-    """
+    """Return the configuration file that such a GPU takes: its own, its architecture's, the default."""
     arch = DEVICES[gpu][1] if gpu in DEVICES else ""
     files = dispatch.in_force().files
     return next((name for name in (gpu, arch) if name in files), "default")

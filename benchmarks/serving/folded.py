@@ -94,8 +94,7 @@ def preferences(count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """The parts of a folded projection. Its weight is [N, D] and its bias [N]; A [N, R], G [R, R, K] and B [D, R] are
-    float32."""
+    """A folded projection. Weight [N, D], bias [N]; in float32 A [N, R], G [R, R, K] and B [D, R]."""
 
     weight: Tensor
     bias: Tensor | None

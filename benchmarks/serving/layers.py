@@ -59,8 +59,7 @@ def bound_ms(layer: Layer, rates: Json | None, dtype: torch.dtype) -> float | No
 
 
 def variants(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Return F.linear, the library's low-rank layer, and preference_linear in each strategy. The library's adds t·Aᵀ to
-    F.linear. Strategies that do not run here are left out."""
+    """Return F.linear, the same with t·Aᵀ added by the library, and preference_linear in each strategy."""
     x, weight, bias = values["x"], values["weight"], values["bias"]
     wide, low = pmkernels.widen_weight(weight, values["A"]), values["B"].to(x.dtype).t().contiguous().t()
 

@@ -13,10 +13,7 @@ from benchmarks.serving.layers import ADDED, CHOICES, LIMIT
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line per layer and cache.
-
-    It has µs of the limit, and of each variant with its ratio to the limit and the bound.
-    """
+    """Return a line per layer and cache. It has µs, and ratios to the limit and the bound."""
     names = [name for name in (ADDED, *CHOICES) if any(row["variant"] == name for row in rows)]
     bounded = any(row["bound_ms"] is not None for row in rows)
     columns = ["layer", "cache", "limit µs", *(["bound µs"] if bounded else [])]

@@ -201,8 +201,7 @@ class Groups:
 
 
 class Looped(nn.Module):
-    """A projection with P low-rank terms, one after the other. One product for all items, then for each preference
-    x·B·Cᵀ·Aᵀ of its own."""
+    """A projection with P low-rank terms: one product for all, then x·B·Cᵀ·Aᵀ for each."""
 
     def __init__(self, part: Projection, groups: Groups) -> None:
         super().__init__()

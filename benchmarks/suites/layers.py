@@ -109,8 +109,7 @@ def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[st
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]], gpu: str | None, configuration: str) -> list[dict[str, Any]]:
-    """Return crossovers as measured, and as predicted where the GPU's rates are known. ``configuration``: the file that
-    predictions take."""
+    """Return crossovers as measured, and as predicted with a configuration file where rates are known."""
     shapes = {(row["op"], row["layer"], row["tasks"]): row for row in rows}
     entries = []
     for (op, layer, tasks), at in by_point(rows).items():

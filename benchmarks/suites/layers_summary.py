@@ -108,10 +108,7 @@ def _shown(rows: Mapping[int, Any]) -> list[int]:
 
 
 def draw(report: Json, folder: Path) -> list[Path]:
-    """Draw a picture per operation: time over the limit against rows.
-
-    It has a panel per layer and a line per strategy and K.
-    """
+    """Draw a picture per operation, of time over the limit against rows. It has a panel per layer."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,8 +104,7 @@ def bytes_of(tensors: Any) -> int:
 
 
 def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> list[dict[str, Any]]:
-    """Return the ``top`` kernels of one step by GPU time: name, milliseconds, share. Off the GPU they are operators by
-    the CPU's."""
+    """Return the ``top`` kernels of one step by GPU time. Off the GPU they are operators, by the CPU's."""
     from torch.profiler import ProfilerActivity
 
     cuda = device.type == "cuda"

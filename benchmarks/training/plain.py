@@ -37,10 +37,7 @@ COMBINE: dict[str, Combine] = {"matrix-vector product": combine_product, "sum ov
 
 
 def fastest_combine(case: Case) -> str:
-    """Name the baselines' way to merge that is faster here, forward and backward.
-
-    Off the GPU that is the published one.
-    """
+    """Name the baselines' way to merge that is faster here. Off the GPU that is the published one."""
     if case.device.type != "cuda":
         return "sum over the tasks"
     part = max(case.parts.values(), key=lambda p: p.weight.numel() if p.task_vectors is not None else 0)

@@ -66,10 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code.
-
-    1: something the library would use is wrong; 2: nothing can run.
-    """
+    """Run the command line. The exit code is 1 if what the library would use is wrong, 2 if nothing can run."""
     chosen = parse(arguments)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not chosen.quick:

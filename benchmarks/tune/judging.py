@@ -108,10 +108,7 @@ class Prepared:
         return None
 
     def rounding(self) -> float:
-        """Return an error that is no fault where plain PyTorch has none.
-
-        It is that of three TF32 products, or of one that is cut off.
-        """
+        """Return an error that is no fault where plain PyTorch has none: of TF32 products."""
         if self.case.kind == "tf32":
             return 1e-3
         return 1e-4 if self.case.call in ("merge_grad", "shrink", "factor_grad", "widen") else 1e-6

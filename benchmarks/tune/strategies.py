@@ -75,8 +75,7 @@ def boundaries(best: Mapping[int, str], predicted: Mapping[int, str]) -> dict[in
 
 @dataclass
 class Strategies:
-    """Microseconds (fused, streamed) of each operation over rows. Also what was wrong, and what time did not suffice
-    for."""
+    """Microseconds (fused, streamed) of each operation over rows, and what is missing or wrong."""
 
     times: dict[Point, dict[int, tuple[float, float]]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -179,10 +178,7 @@ def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[
 
 
 def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
-    """Yield what measuring the strategies of a served layer launches.
-
-    A preference for each image where rows are images.
-    """
+    """Yield what measuring a served layer launches. Each image has a preference where rows are images."""
     for rows in sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())}):
         groups = layer.items if rows == layer.items * layer.tokens else 1
         yield Case("preference", layer.n, layer.d, rows, rank=layer.rank, groups=groups, bias=True)

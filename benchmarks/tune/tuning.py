@@ -37,8 +37,7 @@ HOT_SHARE, STRATEGY_SHARE, OTHERS_SHARE, REST_SHARE = 0.4, 0.25, 0.3, 0.05
 
 
 def _target(device: torch.device) -> tuple[str, str, Target]:
-    """Return the GPU's name for people and for files, and its compile target. There is one for it besides a file of its
-    own."""
+    """Return the GPU's name for people and for files, and its compile target."""
     if device.type != "cuda":
         return "rehearsal", "rehearsal", Target(90, 132, "default")
     major, minor = torch.cuda.get_device_capability(device)
