@@ -156,7 +156,7 @@ def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path
 
 
 def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
-    """Save a traced CLIP as OpenAI's is: float16 but for norms and embeddings, sizes as tensors."""
+    """Save a traced CLIP as OpenAI's: float16 but for norms and embeddings, sizes as tensors."""
     from open_clip.model import convert_weights_to_lp
 
     size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]

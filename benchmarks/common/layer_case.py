@@ -101,6 +101,13 @@ def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
     return {LIMIT: limit, **own, PYTORCH: lambda: [reference.pareto_linear(x, **case.parts, bias=bias)]}
 
 
+def with_gradient(function: Callable[[Tensor], Tensor], at: Tensor, upstream: Tensor) -> list[Tensor]:
+    """Return the result of ``function``, and its gradient."""
+    at = at.detach().requires_grad_()
+    result = function(at)
+    return [result.detach(), torch.autograd.grad(result, at, upstream.to(result.dtype))[0]]
+
+
 def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:
     """Return the result in float64, and the error of plain PyTorch in the model's type.
 

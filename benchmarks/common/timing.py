@@ -151,6 +151,13 @@ def replay_times(
     return times
 
 
+def suite_device(suite: str, quick: bool) -> torch.device:
+    """Return the GPU that a suite is measured on, or the CPU for a rehearsal without one."""
+    if not quick and not torch.cuda.is_available():
+        raise SystemExit(f"--suite {suite}: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -102,12 +102,6 @@ def _judged(
     return row
 
 
-def _with_gradient(function: Callable[[Tensor], Tensor], at: Tensor, upstream: Tensor) -> list[Tensor]:
-    at = at.detach().requires_grad_()
-    result = function(at)
-    return [result.detach(), torch.autograd.grad(result, at, upstream.to(result.dtype))[0]]
-
-
 def _vectors(context: Context) -> Iterator[LayerRow]:
     """Compare all biases and norms of a ViT-L/14, merged in one launch."""
     sizes = [7, 0, 40] if context.quick else [1024] * 3 + [3072, 1024, 1024, 1024, 4096, 1024, 1024] * 24
@@ -122,7 +116,7 @@ def _vectors(context: Context) -> Iterator[LayerRow]:
 
     def merged(wide: torch.dtype | None, function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
         w, t, at = (v if wide is None else v.to(wide) for v in (weight, taus, lam))
-        return _with_gradient(lambda one: function(w, t, one, offsets, **options), at, upstream)
+        return layer_case.with_gradient(lambda one: function(w, t, one, offsets, **options), at, upstream)
 
     ours = merged(None, pmkernels.merge_vectors, strategy="fused")
     plain, truth = merged(None, reference.merge_vectors), merged(torch.float64, reference.merge_vectors)
@@ -133,9 +127,9 @@ def _entropies(context: Context) -> Iterator[LayerRow]:
     for rows, classes in ((6, 10),) if context.quick else ((256, 100), (256, 1000)):
         logits = (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(0))).to(context.device)
         upstream = torch.ones(rows, device=context.device)
-        ours = _with_gradient(lambda z: pmkernels.softmax_entropy(z, strategy="fused"), logits, upstream)
-        plain = _with_gradient(reference.softmax_entropy, logits, upstream)
-        truth = _with_gradient(reference.softmax_entropy, logits.double(), upstream)
+        ours = layer_case.with_gradient(lambda z: pmkernels.softmax_entropy(z, strategy="fused"), logits, upstream)
+        plain = layer_case.with_gradient(reference.softmax_entropy, logits, upstream)
+        truth = layer_case.with_gradient(reference.softmax_entropy, logits.double(), upstream)
         yield _judged(f"softmax_entropy, {classes} classes", rows, ours, plain, truth, torch.float32)
 
 

@@ -13,10 +13,12 @@ from benchmarks.common.session import Once
 from benchmarks.common.timing import Effort
 from benchmarks.common.towers import BATCH
 from benchmarks.goals.context import Context
-from benchmarks.serving import cells, folded, names, suite, variants
+from benchmarks.serving import cells, folded, suite
+from benchmarks.serving.names import ENGINE, LIMIT, LIMIT_LINEAR, REMERGE
 from pareto_merging.checkpoints import encoders
 
 EFFORT = Effort(100, 200, 1.5)
+VARIANTS = (LIMIT, LIMIT_LINEAR, ENGINE, REMERGE)
 
 
 def _encoder(context: Context) -> dict[str, Any]:
@@ -62,13 +64,5 @@ def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str
         drawn = folded.preferences(count)
         # the plain model has the first preference for all
         truth = cells.Truth.of(case, images, drawn[0], sorted({1, count}))
-        cell = cells.Cell.make(case, images, drawn, truth, count)
-        for name in (names.LIMIT, names.LIMIT_LINEAR, names.ENGINE, names.REMERGE):
-            cell.add(name, functools.partial(variants.VARIANTS[name], case, cell.requests[0]))
-        if context.on_gpu:
-            for name in (names.LIMIT, names.LIMIT_LINEAR, names.REMERGE):
-                if name in cell.ready:
-                    graph = functools.partial(variants.graphed, cell.ready[name], images, cell.requests[0])
-                    cell.add(f"{name}{names.GRAPH}", graph, captures=True)
-        cell.measure(effort)
-    return [vars(row) for row in cell.rows.values()]
+        rows = cells.cell_rows(case, images, drawn, truth, count, effort, VARIANTS)
+    return [vars(row) for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,13 +182,12 @@ def counts_for(batch: int, preferences: Sequence[int]) -> list[int]:
 
 
 def cell_rows(
-    case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, skip: Sequence[str] = ()
+    case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, names: Iterable[str]
 ) -> list[CellRow]:
-    """Return a row per variant at one batch with ``count`` of the preferences. ``skip``: variants that are left out."""
+    """Return a row of each of the variants ``names`` at one batch with ``count`` of the preferences."""
     cell = Cell.make(case, images, drawn, truth, count)
-    for name, make in variants.VARIANTS.items():
-        if name not in skip:
-            cell.add(name, functools.partial(make, case, cell.requests[0]))
+    for name in names:
+        cell.add(name, functools.partial(variants.VARIANTS[name], case, cell.requests[0]))
     if images.device.type == "cuda":
         for name in GRAPHED:
             if name in cell.ready:

@@ -67,7 +67,8 @@ def case_rows(
         for count in counts_for(batch, preferences):
             skip = [ENGINE_AGAIN] if count > 1 else []
             skip += [] if case.device.type == "cuda" else [ENGINE_DEVICE]
-            rows = cell_rows(case, images[:batch], drawn, truth, count, effort, skip)
+            names = [name for name in variants.VARIANTS if name not in skip]
+            rows = cell_rows(case, images[:batch], drawn, truth, count, effort, names)
             for row in rows:
                 figures = row.reason if row.ms is None else f"{row.ms:.2f} ms, {row.to_limit or 0:.2f}×"
                 clock.say(f"{row.layer}: {row.variant}: {figures}")

@@ -22,11 +22,11 @@ from benchmarks.common import layer_case
 from benchmarks.common.ceilings import REPETITIONS, WARMUP, ceilings
 from benchmarks.common.errors import relative_error
 from benchmarks.common.inputs import Source, make_folded
-from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, PYTORCH, Case, Variant
+from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, PYTORCH, Case, Variant, with_gradient
 from benchmarks.common.pages import table
 from benchmarks.common.rows import Json, LayerRow, dtype_name, why_not
 from benchmarks.common.suites import Save, nowhere
-from benchmarks.common.timing import timed
+from benchmarks.common.timing import suite_device, timed
 from benchmarks.common.towers import BATCH, RANK, TASKS, TINY_LAYERS, TOWERS, Layer
 from pmkernels import costs, reference
 from pmkernels.costs import Bound, Problem
@@ -234,12 +234,7 @@ def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
     grad = torch.randn(shape[0], device=device)
 
     def variant(function: Callable[[Tensor], Tensor], like: Tensor = logits) -> Variant:
-        def run() -> list[Tensor]:
-            z = like.detach().requires_grad_()
-            entropy = function(z)
-            return [entropy.detach(), torch.autograd.grad(entropy, z, grad.to(entropy.dtype))[0]]
-
-        return run
+        return lambda: with_gradient(function, like, grad)
 
     variants = {
         "fused": variant(lambda z: pmkernels.softmax_entropy(z, strategy="fused")),
@@ -256,9 +251,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
 
     ``save`` gets the report after every row.
     """
-    if not quick and not torch.cuda.is_available():
-        raise SystemExit("--suite kernels: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = suite_device("kernels", quick)
     rates = ceilings(device, quick)
     report: dict[str, Any] = {"tasks": TASKS, "rank": RANK, "ceilings": rates, "rows": []}
     for row in _rows(quick, device, rates):

@@ -29,7 +29,7 @@ from benchmarks.common.layer_case import (
 from benchmarks.common.rows import LayerRow, dtype_name
 from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere
-from benchmarks.common.timing import free_memory, rounded, timed
+from benchmarks.common.timing import free_memory, rounded, suite_device, timed
 from benchmarks.common.towers import RANK, TINY_LAYERS, Layer
 from benchmarks.limits import predictions
 from pmkernels import costs, dispatch, strategies
@@ -182,9 +182,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
 
     ``save`` gets the report after every row.
     """
-    if not quick and not torch.cuda.is_available():
-        raise SystemExit("--suite layers: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = suite_device("layers", quick)
     gpu = dispatch.gpu_name(0) if device.type == "cuda" else None
     skipped: list[dict[str, Any]] = []
     report: dict[str, Any] = {"rank": RANK, "gpu": gpu, "rates": gpu if gpu in costs.GPUS else None, "rows": []}

@@ -20,7 +20,7 @@ from benchmarks.common.ceilings import ceilings
 from benchmarks.common.goals import NOT_MET
 from benchmarks.common.rows import dtype_name
 from benchmarks.common.suites import Save, nowhere
-from benchmarks.common.timing import Clock, free
+from benchmarks.common.timing import Clock, free, suite_device
 from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower
 from benchmarks.common.vision import vision_transformer
 from benchmarks.training.models import CLASSES
@@ -41,9 +41,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
 
     ``save`` gets the report after every row.
     """
-    if not quick and not torch.cuda.is_available():
-        raise SystemExit("--suite training: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = suite_device("training", quick)
     clock = Clock()
     if quick:
         clock.say("a rehearsal with a tiny model: it measures nothing")
