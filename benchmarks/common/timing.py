@@ -152,7 +152,7 @@ def replay_times(
 
 
 def suite_device(suite: str, quick: bool) -> torch.device:
-    """Return the GPU that a suite is measured on, or the CPU for a rehearsal without one."""
+    """Return the GPU that a suite is measured on. A rehearsal goes to the CPU where there is none."""
     if not quick and not torch.cuda.is_available():
         raise SystemExit(f"--suite {suite}: expected a CUDA GPU, got none (--quick rehearses it on the CPU)")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

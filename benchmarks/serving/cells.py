@@ -184,7 +184,7 @@ def counts_for(batch: int, preferences: Sequence[int]) -> list[int]:
 def cell_rows(
     case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, names: Iterable[str]
 ) -> list[CellRow]:
-    """Return a row of each of the variants ``names`` at one batch with ``count`` of the preferences."""
+    """Return a row per variant of ``names``, at one batch with ``count`` of the preferences."""
     cell = Cell.make(case, images, drawn, truth, count)
     for name in names:
         cell.add(name, functools.partial(variants.VARIANTS[name], case, cell.requests[0]))
