@@ -87,13 +87,15 @@ _HOMES = {
     "set_strategy": "model.strategy.set_strategy",
 }
 
+# modules that are attributes without an import of their own; model cards of exported files import encoders
+_ROOMS = {**{name: name for name in ("data", "errors", "preferences")}, "encoders": "checkpoints.encoders"}
+
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "encoders":
-        # as the model cards of exported files import it
-        return importlib.import_module(f"{__name__}.checkpoints.encoders")
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{_ROOMS[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, own_name = _HOMES[name].rpartition(".")

@@ -187,10 +187,13 @@ class RowProducts:
         self.count = math.prod(self.lead)
         self.shape: tuple[int, ...] = (self.count,)
         self.groups, self.core = parts.gamma, parts.core()
+        # the type of the sums, of all four
+        self.wide = accumulate_dtype(like, parts.A)
         if parts.per_row:
             assert parts.G is not None and parts.gamma is not None
             self.groups = groups_of(parts.gamma, self.lead)
             self.core = preference_core(parts.G, self.groups)
+            self.wide = self.core.dtype
             self.shape = (len(self.groups), math.prod(self.lead[varying_dims(parts.gamma) :]))
 
     @staticmethod
@@ -212,7 +215,7 @@ class RowProducts:
 
     def _times(self, rows: Tensor, factor: Tensor) -> Tensor:
         s = rows.reshape(*self.shape, rows.shape[-1]) @ factor.to(rows.dtype)
-        return s.to(accumulate_dtype(rows, factor, self.core))
+        return s.to(self.wide)
 
     def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
         """Return dA = dyᵀ·t of dy and t, or dB of x and ds."""

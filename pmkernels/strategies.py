@@ -26,6 +26,8 @@ from pmkernels.configs import Configs
 from pmkernels.low_rank import Parts, RowProducts, WeightGradients
 
 AUTO, FUSED, STREAMED, EAGER = "auto", "fused", "streamed", "eager"
+# what a model may be told besides: it keeps its merged weights, however they are computed
+RESERVED = (AUTO, "cached")
 
 
 class Case(NamedTuple):
@@ -88,15 +90,23 @@ def register(strategy: Strategy) -> Strategy:
     Raises:
         ValueError: a name that is taken.
     """
-    if strategy.name in (AUTO, *TABLE):
-        raise ValueError(f"strategy: expected a name other than {', '.join(names())}, got {strategy.name!r}")
+    if strategy.name in (*RESERVED, *TABLE) or not strategy.name:
+        taken = ", ".join((*RESERVED, *TABLE))
+        raise ValueError(f"strategy: expected a name other than {taken}, got {strategy.name!r}")
     TABLE[strategy.name] = strategy
     _cheapest.cache_clear()
     return strategy
 
 
 def unregister(name: str) -> None:
-    """Take a strategy out of the table."""
+    """Take a strategy of one's own out of the table. Graphs that it computed must be done with.
+
+    Raises:
+        ValueError: another name than that of a strategy that was registered from outside.
+    """
+    own = [other for other in TABLE if other not in STRATEGIES]
+    if name not in own:
+        raise ValueError(f"strategy: expected one of those registered ({', '.join(own) or 'none'}), got {name!r}")
     del TABLE[name]
     _cheapest.cache_clear()
 
@@ -125,7 +135,7 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
         meant = AUTO
     case = _case(tensors, device, asked=meant != AUTO)
     if meant == AUTO:
-        others = (s for s in TABLE.values() if s.name != EAGER and (own is None or getattr(s, own)))
+        others = (s for s in tuple(TABLE.values()) if s.name != EAGER and (own is None or getattr(s, own)))
         return AUTO if any(s.supports(case) is None for s in others) else EAGER
     error = TABLE[meant].supports(case)
     if error is not None and strategy != AUTO:
@@ -173,9 +183,9 @@ def _cheapest(
     configs: Configs, file: str, device: torch.device, dtype: torch.dtype, operation: str, problem: costs.Problem
 ) -> str:
     case = Case(device, {"x": dtype}, problem.tasks, problem.rank, operation)
-    able = [s for s in TABLE.values() if s.supports(case) is None]
+    able = [s for s in tuple(TABLE.values()) if s.supports(case) is None]
     if operation == "preference":
-        able = [s for s in able if s.preference is not None]
+        able = [s for s in able if s.preference is not None] or [TABLE[EAGER]]
     measured = [
         choice
         for choice in configs.choices(file)

@@ -63,14 +63,14 @@ class Learner:
     ) -> None:
         state = pareto_state(model)
         self.names = state.task_names
-        settings.check_model(state.settings)
+        everything = learned_parameters(model)
+        settings.check_model(state.settings, has_core=any(name.startswith("G.") for name in everything))
         self.needs_images = OBJECTIVES[settings.loss.objective].needs == "images"
         self.tasks = _checked_tasks(tasks, self.names) if self.needs_images else dict(tasks or {})
         gamma = settings.sampling.gamma
         self._fixed = None if gamma is None else check_preference(gamma, self.names, per_item=False)
         self.model, self.settings = model, settings
         self.total = settings.steps_for(len(self.names))
-        everything = learned_parameters(model)
         # λ first: Adam's long vectors and the gradient are in this order
         order = sorted(everything, key=lambda name: not name.startswith("lam."))
         self.learned = {n: everything[n] for n in order if settings.optimiser.learn_lambda or not n.startswith("lam.")}

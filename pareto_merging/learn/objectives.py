@@ -85,7 +85,9 @@ OBJECTIVES: dict[str, ObjectiveKind] = {}
 
 
 def register(kind: ObjectiveKind) -> ObjectiveKind:
-    """Add an objective to the table; ValueError if its name is taken."""
+    """Add an objective to the table. ValueError if its name is taken, or for other ``needs`` than those two."""
+    if kind.needs not in ("images", "weights"):
+        raise ValueError(f"objective: expected needs to be images or weights, got {kind.needs!r}")
     if kind.name in OBJECTIVES:
         raise ValueError(f"objective: expected a new name, got {kind.name!r}, which is taken")
     OBJECTIVES[kind.name] = kind

@@ -183,7 +183,7 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
     @model_serializer(mode="wrap")
     def _in_order(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = dump(self)
-        return {name: values[name] for name in _ORDER if name in values}
+        return {**{name: values[name] for name in _ORDER if name in values}, **values}
 
     def _group(self, kind: type[Group]) -> Group:
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
@@ -217,15 +217,16 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
         """Return the settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""
         return {**self.model.model_dump(), "seed": self.seed}
 
-    def check_model(self, built: Mapping[str, Any]) -> None:
+    def check_model(self, built: Mapping[str, Any], *, has_core: bool = True) -> None:
         """Raise ValueError if a setting that was given contradicts what a model was ``built`` with.
 
-        What was not given contradicts nothing, and nothing contradicts a function of the user's own. ``init_lambda`` is
-        where λ started, wherever it is now; ``rank`` counts where there is a core of that size, ``density`` where task
-        vectors were thinned. The seed is that of the batches too, so it may differ.
+        What was not given contradicts nothing, but settings that were dumped and read again count as given. Nothing
+        contradicts a function of the user's own. ``init_lambda`` is where λ started, wherever it is now; ``rank``
+        counts where the model ``has_core`` of that size, ``density`` where task vectors were thinned. The seed is that
+        of the batches too, so it may differ.
         """
         given = self.model_fields_set & ModelSettings.model_fields.keys()
-        if built.get("core") != "tensor" or built.get("low_rank") == "none":
+        if not has_core or built.get("core") != "tensor":
             given -= {"rank"}
         if built.get("preprocess") not in ("ties", "dare"):
             given -= {"density"}

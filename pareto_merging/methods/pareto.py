@@ -54,6 +54,8 @@ def merge(
         run: ``folder`` and ``resume``, where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = MethodSettings.model_validate({}) if method is None else method
+    if isinstance(preprocess, str):
+        method, preprocess = method.model_copy(update={"preprocess": preprocess}), None
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
     model = parametrize(pretrained, finetuned, **arguments)
     learn_pareto_set(model, tasks, method, **run)

@@ -70,8 +70,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _base(stored: MergedParameter) -> Tensor:
-    used = stored.at()
-    return pmkernels.merge_weight(used.weight, task_vectors=used.task_vectors, lam=used.lam)
+    return pmkernels.merge_weight(stored.weight, task_vectors=stored.task_vectors, lam=stored.used_lam)
 
 
 def _copy_with(model: nn.Module, value: Callable[[Any], Tensor], keep_low_rank: bool) -> nn.Module:

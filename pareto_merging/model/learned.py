@@ -79,8 +79,10 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
     """
     learned = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
+    seen = {id(parameter) for parameter in learned.values()}
     for parameter in merged_parameters(model):
         for part, value in parameter.parts().items():
-            if part in ("A", "G", "B") and isinstance(value, nn.Parameter):
+            if part in ("A", "G", "B") and isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen.add(id(value))
                 learned[f"{part}.{parameter.path}"] = value
     return learned

@@ -58,6 +58,13 @@ class MergedParameter:
         groups: Any = self.module.pareto_groups
         return groups[self.name]
 
+    @property
+    def used_lam(self) -> Tensor | None:
+        """Return λ within the range that it is clamped to."""
+        state: Any = self.module.pareto
+        bounds = state.now.lambda_range
+        return self.lam if self.lam is None or bounds is None else self.lam.clamp(*bounds)
+
     def parts(self) -> dict[str, Tensor | None]:
         """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""
         return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
@@ -77,11 +84,8 @@ class MergedParameter:
 
         λ lies within the range it is clamped to, and a structure that learns no G has that of :func:`preference_core`.
         """
-        state: Any = self.module.pareto
-        lam, term = self.lam, self.low_rank(gamma)
-        if lam is not None and state.now.lambda_range is not None:
-            lam = lam.clamp(*state.now.lambda_range)
-        return self.with_low_rank(self.A, None if term is None else term.G, self.B, lam)
+        term = self.low_rank(gamma)
+        return self.with_low_rank(self.A, None if term is None else term.G, self.B, self.used_lam)
 
     def with_low_rank(
         self, A: Tensor | None, G: Tensor | None, B: Tensor | None, lam: Tensor | None = None

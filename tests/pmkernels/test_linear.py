@@ -345,3 +345,24 @@ def test_errors_name_the_argument(change: dict[str, object], error: type[Excepti
     values: dict[str, object] = {**arguments((4,), None), **change}
     with pytest.raises(error, match=message):
         pmkernels.pareto_linear(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("wide", ["A", "B"])
+def test_one_factor_in_float64(wide: str, per_row: bool) -> None:
+    """Factors may each be float32 or float64, whatever the others are."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (8, 2), "G": (2, 2, 2), "B": (8, 2)}
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    parts[wide] = parts[wide].double()
+    gamma = torch.tensor([[0.3, 0.7]] * 3 if per_row else [0.3, 0.7])
+    x, weight = torch.randn(3, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    for value in parts.values():
+        value.requires_grad_()
+    pmkernels.pareto_linear(x, weight, **parts, gamma=gamma, strategy="eager").sum().backward()
+    doubled = {name: value.detach().double().requires_grad_() for name, value in parts.items()}
+    truth = pmkernels.reference.pareto_linear(x.double(), weight.double(), **doubled, gamma=gamma.double())
+    truth.sum().backward()
+    for name, value in parts.items():
+        assert value.grad.dtype == value.dtype
+        torch.testing.assert_close(value.grad.double(), doubled[name].grad, rtol=1e-4, atol=1e-4)

@@ -119,7 +119,9 @@ def test_a_model_accepts_it(dummy: Calls) -> None:
 def test_names_are_those_of_the_table(dummy: Calls) -> None:
     assert pmkernels.STRATEGIES == ("auto", "fused", "streamed", "eager")
     assert strategies.names() == (*pmkernels.STRATEGIES, "dummy")
-    with pytest.raises(ValueError, match="expected a name other than auto, fused, streamed, eager, dummy, got 'dummy'"):
+    with pytest.raises(
+        ValueError, match="expected a name other than auto, cached, fused, streamed, eager, dummy, got 'dummy'"
+    ):
         strategies.register(strategies.TABLE["dummy"])
     with pytest.raises(ValueError, match="expected one of auto, fused, streamed, eager, dummy, got 'fast'"):
         pmkernels.softmax_entropy(torch.zeros(2, 3), strategy="fast")

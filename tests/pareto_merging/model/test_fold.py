@@ -96,3 +96,14 @@ def test_copies_carry_no_graph_and_wrappers_no_state(tiny_vit: nn.Module, copies
     with torch.inference_mode():
         set_preference(model, [0.5, 0.5])
     model(IMAGES).sum().backward()
+
+
+def test_fold_of_an_outer_core_while_a_preference_per_item_is_set(copies: Copies) -> None:
+    layer = nn.Linear(4, 3)
+    model = parametrize(layer, copies(layer, 2), low_rank="all", core="outer-product")
+    set_preference(model, torch.tensor([[0.3, 0.7], [0.5, 0.5]]))
+    folded = fold(model)
+    x = torch.randn(5, 4)
+    for pair in (model, folded):
+        set_preference(pair, [0.3, 0.7])
+    torch.testing.assert_close(folded(x), model(x))

@@ -74,3 +74,12 @@ def test_shared_lambda_taken_apart_is_noticed(tiny_vit: nn.Module, copies: Copie
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     with pytest.raises(ValueError, match="expected one λ vector for model, got several"):
         get_lambda(model)
+
+
+def test_a_tensor_that_two_layers_share_is_learned_once(copies: Copies) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = parametrize(net, copies(net, 2), rank=2, low_rank="all")
+    before = len(learned_parameters(model))
+    model[1].register_parameter("A", model[0].A)
+    learned = learned_parameters(model)
+    assert len(learned) == len({id(parameter) for parameter in learned.values()}) == before - 1
