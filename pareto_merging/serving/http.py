@@ -34,7 +34,8 @@ from pareto_merging.serving.queries import ClassifyFields, EmbedFields, Query, T
 def create_app(engine: Engine, limits: Limits | None = None) -> FastAPI:
     """Make the server's app: ``uvicorn.run(create_app(Engine(path)))``, or under any other ASGI server.
 
-    The engine is warmed up when the app starts, unless :func:`run` has done so. The app belongs to one event loop.
+    The engine is warmed up when the app starts, unless :func:`.server.run` has done so. The app belongs to one event
+    loop.
     """
     return Service(engine, limits or Limits()).app
 

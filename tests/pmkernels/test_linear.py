@@ -366,3 +366,13 @@ def test_one_factor_in_float64(wide: str, per_row: bool) -> None:
     for name, value in parts.items():
         assert value.grad.dtype == value.dtype
         torch.testing.assert_close(value.grad.double(), doubled[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_float64_and_factors_of_float32_are_summed_as_the_reference_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (8, 2), "G": (2, 2, 2), "B": (8, 2)}
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    x, weight = (torch.randn(shape, generator=generator).double() for shape in ((3, 8), (8, 8)))
+    gamma = torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0]])
+    y = pmkernels.pareto_linear(x, weight, **parts, gamma=gamma, strategy="eager")
+    assert torch.equal(y, pmkernels.reference.pareto_linear(x, weight, **parts, gamma=gamma))

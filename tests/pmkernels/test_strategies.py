@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -119,10 +120,13 @@ def test_a_model_accepts_it(dummy: Calls) -> None:
 def test_names_are_those_of_the_table(dummy: Calls) -> None:
     assert pmkernels.STRATEGIES == ("auto", "fused", "streamed", "eager")
     assert strategies.names() == (*pmkernels.STRATEGIES, "dummy")
-    with pytest.raises(
-        ValueError, match="expected a name other than auto, cached, fused, streamed, eager, dummy, got 'dummy'"
-    ):
-        strategies.register(strategies.TABLE["dummy"])
+    taken = "expected a name other than auto, cached, fused, streamed, eager, dummy, got"
+    for name in ("dummy", "cached", "auto", ""):
+        with pytest.raises(ValueError, match=f"{taken} '{name}'"):
+            strategies.register(dataclasses.replace(strategies.TABLE["dummy"], name=name))
+    for name in ("eager", "unknown"):
+        with pytest.raises(ValueError, match=f"expected one of those registered .dummy., got '{name}'"):
+            strategies.unregister(name)
     with pytest.raises(ValueError, match="expected one of auto, fused, streamed, eager, dummy, got 'fast'"):
         pmkernels.softmax_entropy(torch.zeros(2, 3), strategy="fast")
 

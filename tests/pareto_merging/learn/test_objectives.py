@@ -181,3 +181,9 @@ def test_a_scalarisation_of_ones_own(tiny_vit: nn.Module) -> None:
         del SCALARIZATIONS["squares"]
     with pytest.raises(ValidationError, match="expected one of smooth-tchebycheff, tchebycheff, linear"):
         MethodSettings(scalarization="squares")
+
+
+def test_what_an_objective_needs_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="needs to be images or weights, got 'image'"):
+        register(ObjectiveKind("misspelt", "module:function", needs="image"))  # type: ignore[arg-type]
+    assert "misspelt" not in OBJECTIVES

@@ -153,3 +153,18 @@ def test_lambda_may_have_moved_on_from_where_it_started() -> None:
     model = pareto()
     set_lambda(model, 0.1)
     assert learn_pareto_set(model, task_set(2), short_run(init_lambda=0.3), progress=False).steps == 4
+
+
+def test_a_rank_contradicts_nothing_where_no_matrix_has_a_low_rank_term() -> None:
+    net = nn.Linear(6, 4)
+    model = parametrize(net, [noisy_copy(net, 1), noisy_copy(net, 2)])
+    settings = MethodSettings.model_validate({"objective": "weight-distance", "steps": 1, "rank": 4})
+    assert learn_pareto_set(model, None, settings, progress=False).steps == 1
+
+
+def test_a_subclass_keeps_its_own_fields_when_it_is_dumped() -> None:
+    class Warmer(MethodSettings):
+        temperature: float = 2.0
+
+    dumped = Warmer.model_validate({}).model_dump()
+    assert dumped == {**MethodSettings.model_validate({}).model_dump(), "temperature": 2.0}

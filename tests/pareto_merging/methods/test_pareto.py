@@ -246,3 +246,14 @@ def test_a_run_with_a_folder_goes_on_where_it_stopped(tmp_path: Path) -> None:
         pareto.merge(
             net, finetuned, tasks=tasks, method=other, folder=tmp_path / "ties-tensor", resume=True, progress=False
         )
+
+
+def test_a_preprocessing_by_name_takes_the_place_of_the_settings() -> None:
+    net = nn.Linear(6, 4)
+    copies = [noisy_copy(net, 1), noisy_copy(net, 2)]
+    settings = {"objective": "weight-distance", "steps": 1, "low_rank": "none"}
+    plain = MethodSettings.model_validate({**settings, "preprocess": "none"})
+    ties = MethodSettings.model_validate({**settings, "preprocess": "ties"})
+    by_name = pareto.merge(net, copies, tasks=None, method=plain, preprocess="ties", progress=False)
+    by_settings = pareto.merge(net, copies, tasks=None, method=ties, progress=False)
+    assert torch.equal(by_name.model().weight, by_settings.model().weight)
