@@ -5,8 +5,6 @@ operation, a round at a time and in turn, so that a machine that slows down slow
 rounds that follow each other.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -60,7 +58,7 @@ class Figures:
     p80: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Figures:
+    def of(cls, values: Sequence[float]) -> "Figures":
         """Return the figures of one or more values."""
         low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
         return cls(statistics.median(values), low, high)

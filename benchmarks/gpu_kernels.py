@@ -22,8 +22,6 @@ here against a stand-in for ``libcuda`` and packed too; one that does not load i
 launch every kernel through one module, whose key holds the folders of that machine: it is compiled there, once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -227,7 +225,7 @@ class Part:
     entries: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, index: Path) -> Part:
+    def read(cls, index: Path) -> "Part":
         """Read the index that :mod:`benchmarks.gpu_kernels_compile` wrote beside its cache."""
         fields = json.loads(index.read_text(encoding="utf-8"))
         return cls(fields["key"], fields["about"], index.parent / "cache", fields["entries"])

@@ -5,8 +5,6 @@ Runs under the Python and Triton of the machine that the kernels go to, which ne
 that refuses to compile: all of them have to be found.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

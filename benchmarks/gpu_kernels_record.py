@@ -4,8 +4,6 @@ Each GPU takes strategies by its own rates, so both are recorded; what is the sa
 for as long as no source file changes. It is done on the CPU, with nothing computed: minutes on two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -10,8 +10,6 @@ models computed here from the same file, without the server's engine. Nothing ma
 a 503.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64
@@ -92,7 +90,7 @@ class Phase:
         """Return a percentile of the latencies, in milliseconds; 0 without any."""
         return float(np.percentile(self.latencies, percent)) * 1000 if self.latencies else 0.0
 
-    def add(self, other: Phase) -> None:
+    def add(self, other: "Phase") -> None:
         """Count another client's share of the same phase."""
         self.seconds = max(self.seconds, other.seconds)
         self.statuses += other.statuses

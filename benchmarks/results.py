@@ -3,8 +3,6 @@
 Needs torch for what it says of the machine and nothing else, so it runs anywhere.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -5,8 +5,6 @@ the project aims at, in minutes and in order of value, is ``python -m benchmarks
 operation in this tree against another commit instead.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

@@ -1,7 +1,5 @@
 """``python -m benchmarks.tables``: tables of the README and docs/, and pictures, from the newest committed results."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

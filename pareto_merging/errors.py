@@ -1,7 +1,5 @@
 """Errors whose message is for the user. The command line prints it on one line and exits, without a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 A preference γ is a point of the simplex, one weight per task: finite, non-negative, summing to 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias

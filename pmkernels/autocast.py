@@ -1,7 +1,5 @@
 """Autocast at the border of an operation: it casts x there and nothing inside."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable

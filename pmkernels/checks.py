@@ -1,7 +1,5 @@
 """The checks of public functions. An error names the argument, what was expected and what came."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ rates and fastest strategies as measured), else after its architecture (``sm_90.
 force.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Mapping

@@ -8,8 +8,6 @@ them is a matter of its form; all such shares stand in :data:`FORMS`. A predicte
 reported as a measurement.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple

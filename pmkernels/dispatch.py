@@ -1,7 +1,5 @@
 """The :class:`Configs` in force, by which launches and choices go on a device."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

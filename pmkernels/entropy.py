@@ -1,7 +1,5 @@
 """softmax_entropy: its backward needs only the logits and three numbers per row."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ first run once with PyTorch's synchronisation check set to raise: what waits for
 it, is found before any capture begins. What fails all the same is cleaned up after as far as PyTorch allows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator

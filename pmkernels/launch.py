@@ -1,7 +1,5 @@
 """The arithmetic of a launch: parts of a product, precisions, and which tensors are aligned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ What is computed is the same for all of them (:func:`_forward`, :func:`_gradient
 :mod:`pmkernels.strategies`.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(�
 per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`RowProducts`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,7 +46,7 @@ class Parts(NamedTuple):
             None if self.G is None or self.gamma is None or self.gamma.ndim > 1 else preference_core(self.G, self.gamma)
         )
 
-    def contiguous(self) -> Parts:
+    def contiguous(self) -> "Parts":
         """Return the parts with λ, A, G and B contiguous. Their offsets then stay in int32."""
         learned = {name: getattr(self, name) for name in ("lam", "A", "G", "B")}
         return self._replace(**{name: t.contiguous() for name, t in learned.items() if t is not None})

@@ -1,7 +1,5 @@
 """merge_weight: W(γ) itself and the reductions of its gradient, by any strategy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ Operators cannot return an optional tensor: a gradient that was not asked for is
 checked by the public functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·B�
 it before y is rounded, so that nearby preferences stay apart. :mod:`pmkernels.kernels.preference` has the kernels.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

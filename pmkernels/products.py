@@ -8,8 +8,6 @@ so a backward holds at most one layer's dW at a time and keeps none. The functio
 on any device; those named after ``scratch`` let a kernel put W together, or reduce dW.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """project_task_vectors: T_k = Aᵀτ_kB, all that a data-free objective needs of τ."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ Symbols and shapes: N out, D in, R rank, K tasks, M rows.
 (Chen & Kwok, "Pareto Merging", arXiv 2408.12105, equations 5 and 6).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

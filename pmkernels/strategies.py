@@ -10,8 +10,6 @@ All give the same result up to rounding:
 nothing else lists their names.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping

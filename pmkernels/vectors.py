@@ -1,7 +1,5 @@
 """merge_vectors and its gradient: many small parameters merged at once."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line in the process of the tests."""
 
-from __future__ import annotations
-
 import pytest
 
 from pareto_merging.cli import main

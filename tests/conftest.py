@@ -3,8 +3,6 @@
 A GPU machine may have torch, triton, numpy and pytest and nothing else: nothing here imports more before it is used.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 

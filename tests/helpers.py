@@ -1,7 +1,5 @@
 """Models and copies that tests make for themselves."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Inputs for the kernels and the comparison with float64: used on the CPU (interpreted) and on a GPU."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

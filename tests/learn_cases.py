@@ -1,7 +1,5 @@
 """What the tests of learning share: short settings, task sets on 8×8 images, and copies of what is learned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the tests of the merging methods share: small models, task sets, and plain loops to compare with."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Which parametrisations of a GPU test are smoke tests, and how early they run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """What CONTRIBUTING.md shows is run: its Python, one heading after the other."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator

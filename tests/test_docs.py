@@ -1,7 +1,5 @@
 """What the pages and the Makefile name is there: linked files, paths, modules that are run, and what make makes."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

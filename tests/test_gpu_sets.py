@@ -1,7 +1,5 @@
 """Which GPU tests there are, what each target runs and in which order, and what is left out: all without a GPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

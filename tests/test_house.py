@@ -1,7 +1,5 @@
 """What a machine can check of how the code is written; ``python tests/test_house.py [ROOM]`` prints what is left."""
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -1,7 +1,5 @@
 """What a multiprocessor of an architecture has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

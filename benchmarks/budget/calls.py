@@ -1,7 +1,5 @@
 """The calls whose launches are compiled."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

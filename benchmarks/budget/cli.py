@@ -14,8 +14,6 @@ A compiled kernel depends on types, K, the configuration, and on which sizes and
 other sizes do not change the code, so the shapes below stand for all of theirs.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -1,7 +1,5 @@
 """Kernels compiled without a GPU, and what they take."""
 
-from __future__ import annotations
-
 import functools
 import io
 import re

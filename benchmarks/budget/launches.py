@@ -1,7 +1,5 @@
 """The launches of all calls, recorded instead of run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -13,8 +13,6 @@ that write the real ones, and deleted afterwards. A process of their own then do
 What fails is a row with its error. The exit code is 1 if there is one.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

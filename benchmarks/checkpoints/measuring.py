@@ -1,7 +1,5 @@
 """One row: the files, and what a process of its own makes of them."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

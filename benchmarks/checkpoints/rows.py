@@ -1,7 +1,5 @@
 """One model in one format: what was measured, and which promises it broke."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

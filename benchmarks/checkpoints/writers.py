@@ -1,7 +1,5 @@
 """Checkpoints by the code that writes the real ones."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import types

@@ -1,7 +1,5 @@
 """What a GPU does at best: everything else is set against these figures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How far results are from the truth, and how far they may be."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ class Errors:
     line: float
 
     @classmethod
-    def of(cls, results: Sequence[Tensor], truth: Sequence[Tensor]) -> Errors:
+    def of(cls, results: Sequence[Tensor], truth: Sequence[Tensor]) -> "Errors":
         """Compare rows and columns with the mean size of all. One wrong tile must not hide in a large result."""
         worst = 0.0
         for a, b in zip(results, truth, strict=True):

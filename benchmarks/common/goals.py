@@ -1,7 +1,5 @@
 """What was aimed at, what was measured beside it, and whether that is met."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

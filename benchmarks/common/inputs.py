@@ -1,7 +1,5 @@
 """Random inputs of one layer, on the scale of a real one."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -3,8 +3,6 @@
 That is the kernel, of its arguments the types, values and alignment, and the options.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +47,7 @@ class Launch:
         return self.kernel.partition(":")[2]
 
     @classmethod
-    def of(cls, kernel: Any, arguments: Iterable[Any], options: dict[str, Any]) -> Launch:
+    def of(cls, kernel: Any, arguments: Iterable[Any], options: dict[str, Any]) -> "Launch":
         """Encode a call of ``kernel.run``. A number that is no constant of the kernel is kept as its class only."""
         constant = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
         encoded = [

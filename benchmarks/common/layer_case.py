@@ -1,7 +1,5 @@
 """One layer with K task vectors: inputs, variants of each operation, and the truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +36,7 @@ class Case:
     exact: Tensor
 
     @classmethod
-    def make(cls, layer: Layer, tasks: int, rows: int, dtype: torch.dtype, device: torch.device) -> Case:
+    def make(cls, layer: Layer, tasks: int, rows: int, dtype: torch.dtype, device: torch.device) -> "Case":
         """Make random inputs; no gradient is a sum that cancels."""
         source = Source(device)
         parts = make_weights(layer, tasks, layer.rank, dtype, source)

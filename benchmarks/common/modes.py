@@ -1,7 +1,5 @@
 """Modes of PyTorch that measurements and checks run under."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ says where that is, then answers every line of its input with the milliseconds o
 functions, and nothing else of this repository: it runs as it is in another commit.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """Tables in Markdown and pictures, as the summaries of the suites have them."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """NVIDIA's assembly language (PTX) and what ptxas says of it: lints of wgmma."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ after each of its rows and when it is done: a kill at any moment leaves a file w
 way is measured again by a later run. Needs nothing but Python.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -54,13 +52,13 @@ class Record:
         self.path, self.data = path, data
 
     @classmethod
-    def new(cls, path: Path, header: Mapping[str, Any]) -> Record:
+    def new(cls, path: Path, header: Mapping[str, Any]) -> "Record":
         """Begin a file with ``header`` (command, commit, date, suite …) and no rows."""
         empty: dict[str, Any] = {"environment": {}, "runs": [], "units": {}, "rows": []}
         return cls(path, {**header, **empty, "not_reached": [], "running": None, "ended": RUNNING})
 
     @classmethod
-    def read(cls, path: Path, suite: str) -> Record:
+    def read(cls, path: Path, suite: str) -> "Record":
         """Read the file of an earlier run.
 
         Raises:

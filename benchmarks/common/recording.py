@@ -9,8 +9,6 @@ no memory of the GPU is there (:mod:`benchmarks.common.recording_device`). A lis
 Triton under another Python (:mod:`benchmarks.gpu_kernels`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterable, Iterator

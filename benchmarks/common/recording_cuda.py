@@ -1,7 +1,5 @@
 """What code can ask of a CUDA GPU, answered where there is none."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import sys
@@ -47,7 +45,7 @@ class _Stream:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device, self.cuda_stream = DEVICE, 0
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> "_Stream":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -86,7 +84,7 @@ _GENERATOR = torch.Generator
 class _Generator(_GENERATOR):
     """A generator of random numbers; the GPU's is one of the CPU."""
 
-    def __new__(cls, device: Any = "cpu") -> _Generator:
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
         made: _Generator = _GENERATOR.__new__(cls, device="cpu")  # type: ignore[call-arg]
         return made
 

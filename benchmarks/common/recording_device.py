@@ -6,8 +6,6 @@ offsets, labels) are kept and computed beside their tensor, as code reads and ch
 their real Python, down to the launch.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

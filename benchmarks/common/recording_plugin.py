@@ -7,8 +7,6 @@ Nothing is computed (:mod:`benchmarks.common.recording`), so nothing can be comp
 and let pass. A test that stops all the same, because it reads what only a GPU has, is recorded up to there and listed.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib.machinery

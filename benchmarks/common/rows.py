@@ -1,7 +1,5 @@
 """A row of figures: a variant of an operation, its errors, and its time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

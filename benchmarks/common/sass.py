@@ -4,8 +4,6 @@ A lint says what is wrong in words that name the instructions. Each follows all 
 end of a loop's body meets the write at the beginning of the next round.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 import subprocess

@@ -1,7 +1,5 @@
 """Measuring unit by unit, as far as time goes. What is there already is not measured again."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Suites by name: where each is measured, and which modules measure it and show it."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

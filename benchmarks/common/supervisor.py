@@ -6,8 +6,6 @@ the worker at the time limit or when it is told to stop, gives up a unit that ta
 that died, and finishes the results file, which the worker leaves whole after every row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Timers of one call with a cold cache, whole steps, and several functions in turn."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import math

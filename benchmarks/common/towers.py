@@ -1,7 +1,5 @@
 """Layers and vision transformers that are measured, by their sizes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

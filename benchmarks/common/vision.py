@@ -1,7 +1,5 @@
 """Randomly initialised vision transformers, from the first library that is installed."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

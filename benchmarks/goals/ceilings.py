@@ -1,7 +1,5 @@
 """What this card does at best. Everything else is set against these figures of the same run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

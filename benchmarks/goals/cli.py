@@ -1,7 +1,5 @@
 """The command line of ``python -m benchmarks.goals``: it starts, watches and ends the process that measures."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

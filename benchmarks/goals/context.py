@@ -1,7 +1,5 @@
 """What every group is given, and rows of one operation timed beside its bound."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

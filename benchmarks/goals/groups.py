@@ -1,7 +1,5 @@
 """The groups of units in order of value, by their names in ``--only`` and keys."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 SUITE = "goals"

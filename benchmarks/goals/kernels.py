@@ -1,7 +1,5 @@
 """The hot kernels: right on the goals' shapes, then beside their bounds."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is left at the end: few bytes, a data-free run, and the layer grid."""
 
-from __future__ import annotations
-
 from benchmarks.goals.context import Context
 from benchmarks.suites import layers
 

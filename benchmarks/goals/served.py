@@ -1,7 +1,5 @@
 """Projections and a block of the served model at a preference per image."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The engine as a user calls it, beside the plain merged model and merging again."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 from pathlib import Path

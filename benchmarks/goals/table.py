@@ -1,7 +1,5 @@
 """The table of goals: aims, measurements of the same run, and whether they are met."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

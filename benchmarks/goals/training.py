@@ -1,7 +1,5 @@
 """An optimiser step of whole models: ours beside its limit and baselines, with checked gradients."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 
@@ -31,7 +29,7 @@ class Group:
             tower = next(one for one in TOWERS if one.name == model)
             self.steps = Steps(tower, TASKS, context.device, context.dtype, rates, batch=batch, say=_nothing)
 
-    def __enter__(self) -> Group:
+    def __enter__(self) -> "Group":
         return self
 
     def __exit__(self, *_: object) -> None:

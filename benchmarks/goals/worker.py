@@ -1,7 +1,5 @@
 """``python -m benchmarks.goals.worker``: the process that measures; :mod:`benchmarks.goals.cli` watches it."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import importlib

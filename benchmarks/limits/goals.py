@@ -1,7 +1,5 @@
 """What is predicted of the goals."""
 
-from __future__ import annotations
-
 from benchmarks.common.towers import BATCH, TOWERS
 from benchmarks.limits import predictions
 from benchmarks.limits.models import STEPS

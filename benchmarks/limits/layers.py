@@ -1,7 +1,5 @@
 """What each layer costs at the least, counted and on each GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from benchmarks.common.layer_case import NAMES

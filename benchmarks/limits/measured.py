@@ -1,7 +1,5 @@
 """Figures of committed results files that limits are set beside."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a training step costs at the least on each GPU."""
 
-from __future__ import annotations
-
 from benchmarks.common.towers import BATCH, TOWERS, Tower
 from benchmarks.limits import predictions
 from benchmarks.limits.layers import db_bytes

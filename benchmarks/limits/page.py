@@ -6,8 +6,6 @@ figures are taken from the newest committed results file of that GPU and appear 
 measured".
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A step or a forward is a list of kernels, each with how often it is launched; it
 other. What :data:`PARTS` names can be added up by part. Nothing here was measured.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -107,7 +105,7 @@ class Prediction:
         """Return the time without the rest of the network. That takes the same time however weights are merged."""
         return self.seconds - self.parts.get(REST, 0.0)
 
-    def apart(self, other: Prediction) -> float:
+    def apart(self, other: "Prediction") -> float:
         """Add up by how many seconds each part differs from that of another."""
         names = self.parts.keys() | other.parts.keys()
         return sum(abs(self.parts.get(name, 0.0) - other.parts.get(name, 0.0)) for name in names)

@@ -1,7 +1,5 @@
 """Figures and ratios as the page of limits writes them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from benchmarks.common import pages

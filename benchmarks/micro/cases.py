@@ -1,7 +1,5 @@
 """What microbenchmarks share: inputs at a point, the check against float64, and counts."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence

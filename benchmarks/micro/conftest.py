@@ -23,8 +23,6 @@ number, ``=0001``. A run on another GPU is refused; another driver, torch or Tri
 ``pytest benchmarks/micro/test_linear.py --benchmark-group-by=group,param:rows`` sets strategies side by side.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math

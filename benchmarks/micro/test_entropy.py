@@ -1,7 +1,5 @@
 """softmax_entropy of a batch of logits, alone and with the gradient of the logits."""
 
-from __future__ import annotations
-
 import functools
 
 import pmkernels

@@ -1,7 +1,5 @@
 """pareto_linear at one preference: forward, the gradient of x, and a layer's training step."""
 
-from __future__ import annotations
-
 import functools
 
 import pmkernels

@@ -1,7 +1,5 @@
 """merge_weight: W(γ) of one layer, written once from all its parts."""
 
-from __future__ import annotations
-
 import torch
 
 import pmkernels

@@ -3,8 +3,6 @@
 The rows [x | t] are written by a kernel of their own in the ``streamed`` strategy; [W | A] is laid out once a model.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

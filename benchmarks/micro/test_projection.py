@@ -1,7 +1,5 @@
 """project_task_vectors: Aᵀ·τ_k·B of every task, alone and with the gradients of A and B."""
 
-from __future__ import annotations
-
 import functools
 
 import pmkernels

@@ -1,7 +1,5 @@
 """merge_vectors: all vectors of a vision transformer in one launch, and the gradient of λ."""
 
-from __future__ import annotations
-
 import functools
 
 import pmkernels

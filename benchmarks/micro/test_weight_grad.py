@@ -1,7 +1,5 @@
 """The gradients of λ, A, G and B, from rows and from a given dW. From rows, dW need not exist."""
 
-from __future__ import annotations
-
 import functools
 
 import pmkernels

@@ -1,7 +1,5 @@
 """One tower at one batch with P distinct preferences: every variant judged and timed."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -54,7 +52,7 @@ class Truth:
     plain_error: float
 
     @classmethod
-    def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> Truth:
+    def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> "Truth":
         """Return the truth of plain models merged at ``drawn`` [P, K], for all ``counts``."""
         wide, plain_error = copy.deepcopy(case.folded).double(), 0.0
         features: dict[int, Tensor] = {}
@@ -98,7 +96,7 @@ class Cell:
     ready: dict[str, Variant]
 
     @classmethod
-    def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> Cell:
+    def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> "Cell":
         """Make a cell of the first ``count`` preferences of each of ``drawn`` [SETS, P, K]."""
         requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
         return cls(case, images, requests, truth, {}, {})

@@ -1,7 +1,5 @@
 """A folded vision tower, requests to it, and copies with other projections."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ class Request:
     each_on_device: Tensor
 
     @classmethod
-    def make(cls, distinct: Tensor, items: int, device: torch.device) -> Request:
+    def make(cls, distinct: Tensor, items: int, device: torch.device) -> "Request":
         """Give item i of ``items`` preference i mod P of ``distinct`` [P, K]."""
         each = distinct[torch.arange(items) % len(distinct)]
         return cls(distinct, each, distinct.to(device), each.to(device))
@@ -103,7 +101,7 @@ class Projection:
     B: Tensor
 
     @classmethod
-    def of(cls, module: ParetoModule, name: str) -> Projection:
+    def of(cls, module: ParetoModule, name: str) -> "Projection":
         """Return parameter ``name`` of a folded layer."""
         bias = module._parameters[name.replace("weight", "bias")]
         stored = module.pareto_parameter(name)

@@ -5,8 +5,6 @@ The bound of a layer counts its operations and bytes (:func:`pmkernels.costs.bou
 read once more: the product with B comes before the one with A.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables and pictures of served layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

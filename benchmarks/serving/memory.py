@@ -1,7 +1,5 @@
 """Bytes that objects hold, and bytes that are free."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

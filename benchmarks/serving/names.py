@@ -1,7 +1,5 @@
 """Names of what the serving suite measures."""
 
-from __future__ import annotations
-
 OP = "serving"
 LIMIT = "limit: plain merged model"
 LIMIT_LINEAR = "limit: plain merged model, linear layers"

@@ -11,8 +11,6 @@ item's own preference in a wider type; the errors of plain PyTorch in the served
 On a CUDA GPU everything is bfloat16; the CPU runs the same code in float32 on fewer batches.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict

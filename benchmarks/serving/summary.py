@@ -1,7 +1,5 @@
 """Goals, tables and pictures of the serving suite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ folded vision tower of open_clip. Its attention is rebuilt from two linear layer
 all other weights are shared with the folded tower, not copied.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ Pareto Merging, each changing one thing about its published setting, nothing cho
 Results are kept in a work folder, method by method: an interrupted study goes on from there.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import tempfile

@@ -1,7 +1,5 @@
 """The committed figures of fuzzing, which ``make fuzz`` measures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

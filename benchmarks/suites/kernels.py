@@ -6,8 +6,6 @@ beforehand: what a layer costs that is not a Pareto layer. Bounds count operatio
 in the same run.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

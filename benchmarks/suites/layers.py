@@ -5,8 +5,6 @@ cold L2 cache: what is compared is the work on the GPU, also at one row, where a
 the kernel. ``auto`` should be within :data:`GOAL` of the better of ``fused`` and ``streamed`` at every point.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Tables and pictures of the layer grid."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

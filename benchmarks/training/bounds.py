@@ -1,7 +1,5 @@
 """What a step cannot take less than: its products, attention and merge, counted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A vision transformer with K made-up fine-tuned copies, which every variant is given."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import zlib

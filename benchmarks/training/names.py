@@ -1,7 +1,5 @@
 """Names of what the training suite measures."""
 
-from __future__ import annotations
-
 STEP, DATA_FREE = "optimiser step", "data-free step"
 AUTO = "auto"
 WITHOUT_GRAPHS = "cached, no CUDA graphs"

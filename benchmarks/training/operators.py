@@ -5,8 +5,6 @@ where a step is not captured as a CUDA graph. The count does not depend on the m
 with the number of blocks of ViT-L/14 and a width of 64, eight tasks, task by task, in plain PyTorch.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """The library's own step, in each strategy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 

@@ -1,7 +1,5 @@
 """A step in plain PyTorch: the baselines, and the limit."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

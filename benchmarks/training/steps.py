@@ -1,7 +1,5 @@
 """Rows of one model: each variant measured, where its gradient was right."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

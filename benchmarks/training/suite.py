@@ -8,8 +8,6 @@ to the same computation in a wider type as plain PyTorch's is. Weights, task vec
 does not depend on their values. Images are on the GPU already: nothing is read or decoded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

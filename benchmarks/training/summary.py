@@ -1,7 +1,5 @@
 """Goals, tables and pictures of the training suite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

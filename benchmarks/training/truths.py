@@ -1,7 +1,5 @@
 """The gradient and the losses in a wider type, and the errors of plain PyTorch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

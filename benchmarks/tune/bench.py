@@ -1,7 +1,5 @@
 """One configuration on one case: whether it is right, and how long it takes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

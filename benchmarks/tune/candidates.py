@@ -1,7 +1,5 @@
 """Launch configurations worth a try."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """One launch of one kernel: its arguments, and the launch itself."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 from typing import Any

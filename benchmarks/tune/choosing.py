@@ -1,7 +1,5 @@
 """Choosing among candidates: screened on few cases, timed on all, checked in use."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -9,8 +9,6 @@ In order of value: what the hot path launches (the reduction of dW, the widening
 strategies of ViT-L/14 and ViT-B/32, then the rest. What `python -m benchmarks.budget` would refuse is never timed.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Compiling beforehand, on every core."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor

@@ -1,7 +1,5 @@
 """The configuration file that is written, and whether the library reads it as meant."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

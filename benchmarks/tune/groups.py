@@ -1,7 +1,5 @@
 """Groups: the lines of a configuration file, and what their candidates are tried on."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The result of a launch in float64, and what is wrong with another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +80,7 @@ class Prepared:
     plain: Errors
 
     @classmethod
-    def make(cls, case: Case, device: torch.device) -> Prepared:
+    def make(cls, case: Case, device: torch.device) -> "Prepared":
         """Prepare a case.
 
         Of the weight gradient, plain PyTorch's error is at least that of its dW: few numbers come right by luck.

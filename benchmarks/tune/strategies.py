@@ -1,7 +1,5 @@
 """Strategies compared over rows, and where one overtakes the other."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A run in words: gains, crossovers and rates, and every candidate for the record."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

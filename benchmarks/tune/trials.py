@@ -1,7 +1,5 @@
 """Configurations on trial, and configuration files in use, instead of those of the library."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One run: phases in order of value, their configuration file, and a summary."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

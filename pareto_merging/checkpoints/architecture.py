@@ -4,8 +4,6 @@ No file is opened here, and no weight is looked at. Everything that comes from o
 to its length: shapes and configurations may come from anybody.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -5,8 +5,6 @@ the legacy format (pickles one after another, then the bytes of every storage). 
 run; a zip entry's checksum is compared before its numbers are used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

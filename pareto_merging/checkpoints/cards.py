@@ -1,7 +1,5 @@
 """Model cards for the Hugging Face Hub, with code that loads the model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

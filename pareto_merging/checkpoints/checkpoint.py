@@ -13,8 +13,6 @@ content, not by its name. :mod:`.formats`, :mod:`.folders` and :mod:`.names` hav
 ``register``. No file can run code, and none is believed before its sizes have been compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is known of a checkpoint before its weights are read."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Vision encoders of open_clip by model name, or by the arguments of its VisionTransformer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ whole and on the disk. Its configuration, without which nothing loads it, is wri
 to write what it reads.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

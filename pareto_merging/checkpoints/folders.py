@@ -3,8 +3,6 @@
 A user's own is added with :func:`register`; nothing else lists the layouts.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pareto_merging.checkpoints import hugging_face, open_clip

@@ -3,8 +3,6 @@
 A user's own is added with :func:`register`; nothing else lists the formats. No format may run code of a file's.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Class embeddings and scales of zero-shot heads are read from safetensors or pickled modules."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -3,8 +3,6 @@
 Downloads are huggingface_hub's and open_clip's own, into their caches; HF_HUB_OFFLINE is respected.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import os

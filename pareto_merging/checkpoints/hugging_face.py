@@ -1,7 +1,5 @@
 """Hugging Face's configurations of a CLIP, and the folders that hold them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Mapping

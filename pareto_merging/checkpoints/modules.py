@@ -1,7 +1,5 @@
 """Modules and state dicts in pickles that were read as data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

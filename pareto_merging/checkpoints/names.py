@@ -16,8 +16,6 @@ proj                       visual_projection.weight, transposed and without the 
 The text tower has the same blocks behind ``text_model.``; its ``text_projection`` is transposed as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class Piece:
     sources: tuple[str, ...]
     transpose: bool = False
 
-    def behind(self, prefix: str) -> Piece:
+    def behind(self, prefix: str) -> "Piece":
         """Return the piece of a file that has ``prefix`` before each of these names."""
         return Piece(tuple(f"{prefix}{source}" for source in self.sources), self.transpose)
 

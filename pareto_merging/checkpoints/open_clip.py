@@ -1,7 +1,5 @@
 """open_clip's open_clip_config.json, and the folders that hold it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial

@@ -7,8 +7,6 @@ where its bytes lie. Python's own ``pickle`` is not used: even a restricted one 
 lengths before it has seen the bytes.
 """
 
-from __future__ import annotations
-
 import copyreg
 import re
 import struct

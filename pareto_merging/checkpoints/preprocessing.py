@@ -1,7 +1,5 @@
 """How images are made for an encoder: ``size``, ``mean`` and ``std``, checked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

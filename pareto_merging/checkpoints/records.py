@@ -1,7 +1,5 @@
 """Records and tensors that pickles are read as, and what torch's functions would make."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Classes and functions that a pickle may name. They stand for data, and nothing calls them."""
 
-from __future__ import annotations
-
 import re
 import sys
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """safetensors files with JSON in their metadata and a checksum of every tensor. Nothing here unpickles."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Tensors in several files, each name in one of them, as an index says."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

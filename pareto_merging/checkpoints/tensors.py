@@ -1,7 +1,5 @@
 """Named tensors that are read when asked for, as a protocol and a mapping."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The command line's commands and exit codes. A mistake is one line and exit code 2."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """``pareto-merging compare``."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import shlex

@@ -1,7 +1,5 @@
 """What several commands share: arguments, options, warnings, and how one is stopped."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

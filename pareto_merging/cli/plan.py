@@ -1,7 +1,5 @@
 """``pareto-merging plan``."""
 
-from __future__ import annotations
-
 import json
 
 from pareto_merging.cli.options import AsJson, ConfigFile

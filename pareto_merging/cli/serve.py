@@ -1,7 +1,5 @@
 """``pareto-merging serve``."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``pareto-merging train``."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin

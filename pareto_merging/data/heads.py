@@ -1,7 +1,5 @@
 """Zero-shot heads: frozen class embeddings that turn an encoder's features into logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Images as map-style datasets from a folder, a safetensors file or an embedded suite."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """One task: its images, and the head that reads the encoder's features."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

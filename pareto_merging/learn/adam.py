@@ -3,8 +3,6 @@
 There are hundreds of small ones; the two groups may differ in their rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

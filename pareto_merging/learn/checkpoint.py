@@ -3,8 +3,6 @@
 The learned parameters, Adam's moments, the step, and what they belong to.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

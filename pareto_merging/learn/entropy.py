@@ -3,8 +3,6 @@
 On batches without labels. Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

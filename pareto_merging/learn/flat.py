@@ -1,7 +1,5 @@
 """Many small tensors as one long vector: gradients, and the parameters that Adam steps."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ All biases and norms are merged in one launch and their λ differentiated in one
 terms are batched over the layers of one shape.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

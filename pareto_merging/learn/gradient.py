@@ -9,8 +9,6 @@ is small is merged and differentiated at once (:mod:`.gathered`), the images and
 whole of it is captured once and replayed, so that Python launches one graph instead of thousands of kernels.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

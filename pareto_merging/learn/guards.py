@@ -1,7 +1,5 @@
 """Guards of a run: collapse, numbers that are not finite, λ's range, requests to stop."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal

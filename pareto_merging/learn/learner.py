@@ -1,7 +1,5 @@
 """One optimiser step: preferences, gradient, Adam, and checks. A step that fails never was."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field

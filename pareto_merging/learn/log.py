@@ -1,7 +1,5 @@
 """The log of a run: one line of JSON per step and event."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Learning a Pareto set: the loop, with its guards, its log and its checkpoints."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 import warnings

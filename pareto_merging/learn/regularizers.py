@@ -3,8 +3,6 @@
 The cosine of S with 1/γ, and the norm of the low-rank part. Equation 10 of Chen & Kwok, arXiv 2408.12105.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The settings are given flat, ``MethodSettings(rank=4, steps=100)``, and so they 
 group: ``settings.loss.mu``, ``settings.optimiser.learning_rate``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -126,7 +124,7 @@ class SamplingSettings(Strict):
     seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
 
     @model_validator(mode="after")
-    def _check_gamma(self) -> SamplingSettings:
+    def _check_gamma(self) -> "SamplingSettings":
         if (self.gamma is not None) != (self.preference == "fixed"):
             raise ValueError("gamma: expected one with preference: fixed, and none without")
         return self

@@ -1,7 +1,5 @@
 """The objective ``weight-distance``: S_k = Σ_layers ‖W(γ) − W_k‖²_F, in closed form and without data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

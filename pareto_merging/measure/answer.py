@@ -1,7 +1,5 @@
 """A comparison in plain sentences: which method for which use."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 from pareto_merging.measure.metrics import Spread

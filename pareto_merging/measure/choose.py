@@ -1,7 +1,5 @@
 """Choices without labels: of a method's setting, and of a model for an unseen task."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Accuracy and entropy of merged models on held-out images, per task and preference."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Indicators of a set of solutions, from moocore and SciPy. Higher is better for every objective here."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """What a comparison or an evaluation leaves behind: JSON, CSV and Markdown tables, and pictures."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence
@@ -76,7 +74,7 @@ class Report:
         }
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Report:
+    def from_json(value: Mapping[str, Any]) -> "Report":
         """Return the report of :meth:`to_json`."""
         own = ("tasks", "evaluated_tasks", "reference_point", "answer", "choices")
         return Report(

@@ -1,7 +1,5 @@
 """A comparison's results, one for each method and seed, as they are kept in files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,7 +111,7 @@ class Result:
         return value | ({"reason": self.reason} if self.status != "done" else {})
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Result:
+    def from_json(value: Mapping[str, Any]) -> "Result":
         """Return the result of :meth:`to_json`; titles, facts, entropies and times may be left out.
 
         Raises:

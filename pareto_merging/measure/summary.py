@@ -1,7 +1,5 @@
 """A comparison's figures for each method, over its seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +50,7 @@ class MethodSummary:
         return value
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> MethodSummary:
+    def from_json(value: Mapping[str, Any]) -> "MethodSummary":
         """Return the summary of :meth:`to_json`."""
         flat = ("title", "is_bound", "seeds", "reasons", "failed", "preference_aware")
         about = {key: value[key] for key in flat if key in value}

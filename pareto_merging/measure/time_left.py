@@ -1,7 +1,5 @@
 """How long a comparison will still take, from what it has taken."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor

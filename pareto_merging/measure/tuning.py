@@ -1,7 +1,5 @@
 """How a method's setting is chosen. Each is tried and scored, a failed one is passed over."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Sequence

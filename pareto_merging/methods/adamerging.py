@@ -10,8 +10,6 @@ over the tasks and batches, not their sum, a constant that Adam does not feel; a
 merged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias, Unpack

@@ -4,8 +4,6 @@ Equation 4 of arXiv 2408.12105: linear scalarisation at a fixed preference; the 
 a run and a model per preference.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Unpack

@@ -4,8 +4,6 @@ Yu et al., "Language models are Super Mario", ICML 2024: τ̃_k = m_k ⊙ τ_k /
 = W0 + λ Σ_k τ̃_k, task arithmetic on what is left. Buffers are averaged, as in :mod:`task_arithmetic`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ products (:class:`WeightDistance`), so no image is seen, no forward is run and t
 reading: each S_k in units of ‖τ_k‖², so that tasks count alike.
 """
 
-from __future__ import annotations
-
 from typing import Any, Unpack
 
 from torch import nn

@@ -12,8 +12,6 @@ floor before it divides, so that an entry to which no model is sensible leans to
 add it after, and such an entry gets the average.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 As an answer to a preference: the fine-tuned model of the task that γ wants most (the first of several).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

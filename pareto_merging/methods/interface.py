@@ -1,7 +1,5 @@
 """What a method is given, what there is to choose, and what it returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

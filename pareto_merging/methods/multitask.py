@@ -5,8 +5,6 @@ run of the whole encoder. Heads stay frozen, as in the fine-tuning of the indivi
 learning + preference" is one such run per γ.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Mapping

@@ -9,8 +9,6 @@ Kaiming's uniform distribution, so that, as in Pareto Merging, the run starts at
 Pareto Merging.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, Unpack

@@ -8,8 +8,6 @@ Pareto Merging++ has the task vectors trimmed and their signs elected by TIES fi
 can be plugged in). With ``objective="weight-distance"`` it is data-free: see :mod:`data_free`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial

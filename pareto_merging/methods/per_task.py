@@ -1,7 +1,5 @@
 """What methods share that run each fine-tuned model on its own task's images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The pretrained model as it is: what zero-shot use gets."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from pareto_merging.methods.interface import Copies, Merged, Method, on_weights, one_model

@@ -1,7 +1,5 @@
 """The table of methods, and how one is run by its name. :func:`register` adds one from outside."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pareto_merging.methods import (

@@ -17,8 +17,6 @@ Unlike the published code, which knows nn.Linear by its hooks, we find each use 
 that the model makes: see :class:`GramRecorder`.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence

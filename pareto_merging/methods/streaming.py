@@ -1,7 +1,5 @@
 """Merging tensor by tensor, in small pieces: what methods that need only the weights share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ Ilharco et al., "Editing models with task arithmetic", ICLR 2023. Of parameters;
 does the same, are averaged (:func:`merge_tensors`).
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from pareto_merging.learn.settings import MethodSettings

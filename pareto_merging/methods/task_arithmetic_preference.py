@@ -5,8 +5,6 @@ say at which λ; ours is a setting. At λ = 1 a one-hot γ is the fine-tuned mod
 average; at λ = K·c the equal γ is task arithmetic with coefficient c.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from pareto_merging.learn.settings import MethodSettings

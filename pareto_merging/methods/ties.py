@@ -8,8 +8,6 @@ We differ from the published code in two things: where the sum is exactly 0 noth
 the code takes the sign that most entries have; and buffers are averaged, not trimmed together with the parameters.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Weight averaging: W = (1/K) Σ_k W_k (Wortsman et al., "Model soups", ICML 2022)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from pareto_merging.methods.interface import Copies, Merged, Method, on_weights, one_model

@@ -1,7 +1,5 @@
 """nn.MultiheadAttention whose projections are merged."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -7,8 +7,6 @@ means another merge. What no stamp can see is a write through ``.data`` or by a 
 ``set_strategy`` starts anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A plain module turned into a Pareto one in place, and back."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """The K fine-tuned copies of a model, checked against it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 

@@ -1,7 +1,5 @@
 """The cores of the low-rank term that are not learned: γγᵀ and γ·e₁ᵀ."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

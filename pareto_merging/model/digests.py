@@ -1,7 +1,5 @@
 """SHA-256 of weights: which a Pareto set belongs to."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

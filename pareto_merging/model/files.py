@@ -5,8 +5,6 @@ weights. A *folded file* is self-sufficient: the base weights with λ folded in,
 and the encoder's description. Both are safetensors with a JSON metadata header.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Pareto model made plain for one preference, or folded for all."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """The learned parameters of a Pareto model by name, and λ as one table."""
 
-from __future__ import annotations
-
 from typing import Literal, TypeAlias
 
 import torch

@@ -1,7 +1,5 @@
 """nn.Linear whose weight is merged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -27,7 +25,7 @@ class ParetoLinear(ParetoModule, nn.Linear):
         finetuned: Sequence[nn.Linear] | Mapping[str, nn.Linear],
         rank: int = 16,
         init_lambda: float = 0.3,
-    ) -> ParetoLinear:
+    ) -> "ParetoLinear":
         """Make one layer from its pretrained form and K fine-tuned copies. The copies may be by task name; ``rank`` 0:
         λ only."""
         model = parametrize(

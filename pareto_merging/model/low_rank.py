@@ -1,7 +1,5 @@
 """Which matrices of a model have a low-rank term."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Literal, TypeAlias

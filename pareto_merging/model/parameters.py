@@ -4,8 +4,6 @@ The parts of ``weight`` are attributes ``task_vectors``, ``lam``, ``A``, ``G``, 
 parameter carry its name in front: ``bias_lam``, ``in_proj_weight_G``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -79,7 +77,7 @@ class MergedParameter:
             G = preference_core(state.core, (state.now.gamma if gamma is None else gamma).to(self.A))
         return LowRankTerm(self.A, G, self.B)
 
-    def at(self, gamma: Tensor | None = None) -> MergedParameter:
+    def at(self, gamma: Tensor | None = None) -> "MergedParameter":
         """Return it as it is used at ``gamma`` [K], by default the current preference.
 
         λ lies within the range it is clamped to, and a structure that learns no G has that of :func:`preference_core`.
@@ -89,12 +87,12 @@ class MergedParameter:
 
     def with_low_rank(
         self, A: Tensor | None, G: Tensor | None, B: Tensor | None, lam: Tensor | None = None
-    ) -> MergedParameter:
+    ) -> "MergedParameter":
         """Return it with another low-rank term, and another λ where one is given."""
         lam = self.lam if lam is None else lam
         return MergedParameter(self.module, self.name, self.path, self.weight, self.task_vectors, lam, A, G, B)
 
-    def rows(self, rows: slice) -> MergedParameter:
+    def rows(self, rows: slice) -> "MergedParameter":
         """Return the rows ``rows`` of a merged matrix."""
         task_vectors = None if self.task_vectors is None else self.task_vectors[:, rows]
         A = None if self.A is None else self.A[rows]

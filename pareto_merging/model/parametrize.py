@@ -1,7 +1,5 @@
 """Any nn.Module and K fine-tuned copies of it, turned into a Pareto model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy

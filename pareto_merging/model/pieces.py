@@ -1,7 +1,5 @@
 """Large tensors worked through in pieces, so that temporaries stay small beside any model."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -4,8 +4,6 @@ A preprocessing is a function of one parameter's name and its K task vectors [K,
 returns K others of the same shape. :func:`pareto_merging.parametrize` takes any such function.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -110,7 +108,7 @@ class Ties:
         copies: Mapping[str, Mapping[str, Tensor]],
         density: float,
         as_stored: AsStored = as_it_is,
-    ) -> Ties:
+    ) -> "Ties":
         """Find the thresholds of K fine-tuned copies.
 
         Args:

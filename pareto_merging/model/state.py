@@ -1,7 +1,5 @@
 """What all layers of one Pareto model share, and the preference it is set to."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ by Σλ, and it is 2⁻⁹ of W0 (bfloat16), as in any model of that dtype. So r
 while what is merged to a plain model at once (weight averaging, task arithmetic, TIES …) starts from W0 as stored.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -76,7 +74,7 @@ class _Stored:
         dtypes = getattr(weights, "dtypes", {})
         self.dtypes: Mapping[str, torch.dtype] = dtypes if isinstance(dtypes, Mapping) else {}
 
-    def __deepcopy__(self, memo: Any) -> _Stored:
+    def __deepcopy__(self, memo: Any) -> "_Stored":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

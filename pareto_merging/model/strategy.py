@@ -1,7 +1,5 @@
 """Settings of how a running model's layers are computed: strategy and memory."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 

@@ -1,7 +1,5 @@
 """The task vectors of one parameter: W_k − W0 as stored, rounded once."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import math
@@ -95,7 +93,7 @@ class Sources:
         weight: Tensor,
         task: str,
         weights: Mapping[str, Tensor],
-        target: tuple[Differences, int] | None,
+        target: tuple["Differences", int] | None,
     ) -> None:
         """Write one parameter of one copy minus W0 to its place in ``target``. Without a target there is no difference.
 

@@ -1,7 +1,5 @@
 """Whether a run's files belong together; what does not is a UserError that names it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

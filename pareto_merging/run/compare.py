@@ -1,7 +1,5 @@
 """``pareto-merging compare``: methods on a configuration's models, kept in a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import json

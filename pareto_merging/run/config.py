@@ -1,7 +1,5 @@
 """A run as a YAML file: typed settings. Unknown keys are errors."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable
@@ -123,7 +121,7 @@ class RunConfig(Strict):
         return value
 
     @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _check(self) -> "RunConfig":
         if self.suite is not None:
             if self.encoder is not None:
                 raise ValueError("expected either suite or encoder, got both")

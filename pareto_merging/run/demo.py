@@ -1,7 +1,5 @@
 """``pareto-merging demo``: eight fine-tuned vision transformers become one Pareto set, on real images."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json

@@ -1,7 +1,5 @@
 """What a run's checkpoints and its configuration say of the encoder, made one description."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``pareto-merging evaluate``: a finished run on its held-out images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run becomes: plain models in three formats, or a folded file."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Sequence

@@ -9,8 +9,6 @@ evaluation.*           what `evaluate` measured last, and its pictures
 A comparison's folder has config.yaml too, settings.json, a file for each method and seed, and the tables and pictures.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models from checkpoints, for those who write their own programs."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

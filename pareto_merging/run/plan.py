@@ -1,7 +1,5 @@
 """A run's needs, counted from the architecture: parameters and bytes by kind, and rounding."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The embedded suite as a user's configuration would name its files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pareto_merging.errors import UserError

@@ -1,7 +1,5 @@
 """``pareto-merging train``: a configuration's Pareto set, learned into a run folder."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

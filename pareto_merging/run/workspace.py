@@ -1,7 +1,5 @@
 """A run's configuration turned into what the rest works with: encoder, weights, heads and images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +95,7 @@ class Workspace:
         """Return how many processes load images, for each task."""
         return self.config.workers
 
-    def with_seed(self, seed: int) -> Workspace:
+    def with_seed(self, seed: int) -> "Workspace":
         """Return the workspace of the same configuration with another seed."""
         method = self.config.method.model_copy(update={"seed": seed})
         return Workspace(self.config.model_copy(update={"method": method}), self.suite_folder)

@@ -1,7 +1,5 @@
 """What untrusted clients meet first: which requests are let in, how bodies are read."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What the HTTP server's answers and requests look like, as pydantic models and OpenAPI's words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, Field

@@ -3,8 +3,6 @@
 Images are decoded in a few threads, and the model computes in a thread of its own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

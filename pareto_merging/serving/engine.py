@@ -1,7 +1,5 @@
 """The engine of a server: one folded model, each item at its own preference."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import warnings

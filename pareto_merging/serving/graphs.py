@@ -1,7 +1,5 @@
 """CUDA graphs of a served model, by way to compute, batch size and item shape."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The HTTP interface: a FastAPI app around an :class:`Engine`."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Images from untrusted bytes: limits are checked from the header before a pixel is decoded."""
 
-from __future__ import annotations
-
 import io
 
 from PIL import Image, UnidentifiedImageError

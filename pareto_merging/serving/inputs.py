@@ -1,7 +1,5 @@
 """What a caller gives an engine, checked: images, and preferences as one tensor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias

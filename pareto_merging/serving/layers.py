@@ -5,8 +5,6 @@ A, r rounded up to 16, 32 or 64) and r·r·K in float32: about a hundredth of a 
 many requests share is kept besides, where that is asked for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

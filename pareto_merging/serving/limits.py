@@ -1,7 +1,5 @@
 """What the server accepts: every limit with its meaning and default."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator

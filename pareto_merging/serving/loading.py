@@ -1,7 +1,5 @@
 """How an engine's model is loaded: in its file's type, then in the served one."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

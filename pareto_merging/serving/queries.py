@@ -1,7 +1,5 @@
 """What a request asks for: JSON or multipart/form-data, read into one checked :class:`Query`."""
 
-from __future__ import annotations
-
 import base64
 import difflib
 import json
@@ -119,7 +117,7 @@ class _FormInMemory(MultiPartParser):
     spool_max_size = 2**62
 
 
-def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: Tasks, limits: Limits) -> Query:
+def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: "Tasks", limits: Limits) -> Query:
     """Check everything about a body but the image itself.
 
     A long body takes a while: this is not for the event loop.

@@ -1,7 +1,5 @@
 """The server's process: uvicorn around the app, its socket, and how it stops."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """Where the work is done: a device by name."""
 
-from __future__ import annotations
-
 import torch
 
 from pareto_merging.errors import UserError

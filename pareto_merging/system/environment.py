@@ -1,7 +1,5 @@
 """Where figures were measured, and what a piece of work takes."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

@@ -1,7 +1,5 @@
 """Files: atomic writes, and JSON that is checked. Nothing here unpickles."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Training and evaluation modes of modules, put back afterwards."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Progress with the time left, as a bar on a terminal or plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

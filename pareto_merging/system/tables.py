@@ -1,7 +1,5 @@
 """Tables on the terminal. Nothing is cut off; what goes into a file or pipe is as wide as it needs to be."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console

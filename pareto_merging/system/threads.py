@@ -1,7 +1,5 @@
 """How many threads the small models of the embedded suite are worth."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

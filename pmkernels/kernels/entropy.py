@@ -8,8 +8,6 @@ Z and S are kept while the maximum moves: when m grows by δ, S becomes e^−δ�
 needs m and log Z apart: their sum would lose log 2 beside a logit of 1e4. A logit of −inf adds nothing (0·log 0 = 0).
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

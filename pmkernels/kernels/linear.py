@@ -12,8 +12,6 @@ Few rows make few tiles, and reading W0 and τ wants every multiprocessor: D is 
 partial results are added in a fixed order by a second kernel.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -11,8 +11,6 @@ That is with one preference per row, and for a frozen λ.
 s, t, u and ds are [M, R] in float32. One γ for all rows is one group with one task: G = C(γ), γ = 1.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

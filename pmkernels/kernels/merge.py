@@ -1,7 +1,5 @@
 """W(γ) written out: one read of each tensor, one write, any number of dimensions."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -16,8 +16,6 @@ the left it was an mma.sync of 16 rows, beside which ptxas serialises every wgmm
 γ is [groups, K] and row m belongs to group m // rows_per_group.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -2,8 +2,6 @@
 
 There is no copy for up to two leading dimensions that stay two."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton

@@ -7,8 +7,6 @@ more than their few bytes do; here a program takes a piece. The backward, dλ_lk
 program each too, so the sum has a fixed order.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -17,8 +17,6 @@ a converted matrix product. The rank is walked in steps of 16, so registers do n
 multiple of 16 columns, if need be of zeros.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """One operation in a tree against another commit: in a small repository of its own, and in this one."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

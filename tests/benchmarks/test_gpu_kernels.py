@@ -1,7 +1,5 @@
 """The archive of compiled kernels: packed, unpacked elsewhere, found by Triton, and nothing hostile let in."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """A server in a process of its own under ten times its load: nothing lost, nothing mixed up, and it recovers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

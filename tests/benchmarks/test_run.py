@@ -1,7 +1,5 @@
 """The benchmark command: what it saves, and how it ends."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

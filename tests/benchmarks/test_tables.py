@@ -1,7 +1,5 @@
 """Tables of what was measured and what was not."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

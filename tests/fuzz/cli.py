@@ -13,8 +13,6 @@ Anything else (another exception, more than a second, too much memory, a crash, 
 made) is a finding; the mutant is kept. The same seed makes the same mutants. The exit code is 1 if there are findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

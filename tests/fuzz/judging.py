@@ -1,7 +1,5 @@
 """What is wrong with an answer that a reader gave for a damaged file."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Damage to a valid file: blind, or such that the format's outer layers stay right."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickletools

@@ -1,7 +1,5 @@
 """The readers that are fuzzed, by the name of their file's format."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mutants tried one by one, in worker processes that may be lost."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import io

@@ -1,7 +1,5 @@
 """A small valid file for each reader."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """Which GPU tests run first, and which are left out where more than torch, triton and pytest would be needed."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 ``python tests/gpu/options.py [SECONDS]``; exits with 2 where torch sees no CUDA GPU. What is not installed is left out.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -1,7 +1,5 @@
 """The serving engine on a CUDA GPU: graphs of a few sizes, new preferences without waiting, memory, streams."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Captured graphs on a CUDA GPU: replays, and no harm done where a capture cannot be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

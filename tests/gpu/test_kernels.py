@@ -3,8 +3,6 @@
 Needs torch, triton and pytest only. A miscompile shows here and nowhere else: Triton 3.4 to 3.7.0 have a known one.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Every merging method on a CUDA GPU, against the same method on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

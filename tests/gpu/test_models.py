@@ -1,7 +1,5 @@
 """Default strategy, modules and a short training run on a CUDA GPU, against the CPU in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """preference_linear on a CUDA GPU: real layers, parts of D, memory, graphs. Needs torch, triton and pytest only."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -4,8 +4,6 @@ Each kernel is launched by itself at sizes of a real layer, in bfloat16, against
 only.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -4,8 +4,6 @@ A launch is captured in a CUDA graph together with the poisoning of what it writ
 results, so that the GPU repeats it without a pause. Needs torch, triton and pytest only.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator

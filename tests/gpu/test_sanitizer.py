@@ -3,8 +3,6 @@
 Needs torch, triton and pytest only.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 Needs torch, triton and pytest only.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What a preference may be, how it is set, sampled and laid out."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

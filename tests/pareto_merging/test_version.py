@@ -1,7 +1,5 @@
 """The version is said in one place, installed or not."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """pareto_linear with W(γ) from an earlier call: the result and every gradient are what they are without it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """What the configuration files say."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

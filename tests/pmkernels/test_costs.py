@@ -1,7 +1,5 @@
 """What the kernels of a weight gradient move and take, worked out by hand for the in-projection of ViT-L/14."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

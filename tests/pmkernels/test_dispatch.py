@@ -1,7 +1,5 @@
 """What is in force on a device, and for how long."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 

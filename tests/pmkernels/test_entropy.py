@@ -1,7 +1,5 @@
 """softmax_entropy against the definition, at the edges of the number range."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The kernels against float64, interpreted on the CPU: every gradient, odd shapes and strides, memory, same bits."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

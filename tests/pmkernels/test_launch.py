@@ -1,7 +1,5 @@
 """The arithmetic of a launch: parts of a product, precisions, alignment."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Iterator

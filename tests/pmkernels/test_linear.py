@@ -1,7 +1,5 @@
 """pareto_linear and merge_weight against the float64 definition: forward, every gradient, what is kept and refused."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -3,8 +3,6 @@
 A compiled program lays out its memory by the fakes: an operator that returns other strides is read wrongly there.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """preference_linear against float64: every strategy, rows, ranks, strides, groups, vmap over γ, and its errors."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

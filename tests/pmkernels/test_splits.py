@@ -3,8 +3,6 @@
 Interpreted on the CPU; what the interpreter cannot see, that the kernels compile where a size is 1, in a process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Which strategy is taken, and the table: a user's own is added by ``register`` alone, and ``auto`` takes it too."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

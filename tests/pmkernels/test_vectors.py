@@ -1,7 +1,5 @@
 """merge_vectors against float64: pieces of any length, any strides, the eager form and the kernels interpreted."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from typing import Any

@@ -1,7 +1,5 @@
 """Every checkpoint format that others write as a function, and what its tensors are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ guessed from shapes alone, but 128 / 64 = 2 is what OpenAI's own loader would sa
 Nothing is imported before it is used: a GPU machine may have torch and pytest and little else.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

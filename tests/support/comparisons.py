@@ -1,7 +1,5 @@
 """Small comparisons of the embedded suite's models, and images that go wrong in the middle."""
 
-from __future__ import annotations
-
 import math
 import signal
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A small folded model, what its engine must compute, and a stand-in for a CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One small CLIP, and a way to export it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

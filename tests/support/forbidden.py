@@ -1,7 +1,5 @@
 """Globals that no checkpoint may reach, and names that look like others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pickles that take memory, time or the C stack of a careless reader."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """The small CLIP as transformers writes it, also version 4, and as a hub's cache has it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

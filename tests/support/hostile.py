@@ -4,8 +4,6 @@ A payload that would run makes a file named ``canary`` beside the checkpoint, so
 :data:`support.forbidden.RUNS` names those that really do so under ``pickle.loads``, which a test proves.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """Hostile folders as Hugging Face lays them out, and hostile metadata of safetensors."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -1,7 +1,5 @@
 """Files of torch.save before zip, with something hostile in each part."""
 
-from __future__ import annotations
-
 import io
 import struct
 import tarfile

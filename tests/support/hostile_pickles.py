@@ -1,7 +1,5 @@
 """Pickles that would run code, are broken, or say what no pickle may."""
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator

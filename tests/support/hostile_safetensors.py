@@ -1,7 +1,5 @@
 """Hostile safetensors files."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tensors that claim what is not in their file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from support.opcodes import DICT, SETITEM, call, named, pickled, storage, tensor, text, value

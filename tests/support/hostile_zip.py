@@ -1,7 +1,5 @@
 """Zip files that lie: about sizes, names, places and checksums."""
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

@@ -1,7 +1,5 @@
 """Networks of every kind that is parametrized, and their merged weights by hand."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections import Counter

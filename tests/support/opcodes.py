@@ -1,7 +1,5 @@
 """Pickles written opcode by opcode."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable
 from typing import Any

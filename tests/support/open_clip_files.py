@@ -1,7 +1,5 @@
 """The small CLIP as open_clip and OpenAI write it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What hostile files have in common: where their payload leaves a mark, and what is expected of a reader."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

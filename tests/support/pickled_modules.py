@@ -1,7 +1,5 @@
 """The small CLIP and a head as the task-vectors code pickles them."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import types

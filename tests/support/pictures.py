@@ -1,7 +1,5 @@
 """Sets to draw, and what a drawn picture shows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Configurations of small runs, of the suite's files or of one's own, and files that are spoilt."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A server in a thread of the test process around an engine that can be held up."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import io

@@ -4,8 +4,6 @@
 little memory, and prints one line of JSON for each.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

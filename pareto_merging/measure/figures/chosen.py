@@ -1,7 +1,5 @@
 """The pictures that fit a number of tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Two tasks: fronts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A picture of one panel is made to be printed 3.4 inch wide, one of several panel
 points at that width. Colours are Okabe and Ito's, and whatever a colour tells, a marker or a line style tells too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import textwrap
 from collections.abc import Iterator, Sequence

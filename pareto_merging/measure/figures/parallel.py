@@ -1,7 +1,5 @@
 """Three tasks or more: parallel coordinates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Three tasks or more: projections on pairs of tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

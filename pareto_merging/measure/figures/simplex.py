@@ -1,7 +1,5 @@
 """Three tasks: accuracies in pairwise projections, coloured by preference."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Three tasks: accuracy over the triangle of preferences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The budget's command. In processes of their own: kernels are interpreted in this one."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The offline compiler: what it sees and refuses. In processes of their own: kernels are interpreted in this one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A tiny model from files to exports and back, and broken files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

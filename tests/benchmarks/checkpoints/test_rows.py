@@ -1,7 +1,5 @@
 """Made-up rows, and the committed result."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """PTX written by hand, and what ptxas prints: the lints of wgmma that are read from them."""
 
-from __future__ import annotations
-
 from benchmarks.common import ptx
 
 IN_REGISTERS = (

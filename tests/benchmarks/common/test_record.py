@@ -1,7 +1,5 @@
 """Results files that are whole after every row."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

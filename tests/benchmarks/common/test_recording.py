@@ -1,7 +1,5 @@
 """Launches recorded for a GPU that is not there: which kernels, as on which GPU, and what is known of their tensors."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Machine code written by hand: how it is read, where it leads, and what each lint says of it and does not say."""
 
-from __future__ import annotations
-
 import struct
 
 import pytest

@@ -1,7 +1,5 @@
 """Measuring unit by unit, with a clock that the tests set."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run that is watched: workers that hang, die, and are told to stop, in real processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Functions called in turn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command: a rehearsal killed again and again, and what wrong arguments say."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal

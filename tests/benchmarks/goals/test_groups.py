@@ -1,7 +1,5 @@
 """The groups by name."""
 
-from __future__ import annotations
-
 from benchmarks.goals.groups import GROUPS
 
 

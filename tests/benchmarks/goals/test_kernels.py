@@ -1,7 +1,5 @@
 """The library's own products are judged too."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

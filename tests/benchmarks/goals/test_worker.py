@@ -1,7 +1,5 @@
 """The process that measures."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a predicted goal may be off."""
 
-from __future__ import annotations
-
 from benchmarks.common import towers
 from benchmarks.limits import goals as predicted_goals
 from benchmarks.limits import predictions

@@ -1,7 +1,5 @@
 """What a layer moves besides its product."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.common import towers

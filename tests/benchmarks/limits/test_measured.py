@@ -1,7 +1,5 @@
 """Which measurements the page takes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page of limits: the committed one is current, and says what it predicts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

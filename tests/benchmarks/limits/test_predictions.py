@@ -1,7 +1,5 @@
 """What is counted of layers and whole models, against other counts of the same."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,5 @@
 """The microbenchmarks: every operation on tiny shapes, their ids, and a comparison of two runs by pytest-benchmark."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import inspect

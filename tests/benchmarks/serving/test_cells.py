@@ -1,7 +1,5 @@
 """One tower at one batch: what is right from first to last has a time."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace

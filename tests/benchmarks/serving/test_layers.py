@@ -1,7 +1,5 @@
 """Served layers: a wrong one, and their bound."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """Bytes that objects hold."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

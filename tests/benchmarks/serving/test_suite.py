@@ -1,7 +1,5 @@
 """The serving suite, rehearsed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Goals, tables and pictures of made-up figures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every way to serve a preference per item, against the plain model of each item's own."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace

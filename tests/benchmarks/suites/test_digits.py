@@ -1,7 +1,5 @@
 """The study with a few steps, and the committed results."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

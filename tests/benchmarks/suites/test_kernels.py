@@ -1,7 +1,5 @@
 """The kernels suite on tiny shapes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

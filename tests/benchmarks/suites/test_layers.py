@@ -1,7 +1,5 @@
 """The layer grid, on tiny shapes and on made-up times."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

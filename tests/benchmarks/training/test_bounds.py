@@ -1,7 +1,5 @@
 """The products of a step, and the bound that follows from them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,5 @@
 """A profile of a step."""
 
-from __future__ import annotations
-
 import torch
 
 from benchmarks.training import ours

@@ -1,7 +1,5 @@
 """What a wrong gradient, a left-out task or an error does to a row."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The training suite, rehearsed without a GPU."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

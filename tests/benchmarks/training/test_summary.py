@@ -1,7 +1,5 @@
 """Goals and tables of made-up figures."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One configuration on one case: what is wrong, fails or is never written is seen."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Configurations chosen on made-up times."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Kernels compiled ahead of their launch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The lines of the configuration file, and whether the library reads them as meant."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

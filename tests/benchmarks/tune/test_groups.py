@@ -1,7 +1,5 @@
 """The groups and their candidates."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Strategies and crossovers on made-up times."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

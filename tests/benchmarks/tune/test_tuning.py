@@ -1,7 +1,5 @@
 """A whole run of tuning: a rehearsal on tiny shapes, and the order and the end of its phases."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -9,8 +9,6 @@ with the transforms of both, for a model small enough to commit. expected.safete
 model's tensors, its features of ``images`` and its preprocessing, so that no test needs this version of open_clip.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

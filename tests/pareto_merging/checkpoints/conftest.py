@@ -1,7 +1,5 @@
 """No test of these goes to the network."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from typing import Any

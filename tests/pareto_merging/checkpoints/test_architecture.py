@@ -1,7 +1,5 @@
 """The shape of a CLIP from tensors' shapes and from configurations, against open_clip's and transformers' own."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from typing import Any

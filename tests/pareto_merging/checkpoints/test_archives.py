@@ -1,7 +1,5 @@
 """What torch.save and TorchScript wrote, read without running any of it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Model cards: accepted by the hub's library, true, and with code that runs."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable

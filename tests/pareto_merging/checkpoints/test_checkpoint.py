@@ -1,7 +1,5 @@
 """Checkpoints in the formats that others write: the same tensors, features and settings, read one by one."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable

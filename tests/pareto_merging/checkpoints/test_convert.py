@@ -1,7 +1,5 @@
 """``pareto-merging convert``: every format becomes one safetensors file that says the same, or nothing at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

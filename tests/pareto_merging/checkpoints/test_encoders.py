@@ -1,7 +1,5 @@
 """Encoders by description."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Exported folders: transformers and open_clip load them by themselves and compute the same; nothing half-written."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

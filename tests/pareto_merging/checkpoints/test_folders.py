@@ -1,7 +1,5 @@
 """Folders whose configuration says what their weights are, or something else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

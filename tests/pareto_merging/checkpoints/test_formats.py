@@ -1,7 +1,5 @@
 """Files are known by their content: what is no checkpoint is called by its name, and a user's own format is taken."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace

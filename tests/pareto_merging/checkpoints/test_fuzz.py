@@ -1,7 +1,5 @@
 """Two thousand damaged copies of each reader's file: an error of one line, or the right answer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

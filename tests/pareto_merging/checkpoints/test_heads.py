@@ -1,7 +1,5 @@
 """Zero-shot heads of the release of task_vectors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

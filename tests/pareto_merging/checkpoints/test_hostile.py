@@ -1,7 +1,5 @@
 """Every hostile checkpoint of support.hostile: one clear line, quickly, in little memory, and nothing of it runs."""
 
-from __future__ import annotations
-
 import copyreg
 import json
 import os

@@ -1,7 +1,5 @@
 """Checkpoints by name: of the hub and of open_clip, from their caches alone."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

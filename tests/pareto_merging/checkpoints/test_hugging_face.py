@@ -1,7 +1,5 @@
 """Hugging Face's config.json against transformers' own."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modules and state dicts in others' pickles."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import sys

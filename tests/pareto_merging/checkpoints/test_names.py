@@ -1,7 +1,5 @@
 """Names of Hugging Face's CLIP and open_clip's: what real transformers saves computes the same in real open_clip."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any

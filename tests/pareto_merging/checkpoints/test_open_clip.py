@@ -1,7 +1,5 @@
 """open_clip's model configuration against open_clip itself."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

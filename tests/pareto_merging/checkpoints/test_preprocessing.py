@@ -1,7 +1,5 @@
 """Preprocessing as Hugging Face's and open_clip's configurations write it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """safetensors files: what is none is refused in one line, and tensors that share memory are written apart."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Shards that their index names, and those it must not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A finished run that the tests of all commands share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

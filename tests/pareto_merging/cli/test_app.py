@@ -1,7 +1,5 @@
 """The command line as a whole: it starts at once, teaches, and answers a mistake with one line."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Comparing as a user meets it: tables, mistakes, interrupted comparisons."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Evaluating as a user meets it."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Plans: counted without loading, and refused where training would be."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

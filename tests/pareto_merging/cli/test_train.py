@@ -1,7 +1,5 @@
 """Training as a user meets it: results, mistakes in files, interrupted runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The embedded suite: real images, disjoint splits, seeded checkpoints, and what is committed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Images from tensors, files and folders; batches that a resumed run sees again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

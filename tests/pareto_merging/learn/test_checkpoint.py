@@ -1,7 +1,5 @@
 """Runs that are stopped, killed and resumed, and checkpoints that are not theirs."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The entropy of predictions from its definition."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

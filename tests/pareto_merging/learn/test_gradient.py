@@ -1,7 +1,5 @@
 """A step's gradient: against plain autograd on weights put together by the definition, and what a captured graph is."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Sequence

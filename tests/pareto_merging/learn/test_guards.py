@@ -1,7 +1,5 @@
 """The guards of a run: numbers that are not finite, collapse, signals."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

@@ -1,7 +1,5 @@
 """The learner: Adam over long vectors, what a failed step leaves behind, and what a checkpoint holds."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

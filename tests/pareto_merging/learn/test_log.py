@@ -1,7 +1,5 @@
 """The log of a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

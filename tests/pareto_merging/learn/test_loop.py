@@ -1,7 +1,5 @@
 """The loop: what a run changes, what reaches it, and what it refuses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The table of objectives, and objectives of one's own: on images with targets, and on the weights alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

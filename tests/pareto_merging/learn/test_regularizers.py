@@ -1,7 +1,5 @@
 """The cosine and the norm against plain loops."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Scalarisations by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

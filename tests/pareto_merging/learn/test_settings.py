@@ -1,7 +1,5 @@
 """The settings: presets, groups, their order in files, and that they cannot contradict a model."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The closed forms against the merged weights themselves."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import randomize

@@ -1,7 +1,5 @@
 """The answer in words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pareto_merging.measure.answer import answer, cell

@@ -1,7 +1,5 @@
 """What is chosen, and by what: never by a label."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

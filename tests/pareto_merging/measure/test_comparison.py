@@ -1,7 +1,5 @@
 """The rules under which methods are compared, and what becomes of a method that goes wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

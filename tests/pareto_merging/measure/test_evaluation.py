@@ -1,7 +1,5 @@
 """Accuracy and entropy against a plain loop."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

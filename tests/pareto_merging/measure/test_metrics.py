@@ -1,7 +1,5 @@
 """Indicators against hand-computed values and plain loops."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What a comparison or an evaluation leaves behind: tables that agree with the JSON, and pictures."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """A comparison's figures, by hand."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

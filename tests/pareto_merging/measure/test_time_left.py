@@ -1,7 +1,5 @@
 """How long it will still take."""
 
-from __future__ import annotations
-
 import pytest
 
 from pareto_merging.measure.time_left import TimeLeft

@@ -1,7 +1,5 @@
 """Tries: how many, which is taken, and what becomes of one that fails."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

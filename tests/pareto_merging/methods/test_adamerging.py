@@ -1,7 +1,5 @@
 """AdaMerging, AdaMerging++ and AdaMerging + preference against autograd through a whole merged state dict."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

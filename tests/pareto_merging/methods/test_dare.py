@@ -1,7 +1,5 @@
 """DARE: what is dropped, what is kept and by how much it grows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import noisy_copy

@@ -1,7 +1,5 @@
 """Fisher merging against plain loops over images, classes and parameters."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Multi-task training against a plain AdamW loop, and its errors."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The two outer products against W0 + Σ λ τ + (Aγ)(Bγ)ᵀ and (Aγ)bᵀ written out."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Pareto Merging, Pareto Merging++ and the data-free form against plain loops with autograd and Adam written out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

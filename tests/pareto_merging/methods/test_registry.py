@@ -1,7 +1,5 @@
 """Every method by its name: on transformers and convolutions, one to three copies, as modules and as state dicts."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator

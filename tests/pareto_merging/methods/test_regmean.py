@@ -1,7 +1,5 @@
 """RegMean against plain matrix products of the inputs that hooks and hand-written forwards see."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Merging tensor by tensor: weight averaging, task arithmetic (with a preference), individual and pretrained models."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

@@ -1,7 +1,5 @@
 """TIES-Merging against a hand-worked example and plain loops over the flattened vectors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

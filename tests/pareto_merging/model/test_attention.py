@@ -1,7 +1,5 @@
 """ParetoLinear and ParetoAttention: same results as the original at W(γ), in every layout and with every mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import noisy_copy, randomize

@@ -1,7 +1,5 @@
 """Strategy ``cached``: kept merges are never out of date, are freed, and keep nothing else alive."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import io

@@ -1,7 +1,5 @@
 """Plain modules turned into Pareto ones in place, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

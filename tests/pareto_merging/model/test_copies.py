@@ -1,7 +1,5 @@
 """The fine-tuned copies beside the model, also as mappings that read files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pareto set files and folded files: what is in them, round trips, and files that do not belong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Modules with merged parameters: what is read, set, and given a preference per item."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

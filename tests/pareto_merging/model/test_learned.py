@@ -1,7 +1,5 @@
 """The learned parameters by name, and λ as one table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """nn.Linear with a merged weight."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Which matrices have a low-rank term."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A merged parameter and its parts."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

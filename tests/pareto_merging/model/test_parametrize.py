@@ -1,7 +1,5 @@
 """Any module and K copies → a Pareto model → plain modules again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

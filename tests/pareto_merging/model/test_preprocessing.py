@@ -1,7 +1,5 @@
 """Trimming, sign election and dropping, against sorting, a hand-worked example and counting."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What the layers of a Pareto model share: what it is, and how it is computed now."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

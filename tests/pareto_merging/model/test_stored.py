@@ -1,7 +1,5 @@
 """Task vectors of 16-bit runs: W_k and W0 as stored, subtracted in float32, rounded once; for every way to a model."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

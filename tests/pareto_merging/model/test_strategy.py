@@ -1,7 +1,5 @@
 """The strategy and memory budget of a running model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -7,8 +7,6 @@ Measured in a process of its own (this file, run as a script), in resident memor
 PyTorch's allocator, safetensors and the C library take, and what the C library keeps of memory that was freed.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

@@ -1,7 +1,5 @@
 """A comparison in a folder: what is kept, what it goes on from, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The YAML configuration: defaults, paths, and errors that name the key."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The demo, with a few steps: everything it promises is there and consistent."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

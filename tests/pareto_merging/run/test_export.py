@@ -1,7 +1,5 @@
 """``pareto-merging export``: plain models that open_clip, transformers and this library load as the merged one."""
 
-from __future__ import annotations
-
 import json
 import re
 import resource

@@ -1,7 +1,5 @@
 """What `plan` counts is what a model then has."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs on models of one's own: checkpoints of every format in one file, what they say followed, mistakes refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The folded models, engines and servers of this room's tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

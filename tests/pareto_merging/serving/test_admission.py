@@ -1,7 +1,5 @@
 """Which requests are let in: sizes, slow and vanished clients, a full queue."""
 
-from __future__ import annotations
-
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor

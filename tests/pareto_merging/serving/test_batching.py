@@ -1,7 +1,5 @@
 """Requests of several users in one batch: nothing mixed up, and only the item to blame fails."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any

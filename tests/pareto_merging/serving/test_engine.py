@@ -1,7 +1,5 @@
 """The engine against plain merged models: every way to compute, streams of preferences, sweeps, threads."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The engine with CUDA graphs that a stand-in plays: sizes, padding, memory, and models without graphs."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The HTTP interface on loopback: right answers, the model card, metrics."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

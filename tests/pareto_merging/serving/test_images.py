@@ -1,7 +1,5 @@
 """Image files from strangers: what is taken, what is refused before it is decoded, and that no file breaks anything."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import struct

@@ -1,7 +1,5 @@
 """What a caller may give an engine, and what it may not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The layers of served models: one model of memory, any module, one preference where only one is possible."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The type that an engine computes in, and files and arguments that are wrong."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Requests that are wrong: what is wrong is said in one line."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The server's process: silent connections, mistakes in one line, and nothing lost when it stops."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

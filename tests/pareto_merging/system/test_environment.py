@@ -1,7 +1,5 @@
 """Where figures were measured, and how much memory a piece of work takes."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

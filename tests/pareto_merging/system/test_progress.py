@@ -1,7 +1,5 @@
 """Progress says where it is and how long is left, on a terminal or not."""
 
-from __future__ import annotations
-
 import pytest
 
 from pareto_merging.system import progress

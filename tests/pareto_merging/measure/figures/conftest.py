@@ -1,7 +1,5 @@
 """Figures as they were saved."""
 
-from __future__ import annotations
-
 import pytest
 from matplotlib.figure import Figure
 

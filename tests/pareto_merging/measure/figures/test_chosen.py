@@ -1,7 +1,5 @@
 """Pictures of a comparison: written whole, with everything they were given in them."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

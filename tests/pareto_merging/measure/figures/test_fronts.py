@@ -1,7 +1,5 @@
 """Two tasks: fronts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib.pyplot as plt

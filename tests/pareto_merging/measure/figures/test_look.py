@@ -1,7 +1,5 @@
 """Pictures look the same twice, keep names as they are, and are written whole or not at all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

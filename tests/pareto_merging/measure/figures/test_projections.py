@@ -1,7 +1,5 @@
 """Projections on pairs of tasks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

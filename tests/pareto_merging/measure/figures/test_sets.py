@@ -1,7 +1,5 @@
 """Sets that cannot be drawn are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Three tasks: pairwise projections, coloured by preference."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Three tasks: triangles of preferences."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
