@@ -34,27 +34,14 @@ def _clean_environment(cache: Path) -> None:
     os.environ["TRITON_CACHE_DIR"] = str(cache)
 
 
-class _Driver:
-    """Says that there is a GPU of one architecture. Triton compiles for it and nothing is launched."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", ARCHITECTURE, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 @contextmanager
 def _driver() -> Iterator[None]:
     import triton
 
+    from benchmarks.common.launches import AbsentDriver
+
     before = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
-    triton.runtime.driver.set_active(_Driver())
+    triton.runtime.driver.set_active(AbsentDriver(ARCHITECTURE))
     try:
         yield
     finally:

@@ -1,14 +1,18 @@
-"""The calls whose launches are compiled."""
+"""The calls whose launches are compiled, and their launches, recorded instead of run."""
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import pmkernels
-from pmkernels import launch
+from benchmarks.common.launches import Launch, instead_of_launches
+from benchmarks.common.modes import precision
+from pmkernels import configs, dispatch, launch
+from pmkernels.configs import Asked, Config, Entry
 from pmkernels.kernels import preference
 
 
@@ -26,9 +30,9 @@ class Case:
     mixed: bool = False
 
     def __str__(self) -> str:
-        parts = [self.dtype, f"M={self.rows}", f"K={self.tasks}", f"R={self.rank}"]
-        parts += [name for name in ("per_row", "frozen_lam", "mixed") if getattr(self, name)]
-        return " ".join([*parts, *([] if self.aligned else ["unaligned"])])
+        said = [name for name in ("per_row", "frozen_lam", "mixed") if getattr(self, name)]
+        said += [] if self.aligned else ["unaligned"]
+        return " ".join([self.dtype, f"M={self.rows}", f"K={self.tasks}", f"R={self.rank}", *said])
 
 
 # 1 is a size that Triton knows at compile time
@@ -72,8 +76,7 @@ def call(case: Case) -> None:
     stored = torch.float32 if case.mixed else dtype
 
     def make(*shape: int, like: torch.dtype = torch.float32, learned: bool = True) -> Tensor:
-        padded = torch.empty(*shape[:-1], shape[-1] + pad, dtype=like)[..., pad:]
-        return padded.requires_grad_(learned)
+        return torch.empty(*shape[:-1], shape[-1] + pad, dtype=like)[..., pad:].requires_grad_(learned)
 
     tasks = max(case.tasks, 1)
     arguments: dict[str, Tensor] = {"weight": make(n, d, like=stored, learned=False)}
@@ -84,8 +87,7 @@ def call(case: Case) -> None:
         arguments |= {"A": make(n, case.rank), "G": make(case.rank, case.rank, tasks), "B": make(d, case.rank)}
         arguments["gamma"] = make(tasks)
     if not case.per_row and not case.mixed:
-        merged = pmkernels.merge_weight(**arguments, strategy="fused")
-        _backward(merged, arguments)
+        _backward(pmkernels.merge_weight(**arguments, strategy="fused"), arguments)
     lead: tuple[int, ...] = (case.rows,)
     if case.per_row:
         items = max(case.rows // 257, 1)
@@ -153,3 +155,51 @@ def preference_calls() -> Iterator[tuple[str, str]]:
             gamma = torch.empty(groups, tasks)
             preference.preference_linear(x, wide, G, B, gamma, torch.empty(n, dtype=dtype))
             preference.widen(x, G, B, gamma)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One distinct launch to be compiled, and the first call that it is of."""
+
+    launch: Launch
+    case: str
+    dtype: str
+
+    @property
+    def configuration(self) -> str:
+        """Return the tiles, warps and stages in a few letters."""
+        parts = [
+            f"{name.lower().removeprefix('block_')}{value}"
+            for name, value in self.launch.decoded_options.items()
+            if name.startswith("BLOCK_") or name in ("num_warps", "num_stages")
+        ]
+        return " ".join(parts).replace("num_warps", "w").replace("num_stages", "s")
+
+
+def record(file: str) -> tuple[list[Wanted], list[str]]:
+    """Return the distinct launches on a GPU of that configuration file, and its unused entries."""
+    launches: dict[Launch, Wanted] = {}
+    used: set[str] = set()
+    # what is recorded now: the case and its type
+    now = ["", ""]
+
+    def note(_: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launch = Launch.of(kernel, arguments, options)
+        launches.setdefault(launch, Wanted(launch, *now))
+
+    def noting(_: Asked, entry: Entry) -> Config:
+        used.add(repr(entry))
+        return entry.config
+
+    force = replace(dispatch.in_force(), file=file, runs=True, launch=noting)
+    with instead_of_launches(note), dispatch.using(force), precision("float32"):
+        for case in cases():
+            now[:] = [str(case), case.dtype]
+            call(case)
+        for what in preference_calls():
+            now[:] = what
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        now[:] = ["other shapes", "any"]
+        other_calls()
+    own = configs.read_entries(dispatch.in_force().files[file])
+    return list(launches.values()), [repr(e) for e in own if repr(e) not in used]

@@ -26,9 +26,8 @@ from pathlib import Path
 import triton
 
 from benchmarks import results
-from benchmarks.budget.architectures import ARCHITECTURES
-from benchmarks.budget.compiling import Cost, measure_all
-from benchmarks.budget.launches import Wanted, record
+from benchmarks.budget.calls import Wanted, record
+from benchmarks.budget.compiling import ARCHITECTURES, Cost, measure
 from benchmarks.common.arguments import command_parser
 from pmkernels import configs, dispatch
 from pmkernels.launch import INTERPRETING
@@ -40,7 +39,7 @@ TOGETHER = 16
 
 def _measure(job: tuple[range, str]) -> list[Cost]:
     places, arch = job
-    return measure_all([_LAUNCHES[place] for place in places], ARCHITECTURES[arch])
+    return measure([_LAUNCHES[place] for place in places], ARCHITECTURES[arch])
 
 
 def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list[Cost], list[str]]:

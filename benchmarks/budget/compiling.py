@@ -17,29 +17,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from benchmarks.budget.architectures import Architecture
-from benchmarks.budget.launches import Wanted
+from benchmarks.budget.calls import Wanted
 from benchmarks.common import ptx, sass
+from benchmarks.common.launches import AbsentDriver
 
 # the products of tiles these kernels are made for; in the others every product has at most 64 columns
 WIDE_PRODUCTS = ("linear_fwd_kernel", "weight_grad_kernel", "preference_linear_kernel")
 NARROW_PRODUCTS = ("shrink_kernel", "widen_kernel", "factor_grad_kernel", "core_grad_kernel", "preference_grad_kernel")
 
 
-class _Compiler:
-    """A driver that says it is a GPU of one architecture. Triton compiles for it and never launches."""
+@dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor has. Shared memory is in bytes, for one program and in all."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    name: str
+    capability: int
+    shared_per_program: int
+    shared: int
+    warps: int
+    programs: int
+    tensor_core: str
+    registers: int = 65536
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
 
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
+ARCHITECTURES = {
+    "sm_80": Architecture("sm_80", 80, 163 * 1024, 164 * 1024, 64, 32, "HMMA"),
+    "sm_86": Architecture("sm_86", 86, 99 * 1024, 100 * 1024, 48, 16, "HMMA"),
+    "sm_89": Architecture("sm_89", 89, 99 * 1024, 100 * 1024, 48, 24, "HMMA"),
+    "sm_90": Architecture("sm_90", 90, 227 * 1024, 228 * 1024, 64, 32, "HGMMA"),
+}
 
 
 @dataclass
@@ -91,12 +97,7 @@ class _Compiled:
     log: str
 
 
-def measure(wanted: Wanted, arch: Architecture) -> Cost:
-    """Compile one launch for one architecture and read its machine code."""
-    return measure_all([wanted], arch)[0]
-
-
-def measure_all(launches: Sequence[Wanted], arch: Architecture) -> list[Cost]:
+def measure(launches: Sequence[Wanted], arch: Architecture) -> list[Cost]:
     """Compile launches for one architecture and read their machine code. Many at once are a third cheaper."""
     compiled = [compile_launch(launch, arch) for launch in launches]
     whole = [one for one in compiled if one.kernel is not None]
@@ -114,7 +115,7 @@ def compile_launch(wanted: Wanted, arch: Architecture) -> _Compiled:
     """Compile one launch for one architecture."""
     start = time.perf_counter()
     cost = Cost(wanted.launch.name, wanted.case, wanted.dtype, wanted.configuration, arch.name)
-    triton.runtime.driver.set_active(_Compiler(arch.capability))
+    triton.runtime.driver.set_active(AbsentDriver(arch.capability))
     try:
         with _assembler_log() as log:
             kernel = wanted.launch.compile()

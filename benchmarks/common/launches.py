@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 # what a recorded value says it is
 Encoded = dict[str, Any]
@@ -28,6 +29,23 @@ def instead_of_launches(function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         jit.run = before
+
+
+class AbsentDriver:
+    """A driver that says there is a GPU of one architecture. Triton compiles for it and never launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps the kernels of one device apart from those of another
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

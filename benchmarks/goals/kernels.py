@@ -17,7 +17,7 @@ from benchmarks.common.session import Once
 from benchmarks.common.timing import rounded
 from benchmarks.common.towers import BATCH, RANK, TASKS, TINY_LAYERS, VIT_B, VIT_L, Layer
 from benchmarks.goals.context import Context, fill_times
-from benchmarks.tune import cases, judging
+from benchmarks.tune import cases
 from pmkernels import products, reference
 
 # whose weight gradients are measured: all of a ViT-L/14 block, attention's of ViT-B/32
@@ -69,7 +69,7 @@ def correctness(context: Context) -> None:
 
 
 def _compare(context: Context, name: str, case: cases.Case) -> Iterator[LayerRow]:
-    prepared = judging.Prepared.make(case, context.device)
+    prepared = cases.Prepared.make(case, context.device)
     with precision(case.kind), poisoned(), torch.no_grad():
         prepared.values["out"].fill_(torch.nan)
         results = cases.run(case, prepared.values)
@@ -81,7 +81,7 @@ def _compare(context: Context, name: str, case: cases.Case) -> Iterator[LayerRow
     yield _with_fault(row, fault, results, prepared)
 
 
-def _with_fault(row: LayerRow, fault: str | None, results: Sequence[Tensor], prepared: judging.Prepared) -> LayerRow:
+def _with_fault(row: LayerRow, fault: str | None, results: Sequence[Tensor], prepared: cases.Prepared) -> LayerRow:
     row.error, row.plain_error = Errors.of(results, prepared.truth).whole, prepared.plain.whole
     row.matched, row.reason = fault is None, fault
     return row
@@ -225,7 +225,7 @@ def _db(context: Context, case: layer_case.Case) -> Iterator[LayerRow]:
 def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iterator[LayerRow]:
     """Measure a kernel whose bytes are those of weights: a reduction or the merge."""
     case = cases.Case(op, layer.n, layer.d, tasks=tasks, rank=layer.rank, dtype=dtype_name(context.dtype))
-    prepared = judging.Prepared.make(case, context.device)
+    prepared = cases.Prepared.make(case, context.device)
 
     def variant() -> list[Tensor]:
         return cases.run(case, prepared.values)

@@ -1,20 +1,102 @@
-"""Choosing among candidates: screened on few cases, timed on all, checked in use."""
+"""Choosing among candidates: each run and judged on few cases, timed on all, checked in use."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Any
 
-from benchmarks.tune.bench import Bench
-from benchmarks.tune.candidates import describe
-from benchmarks.tune.cases import Case
-from benchmarks.tune.compiling import NOT_REACHED
-from benchmarks.tune.groups import CHECKED, FINALISTS, Group
+import torch
+
+from benchmarks.common.launches import instead_of_launches
+from benchmarks.common.modes import poisoned, precision
+from benchmarks.common.session import FAILED, Lost
+from benchmarks.common.timing import rounded, timed
+from benchmarks.tune.cases import Case, Prepared, run
+from benchmarks.tune.compiling import NOT_REACHED, Compiler, trial
+from benchmarks.tune.groups import CHECKED, FINALISTS, Group, describe
 from pmkernels.configs import Config
 
 # a configuration replaces the present one only if it is that much faster; strategies nearer than that are a tie
 GAIN, TIE = 1.02, 1.02
 # times each finalist is timed on each layer, in turn with the others
 ROUNDS = 2
+
+
+def microseconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the median time of a call."""
+    return rounded(1e3 * timed(function, device).ms)
+
+
+@dataclass
+class Bench:
+    """The device that candidates run on, and the compiler that runs ahead of it."""
+
+    device: torch.device
+    compiler: Compiler
+    # launches on trial that took long enough to have been compiled
+    slow: int = 0
+
+    def attempt(self, config: Config, prepared: Prepared, until: float) -> str | None:
+        """Run a case once with a configuration: why it cannot be used, or None. Lost if the GPU is."""
+        case, spilling = prepared.case, []
+        reason = NOT_REACHED if time.monotonic() > until else self.compiler.fault(config, case, until)
+        if reason is not None:
+            return reason
+
+        def watched(before: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            compiled = before(*arguments, **options)
+            self.slow += time.perf_counter() - start > 0.3
+            if getattr(compiled, "n_spills", 0):
+                spilling.append(f"spills {compiled.n_spills} registers ({case})")
+            return compiled
+
+        try:
+            with (
+                precision(case.kind),
+                trial(case.op, config),
+                poisoned(),
+                instead_of_launches(watched),
+                torch.no_grad(),
+            ):
+                prepared.values["out"].fill_(torch.nan)
+                results = run(case, prepared.values)
+                self.synchronize()
+        except Exception as error:
+            return f"{self.survived(error)} ({case})"
+        return spilling[0] if spilling else prepared.fault(results)
+
+    def synchronize(self) -> None:
+        """Wait for the GPU; an error of it that stays comes up here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def survived(self, error: Exception) -> str:
+        """Say an error in a line; Lost where the GPU does not answer after it."""
+        try:
+            self.synchronize()
+        except Exception as lost:
+            raise Lost(str(lost).strip().splitlines()[0]) from error
+        return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+    def prepare(self, case: Case) -> Prepared | None:
+        """Return a case on the device, or None if its memory does not suffice."""
+        try:
+            return Prepared.make(case, self.device)
+        except torch.OutOfMemoryError:
+            return None
+
+    def microseconds(self, config: Config, prepared: Prepared) -> float:
+        """Return the time of one launch with a cold L2 cache. From a CUDA graph where it can be captured."""
+        case = prepared.case
+        try:
+            with precision(case.kind), trial(case.op, config), torch.no_grad():
+                return microseconds(lambda: run(case, prepared.values), self.device)
+        except Exception as error:
+            self.survived(error)
+            return FAILED
 
 
 def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, float]]:
@@ -27,11 +109,8 @@ def scores(times: Mapping[Config, Mapping[Case, float]]) -> list[tuple[Config, f
     if not shared:
         return []
     best = {case: min(of[case] for of in times.values()) for case in shared}
-    means = {
-        config: math.exp(sum(math.log(of[case] / best[case]) for case in shared) / len(shared))
-        for config, of in times.items()
-    }
-    return sorted(means.items(), key=lambda item: item[1])
+    means = [(config, geometric_mean(of[case] / best[case] for case in shared)) for config, of in times.items()]
+    return sorted(means, key=lambda item: item[1])
 
 
 def better(times: Mapping[Config, Mapping[Case, float]], present: Config) -> list[Config]:
@@ -47,7 +126,7 @@ def screen(group: Group, bench: Bench, until: float) -> None:
     for config in group.candidates if prepared else ():
         times: dict[Case, float] = {}
         for p in prepared:
-            reason = NOT_REACHED if time.monotonic() > until else bench.attempt(config, p, until)
+            reason = bench.attempt(config, p, until)
             if reason is not None:
                 group.rejected[config] = reason
                 break
@@ -71,15 +150,13 @@ def final(group: Group, bench: Bench, until: float) -> None:
         p = bench.prepare(case)
         if p is None:
             continue
-        reasons: dict[Config, str | None] = {}
-        for config in group.times:
-            reasons[config] = NOT_REACHED if time.monotonic() > until else bench.attempt(config, p, until)
-        if any(reason is not None and reason.startswith(NOT_REACHED) for reason in reasons.values()):
+        reasons = {config: bench.attempt(config, p, until) for config in group.times}
+        faulty = {config: reason for config, reason in reasons.items() if reason is not None}
+        if any(reason.startswith(NOT_REACHED) for reason in faulty.values()):
             break
-        for config, reason in reasons.items():
-            if reason is not None:
-                group.rejected[config] = reason
-                del group.times[config]
+        group.rejected |= faulty
+        for config in faulty:
+            del group.times[config]
         rounds: dict[Config, list[float]] = {config: [] for config in group.times}
         for _ in range(ROUNDS):
             for config in group.times:
@@ -97,7 +174,7 @@ def decide(group: Group, bench: Bench, until: float) -> None:
         reason: str | None = None
         for case in group.checks:
             p = bench.prepare(case)
-            reason = NOT_REACHED if p is None or time.monotonic() > until else bench.attempt(config, p, until)
+            reason = NOT_REACHED if p is None else bench.attempt(config, p, until)
             if reason is not None:
                 break
         if reason is None:

@@ -9,7 +9,6 @@ In order of value: what the hot path launches (the reduction of dW, the widening
 strategies of ViT-L/14 and ViT-B/32, then the rest. What `python -m benchmarks.budget` would refuse is never timed.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -37,8 +36,8 @@ What time did not suffice for keeps its defaults, and the file lists it under "u
 """
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. The exit code is 1 if what the library would use is wrong, 2 if nothing can run."""
     parser = command_parser("benchmarks.tune", __doc__, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two candidates each: proves that it runs")
     parser.add_argument(
@@ -47,25 +46,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="stop after that long, with what there is (default: 8)"
     )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        help="processes that compile; 0: none, each first launch compiles (default: one per core but one)",
-    )
+    jobs_help = "processes that compile; 0: none, each first launch compiles (default: one per core but one)"
+    parser.add_argument("--jobs", type=int, help=jobs_help)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")
-    parser.add_argument(
-        "--record",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        help="also write every candidate's times (default path: benchmarks/results/tune-<gpu>-<date>.json)",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. The exit code is 1 if what the library would use is wrong, 2 if nothing can run."""
-    chosen = parse(arguments)
+    record_help = "also write every candidate's times (default path: benchmarks/results/tune-<gpu>-<date>.json)"
+    parser.add_argument("--record", nargs="?", type=Path, const=Path(), help=record_help)
+    chosen = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not chosen.quick:
         print("tune: expected a CUDA GPU, got none (--quick rehearses on the CPU)", file=sys.stderr)

@@ -1,23 +1,22 @@
-"""Compiling beforehand, on every core."""
+"""Configurations on trial, instead of the library's, and their kernels compiled beforehand, on every core."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from benchmarks.budget.architectures import ARCHITECTURES, Architecture
-from benchmarks.budget.compiling import measure
-from benchmarks.budget.launches import Wanted
+from benchmarks.budget.calls import Wanted
+from benchmarks.budget.compiling import ARCHITECTURES, measure
 from benchmarks.common.launches import Launch, instead_of_launches
 from benchmarks.common.modes import precision
 from benchmarks.tune.cases import Case, inputs, run
-from benchmarks.tune.trials import trial
 from pmkernels import dispatch
-from pmkernels.configs import Config
+from pmkernels.configs import Asked, Config, Entry
 
 NOT_REACHED = "not reached"
 
@@ -29,12 +28,28 @@ class Target:
     capability: int
     multiprocessors: int
     name: str
-    text: str | None = None
 
-    @property
-    def architecture(self) -> Architecture | None:
-        """Return its limits, where they are known."""
-        return ARCHITECTURES.get(f"sm_{self.capability}")
+
+@contextmanager
+def trial(op: str, config: Config | None) -> Iterator[None]:
+    """Launch ``op`` with ``config``; None: as configured."""
+    before = dispatch.in_force()
+
+    def forced(asked: Asked, entry: Entry) -> Config:
+        if config is not None and asked.op == op:
+            return config
+        return entry.config if before.launch is None else before.launch(asked, entry)
+
+    with dispatch.using(replace(before, launch=forced)):
+        yield
+
+
+@contextmanager
+def active(name: str, text: str | None = None) -> Iterator[None]:
+    """Use the configuration file ``name`` on every device; with ``text``, that is what it says."""
+    files = {**dispatch.in_force().files, **({} if text is None else {name: text})}
+    with dispatch.using(replace(dispatch.in_force(), files=files, file=name)):
+        yield
 
 
 def launches(case: Case, config: Config | None, target: Target) -> list[Launch]:
@@ -57,9 +72,11 @@ def launches(case: Case, config: Config | None, target: Target) -> list[Launch]:
 
 def _compile(launch: Launch, case: Case, target: Target) -> list[str]:
     """Compile a launch, in a worker, and say what is wrong with it."""
-    known = target.architecture
-    arch = known or replace(ARCHITECTURES["sm_90"], name=f"sm_{target.capability}", capability=target.capability)
-    faults = measure(Wanted(launch, str(case), case.dtype if case.kind == "16-bit" else case.kind), arch).faults
+    name = f"sm_{target.capability}"
+    known = ARCHITECTURES.get(name)
+    arch = known or replace(ARCHITECTURES["sm_90"], name=name, capability=target.capability)
+    wanted = Wanted(launch, str(case), case.dtype if case.kind == "16-bit" else case.kind)
+    faults = measure([wanted], arch)[0].faults
     # of an architecture whose limits are not known, only what the compiler itself says
     return [fault for fault in faults if known is not None or fault.startswith("does not compile")]
 

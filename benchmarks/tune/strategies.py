@@ -1,5 +1,6 @@
 """Strategies compared over rows, and where one overtakes the other."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,8 @@ from benchmarks.common.errors import TOLERANCE, relative_error
 from benchmarks.common.session import FAILED
 from benchmarks.common.towers import Layer
 from benchmarks.suites import layers
-from benchmarks.tune.bench import Bench, microseconds
 from benchmarks.tune.cases import Case
-from benchmarks.tune.choosing import TIE
-from benchmarks.tune.judging import Prepared
+from benchmarks.tune.choosing import TIE, Bench, microseconds
 from pmkernels import strategies
 
 TASKS = (8, 2, 4)
@@ -84,9 +83,8 @@ class Strategies:
         device, title = bench.device, f"strategies of {layer.name}, K = {tasks}"
         # the interpreter cuts bfloat16 off where a GPU rounds
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-        everything = sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())})
         free = timing.free_memory(device)
-        rows = [m for m in everything if layer_case.needed_memory(layer, tasks, m) <= free]
+        rows = [m for m in all_rows(layer, powers) if layer_case.needed_memory(layer, tasks, m) <= free]
         if not rows or time.monotonic() > until:
             self.missing.append(title)
             return
@@ -98,7 +96,10 @@ class Strategies:
                     self.missing.append(f"{title}, {name}")
                     return
                 with torch.no_grad():
-                    times[m] = self._both(bench, case, name, m)
+                    variants = layer_case.variants(case, name, m)
+                    fault = functools.partial(_fault, *layer_case.truth(case, name, m))
+                    what = f"{name} of {layer.name}, K = {tasks}, M = {m}"
+                    times[m] = self._compared(bench, variants.__getitem__, fault, what)
             self.times[Point(op, layer.n, layer.d, tasks, layer.rank)] = times
 
     def measure_preference(self, bench: Bench, layer: Layer, powers: Sequence[int], until: float) -> None:
@@ -111,34 +112,17 @@ class Strategies:
             if prepared is None:
                 self.missing.append(title)
                 return
-            v = prepared.values
-            served = (v["x"], v["wide"], v["G"], v["right"], v["gamma"].view(case.groups, 1, -1), v["bias"])
-            if case.groups == 1:
-                served = (*served[:4], v["gamma"][0], v["bias"])
-            else:
-                served = (v["x"].view(case.groups, -1, case.d), *served[1:])
+            v, x, gamma = prepared.values, prepared.values["x"], prepared.values["gamma"][0]
+            if case.groups > 1:
+                x, gamma = x.view(case.groups, -1, case.d), v["gamma"].view(case.groups, 1, -1)
+            served = (x, v["wide"], v["G"], v["right"], gamma, v["bias"])
 
             def variant(strategy: str, served: tuple[Any, ...] = served, rows: int = case.rows) -> layer_case.Variant:
                 return lambda: [pmkernels.preference_linear(*served, strategy=strategy).view(rows, -1)]
 
-            def fault(results: Sequence[Tensor], prepared: Prepared = prepared) -> str | None:
-                return prepared.fault(results)
-
             with torch.no_grad():
-                times[case.rows] = self._compared(bench, variant, fault, f"{title}, M = {case.rows}")
+                times[case.rows] = self._compared(bench, variant, prepared.fault, f"{title}, M = {case.rows}")
         self.times[Point("preference", layer.n, layer.d, 0, layer.rank)] = times
-
-    def _both(self, bench: Bench, case: layer_case.Case, name: str, rows: int) -> tuple[float, float]:
-        truth, plain = layer_case.truth(case, name, rows)
-        variants = layer_case.variants(case, name, rows)
-
-        def fault(results: Sequence[Tensor]) -> str | None:
-            error = relative_error(results, truth)
-            allowed = error <= TOLERANCE * plain + 1e-6
-            return None if allowed else f"error {error:.2e}, plain PyTorch {plain:.2e}"
-
-        what = f"{name} of {case.layer.name}, K = {case.tasks}, M = {rows}"
-        return self._compared(bench, variants.__getitem__, fault, what)
 
     def _compared(
         self,
@@ -163,22 +147,30 @@ class Strategies:
         return medians[0], medians[1]
 
 
+def _fault(truth: Sequence[Tensor], plain: float, results: Sequence[Tensor]) -> str | None:
+    error = relative_error(results, truth)
+    return None if error <= TOLERANCE * plain + 1e-6 else f"error {error:.2e}, plain PyTorch {plain:.2e}"
+
+
+def all_rows(layer: Layer, powers: Sequence[int]) -> list[int]:
+    """Return the numbers of rows that a layer is measured at: these, and one image and a batch where it has images."""
+    return sorted({*powers, *({layer.tokens, layer.rows} if layer.tokens > 1 else ())})
+
+
 def strategy_cases(layer: Layer, tasks: int, powers: Sequence[int]) -> Iterator[Case]:
     """Yield what measuring the strategies of a layer launches, to be compiled before."""
     shape: dict[str, Any] = {"n": layer.n, "d": layer.d, "tasks": tasks, "rank": layer.rank}
     yield from (Case("merge", **shape), Case("merge_grad", **shape))
-    for rows in sorted({*powers, layer.tokens, layer.items * layer.tokens}):
-        yield from (
-            Case("forward", **shape, rows=rows, bias=True),
-            Case("dx", **shape, rows=rows),
-            Case("weight_grad", **shape, rows=rows),
-        )
+    for rows in all_rows(layer, powers):
+        yield Case("forward", **shape, rows=rows, bias=True)
+        yield Case("dx", **shape, rows=rows)
+        yield Case("weight_grad", **shape, rows=rows)
 
 
 def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
     """Yield what measuring a served layer launches. Each image has a preference where rows are images."""
-    for rows in sorted({*powers, *({layer.tokens, layer.items * layer.tokens} if layer.tokens > 1 else ())}):
-        groups = layer.items if rows == layer.items * layer.tokens else 1
+    for rows in all_rows(layer, powers):
+        groups = layer.items if rows == layer.rows else 1
         yield Case("preference", layer.n, layer.d, rows, rank=layer.rank, groups=groups, bias=True)
 
 
@@ -197,33 +189,24 @@ def choices(
 
 
 def measure_strategies(
-    strategies: Strategies,
-    bench: Bench,
-    among: Sequence[Layer],
-    quick: bool,
-    until: float,
-    say: Callable[[str], None],
+    strategies: Strategies, bench: Bench, among: Sequence[Layer], quick: bool, until: float, say: Callable[[str], None]
 ) -> None:
     """Measure every one of these layers with every K, all of their kernels compiled ahead."""
     powers, tasks = ((1,), (2,)) if quick else (layers.POWERS, TASKS)
-    todo = list(itertools.product(tasks, among))
-    for count, layer in todo:
-        bench.compiler.submit(None, strategy_cases(layer, count, powers))
-    for count, layer in todo:
-        for case in strategy_cases(layer, count, powers):
-            bench.compiler.fault(None, case, until)
-        strategies.measure(bench, layer, count, powers, until)
-        say(f"strategies of {layer.name}, K = {count}")
-    served = [layer for layer in among if layer.rank]
-    for layer in served:
-        bench.compiler.submit(None, _both_kernels(layer, powers))
-    for layer in served:
-        for case in _both_kernels(layer, powers):
-            bench.compiler.fault(None, case, until)
-        strategies.measure_preference(bench, layer, powers, until)
-        say(f"strategies of {layer.name} with a preference per image")
-
-
-def _both_kernels(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
-    for case in preference_cases(layer, powers):
-        yield from (case, replace(case, call="widen", bias=False))
+    plain, served = [], []
+    for count, layer in itertools.product(tasks, among):
+        measure = functools.partial(strategies.measure, bench, layer, count, powers)
+        plain.append((list(strategy_cases(layer, count, powers)), measure, f"{layer.name}, K = {count}"))
+    for layer in [layer for layer in among if layer.rank]:
+        cases = list(preference_cases(layer, powers))
+        cases += [replace(case, call="widen", bias=False) for case in cases]
+        measure = functools.partial(strategies.measure_preference, bench, layer, powers)
+        served.append((cases, measure, f"{layer.name} with a preference per image"))
+    for todo in (plain, served):
+        for cases, _, _ in todo:
+            bench.compiler.submit(None, cases)
+        for cases, measure, title in todo:
+            for case in cases:
+                bench.compiler.fault(None, case, until)
+            measure(until)
+            say(f"strategies of {title}")

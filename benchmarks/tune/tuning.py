@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,11 @@ from benchmarks.common.ceilings import measured_rates
 from benchmarks.common.session import Lost
 from benchmarks.common.towers import TINY_LAYERS, Layer
 from benchmarks.suites import layers
-from benchmarks.tune.bench import Bench
-from benchmarks.tune.candidates import describe
-from benchmarks.tune.choosing import tune
-from benchmarks.tune.compiling import Compiler, Target
-from benchmarks.tune.files import lines, validate
-from benchmarks.tune.groups import HOT, TUNED, Group, groups
+from benchmarks.tune.choosing import Bench, tune
+from benchmarks.tune.compiling import Compiler, Target, active
+from benchmarks.tune.files import lines, recorded, table, validate
+from benchmarks.tune.groups import HOT, TUNED, Group, describe, groups
 from benchmarks.tune.strategies import Point, Strategies, choices, measure_strategies
-from benchmarks.tune.summary import recorded, table
-from benchmarks.tune.trials import active
 from pmkernels import configs, dispatch
 
 CONFIGS = Path(configs.__file__).parent / "configs"
@@ -70,21 +66,17 @@ class Tuning:
         self.report["clocks_before"] = results.clocks()
         self.rates = measured_rates(device, chosen.quick)
         self.say("rates measured")
+        ops = [op for op in TUNED if op in chosen.ops]
+        self.tunes = bool(ops)
         with active(self.target.name):
             # what is not asked for is not tried, but a file without any line is none
-            ops = [op for op in TUNED if op in chosen.ops] or TUNED[:1]
-            self.batches = groups(self.target, ops, self.previous, chosen.quick)
+            self.batches = groups(self.target, ops or TUNED[:1], self.previous, chosen.quick)
         self.groups = [group for batch in self.batches for group in batch]
 
     def say(self, line: str) -> None:
         """Say a line with the time since the start and the time left."""
         now = time.monotonic()
         print(f"[{now - self.start:4.0f} s, {max(self.end - now, 0):4.0f} s left] {line}", flush=True)
-
-    @property
-    def tunes(self) -> bool:
-        """Say whether any operation is asked for."""
-        return bool(set(self.chosen.ops) & set(TUNED))
 
     def file(self, written: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Return the configuration file as it would be now, with these lines of strategies."""
@@ -110,11 +102,8 @@ class Tuning:
                 tune(batch, self.bench, now + (until - now) * len(batch) / left, self.say)
 
     def _compare_strategies(self, among: Sequence[Layer], until: float) -> None:
-        text = json.dumps(self.file())
-        self.compiler.target = replace(self.target, name=self.name, text=text)
-        with active(self.name, text):
+        with active(self.name, json.dumps(self.file())):
             measure_strategies(self.strategies, self.bench, among, self.chosen.quick, until, self.say)
-        self.compiler.target = self.target
 
     def _phases(self) -> Iterator[tuple[float, Callable[[float], None]]]:
         """Yield the phases in order of value, with their shares of the time."""
@@ -124,6 +113,7 @@ class Tuning:
         among = TINY_LAYERS if self.chosen.quick else layers.LAYERS
         # ViT-L/14 before ViT-B/32
         transformers = sorted((layer for layer in among if layer.tokens > 1), key=lambda layer: -layer.tokens)
+        rest = [layer for layer in among if layer.tokens <= 1]
         if hot:
             yield HOT_SHARE, lambda until: self._tune_batches(hot, until)
         if "strategies" in self.chosen.ops:
@@ -131,7 +121,6 @@ class Tuning:
         if others:
             yield OTHERS_SHARE, lambda until: self._tune_batches(others, until)
         if "strategies" in self.chosen.ops:
-            rest = [layer for layer in among if layer.tokens <= 1]
             yield REST_SHARE, lambda until: self._compare_strategies(rest, until)
 
     def _measure(self) -> None:
@@ -150,7 +139,7 @@ class Tuning:
     def run(self) -> int:
         """Measure, write the file and read it again; the exit code."""
         self._measure()
-        like = self.bench.like
+        like = torch.empty(0, dtype=torch.bfloat16, device=self.bench.device)
         with active(self.name, json.dumps(self.file())):
             written, labels = choices(self.strategies.times, like)
         if "strategies" not in self.chosen.ops and self.previous is not None:
@@ -159,9 +148,8 @@ class Tuning:
         text = self.out.read_text(encoding="utf-8")
         faults = validate(self.name, text, self.groups, self.target.name, labels, like)
         self.say(f"written and read again: {self.out}")
-        wrong = [*self.strategies.wrong]
         used = ((g.name, g.rejected.get(g.present, "")) for g in self.groups if g.chosen is None)
-        wrong += [f"{name}: {reason}" for name, reason in used if _wrong(reason)]
+        wrong = [*self.strategies.wrong, *(f"{name}: {reason}" for name, reason in used if _wrong(reason))]
         if self.chosen.record is not None:
             self._record(labels, wrong)
         print(table(self.groups, labels, self.rates, len(written)))

@@ -19,8 +19,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 BROKEN = """
 import dataclasses, json, sys
-from benchmarks.budget import compiling, launches as recorded
-from benchmarks.budget.architectures import ARCHITECTURES
+from benchmarks.budget import calls, compiling
+from benchmarks.budget.compiling import ARCHITECTURES
 from pmkernels import configs, dispatch
 text = json.loads(dispatch.in_force().files["default"])
 for line in text["entries"]:
@@ -29,19 +29,19 @@ for line in text["entries"]:
         line["config"] = {"block_m": 64, "block_n": 64, "block_d": 64, "num_warps": 4, "num_stages": 3}
 text["entries"].append({"op": "no_such_kernel", "dtype": "any", "config": {"block_m": 16}})
 with dispatch.using(configs.Configs({"default": json.dumps(text)})):
-    launches, unused = recorded.record("default")
+    launches, unused = calls.record("default")
 assert len(unused) == 1 and "no_such_kernel" in unused[0], unused
 scattered = next(l for l in launches if l.launch.name == "linear_fwd_kernel" and "unaligned" in l.case)
-cost = compiling.measure(scattered, ARCHITECTURES["sm_86"])
+(cost,) = compiling.measure([scattered], ARCHITECTURES["sm_86"])
 assert any("spill instructions" in fault for fault in cost.faults), cost
 whole = next(l for l in launches if l.launch.name == "linear_fwd_kernel" and "unaligned" not in l.case)
 small = dataclasses.replace(ARCHITECTURES["sm_90"], shared_per_program=1000, tensor_core="QGMMA")
-cost = compiling.measure(whole, small)
+(cost,) = compiling.measure([whole], small)
 assert any("shared memory" in fault for fault in cost.faults), cost
 assert any("no QGMMA instruction" in fault for fault in cost.faults), cost
 options = {**whole.launch.options, "BLOCK_N": {"value": 48}}
 wrong = dataclasses.replace(whole, launch=dataclasses.replace(whole.launch, options=options))
-cost = compiling.measure(wrong, ARCHITECTURES["sm_90"])
+(cost,) = compiling.measure([wrong], ARCHITECTURES["sm_90"])
 assert any("does not compile" in fault for fault in cost.faults), cost
 sys.exit(7)
 """
@@ -51,8 +51,8 @@ sys.path.insert(0, "tests")
 import torch, triton
 from support import faulty_kernels
 from benchmarks.budget import compiling
-from benchmarks.budget.architectures import ARCHITECTURES
-from benchmarks.budget.launches import Wanted
+from benchmarks.budget.calls import Wanted
+from benchmarks.budget.compiling import ARCHITECTURES
 from benchmarks.common import sass
 from benchmarks.common.launches import Launch
 launches = []
@@ -65,7 +65,7 @@ def faults(kernel, outputs, version=None, **options):
     launches.append(launch)
     if version is not None:
         compiling.assembler_version = lambda capability: version
-    return compiling.measure(launch, ARCHITECTURES["sm_90"]).faults
+    return compiling.measure([launch], ARCHITECTURES["sm_90"])[0].faults
 
 for attempt in ("compiled", "from Triton's cache"):
     (serialised,) = faults("mixed_kernel", 2, (12, 9))
@@ -101,7 +101,7 @@ for cubin, code in zip(cubins, together, strict=True):
     assert as_read[0] == as_read[1]
     assert len(sass.loops(code)) == len(sass.loops(alone)) > 0
     assert {i.operands for i in code.code if i.base == "BRA"} == {i.operands for i in alone.code if i.base == "BRA"}
-first, _, _, again = compiling.measure_all(some, arch)
+first, _, _, again = compiling.measure(some, arch)
 assert dataclasses.replace(first, seconds=0) == dataclasses.replace(again, seconds=0) and first.instructions > 100
 sys.exit(7)
 """
@@ -121,7 +121,7 @@ def test_what_spills_overflows_or_is_never_launched_is_a_fault() -> None:
 
 def test_occupancy_follows_registers_warps_and_shared_memory() -> None:
     done = run(
-        "from benchmarks.budget.architectures import ARCHITECTURES as a; "
+        "from benchmarks.budget.compiling import ARCHITECTURES as a; "
         "from benchmarks.budget.compiling import occupancy as o; "
         "print(o(a['sm_90'], 128, 0, 8), o(a['sm_90'], 32, 0, 4), o(a['sm_90'], 255, 0, 8), "
         "o(a['sm_86'], 64, 60000, 8), o(a['sm_86'], 64, 200000, 8), o(a['sm_90'], 40, 0, 4))"

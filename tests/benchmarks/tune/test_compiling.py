@@ -17,7 +17,7 @@ def test_kernels_are_compiled_ahead_as_they_will_be_launched() -> None:
     program = """
 import time, torch
 from benchmarks.common.launches import Launch, instead_of_launches
-from benchmarks.tune import cases, compiling, trials
+from benchmarks.tune import cases, compiling
 from pmkernels.configs import Config
 from pmkernels.kernels import merge as merge_kernels
 target = compiling.Target(90, 132, "sm_90")
@@ -26,11 +26,11 @@ compiler.target = target
 case = cases.Case("merge", 48, 32, tasks=2)
 good, bad = Config(block_n=16, block_d=32, num_warps=4), Config(block_n=64, block_d=128, num_warps=1, unroll=8)
 until = time.monotonic() + 100
-with trials.active("sm_90"):
+with compiling.active("sm_90"):
     (launch,) = compiling.launches(case, good, target)
     real = []
     record = lambda before, kernel, *a, grid, warmup, **o: real.append(Launch.of(kernel, a, o))
-    with instead_of_launches(record), trials.trial("merge", good):
+    with instead_of_launches(record), compiling.trial("merge", good):
         cases.run(case, cases.inputs(case, torch.device("cpu")))
     assert real == [launch], real
     for config in (good, good, bad):

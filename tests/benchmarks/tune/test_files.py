@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.common import towers
-from benchmarks.tune import compiling, files, strategies, trials
+from benchmarks.tune import compiling, files, strategies
 from benchmarks.tune import groups as tune_groups
 from pmkernels.configs import Config
 
@@ -38,9 +38,9 @@ def test_a_bucket_below_a_tuned_one_keeps_what_it_had() -> None:
 
 
 def test_a_file_that_says_something_else_is_seen() -> None:
-    with trials.active("sm_90"):
-        of_few = tune_groups.group(TARGET, "linear", "16-bit", 32, None, towers.TINY_LAYERS, None, True)
-        of_more = tune_groups.group(TARGET, "linear", "16-bit", 128, None, towers.TINY_LAYERS, None, True)
+    with compiling.active("sm_90"):
+        of_few = tune_groups.group(TARGET, ("linear", "16-bit", 32, None), towers.TINY_LAYERS, None, True)
+        of_more = tune_groups.group(TARGET, ("linear", "16-bit", 128, None), towers.TINY_LAYERS, None, True)
     of_more.chosen = of_more.candidates[1]
     groups = [of_few, of_more]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.tune import compiling, trials
+from benchmarks.tune import compiling
 from benchmarks.tune import groups as tune_groups
 from pmkernels import dispatch
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets ke
 
 def test_candidates_are_few_distinct_and_begin_with_what_there_is() -> None:
     previous = {"op": "linear", "dtype": "16-bit", "config": {"block_m": 8, "num_warps": 2}}
-    with trials.active("sm_90"):
+    with compiling.active("sm_90"):
         batches = tune_groups.groups(TARGET, tune_groups.OPS, json.dumps({"entries": [previous]}), False)
         found = [group for batch in batches for group in batch]
         for group in found:

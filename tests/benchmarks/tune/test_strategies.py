@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common import session
-from benchmarks.tune import strategies, trials
+from benchmarks.tune import compiling, strategies
 
 LIKE = torch.empty(0, dtype=torch.bfloat16)
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels")
@@ -33,10 +33,10 @@ def test_a_file_has_both_sides_of_each_crossover_where_the_model_is_wrong() -> N
     # the library then says at every measured number of rows, and between them, what was measured
     point = strategies.Point("forward", 3072, 1024, 8, 16)
     times = {point: {m: (1.0, 2.0) if label == "fused" else (2.0, 1.0) for m, label in best.items()}}
-    with trials.active("sm_90"):
+    with compiling.active("sm_90"):
         lines, labels = strategies.choices(times, LIKE)
     assert labels == {point: best}
     text = json.dumps({"architectures": ["sm_90"], "entries": [], "strategies": lines})
-    with trials.active("made-up", text):
+    with compiling.active("made-up", text):
         assert {m: point.choose(m, LIKE) for m in rows} == best
         assert [point.choose(m, LIKE) for m in (300, 400, 10**6)] == ["fused", "streamed", "streamed"]

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.common import towers
-from benchmarks.tune import cli, compiling, trials, tuning
+from benchmarks.tune import cli, compiling, tuning
 from benchmarks.tune import groups as tune_groups
 from pmkernels import configs, dispatch
 from pmkernels.strategies import choose
@@ -43,7 +43,7 @@ def test_a_rehearsal_writes_a_file_that_the_library_reads(rehearsal: tuple[Path,
     assert "nothing was measured" in written["gpu"]
     assert written["tuned"]["untuned"] == []
     assert configs.read_entries(text)
-    with trials.active("made-up", text):
+    with compiling.active("made-up", text):
         assert dispatch.rates("made-up", CPU).measured
         assert dispatch.rates("made-up", CPU).memory == written["rates"]["memory"]
         for entry in configs.read_entries(text):
@@ -77,7 +77,7 @@ def test_the_record_has_every_candidate_and_its_times(rehearsal: tuple[Path, Pat
 
 def test_the_hot_path_is_tuned_before_anything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The dW reduction, the widening, the served layer, the merge; then strategies of transformers; then linear."""
-    with trials.active("sm_90"):
+    with compiling.active("sm_90"):
         batches = tune_groups.groups(TARGET, tune_groups.OPS, None, False)
     order = list(dict.fromkeys(group.op for batch in batches for group in batch if group.kind == "16-bit"))
     assert order == ["merge_grad", "widen", "preference", "merge", "linear", "weight_grad", "shrink", "factor_grad"]
