@@ -5,13 +5,28 @@ from collections.abc import Iterator, Sequence
 from benchmarks.common.layer_case import NAMES
 from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from benchmarks.limits import predictions
-from benchmarks.limits.measured import Figures
-from benchmarks.limits.predictions import GROUPS, TASKS, predicted, problem, rates_of
-from benchmarks.limits.words import GOAL_TASKS, figure, folded, layer_name, over_text, table
+from benchmarks.limits.predictions import (
+    GOAL_TASKS,
+    GROUPS,
+    TASKS,
+    figure,
+    over_text,
+    predicted,
+    problem,
+    rates_of,
+    table,
+)
 from pmkernels import costs, dispatch
 from pmkernels.costs import Bound, Rates
 
 NOT_MEASURED = "not measured"
+# (layer, rows, operation, tasks) -> variant -> milliseconds
+Figures = dict[tuple[str, int, str, int], dict[str, float]]
+
+
+def _name(layer: Layer, operation: str = "") -> str:
+    """Name a layer with its rows, which a merge does not have."""
+    return layer.name if operation == "merge" else f"{layer.name}, {layer.rows} {'row' if layer.rows == 1 else 'rows'}"
 
 
 def _lines(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
@@ -42,17 +57,12 @@ def counts() -> list[str]:
                 continue
             counted = [costs.bound(operation, problem(layer, tasks)) for tasks in TASKS]
             cached = costs.bound(operation, problem(layer, TASKS[0]), cached=True)
-            product = operation == "forward"
-            rows.append(
-                [
-                    layer_name(layer) if operation != "merge" else layer.name,
-                    f"{layer.n}×{layer.d}",
-                    "forward; dx" if product else NAMES[operation],
-                    figure(counted[0].operations / 1e9) if counted[0].operations else "–",
-                    *(figure(bound.bytes / 1e6) for bound in counted),
-                    figure(cached.bytes / 1e6) if product else "–",
-                ]
-            )
+            title, last = NAMES[operation], "–"
+            if operation == "forward":
+                title, last = "forward; dx", figure(cached.bytes / 1e6)
+            billions = figure(counted[0].operations / 1e9) if counted[0].operations else "–"
+            millions = (figure(bound.bytes / 1e6) for bound in counted)
+            rows.append([_name(layer, operation), f"{layer.n}×{layer.d}", title, billions, *millions, last])
         columns = ["layer", "N×D", "operation", "GFLOP", *(f"MB, K = {tasks}" for tasks in TASKS), "MB, cached"]
         lines += [f"### Counts: {group}", *table(columns, rows, text=3)]
     return [*lines, *_gradient_counts()]
@@ -80,7 +90,7 @@ part of a bound but τ."""
             tiles = dispatch.lookup("default", "merge_grad", KIND, 1, p.rank, True)
             partial = p.partials(tiles.block_n, tiles.block_d)
             cells.append([p.weight, p.tasks * p.weight, partial, partial, p.output])
-            rows.append([layer_name(layer), *(figure(value / 1e6) for value in cells[-1])])
+            rows.append([_name(layer), *(figure(value / 1e6) for value in cells[-1])])
         whole = [sum(column) for column in zip(*cells, strict=True)]
         assert whole[-1] == db_bytes(tower)
         rows.append([f"**{tower.name}, a block and task**", *(f"**{figure(value / 1e6)}**" for value in whole)])
@@ -97,32 +107,18 @@ def layer_line(layer: Layer, operation: str, tasks: int, gpu: str, figures: Figu
     """Return one line of a GPU's table."""
     rates, counted = rates_of(gpu), problem(layer, tasks)
     bound = costs.bound(operation, counted)
-    micro, which = _bound_of(bound, rates)
-    rows = 0 if operation == "merge" else counted.rows
-    times = figures.get((layer.name, rows, NAMES[operation], tasks), {})
+    times = figures.get((layer.name, 0 if operation == "merge" else counted.rows, NAMES[operation], tasks), {})
     fused = "–" if operation == "merge" else f"*{figure(predicted(operation, 'fused', counted, gpu) * 1e6)}*"
-    streamed = figure(predicted(operation, "streamed", counted, gpu) * 1e6)
+    streamed = f"*{figure(predicted(operation, 'streamed', counted, gpu) * 1e6)}*"
     own = {name: ms for name, ms in times.items() if name != "cached"}
-    cells = [
-        layer_name(layer) if operation != "merge" else layer.name,
-        NAMES[operation],
-        micro,
-        which,
-        fused,
-        f"*{streamed}*",
-        _measured_cell(own, bound.seconds(rates, KIND)),
-    ]
+    cells = [_name(layer, operation), NAMES[operation], *_bound_of(bound, rates), fused, streamed]
+    cells.append(_measured_cell(own, bound.seconds(rates, KIND)))
     if operation not in ("forward", "dx"):
         return [*cells, "–", "–", "–"]
     cached = costs.bound(operation, counted, cached=True)
-    cached_seconds = predicted(operation, "streamed", counted, gpu, cached=True)
-    cached_times = {name: ms for name, ms in times.items() if name == "cached"}
-    return [
-        *cells,
-        " ".join(_bound_of(cached, rates)),
-        f"*{figure(cached_seconds * 1e6)}*",
-        _measured_cell(cached_times, cached.seconds(rates, KIND)),
-    ]
+    micro = figure(predicted(operation, "streamed", counted, gpu, cached=True) * 1e6)
+    measured = _measured_cell({k: ms for k, ms in times.items() if k not in own}, cached.seconds(rates, KIND))
+    return [*cells, " ".join(_bound_of(cached, rates)), f"*{micro}*", measured]
 
 
 def _measured_cell(times: dict[str, float], bound: float) -> str:
@@ -144,8 +140,12 @@ def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
                 if operation != "merge" or layer.items > 1 or layers is LANGUAGE_MODEL
             ]
             columns = ["layer", "operation", "bound", "by", "*fused*", "*streamed*", "measured"]
-            columns += ["bound, cached", "*cached*", "measured, cached"]
-            lines += folded(f"**K = {tasks}**, µs", table(columns, rows, text=2), tasks < GOAL_TASKS)
+            figures_of = table([*columns, "bound, cached", "*cached*", "measured, cached"], rows, text=2)
+            if tasks == GOAL_TASKS:
+                lines += [f"**K = {tasks}**, µs", *figures_of]
+            else:
+                # folded away: one of many
+                lines += ["<details>", f"<summary>K = {tasks}, µs</summary>", *figures_of, "</details>", ""]
     return lines
 
 
@@ -157,13 +157,19 @@ def served_line(layer: Layer, gpu: str) -> list[str]:
     plain = costs.seconds(costs.product(p), rates, KIND)
     ways = {name: predicted("preference", name, p, gpu) for name in ("fused", "streamed")}
     cells = [f"*{figure(1e6 * seconds)}*" for seconds in (plain, *ways.values())]
-    return [layer_name(layer), figure(1e6 * bound), *cells, f"*{min(ways.values()) / plain:.2f}×*"]
+    return [_name(layer), figure(1e6 * bound), *cells, f"*{min(ways.values()) / plain:.2f}×*"]
 
 
 def device_served(gpu: str, title: str) -> list[str]:
     """Return lines of the layers with a low-rank term, for one image and a batch."""
     served = [layer for tower in TOWERS for items in (1, BATCH) for layer in tower.block_layers(items) if layer.rank]
     columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
+    ways = (predictions.block_kernels, predictions.forward_kernels)
+    whole = [
+        [tower.name, str(items), *(over_text(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)]
+        for tower in TOWERS
+        for items in (1, BATCH)
+    ]
     return [
         f"### {title}: a preference per image, folded layers",
         "",
@@ -171,18 +177,7 @@ def device_served(gpu: str, title: str) -> list[str]:
         "*fused*, one kernel; *streamed*, a kernel that writes [x \\| t] and the library's product. µs",
         *table(columns, [served_line(layer, gpu) for layer in served]),
         "A whole block and model, with attention and the rest of the network:",
-        *table(
-            ["model", "images", "*a served block over the plain*", "*a served model over the plain*"], _served(gpu), 1
-        ),
-    ]
-
-
-def _served(gpu: str) -> list[list[str]]:
-    ways = (predictions.block_kernels, predictions.forward_kernels)
-    return [
-        [tower.name, str(items), *(over_text(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)]
-        for tower in TOWERS
-        for items in (1, BATCH)
+        *table(["model", "images", "*a served block over the plain*", "*a served model over the plain*"], whole, 1),
     ]
 
 

@@ -6,38 +6,80 @@ figures are taken from the newest committed results file of that GPU and appear 
 measured".
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from benchmarks.common.arguments import command_parser
 from benchmarks.common.towers import RANK
-from benchmarks.limits.goals import GOAL_DEVICES, device_goals
-from benchmarks.limits.layers import COLUMNS, NOT_MEASURED, counts, device_layers, device_served
-from benchmarks.limits.measured import compiled, measured
-from benchmarks.limits.models import device_models, models
-from benchmarks.limits.predictions import DEVICES, rates_of
-from benchmarks.limits.words import UNCERTAINTY, figure, table
+from benchmarks.limits.layers import COLUMNS, NOT_MEASURED, Figures, counts, device_layers, device_served
+from benchmarks.limits.models import GOAL_DEVICES, device_goals, device_models, models
+from benchmarks.limits.predictions import DEVICES, UNCERTAINTY, figure, rates_of, table
 from pmkernels import costs
 
 PAGE = results.RESULTS.parent / "limits.md"
 
 
+def _reports() -> list[tuple[Path, dict[str, Any]]]:
+    """Return committed results, oldest first; a rehearsal is nobody's result."""
+    reports = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in results.RESULTS.glob("*.json")]
+    reports = [(path, report) for path, report in reports if not report.get("quick")]
+    return sorted(reports, key=lambda item: (item[1].get("date", ""), item[0]))
+
+
+def _layer_rows(suites: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Yield rows of the kernels suite and of the layer grid. The training suite had the grid before."""
+    kernels = suites.get("kernels", {})
+    for row in kernels.get("rows", ()):
+        if kernels["rank"] == RANK:
+            yield {**row, "tasks": kernels["tasks"]}
+    for grid in (suites.get("training", {}).get("layers", {}), suites.get("layers", {})):
+        if grid.get("rank") == RANK:
+            yield from grid.get("rows", ())
+
+
+def measured(gpu: str) -> tuple[Figures, list[str]]:
+    """Return the newest committed milliseconds of our variants on that GPU, and their files. Only bfloat16 counts."""
+    figures: Figures = {}
+    sources: dict[tuple[str, int, str, int], str] = {}
+    for path, report in _reports():
+        where = report.get("environment", {}).get("gpu")
+        if not where or results.gpu_file_name(where) != gpu:
+            continue
+        mine: Figures = {}
+        for row in _layer_rows(report.get("suites", {})):
+            if row["ms"] is None or row["dtype"] != "bfloat16":
+                continue
+            if row["variant"] in ("fused", "streamed", "auto", "cached"):
+                rows = 0 if row["op"] == "merge" else row["rows"]
+                key = (row["layer"].removesuffix(", one image"), rows, row["op"], row["tasks"])
+                mine.setdefault(key, {})[row["variant"]] = row["ms"]
+        figures |= mine
+        sources |= dict.fromkeys(mine, path.name)
+    return figures, sorted(set(sources.values()))
+
+
+def compiled(arch: str) -> tuple[Path, list[dict[str, Any]]] | None:
+    """Return the architecture's newest committed budget file. With it come its 16-bit rows of main kernels."""
+    newest = None
+    for path, report in _reports():
+        if report.get("suite") == "budget":
+            rows = [row for row in report["rows"] if row["arch"] == arch and row["dtype"] == "bfloat16"]
+            rows = [row for row in rows if row["kernel"] in ("linear_fwd_kernel", "weight_grad_kernel", "merge_kernel")]
+            newest = (path, rows) if rows else newest
+    return newest
+
+
 def _introduction() -> list[str]:
-    rates = [
-        [
-            f"{title} ({arch})",
-            figure(rates_of(name).half / 1e12),
-            figure(rates_of(name).float32 / 1e12),
-            f"{rates_of(name).memory / 1e12:.3g}",
-            f"{rates_of(name).cache / 1e12:.3g}",
-            figure(rates_of(name).launch * 1e6),
-            "measured" if rates_of(name).measured else "assumed",
-        ]
-        for name, (title, arch) in DEVICES.items()
-    ]
+    lines = []
+    for name, (title, arch) in DEVICES.items():
+        rates = rates_of(name)
+        cells = [f"{title} ({arch})", figure(rates.half / 1e12), figure(rates.float32 / 1e12)]
+        cells += [f"{rates.memory / 1e12:.3g}", f"{rates.cache / 1e12:.3g}", figure(rates.launch * 1e6)]
+        lines.append([*cells, "measured" if rates.measured else "assumed"])
     introduction = f"""\
 # Limits: what a layer and a model cost at the least
 
@@ -55,7 +97,7 @@ A GPU does this much in a second at best, in 10¹² operations or bytes. *16-bit
 other arithmetic, *memory* device memory and *L2* its cache; *launch* is what a kernel costs besides, in µs. Assumed
 rates come from the vendor's figures, measured ones from a tuned configuration file."""
     columns = ["GPU", "16-bit", "float32", "memory", "L2", "launch", "rates"]
-    return [introduction, *table(columns, rates), *_forms()]
+    return [introduction, *table(columns, lines), *_forms()]
 
 
 def _forms() -> list[str]:
@@ -86,22 +128,13 @@ def _device_compiled(arch: str) -> list[str]:
 Read from the machine code of the 16-bit kernels, without a GPU ([`{path.name}`](results/{path.name})): the worst of
 each configuration's variants. *Occupancy* is the share of a multiprocessor's warps that its registers and shared memory
 let in."""
-    cells = [
-        [
-            kernel,
-            configuration,
-            str(max(row["registers"] for row in group)),
-            f"{max(row['shared'] for row in group) / 1024:.1f}",
-            str(max(row["spills"] for row in group)),
-            f"{min(row['occupancy'] for row in group):.0%}",
-        ]
-        for (kernel, configuration), group in sorted(groups.items())
-    ]
-    return [
-        *lines,
-        introduction,
-        *table(["kernel", "configuration", "registers", "shared KiB", "spills", "occupancy"], cells, 2),
-    ]
+    cells = []
+    for (kernel, configuration), group in sorted(groups.items()):
+        registers, shared, spills = (max(row[name] for row in group) for name in ("registers", "shared", "spills"))
+        occupancy = min(row["occupancy"] for row in group)
+        cells.append([kernel, configuration, f"{registers}", f"{shared / 1024:.1f}", f"{spills}", f"{occupancy:.0%}"])
+    columns = ["kernel", "configuration", "registers", "shared KiB", "spills", "occupancy"]
+    return [*lines, introduction, *table(columns, cells, 2)]
 
 
 def page() -> str:
@@ -115,16 +148,9 @@ def page() -> str:
     for gpu, (title, _) in DEVICES.items():
         figures, sources = measured(gpu)
         names = ", ".join(f"[`{name}`](results/{name})" for name in sources)
-        lines += [
-            f"## {title}: layers",
-            "",
-            f"Measured: {names or 'nothing yet on this GPU'}.",
-            "",
-            COLUMNS,
-            "",
-            *device_layers(gpu, title, figures),
-            *device_served(gpu, title),
-        ]
+        measured_by = f"Measured: {names or 'nothing yet on this GPU'}."
+        lines += [f"## {title}: layers", "", measured_by, "", COLUMNS, ""]
+        lines += [*device_layers(gpu, title, figures), *device_served(gpu, title)]
     lines += ["## Compiled kernels", ""]
     for arch in dict.fromkeys(arch for _, arch in DEVICES.values()):
         lines += _device_compiled(arch)

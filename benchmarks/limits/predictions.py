@@ -1,18 +1,21 @@
-"""Layers and whole models counted: their bounds, and :mod:`pmkernels.costs`'s predictions.
+"""Layers and whole models counted: their bounds, :mod:`pmkernels.costs`'s predictions, and how both are written.
 
 A step or a forward is a list of kernels, each with how often it is launched; its seconds are their sum, one after the
 other. What :data:`PARTS` names can be added up by part. Nothing here was measured.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.common import pages
 from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from pmkernels import configs, costs, dispatch, strategies
 from pmkernels.costs import Bound, Pass, Problem, Rates
 
 TASKS = (2, 4, 8)
+# task vectors of the goals, and how far a predicted time may be off
+GOAL_TASKS, UNCERTAINTY = 8, 0.25
 # name of a configuration file -> title, architecture
 DEVICES = {
     "nvidia-h200": ("NVIDIA H200", "sm_90"),
@@ -24,6 +27,16 @@ GROUPS: dict[str, tuple[Layer, ...]] = {
     "One image": tuple(layer for tower in TOWERS for layer in tower.block_layers(1)),
     "A 4096×4096 projection of a 7B language model": LANGUAGE_MODEL,
 }
+
+
+def figure(value: float) -> str:
+    """Return three digits, no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> list[str]:
+    """Return a table between empty lines. Its first ``text`` columns are words, the others figures."""
+    return ["", *pages.table(columns, rows, "l" * text + "r" * (len(columns) - text)), ""]
 
 
 def problem(layer: Layer, tasks: int, *, per_row: bool = False, bias: bool = False) -> Problem:
@@ -46,16 +59,9 @@ def rates_of(gpu: str) -> Rates:
 
 
 def predicted(
-    operation: str,
-    strategy: str,
-    counted: Problem,
-    gpu: str,
-    *,
-    cached: bool = False,
-    configuration: str | None = None,
+    operation: str, strategy: str, counted: Problem, gpu: str, *, cached: bool = False, configuration: str | None = None
 ) -> float:
-    """Return the seconds ``strategy`` should take on a GPU, with the tiles of its kernel. The GPU is one of
-    :data:`pmkernels.costs.GPUS`.
+    """Return the seconds ``strategy`` should take on one of :data:`pmkernels.costs.GPUS`, with the tiles of its kernel.
 
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """
@@ -109,6 +115,16 @@ class Prediction:
         """Add up by how many seconds each part differs from that of another."""
         names = self.parts.keys() | other.parts.keys()
         return sum(abs(self.parts.get(name, 0.0) - other.parts.get(name, 0.0)) for name in names)
+
+
+def ratio_text(value: float, off: float, digits: int = 2) -> str:
+    """Write a predicted ratio and its bounds, where it is so much more or less."""
+    return f"*{value:.{digits}f}× ({value - off:.{digits}f}–{value + off:.{digits}f})*"
+
+
+def over_text(ours: Prediction, other: Prediction, digits: int = 2) -> str:
+    """Write the ratio of two predictions; parts that are alike in both are off alike."""
+    return ratio_text(ours.seconds / other.seconds, UNCERTAINTY * ours.apart(other) / other.seconds, digits)
 
 
 def prediction(kernels: Kernels, gpu: str) -> Prediction:

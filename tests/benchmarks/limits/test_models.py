@@ -1,7 +1,7 @@
 """What a predicted goal may be off."""
 
 from benchmarks.common import towers
-from benchmarks.limits import goals as predicted_goals
+from benchmarks.limits import models as predicted_goals
 from benchmarks.limits import predictions
 
 H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
