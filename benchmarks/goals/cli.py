@@ -1,10 +1,11 @@
-"""The command line of ``python -m benchmarks.goals``: it starts, watches and ends the process that measures."""
+"""The command line of ``python -m benchmarks.goals``: its groups; it starts, watches and ends what measures them."""
 
 import argparse
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,37 @@ from benchmarks.common.arguments import command_parser
 from benchmarks.common.record import COMPLETE, Record, RecordError
 from benchmarks.common.supervisor import EXIT_UNUSABLE, supervise
 from benchmarks.goals import table
-from benchmarks.goals.groups import GROUPS, NAMES, SUITE
+
+SUITE = "goals"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are measured together, and the function that measures them.
+
+    ``seconds``: about what all of it takes on an H100. ``function``: ``module:name``, imported when it is its turn,
+    because a machine may lack what a later group needs.
+    """
+
+    name: str
+    about: str
+    seconds: float
+    function: str
+
+
+# in order of value; the names are also those in keys
+GROUPS = (
+    Group("ceilings", "what this card does at best: a copy, an 8192³ product, L2, a launch", 15, "kernels:ceilings"),
+    Group("correctness", "the hot kernels against float64, in memory full of NaN", 25, "kernels:correctness"),
+    Group("reductions", "reduction of dW and weight gradient of six layers", 45, "kernels:reductions"),
+    Group("served-layers", "projections and a block with 32 preferences, cold and warm", 25, "served:layers"),
+    Group("serving", "ViT-L/14, 32 images with 32 preferences, and one image", 50, "serving:engine"),
+    Group("training-L14", "an optimiser step of ViT-L/14, K = 8", 70, "training:vit_l_14"),
+    Group("training-B32", "an optimiser step of ViT-B/32, K = 8", 45, "training:vit_b_32"),
+    Group("float32", "the layer-wise computation in its own float32, 32, 16 and 8 images", 60, "training:float32"),
+    Group("rest", "few bytes, a data-free run, the layer grid", 150, "kernels:rest"),
+)
+NAMES = tuple(group.name for group in GROUPS)
 
 DESCRIPTION = """\
 Measure what the project aims at on this GPU, in order of value, until time is up.
@@ -56,14 +87,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def default_path(quick: bool, date: str) -> Path:
-    """Return where results go. The file is named after the card; a rehearsal's is in a folder for temporary files."""
-    if quick:
-        return Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-goals-{date}.json"
-    name = results.gpu_name_of_driver() or "gpu"
-    return results.RESULTS / f"goals-{name}-{date}.json"
-
-
 def open_record(chosen: argparse.Namespace, command: Sequence[str]) -> Record:
     """Begin a results file, or open the one to go on from.
 
@@ -72,9 +95,12 @@ def open_record(chosen: argparse.Namespace, command: Sequence[str]) -> Record:
     """
     header = results.header(command)
     if chosen.resume is None:
-        path = chosen.out or default_path(chosen.quick, header["date"])
-        if chosen.out is None and not chosen.quick:
-            path = results.unused(path)
+        path = chosen.out
+        if path is None and chosen.quick:
+            path = Path(tempfile.gettempdir()) / f"pareto-merging-rehearsal-goals-{header['date']}.json"
+        elif path is None:
+            name = results.gpu_name_of_driver() or "gpu"
+            path = results.unused(results.RESULTS / f"goals-{name}-{header['date']}.json")
         record = Record.new(path, {**header, "suite": SUITE, "quick": chosen.quick})
     else:
         record = Record.read(chosen.resume, SUITE)
@@ -101,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"goals: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
     print(f"results go to {record.path}", flush=True)
-    command = ["-m", "benchmarks.goals.worker", "--out", str(record.path)]
-    command += ["--quick"] if chosen.quick else []
+    command = ["-m", "benchmarks.goals.worker", "--out", str(record.path), *(["--quick"] if chosen.quick else [])]
     command += ["--only", *chosen.only] if chosen.only else []
 
     def finish(record: Record) -> None:

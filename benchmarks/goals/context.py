@@ -1,19 +1,11 @@
-"""What every group is given, and rows of one operation timed beside its bound."""
+"""What every group is given."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.common.rows import LayerRow
 from benchmarks.common.session import Session
-from benchmarks.common.timing import timed
 from benchmarks.common.towers import TINY, VIT_L, Tower
-
-# milliseconds of repetitions of one variant
-WARMUP, REPETITIONS = 5, 40
 
 
 @dataclass(frozen=True)
@@ -51,15 +43,3 @@ class Context:
         if "copy" not in rates:
             raise LookupError("expected the ceilings to be measured first, got none")
         return rates
-
-
-def fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> LayerRow:
-    """Time a variant that was right; off the GPU one call, which measures nothing."""
-    if row.matched:
-        row.note_times(timed(variant, device, warmup=WARMUP, repetitions=REPETITIONS))
-    return row
-
-
-def as_training_rates(rates: Mapping[str, float]) -> dict[str, Any]:
-    """Return the ceilings as :func:`benchmarks.training.bounds.bound_ms` takes them."""
-    return {name: rates[name] for name in ("copy", "bfloat16", "float32")}

@@ -1,8 +1,7 @@
-"""The hot kernels: right on the goals' shapes, then beside their bounds."""
+"""What this card does at best; the hot kernels, right on the goals' shapes, then beside their bounds; and the rest."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +9,27 @@ from torch import Tensor
 
 import pmkernels
 from benchmarks.common import layer_case
+from benchmarks.common.ceilings import measured_rates
 from benchmarks.common.errors import Errors, relative_error
 from benchmarks.common.modes import poisoned, precision
 from benchmarks.common.rows import LayerRow, dtype_name
 from benchmarks.common.session import Once
-from benchmarks.common.timing import rounded
+from benchmarks.common.timing import rounded, timed
 from benchmarks.common.towers import BATCH, RANK, TASKS, TINY_LAYERS, VIT_B, VIT_L, Layer
-from benchmarks.goals.context import Context, fill_times
+from benchmarks.goals.context import Context
+from benchmarks.suites import layers
 from benchmarks.tune import cases
 from pmkernels import products, reference
 
+# a rate, as benchmarks.common.ceilings names it -> its name here, and the unit of the figure
+CEILINGS = {
+    "memory": ("copy", "B/s"),
+    "half": ("bfloat16", "FLOP/s"),
+    "float32": ("float32", "FLOP/s"),
+    "tf32": ("tf32", "FLOP/s"),
+    "cache": ("L2", "B/s"),
+    "launch": ("launch", "s"),
+}
 # whose weight gradients are measured: all of a ViT-L/14 block, attention's of ViT-B/32
 SIX = (*VIT_L.block_layers(BATCH), *VIT_B.block_layers(BATCH)[:2])
 LIBRARY_DW = "the library's dW"
@@ -27,6 +37,20 @@ REDUCTION = "reduction of dW"
 GRADIENT = {strategy: f"weight gradient, {strategy}" for strategy in ("auto", "streamed", "fused")}
 COLUMN_SUMS = "db"
 MERGE = "merge"
+# milliseconds of repetitions of one variant
+WARMUP, REPETITIONS = 5, 40
+
+
+def ceilings(context: Context) -> None:
+    """Measure a large copy, products of 8192³ by type, copies inside L2, and empty launches."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        measured = measured_rates(context.device, context.quick)
+        for name, (title, unit) in CEILINGS.items():
+            if name in measured:
+                yield {"variant": title, "value": measured[name], "unit_of_value": unit, "matched": True}
+
+    context.session.measure("ceilings/rates", rows, 15)
 
 
 def _six(context: Context) -> Sequence[Layer]:
@@ -36,27 +60,26 @@ def _six(context: Context) -> Sequence[Layer]:
 def hot_cases(context: Context) -> dict[str, cases.Case]:
     """Return what a step of ViT-L/14 and its served layers launch of ours, by name."""
     big, mlp = TINY_LAYERS if context.quick else VIT_L.block_layers(BATCH)[::2][:2]
-    rows, image = big.rows, big.tokens
-    attention: dict[str, Any] = {"n": big.n, "d": big.d, "rank": RANK}
-    plain: dict[str, Any] = {"n": mlp.n, "d": mlp.d, "rank": 0}
-    case_of = {
-        "merge": cases.Case("merge", **attention),
-        "merge of an MLP": cases.Case("merge", **plain),
-        "reduction of dW": cases.Case("merge_grad", **attention),
-        "reduction of dW of an MLP": cases.Case("merge_grad", **plain),
-        "widen": cases.Case("widen", **attention, rows=rows, groups=big.items),
-        "preference, one image": cases.Case("preference", **attention, rows=image, bias=True),
-        "preference, all images": cases.Case("preference", **attention, rows=rows, groups=big.items, bias=True),
-        "weight gradient from rows": cases.Case("weight_grad", **attention, rows=rows, bias=True),
-        "forward, one image": cases.Case("forward", **attention, rows=image, bias=True),
-        "dx, one image": cases.Case("dx", **attention, rows=image),
-        "shrink": cases.Case("shrink", **attention, rows=rows, groups=big.items),
-        "factor gradient": cases.Case("factor_grad", **attention, rows=rows),
+    # the interpreter: few tasks, and a type that it rounds as a GPU does
+    smaller = {"tasks": 2, "dtype": dtype_name(context.dtype)} if context.quick else {}
+    attention = functools.partial(cases.Case, n=big.n, d=big.d, rank=RANK, **smaller)
+    plain = functools.partial(cases.Case, n=mlp.n, d=mlp.d, rank=0, **smaller)
+    rows: dict[str, Any] = {"rows": big.rows}
+    per_image, one_image = {**rows, "groups": big.items}, {"rows": big.tokens, "bias": True}
+    return {
+        "merge": attention("merge"),
+        "merge of an MLP": plain("merge"),
+        "reduction of dW": attention("merge_grad"),
+        "reduction of dW of an MLP": plain("merge_grad"),
+        "widen": attention("widen", **per_image),
+        "preference, one image": attention("preference", **one_image),
+        "preference, all images": attention("preference", **per_image, bias=True),
+        "weight gradient from rows": attention("weight_grad", **rows, bias=True),
+        "forward, one image": attention("forward", **one_image),
+        "dx, one image": attention("dx", rows=big.tokens),
+        "shrink": attention("shrink", **per_image),
+        "factor gradient": attention("factor_grad", **rows),
     }
-    if context.quick:
-        # the interpreter: few tasks, and a type that it rounds as a GPU does
-        return {name: replace(case, tasks=2, dtype=dtype_name(context.dtype)) for name, case in case_of.items()}
-    return case_of
 
 
 def correctness(context: Context) -> None:
@@ -135,12 +158,7 @@ def _sums(context: Context) -> Iterator[LayerRow]:
     layer = _six(context)[0]
     dy = torch.randn(layer.items, layer.tokens, layer.n, device=context.device).to(context.dtype)
     exact = dy.double().sum(dim=(0, 1))
-    yield _judged("db", layer.rows, [column_sums(dy)], [exact.float()], [exact], context.dtype)
-
-
-def column_sums(dy: Tensor) -> Tensor:
-    """Return Σ_m dy [N] in float32, as the streamed way computes db."""
-    return products.column_sums(dy)
+    yield _judged("db", layer.rows, [products.column_sums(dy)], [exact.float()], [exact], context.dtype)
 
 
 def reductions(context: Context) -> None:
@@ -156,36 +174,29 @@ def reductions(context: Context) -> None:
             return layer_case.Case.make(layer, tasks, layer.rows, context.dtype, context.device)
 
         case = Once(make)
-        hot = {REDUCTION: "merge_grad", MERGE: "merge"}
-        units: dict[str, Callable[[], Iterator[LayerRow]]] = {
-            name: functools.partial(_hot, context, name, op, layer, tasks) for name, op in hot.items()
+        units = {
+            LIBRARY_DW: functools.partial(_library, context, case),
+            REDUCTION: functools.partial(_hot, context, REDUCTION, "merge_grad", layer, tasks),
+            **{name: functools.partial(_gradient, context, case, way) for way, name in GRADIENT.items()},
+            COLUMN_SUMS: functools.partial(_db, context, case),
+            MERGE: functools.partial(_hot, context, MERGE, "merge", layer, tasks),
         }
-        units |= {name: functools.partial(_made, _gradient, context, case, way) for way, name in GRADIENT.items()}
-        units[LIBRARY_DW] = functools.partial(_made, _library, context, case)
-        units[COLUMN_SUMS] = functools.partial(_made, _db, context, case)
-        for name in (LIBRARY_DW, REDUCTION, *GRADIENT.values(), COLUMN_SUMS, MERGE):
-            context.session.measure(f"reductions/{layer.name}/{name}", units[name], 1.5)
+        for name, unit in units.items():
+            context.session.measure(f"reductions/{layer.name}/{name}", unit, 1.5)
         case.drop()
-
-
-def _made(
-    measure: Callable[..., Iterator[LayerRow]], context: Context, case: Once, *arguments: Any
-) -> Iterator[LayerRow]:
-    """Measure with a case that is made when the first unit needs it."""
-    yield from measure(context, case(), *arguments)
 
 
 def _row(context: Context, case: layer_case.Case, variant: str, operations: float, moved: float) -> LayerRow:
     """Return a row without times of an operation of a layer that does so much."""
-    row = LayerRow(
-        layer=case.layer.name,
-        dtype=dtype_name(case.x.dtype),
-        variant=variant,
-        rows=len(case.x),
-        tasks=case.tasks,
-        bytes=moved,
-    )
-    row.bound_ms = _bound_ms(context, operations, moved)
+    named = {"layer": case.layer.name, "dtype": dtype_name(case.x.dtype), "variant": variant}
+    bound_ms = _bound_ms(context, operations, moved)
+    return LayerRow(**named, rows=len(case.x), tasks=case.tasks, bytes=moved, bound_ms=bound_ms)
+
+
+def _fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> LayerRow:
+    """Time a variant that was right; off the GPU one call, which measures nothing."""
+    if row.matched:
+        row.note_times(timed(variant, device, warmup=WARMUP, repetitions=REPETITIONS))
     return row
 
 
@@ -194,16 +205,18 @@ def _bound_ms(context: Context, operations: float, moved: float) -> float:
     return rounded(1e3 * max(operations / rates["bfloat16"], moved / rates["copy"]))
 
 
-def _library(context: Context, case: layer_case.Case) -> Iterator[LayerRow]:
+def _library(context: Context, made: Once) -> Iterator[LayerRow]:
+    case: layer_case.Case = made()
     x, dy, layer = case.x, case.dy, case.layer
     moved = 2.0 * (x.numel() + dy.numel() + layer.n * layer.d)
     row = _row(context, case, LIBRARY_DW, 2.0 * len(x) * layer.n * layer.d, moved)
     row.judge(*layer_case.product_error(x, dy), wrong="wrong product")
-    yield fill_times(row, lambda: [dy.t() @ x], context.device)
+    yield _fill_times(row, lambda: [dy.t() @ x], context.device)
 
 
-def _gradient(context: Context, case: layer_case.Case, strategy: str) -> Iterator[LayerRow]:
+def _gradient(context: Context, made: Once, strategy: str) -> Iterator[LayerRow]:
     """Measure dλ, dA, dG and dB from dy and x."""
+    case: layer_case.Case = made()
     count, layer = len(case.x), case.layer
     with torch.no_grad():
         truth, plain = layer_case.truth(case, "weight gradient", count)
@@ -211,15 +224,16 @@ def _gradient(context: Context, case: layer_case.Case, strategy: str) -> Iterato
         moved = 2.0 * (case.tasks * layer.n * layer.d + case.x.numel() + case.dy.numel())
         row = _row(context, case, GRADIENT[strategy], 2.0 * count * layer.n * layer.d, moved)
         row.judge(relative_error(variant(), truth), plain, wrong="wrong gradient")
-        yield fill_times(row, variant, context.device)
+        yield _fill_times(row, variant, context.device)
 
 
-def _db(context: Context, case: layer_case.Case) -> Iterator[LayerRow]:
+def _db(context: Context, made: Once) -> Iterator[LayerRow]:
+    case: layer_case.Case = made()
     dy = case.dy
     row = _row(context, case, COLUMN_SUMS, 0.0, float(dy.numel() * dy.element_size()))
-    row.error = relative_error([column_sums(dy)], [dy.double().sum(dim=0)])
+    row.error = relative_error([products.column_sums(dy)], [dy.double().sum(dim=0)])
     row.matched = row.error < 1e-5
-    yield fill_times(row, lambda: [column_sums(dy)], context.device)
+    yield _fill_times(row, lambda: [products.column_sums(dy)], context.device)
 
 
 def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iterator[LayerRow]:
@@ -236,4 +250,17 @@ def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iter
         moved = 2.0 * (tasks + (1 if op == "merge_grad" else 2)) * layer.n * layer.d
         row = LayerRow(layer=layer.name, dtype=case.dtype, variant=name, rows=0, tasks=tasks, bytes=moved)
         row.bound_ms = _bound_ms(context, 0.0, moved)
-        yield fill_times(_with_fault(row, prepared.fault(results), results, prepared), variant, context.device)
+        yield _fill_times(_with_fault(row, prepared.fault(results), results, prepared), variant, context.device)
+
+
+def rest(context: Context) -> None:
+    """Measure what has the least value for its time: few bytes, a data-free run, the layer grid."""
+    try:
+        # it needs pydantic
+        from benchmarks.goals import training
+    except ImportError as error:
+        context.session.lacks("rest/all", error)
+    else:
+        training.few_bytes(context)
+    for point in layers.grid_points(context.quick, context.device):
+        context.session.measure(f"rest/layer grid/{point.name}", point.rows, 1.0)

@@ -1,6 +1,6 @@
 """The table of goals: aims, measurements of the same run, and whether they are met."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.common.goals import Goal, at_most, ratio, status_of, times
@@ -50,20 +50,21 @@ class Rows:
                 return str(row["reason"])
         return ""
 
-    def ceiling(self, name: str) -> float | None:
-        """Return a ceiling of this run."""
-        values = (row["value"] for row in self.all if row["unit"].startswith("ceilings/") and row["variant"] == name)
-        return next(values, None)
+
+def _step(model: str) -> str:
+    return f"{'training-L14' if model == 'ViT-L/14' else 'training-B32'}/{model}, batch 32"
 
 
-def _step(model: str, batch: int = 32) -> str:
-    group = "training-L14" if model == "ViT-L/14" else "training-B32"
-    return f"{group}/{model}, batch {batch}"
-
-
-def _judged(goal: str, against: str, to_reach: str, value: str | None, met: bool, why: str, bound: str = "") -> Goal:
+def _judged(
+    goal: str, against: str, to_reach: str, value: str | None, met: bool, why: str = "", bound: str = ""
+) -> Goal:
     of_bound = "" if value is None else bound
     return Goal(goal, why if value is None else value, status_of(value, met), "", against, to_reach, of_bound)
+
+
+def _no_more(goal: str, against: str, most: str, value: float | None, why: str, bound: str = "") -> Goal:
+    """Judge a ratio that is to be at most that."""
+    return _judged(goal, against, f"≤ {most}×", times(value), at_most(value, float(most)), why, bound)
 
 
 def _of_bound(row: Row | None) -> str:
@@ -75,9 +76,7 @@ def _serving(rows: Rows) -> list[Goal]:
     ours, why = rows.of(unit, ENGINE), rows.why(unit)
     over = ratio(rows.ms(unit, ENGINE), rows.limit_ms(unit, "CUDA graph") or rows.limit_ms(unit))
     goal = "serving ViT-L/14, 32 preferences, as a user calls it"
-    lines = [
-        _judged(goal, "one plain merged model under a CUDA graph", "≤ 1.03×", times(over), at_most(over, 1.03), why)
-    ]
+    lines = [_no_more(goal, "one plain merged model under a CUDA graph", "1.03", over, why)]
     again = ratio(rows.ms(unit, REMERGE, f"{REMERGE}, CUDA graph"), rows.ms(unit, ENGINE))
     lines.append(_judged("the same", "merging again per request", "≥ 10×", times(again, 1), (again or 0) >= 10, why))
     held = None if ours is None or not ours.get("models") else float(ours["models"])
@@ -86,28 +85,23 @@ def _serving(rows: Rows) -> list[Goal]:
     unit = "served-layers/block"
     for cache in ("cold", "warm"):
         over = ratio(rows.ms(unit, f"a served block, {cache}"), rows.ms(unit, f"the plain block, {cache}"))
-        met, text = at_most(over, 1.05), times(over)
-        lines.append(_judged(f"a served block, {cache} cache", "the plain block", "≤ 1.05×", text, met, rows.why(unit)))
+        lines.append(_no_more(f"a served block, {cache} cache", "the plain block", "1.05", over, rows.why(unit)))
     return lines
 
 
 def _training(rows: Rows) -> list[Goal]:
     lines = []
-    for model, most in (("ViT-L/14", 1.05), ("ViT-B/32", 1.15)):
+    for model, most in (("ViT-L/14", "1.05"), ("ViT-B/32", "1.15")):
         unit = _step(model)
-        ours, limit = rows.of(unit, AUTO), rows.ms(unit, STEP_LIMIT)
-        over, why = ratio(rows.ms(unit, AUTO), limit), rows.why(unit)
-        against = "frozen merged linears + full dW products, one graph"
-        title = f"training step {model}"
-        lines.append(_judged(title, against, f"≤ {most}×", times(over), at_most(over, most), why, _of_bound(ours)))
+        limit, why = rows.ms(unit, STEP_LIMIT), rows.why(unit)
+        against, title = "frozen merged linears + full dW products, one graph", f"training step {model}"
+        over, bound = ratio(rows.ms(unit, AUTO), limit), _of_bound(rows.of(unit, AUTO))
+        lines.append(_no_more(title, against, most, over, why, bound))
         if model == "ViT-B/32":
             over = ratio(rows.ms(unit, ALL), limit)
-            lines.append(
-                _judged(f"{title}, all tasks at once", against, "≤ 0.9×", times(over), at_most(over, 0.9), why)
-            )
+            lines.append(_no_more(f"{title}, all tasks at once", against, "0.9", over, why))
     for model in MODELS:
-        unit = _step(model)
-        ours, once = rows.of(unit, AUTO), rows.of(unit, ONCE)
+        ours, once = rows.of(_step(model), AUTO), rows.of(_step(model), ONCE)
         text, met = None, False
         if ours is not None and once is not None:
             over = ours["ms"] / once["ms"]
@@ -116,10 +110,8 @@ def _training(rows: Rows) -> list[Goal]:
             if share is not None:
                 text, met = f"{text} at {share:.2f} of its extra memory", met and share < 0.6
         against = "merge once a step with autograd"
-        lines.append(_judged(f"training step {model}", against, "faster, < 0.6 of its extra memory", text, met, ""))
-    for model in MODELS:
-        lines += _layer_wise(rows, model)
-    return lines
+        lines.append(_judged(f"training step {model}", against, "faster, < 0.6 of its extra memory", text, met))
+    return [*lines, *(goal for model in MODELS for goal in _layer_wise(rows, model))]
 
 
 def _extra_memory(ours: Row, other: Row) -> float | None:
@@ -146,22 +138,23 @@ def _layer_wise(rows: Rows, model: str) -> list[Goal]:
     against, text, met, whys = f"{against.rpartition(',')[0]}, its own float32", None, False, []
     for batch in (32, 16, 8):
         key = f"float32/{model}, batch {batch}"
-        wide = rows.of(f"{key}/{ADAMERGING}, float32")
-        mine = ours if batch == 32 else rows.of(f"{key}/{AUTO}")
+        in_float32 = f"{key}/{ADAMERGING}, float32"
+        wide, mine = rows.of(in_float32), ours if batch == 32 else rows.of(f"{key}/{AUTO}")
         if wide is not None and mine is not None:
             over = wide["ms"] / mine["ms"]
             text, met = f"{over:.1f}× at {batch} images", over >= 3
             break
-        if rows.why(f"{key}/{ADAMERGING}, float32"):
-            whys.append(f"{batch} images: {rows.why(f'{key}/{ADAMERGING}, float32')}")
+        if rows.why(in_float32):
+            whys.append(f"{batch} images: {rows.why(in_float32)}")
     if text is not None and whys:
         text += f" ({'; '.join(whys)})"
     return [*lines, _judged(title, against, "≥ 3× as fast", text, met, "; ".join(whys))]
 
 
 def _reductions(rows: Rows) -> list[Goal]:
-    copy = rows.ceiling("copy")
-    layers = list(dict.fromkeys(row["layer"] for row in rows.timed if row["unit"].startswith("reductions/")))
+    ceilings = (row for row in rows.all if row["unit"].startswith("ceilings/") and row["variant"] == "copy")
+    copy = next((row["value"] for row in ceilings), None)
+    layers = dict.fromkeys(row["layer"] for row in rows.timed if row["unit"].startswith("reductions/"))
     shares, gradients = dict[str, float](), dict[str, tuple[float, str]]()
     for layer in layers:
         unit = f"reductions/{layer}"
@@ -204,7 +197,7 @@ def _few_bytes(rows: Rows) -> list[Goal]:
             least = min(candidates, key=lambda row: row["peak_bytes"])
             text = f"the least is {least['peak_bytes'] / GIB:.1f} GiB ({least['variant']})"
         goal = f"ViT-L/14 under {gib:g} GiB"
-        lines.append(_judged(goal, "its unlimited step", f"≤ {most:.2f}×", text, met, ""))
+        lines.append(_judged(goal, "its unlimited step", f"≤ {most:.2f}×", text, met))
     return lines
 
 
@@ -214,12 +207,12 @@ def _runs(rows: Rows) -> list[Goal]:
         ours = rows.of(_step(model), AUTO, ALL)
         taken = None if ours is None else ours.get("run_seconds")
         text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant'] if ours else ''})"
-        lines.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds), ""))
+        lines.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds)))
     free = rows.of("rest/ViT-B/32/data-free run")
     taken = None if free is None else free.get("run_seconds")
     how = "" if free is None else "measured" if free.get("run_measured") else "computed from the step"
     text = None if taken is None else f"{taken:.1f} s, {how}"
-    return [*lines, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0), "")]
+    return [*lines, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0))]
 
 
 def _grid(rows: Rows) -> list[Goal]:
@@ -235,25 +228,16 @@ def _grid(rows: Rows) -> list[Goal]:
     worst = max(ratios, key=lambda name: ratios[name], default=None)
     text = None if worst is None else f"{ratios[worst]:.2f}× ({worst}; {len(ratios)} points)"
     met = worst is not None and ratios[worst] <= 1.15
-    return [_judged("`auto` on the layer grid", "best strategy", "≤ 1.15× everywhere", text, met, "")]
+    return [_judged("`auto` on the layer grid", "best strategy", "≤ 1.15× everywhere", text, met)]
 
 
 def _one_image(rows: Rows) -> list[Goal]:
     unit = "serving/ViT-L/14, batch 1"
     over = ratio(rows.ms(unit, ENGINE), rows.limit_ms(unit))
-    goal = "one image, 257 rows, unseen preference"
-    return [_judged(goal, "plain model", "≤ 1.10×", times(over), at_most(over, 1.10), rows.why(unit))]
+    return [_no_more("one image, 257 rows, unseen preference", "plain model", "1.10", over, rows.why(unit))]
 
 
-SECTIONS: tuple[Callable[[Rows], list[Goal]], ...] = (
-    _serving,
-    _training,
-    _reductions,
-    _few_bytes,
-    _runs,
-    _grid,
-    _one_image,
-)
+SECTIONS = (_serving, _training, _reductions, _few_bytes, _runs, _grid, _one_image)
 
 
 def goals(report: Mapping[str, Any]) -> list[Goal]:

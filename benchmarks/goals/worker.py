@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_kernels
+from benchmarks import gpu_kernels, results
 from benchmarks.common.record import Record, RecordError
 from benchmarks.common.session import Lost, Session, chosen
 from benchmarks.common.supervisor import EXIT_COMPLETE, EXIT_LOST, EXIT_UNUSABLE
-from benchmarks.goals.groups import GROUPS, NAMES, SUITE, Group
+from benchmarks.goals.cli import GROUPS, NAMES, SUITE, Group
 
 
 def triton_key() -> str | None:
@@ -23,14 +23,6 @@ def triton_key() -> str | None:
         return gpu_kernels.triton_key()
     except ImportError:
         return None
-
-
-def environment(quick: bool) -> dict[str, Any]:
-    """Return where the run takes place, with what all runs of a file must share."""
-    from benchmarks import results
-
-    machine = results.machine()
-    return {**machine, "triton_key": triton_key(), "quick": quick}
 
 
 def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:
@@ -70,20 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=NAMES)
     parser.add_argument("--quick", action="store_true")
     wanted = parser.parse_args(arguments)
-    if wanted.quick:
-        # before a kernel is imported: without a GPU a rehearsal interprets them
-        _interpret_without_gpu()
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and not wanted.quick:
-        print("goals: expected a CUDA GPU that torch sees, got none (--quick rehearses on the CPU)", file=sys.stderr)
-        return EXIT_UNUSABLE
-    from benchmarks import results
-
+    if not on_gpu:
+        if not wanted.quick:
+            fault = "expected a CUDA GPU that torch sees, got none (--quick rehearses on the CPU)"
+            print(f"goals: {fault}", file=sys.stderr)
+            return EXIT_UNUSABLE
+        # before a kernel is imported: without a GPU a rehearsal interprets them
+        os.environ["TRITON_INTERPRET"] = "1"
+        # small matrices: a second thread costs more than it brings
+        torch.set_num_threads(1)
+        # masked rows of a tile are 0/0 in the interpreter
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     record = Record.read(wanted.out, SUITE)
     record.resume()
-    where, clocks = environment(wanted.quick), results.clocks()
+    # what all runs of a file must share is part of it
+    where = {**results.machine(), "triton_key": triton_key(), "quick": wanted.quick}
+    clocks = results.clocks()
     try:
         record.identify(where)
     except RecordError as error:
@@ -113,17 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"goals: the GPU no longer answers: {error}", file=sys.stderr)
         return EXIT_LOST
     return EXIT_COMPLETE
-
-
-def _interpret_without_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-        # small matrices: a second thread costs more than it brings
-        torch.set_num_threads(1)
-        # masked rows of a tile are 0/0 in the interpreter
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
 
 if __name__ == "__main__":

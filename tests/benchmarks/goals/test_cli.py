@@ -1,5 +1,6 @@
 """The command: a rehearsal killed again and again, and what wrong arguments say."""
 
+import importlib
 import json
 import random
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.common.goals import NOT_MEASURED
 from benchmarks.goals import cli, table, worker
-from benchmarks.goals.groups import NAMES
+from benchmarks.goals.cli import GROUPS, NAMES
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,5 +105,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in text
 
 
-def row(unit: str, variant: str, ms: float | None, **more: Any) -> dict[str, Any]:
-    return {"unit": unit, "variant": variant, "ms": ms, "matched": True, **more}
+def test_every_groups_function_is_there() -> None:
+    for group in GROUPS:
+        module, _, name = group.function.partition(":")
+        assert callable(getattr(importlib.import_module(f"benchmarks.goals.{module}"), name)), group.name

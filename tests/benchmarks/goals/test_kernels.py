@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.common import layer_case
 from benchmarks.common.record import Record
-from benchmarks.common.session import Session
+from benchmarks.common.session import Once, Session
 from benchmarks.goals import kernels
 from benchmarks.goals.context import Context
 from benchmarks.suites import layers
@@ -22,10 +22,10 @@ def test_the_librarys_own_products_are_compared_as_well(tmp_path: Path) -> None:
     ]
     with torch.no_grad():
         case = layer_case.Case.make(layers.TINY_LAYERS[0], 2, 12, torch.float16, torch.device("cpu"))
-        (right,) = kernels._library(context, case)
+        (right,) = kernels._library(context, Once(lambda: case))
         assert right.matched and 0 < right.error < 2e-3 and right.ms is not None
         product = Tensor.__matmul__
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "__matmul__", lambda a, b: product(a, b) * (1.01 if a.dtype == torch.float16 else 1))
-            (wrong,) = kernels._library(context, case)
+            (wrong,) = kernels._library(context, Once(lambda: case))
     assert not wrong.matched and wrong.ms is None and wrong.reason == "wrong product"

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import tables
 from benchmarks.common.goals import MET, NOT_MEASURED, NOT_MET
 from benchmarks.goals import table
-from benchmarks.goals.groups import SUITE
+from benchmarks.goals.cli import SUITE
 from benchmarks.serving import names as serving_names
 from benchmarks.training import names
 

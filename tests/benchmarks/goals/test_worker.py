@@ -9,7 +9,7 @@ import torch
 from benchmarks.common.record import Record
 from benchmarks.common.session import Session
 from benchmarks.goals import worker
-from benchmarks.goals.groups import SUITE, Group
+from benchmarks.goals.cli import SUITE, Group
 
 
 def test_a_group_that_needs_what_is_not_installed_is_passed_over(tmp_path: Path) -> None:
