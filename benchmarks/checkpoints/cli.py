@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from benchmarks.checkpoints.measuring import measure, run_row
 from benchmarks.checkpoints.rows import HEAD, MODELS, TINY, Row, cells, planned
 from benchmarks.checkpoints.writers import FORMATS
 from benchmarks.common.arguments import command_parser
-from pareto_merging.system.progress import Advance, progress_bar
+from pareto_merging.system.progress import progress_bar
 from pareto_merging.system.tables import print_table
 
 QUICK_FORMATS = ("huggingface-vision", "task-vectors")
@@ -51,8 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.measure is not None:
         measure(chosen.measure)
         return 0
+    import transformers
+
     torch.set_num_threads(1)
-    _quiet()
+    # the writers say something of old formats, and have progress bars of their own
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")
     report = results.header(["python -m benchmarks.checkpoints", *(sys.argv[1:] if arguments is None else arguments)])
     report |= {"suite": "checkpoints", "quick": chosen.quick, "environment": results.machine()}
     kept = Path(tempfile.gettempdir()) if chosen.quick else results.RESULTS
@@ -69,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress_bar("checkpoints", len(rows)) as advance,
     ):
         for number, row in enumerate(rows, start=1):
-            say = partial(_say, advance, number - 1, row)
+
+            def say(what: str, done: int = number - 1, row: Row = row) -> None:
+                advance(done, f"{row.model}, {row.format}: {what}")
+
             finished.append(run_row(row, Path(work) / "row", say))
             # what was measured is not lost to a later row
             results.write(out, report | {"rows": [asdict(each) for each in finished]})
@@ -79,15 +85,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table("Checkpoints", HEAD, [cells(row) for row in finished], left=(0, 1, len(HEAD) - 1))
     print(out)
     return 1 if any(row.status != "done" for row in finished) else 0
-
-
-def _quiet() -> None:
-    """Silence what the writers say of old formats, and their own progress bars."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.jit")
-
-
-def _say(advance: Advance, done: int, row: Row, what: str) -> None:
-    advance(done, f"{row.model}, {row.format}: {what}")

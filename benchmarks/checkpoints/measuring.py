@@ -60,9 +60,8 @@ def write_case(row: Row, folder: Path) -> int:
     config, names = model_config(row.model), [f"t{k}" for k in range(1, row.tasks + 1)]
     pretrained, *finetuned = FORMATS[row.format].write(config, folder, row.tasks)
     size, generator = config["vision_cfg"]["image_size"], torch.Generator().manual_seed(1)
-    write_tensors(
-        folder / "images.safetensors", {"images": torch.randn(IMAGES, 3, size, size, generator=generator)}, {}
-    )
+    images = torch.randn(IMAGES, 3, size, size, generator=generator)
+    write_tensors(folder / "images.safetensors", {"images": images}, {})
     heads = {name: torch.randn(CLASSES, config["embed_dim"], generator=generator) for name in names}
     write_tensors(folder / "heads.safetensors", heads, {"logit_scale": "100"})
     files = {"head": "heads.safetensors", "merging": "images.safetensors"}

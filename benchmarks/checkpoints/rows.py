@@ -102,43 +102,19 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = (
-    "model",
-    "format",
-    "K",
-    "files, GB",
-    "build, s",
-    "peak, models",
-    "peak, MiB",
-    "bound, MiB",
-    "step, s",
-    "most of all, GiB",
-    "export, s",
-    "read again",
-    "open_clip",
-    "transformers",
-    "",
-)
+HEAD = ("model", "format", "K", "files, GB", "build, s", "peak, models", "peak, MiB", "bound, MiB", "step, s")
+HEAD += ("most of all, GiB", "export, s", "read again", "open_clip", "transformers", "")
 
 
 def cells(row: Row) -> list[str]:
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
+    def shown(value: float | None, form: str, unit: float = 1.0) -> str:
+        return "–" if value is None else format(value / unit, form)
 
-    return [
-        row.model,
-        row.format if row.dtype == "float32" else f"{row.format}, {row.dtype}",
-        str(row.tasks),
-        shown(None if row.files_bytes is None else row.files_bytes / 1e9, ".2f"),
-        shown(row.build_seconds, ".1f"),
-        shown(row.build_models, ".3f"),
-        shown(row.build_peak_mib, ".0f"),
-        shown(row.bound_mib, ".0f"),
-        shown(row.step_seconds, ".1f"),
-        shown(None if row.peak_mib is None else row.peak_mib / 1024, ".1f"),
-        shown(row.export_seconds, ".1f"),
-        {True: "same bits", False: "OTHER BITS", None: "–"}[row.bit_equal],
-        shown(row.open_clip_error, ".1e"),
-        shown(row.transformers_error, ".1e"),
-        "done" if row.error is None else f"{row.status}: {row.error}",
-    ]
+    name = row.format if row.dtype == "float32" else f"{row.format}, {row.dtype}"
+    built = [shown(row.build_seconds, ".1f"), shown(row.build_models, ".3f"), shown(row.build_peak_mib, ".0f")]
+    learned = [shown(row.bound_mib, ".0f"), shown(row.step_seconds, ".1f"), shown(row.peak_mib, ".1f", 1024)]
+    read = {True: "same bits", False: "OTHER BITS", None: "–"}[row.bit_equal]
+    exported = [shown(row.export_seconds, ".1f"), read]
+    exported += [shown(row.open_clip_error, ".1e"), shown(row.transformers_error, ".1e")]
+    end = "done" if row.error is None else f"{row.status}: {row.error}"
+    return [row.model, name, str(row.tasks), shown(row.files_bytes, ".2f", 1e9), *built, *learned, *exported, end]

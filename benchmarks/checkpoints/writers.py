@@ -48,30 +48,19 @@ def copies(parts: Sequence[Any], tasks: int) -> Iterator[str]:
 
 def hugging_face_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return transformers' CLIPConfig of an open_clip model, with QuickGELU as OpenAI's."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    shared = {"projection_dim": config["embed_dim"], "hidden_act": "quick_gelu"}
+    vision, text, shared = config["vision_cfg"], config["text_cfg"], {"projection_dim": config["embed_dim"]}
+
+    def tower(width: int, layers: int, heads: int, **more: int) -> dict[str, Any]:
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return {**shared, "hidden_act": "quick_gelu", **sizes, "num_attention_heads": heads, **more}
+
+    images = {"image_size": vision["image_size"], "patch_size": vision["patch_size"]}
+    words = {"vocab_size": text["vocab_size"], "max_position_embeddings": text["context_length"]}
+    words |= {"bos_token_id": text["vocab_size"] - 2, "eos_token_id": text["vocab_size"] - 1}
     return {
-        "projection_dim": config["embed_dim"],
-        "vision_config": {
-            **shared,
-            "hidden_size": vision["width"],
-            "intermediate_size": 4 * vision["width"],
-            "num_hidden_layers": vision["layers"],
-            "num_attention_heads": vision["width"] // 64,
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-        },
-        "text_config": {
-            **shared,
-            "vocab_size": text["vocab_size"],
-            "hidden_size": text["width"],
-            "intermediate_size": 4 * text["width"],
-            "num_hidden_layers": text["layers"],
-            "num_attention_heads": text["heads"],
-            "max_position_embeddings": text["context_length"],
-            "bos_token_id": text["vocab_size"] - 2,
-            "eos_token_id": text["vocab_size"] - 1,
-        },
+        **shared,
+        "vision_config": tower(vision["width"], vision["layers"], vision["width"] // 64, **images),
+        "text_config": tower(text["width"], text["layers"], text["heads"], **words),
     }
 
 
