@@ -22,7 +22,6 @@ here against a stand-in for ``libcuda`` and packed too; one that does not load i
 launch every kernel through one module, whose key holds the folders of that machine: it is compiled there, once.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -34,14 +33,16 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from benchmarks.common.arguments import command_parser
+
 MANIFEST = "manifest.json"
-KEY = re.compile(r"[0-9a-f]{16}")
 # Triton's folders are named by base 32, and an entry has flat files
-ENTRY, FILE = re.compile(r"[A-Z2-7]{20,64}"), re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+PLACE = re.compile(r"[0-9a-f]{16}/[A-Z2-7]{20,64}/" + FILE.pattern)
 GROUP = "__grp__"
 # of one file, and of all that an archive unpacks to
 LARGEST, MOST = 64 * 2**20, 4 * 2**30
@@ -59,7 +60,7 @@ class Report:
 
     key: str
     keys: dict[str, dict[str, Any]]
-    folder: Path | None = None
+    folder: Path
     added: int = 0
     present: int = 0
 
@@ -110,15 +111,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo
         except (tarfile.TarError, EOFError, OSError) as error:
             raise ArchiveError(f"{path}: expected a whole archive, got {error}") from error
         for member in members:
-            parts = PurePosixPath(member.name).parts
-            known = member.name == MANIFEST or (
-                len(parts) == 3
-                and "/".join(parts) == member.name
-                and KEY.fullmatch(parts[0]) is not None
-                and ENTRY.fullmatch(parts[1]) is not None
-                and FILE.fullmatch(parts[2]) is not None
-            )
-            if not member.isreg() or not known:
+            if not member.isreg() or not (member.name == MANIFEST or PLACE.fullmatch(member.name)):
                 raise ArchiveError(f"{path}: expected files KEY/ENTRY/NAME and {MANIFEST}, got {member.name!r}")
             total += member.size
             if member.size > LARGEST or total > MOST:
@@ -165,7 +158,6 @@ def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> R
     report = Report(key, listing(path), (cache_folder() if into is None else into).absolute())
     if not report.agrees:
         return report
-    assert report.folder is not None
     with _members(path) as (archive, members):
         entries: dict[str, list[tarfile.TarInfo]] = {}
         for member in members:
@@ -173,11 +165,8 @@ def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> R
             if owner == key:
                 entries.setdefault(rest.partition("/")[0], []).append(member)
         report.folder.mkdir(parents=True, exist_ok=True)
-        for name, files in entries.items():
-            if _place(archive, files, report.folder / name):
-                report.added += 1
-            else:
-                report.present += 1
+        report.added = sum(_place(archive, files, report.folder / name) for name, files in entries.items())
+        report.present = len(entries) - report.added
     return report
 
 
@@ -222,7 +211,7 @@ class Part:
     key: str
     about: dict[str, Any]
     cache: Path
-    entries: list[str] = field(default_factory=list)
+    entries: list[str]
 
     @classmethod
     def read(cls, index: Path) -> "Part":
@@ -273,21 +262,15 @@ def table(keys: Mapping[str, Mapping[str, Any]], path: Path) -> str:
     size = path.stat().st_size
     kernels = sum(about.get("kernels", 0) for about in keys.values())
     lines = [f"{path}: {size / 2**20:.1f} MiB, {size / 1024 / max(kernels, 1):.1f} KiB a kernel"]
-    lines += [
-        f"  triton_key {key}  {_about(about)}, {about.get('launchers', 0)} launchers, "
-        f"{about.get('bytes', 0) / 2**20:.1f} MiB unpacked"
-        for key, about in sorted(keys.items())
-    ]
+    for key, about in sorted(keys.items()):
+        unpacked = f"{about.get('launchers', 0)} launchers, {about.get('bytes', 0) / 2**20:.1f} MiB unpacked"
+        lines.append(f"  triton_key {key}  {_about(about)}, {unpacked}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. The exit code is 3 if an archive has nothing for the Triton here."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmarks.gpu_kernels", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--unpack", type=Path, metavar="FILE", help="into the Triton cache of this machine")
     what.add_argument("--list", type=Path, metavar="FILE", help="say what an archive has")

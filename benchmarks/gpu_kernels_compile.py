@@ -6,7 +6,6 @@ that refuses to compile: all of them have to be found.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,13 +24,6 @@ from unittest import mock
 ARCHITECTURE = 90
 # the launches, for the processes that are forked
 _LAUNCHES: list[Any] = []
-
-
-def _clean_environment(cache: Path) -> None:
-    """Set Triton's variables as a GPU machine has them: none but the cache's folder."""
-    for name in [name for name in os.environ if name.startswith(("TRITON_", "LLVM_"))]:
-        del os.environ[name]
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
 
 
 @contextmanager
@@ -57,14 +49,14 @@ class _Built:
 
 def _compile(number: int) -> dict[str, Any]:
     """Compile one launch, and its launcher where it has one of its own."""
-    launch, start = _LAUNCHES[number], time.perf_counter()
+    launch = _LAUNCHES[number]
     try:
         kernel = launch.compile()
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return {"fault": f"{launch.name}: {lines[0][:200]}"}
     entry = Path(next(iter(kernel.metadata_group.values()))).parent.name
-    return {"entry": entry, "launchers": _launchers(kernel), "seconds": time.perf_counter() - start}
+    return {"entry": entry, "launchers": _launchers(kernel)}
 
 
 def _launchers(kernel: Any) -> list[str]:
@@ -117,23 +109,20 @@ def about() -> dict[str, Any]:
 
 def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, Any]:
     """Compile on ``jobs`` processes into ``folder``/cache; returns the index that is written beside it."""
+    from benchmarks.common.record import write_json
     from benchmarks.gpu_kernels import triton_key
 
     os.environ["TRITON_LIBCUDA_PATH"] = str(_stand_in_libcuda(folder / "libcuda"))
     _LAUNCHES[:] = launches
-    results = []
     with _driver(), ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        done = pool.map(_compile, range(len(launches)), chunksize=1)
-        results = list(_progress(done, len(launches)))
+        results = list(_progress(pool.map(_compile, range(len(launches))), len(launches)))
     faults = [result["fault"] for result in results if "fault" in result]
     made = [result for result in results if "fault" not in result]
     kernels = sorted({result["entry"] for result in made})
     launchers = sorted({entry for result in made for entry in result["launchers"]})
     description = {**about(), "kernels": len(kernels), "launchers": len(launchers), "arch": f"sm_{ARCHITECTURE}"}
     index = {"key": triton_key(), "about": description, "entries": [*kernels, *launchers], "faults": faults}
-    temporary = folder / "index.tmp"
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(folder / "index.json")
+    write_json(folder / "index.json", index)
     return index
 
 
@@ -178,9 +167,8 @@ def verify(archive: Path, launches: Sequence[Any]) -> tuple[int, list[str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. The exit code is 1 if a kernel does not compile or is not found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels_compile", description=__doc__)
-    parser.add_argument(
-        "--launches", type=Path, nargs="+", required=True, help="files of benchmarks.gpu_kernels_record"
-    )
+    of_record = "files of benchmarks.gpu_kernels_record"
+    parser.add_argument("--launches", type=Path, nargs="+", required=True, help=of_record)
     parser.add_argument("--folder", type=Path, help="write cache/ and index.json there")
     parser.add_argument("--verify", type=Path, metavar="ARCHIVE", help="look every launch up in an archive")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -188,7 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as empty:
         cache = Path(empty) if chosen.folder is None else chosen.folder.absolute() / "cache"
         cache.mkdir(parents=True, exist_ok=True)
-        _clean_environment(cache)
+        # a GPU machine has none of Triton's variables but the cache's folder
+        for name in [name for name in os.environ if name.startswith(("TRITON_", "LLVM_"))]:
+            del os.environ[name]
+        os.environ["TRITON_CACHE_DIR"] = str(cache)
         from benchmarks.common.recording import Launches, read
 
         launches = Launches()

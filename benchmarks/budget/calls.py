@@ -30,9 +30,9 @@ class Case:
     mixed: bool = False
 
     def __str__(self) -> str:
-        said = [name for name in ("per_row", "frozen_lam", "mixed") if getattr(self, name)]
-        said += [] if self.aligned else ["unaligned"]
-        return " ".join([self.dtype, f"M={self.rows}", f"K={self.tasks}", f"R={self.rank}", *said])
+        more = [name for name in ("per_row", "frozen_lam", "mixed") if getattr(self, name)]
+        more += [] if self.aligned else ["unaligned"]
+        return " ".join([self.dtype, f"M={self.rows}", f"K={self.tasks}", f"R={self.rank}", *more])
 
 
 # 1 is a size that Triton knows at compile time

@@ -73,13 +73,8 @@ class Cost:
 def occupancy(arch: Architecture, registers: int, shared: int, warps: int) -> float:
     """Return resident warps over the most there can be. Registers (256 at a time) and shared memory limit them."""
     per_warp = -(-registers * 32 // 256) * 256
-    fit = min(
-        arch.programs,
-        arch.warps // warps,
-        arch.registers // (per_warp * warps) if per_warp else arch.programs,
-        arch.shared // (shared + 1024),
-    )
-    return fit * warps / arch.warps
+    by_registers = arch.registers // (per_warp * warps) if per_warp else arch.programs
+    return min(arch.programs, arch.warps // warps, by_registers, arch.shared // (shared + 1024)) * warps / arch.warps
 
 
 def tool(name: str) -> str:
@@ -187,8 +182,7 @@ def _faults_of_wgmma(
         with _assembler_log() as again:
             backend.make_cubin(text, {}, backend.parse_options(options), arch.capability)
         log = again.getvalue()
-    mixed = sass.mixed_loops(code)
-    faults = []
+    faults, mixed = [], sass.mixed_loops(code)
     for reason in ptx.serialised(log):
         if "register resources" in reason:
             faults.append(f"ptxas serialises wgmma ({reason}): take smaller tiles or more warps")

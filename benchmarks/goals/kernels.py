@@ -53,10 +53,6 @@ def ceilings(context: Context) -> None:
     context.session.measure("ceilings/rates", rows, 15)
 
 
-def _six(context: Context) -> Sequence[Layer]:
-    return TINY_LAYERS if context.quick else SIX
-
-
 def hot_cases(context: Context) -> dict[str, cases.Case]:
     """Return what a step of ViT-L/14 and its served layers launch of ours, by name."""
     big, mlp = TINY_LAYERS if context.quick else VIT_L.block_layers(BATCH)[::2][:2]
@@ -110,14 +106,10 @@ def _with_fault(row: LayerRow, fault: str | None, results: Sequence[Tensor], pre
     return row
 
 
-def _judged(
-    name: str,
-    rows: int,
-    results: Sequence[Tensor],
-    plain: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> LayerRow:
+Tensors = Sequence[Tensor]
+
+
+def _judged(name: str, rows: int, results: Tensors, plain: Tensors, truth: Tensors, dtype: torch.dtype) -> LayerRow:
     row = LayerRow(layer="", dtype=dtype_name(dtype), variant=name, rows=rows)
     row.judge(relative_error(results, truth), relative_error(plain, truth), wrong="wrong result")
     return row
@@ -155,7 +147,7 @@ def _entropies(context: Context) -> Iterator[LayerRow]:
 
 
 def _sums(context: Context) -> Iterator[LayerRow]:
-    layer = _six(context)[0]
+    layer = (TINY_LAYERS if context.quick else SIX)[0]
     dy = torch.randn(layer.items, layer.tokens, layer.n, device=context.device).to(context.dtype)
     exact = dy.double().sum(dim=(0, 1))
     yield _judged("db", layer.rows, [products.column_sums(dy)], [exact.float()], [exact], context.dtype)
@@ -167,7 +159,7 @@ def reductions(context: Context) -> None:
     That is dW by the library, its reduction, the whole in each way, db and the merge.
     """
     tasks = 2 if context.quick else TASKS
-    for layer in _six(context):
+    for layer in TINY_LAYERS if context.quick else SIX:
 
         @torch.no_grad()
         def make(layer: Layer = layer) -> layer_case.Case:

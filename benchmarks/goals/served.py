@@ -56,11 +56,9 @@ def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
     for cache in (COLD, WARM):
         times = replay_times(ready, effort, context.device, cache)
         for name, row in rows.items():
-            timed_row = replace(row, variant=f"{name}, {cache}")
-            if row.matched:
-                figures = quantiles(times[name])
-                timed_row.note({figure: figures[figure] for figure in ("ms", "p20", "p80")})
-            yield timed_row
+            figures = quantiles(times[name]) if row.matched else {}
+            noted = {figure: figures[figure] for figure in ("ms", "p20", "p80") if row.matched}
+            yield replace(row, variant=f"{name}, {cache}", **noted)
 
 
 def _two_blocks(folded: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor], float]:

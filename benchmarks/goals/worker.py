@@ -1,6 +1,7 @@
 """``python -m benchmarks.goals.worker``: the process that measures; :mod:`benchmarks.goals.cli` watches it."""
 
 import argparse
+import functools
 import gc
 import importlib
 import os
@@ -28,17 +29,11 @@ def triton_key() -> str | None:
 def first_lines(where: dict[str, Any], clocks: dict[str, Any]) -> list[str]:
     """Return what is said before anything is measured."""
     card = where["gpu"] or f"no GPU ({where['cpu']})"
-    lines = [
-        f"GPU          {card}",
-        f"driver       {where.get('driver') or '–'}",
-        f"torch        {where['torch']}, Python {where['python']}",
-        f"Triton       {where['triton']}",
-        f"triton_key   {where['triton_key']}",
-        "clocks       " + ", ".join(f"{name} {value}" for name, value in clocks.items() if value),
-    ]
-    if where["quick"]:
-        lines.append("a rehearsal: tiny shapes, nothing here is a measurement")
-    return lines
+    now = ", ".join(f"{name} {value}" for name, value in clocks.items() if value)
+    lines = [f"GPU          {card}", f"driver       {where.get('driver') or '–'}"]
+    lines += [f"torch        {where['torch']}, Python {where['python']}", f"Triton       {where['triton']}"]
+    lines += [f"triton_key   {where['triton_key']}", f"clocks       {now}"]
+    return [*lines, "a rehearsal: tiny shapes, nothing here is a measurement"] if where["quick"] else lines
 
 
 def measure_groups(session: Session, wanted: Sequence[Group], context: Any, load: Callable[[str], Any]) -> None:
@@ -89,21 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record.data["runs"][-1].setdefault("clocks_before", clocks)
     record.write()
     print("\n".join(first_lines(where, clocks)), flush=True)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    session = Session(
-        record,
-        wanted.until,
-        say=lambda line: print(line, flush=True),
-        wanted=chosen(wanted.only and ["ceilings", *wanted.only]),
-        synchronize=torch.cuda.synchronize if on_gpu else (lambda: None),
-    )
+    only = wanted.only and ["ceilings", *wanted.only]
+    synchronize = torch.cuda.synchronize if on_gpu else (lambda: None)
+    say = functools.partial(print, flush=True)
+    session = Session(record, wanted.until, say=say, wanted=chosen(only), synchronize=synchronize)
     from benchmarks.goals.context import Context
 
     gc.collect()
     # captures may collect garbage, hundreds of times: what was imported need not be looked through
     gc.freeze()
-    context = Context(session, device, wanted.quick)
-    groups = [group for group in GROUPS if wanted.only is None or group.name in ("ceilings", *wanted.only)]
+    context = Context(session, torch.device("cuda" if on_gpu else "cpu"), wanted.quick)
+    groups = [group for group in GROUPS if only is None or group.name in only]
     try:
         measure_groups(session, groups, context, lambda name: importlib.import_module(f"benchmarks.goals.{name}"))
     except Lost as error:

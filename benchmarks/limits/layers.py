@@ -1,21 +1,12 @@
 """What each layer costs at the least, counted and on each GPU."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from benchmarks.common.layer_case import NAMES
 from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from benchmarks.limits import predictions
-from benchmarks.limits.predictions import (
-    GOAL_TASKS,
-    GROUPS,
-    TASKS,
-    figure,
-    over_text,
-    predicted,
-    problem,
-    rates_of,
-    table,
-)
+from benchmarks.limits.predictions import GOAL_TASKS, GROUPS, TASKS, figure, predicted, problem, rates_of, table
 from pmkernels import costs, dispatch
 from pmkernels.costs import Bound, Rates
 
@@ -134,11 +125,8 @@ def device_layers(gpu: str, title: str, figures: Figures) -> list[str]:
     for group, layers in GROUPS.items():
         lines += [f"### {title}: {group}", ""]
         for tasks in TASKS:
-            rows = [
-                layer_line(layer, operation, tasks, gpu, figures)
-                for layer, operation in _lines(layers)
-                if operation != "merge" or layer.items > 1 or layers is LANGUAGE_MODEL
-            ]
+            shown = [(a, b) for a, b in _lines(layers) if b != "merge" or a.items > 1 or layers is LANGUAGE_MODEL]
+            rows = [layer_line(layer, operation, tasks, gpu, figures) for layer, operation in shown]
             columns = ["layer", "operation", "bound", "by", "*fused*", "*streamed*", "measured"]
             figures_of = table([*columns, "bound, cached", "*cached*", "measured, cached"], rows, text=2)
             if tasks == GOAL_TASKS:
@@ -165,11 +153,10 @@ def device_served(gpu: str, title: str) -> list[str]:
     served = [layer for tower in TOWERS for items in (1, BATCH) for layer in tower.block_layers(items) if layer.rank]
     columns = ["layer", "bound", "*plain*", "*fused*", "*streamed*", "*the faster over plain*"]
     ways = (predictions.block_kernels, predictions.forward_kernels)
-    whole = [
-        [tower.name, str(items), *(over_text(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)]
-        for tower in TOWERS
-        for items in (1, BATCH)
-    ]
+    whole = []
+    for tower, items in itertools.product(TOWERS, (1, BATCH)):
+        ratios = (predictions.over_text(*predictions.served_and_plain(way, tower, items, gpu), 3) for way in ways)
+        whole.append([tower.name, str(items), *ratios])
     return [
         f"### {title}: a preference per image, folded layers",
         "",

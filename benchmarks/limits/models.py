@@ -1,5 +1,7 @@
 """What whole models cost at the least on each GPU: training steps, and what is predicted of the goals."""
 
+import itertools
+
 from benchmarks.common.towers import BATCH, TOWERS, Tower
 from benchmarks.limits import predictions
 from benchmarks.limits.layers import db_bytes
@@ -43,20 +45,16 @@ def goal_lines(gpu: str) -> list[list[str]]:
         shares = [predictions.reduction_share(one, GOAL_TASKS, gpu) for one in tower.block_layers(BATCH)]
         least, most = min(shares), max(shares)
         off = f"{least / (1 + UNCERTAINTY):.0%}–{most / (1 - UNCERTAINTY):.0%}"
-        counted = (
-            "dW and every τ once over bandwidth, over the reduction and its partial sums, smallest and largest layer"
-        )
-        lines.append(
-            [f"reduction of dW, layers of {tower.name}", "≥ 80 %", f"*{least:.0%}–{most:.0%} ({off})*", counted]
-        )
-    for tower in (large, small):
-        for bias in (False, True):
-            layers = tower.block_layers(BATCH)
-            ratios = [predictions.weight_gradient_ratio(one, GOAL_TASKS, gpu, bias=bias) for one in layers]
-            text = " to ".join(ratio_text(r, UNCERTAINTY * abs(r - 1)) for r in (min(ratios), max(ratios)))
-            counted = "dW, reduction, partial sums" + (" and db" if bias else "") + ", over dW and the bytes of τ"
-            title = f"weight gradient, layers of {tower.name}{', with db' if bias else ''}"
-            lines.append([title, "≤ 1.15×", text, counted])
+        text, title = f"*{least:.0%}–{most:.0%} ({off})*", f"reduction of dW, layers of {tower.name}"
+        counted = "dW and every τ once over bandwidth, over the reduction and its partial sums"
+        lines.append([title, "≥ 80 %", text, f"{counted}, smallest and largest layer"])
+    for tower, bias in itertools.product((large, small), (False, True)):
+        layers = tower.block_layers(BATCH)
+        ratios = [predictions.weight_gradient_ratio(one, GOAL_TASKS, gpu, bias=bias) for one in layers]
+        text = " to ".join(ratio_text(r, UNCERTAINTY * abs(r - 1)) for r in (min(ratios), max(ratios)))
+        counted = "dW, reduction, partial sums" + (" and db" if bias else "") + ", over dW and the bytes of τ"
+        title = f"weight gradient, layers of {tower.name}{', with db' if bias else ''}"
+        lines.append([title, "≤ 1.15×", text, counted])
     for tower, aim in ((small, "≤ 90 s"), (large, "≤ 1500 s")):
         seconds = STEPS[GOAL_TASKS] * steps[tower].predicted["cached"].seconds
         about = f"{figure(seconds * (1 - UNCERTAINTY))}–{figure(seconds * (1 + UNCERTAINTY))}"
@@ -89,16 +87,13 @@ def device_models(gpu: str, title: str) -> list[str]:
             row.append(f"{step.bound / step.limit:.3f}×")
             row += [f"*{figure(way.seconds * 1e3)}*" for way in (step.predicted_limit, *step.predicted.values())]
             rows.append([*row, *(f"*{step.ratio(way):.2f}×*" for way in ("cached", "all at once")), run])
-        columns = [
-            "K",
-            "TFLOP",
-            "limit",
-            "bound",
-            "bound ÷ limit",
-            "*limit*",
-            *(f"*{way}*" for way in predictions.WAYS),
+        columns = ["K", "TFLOP", "limit", "bound", "bound ÷ limit", "*limit*"]
+        columns += [
+            *(f"*{way}*" for way in step.predicted),
+            "*cached ÷ limit*",
+            "*all at once ÷ limit*",
+            "*run, cached*",
         ]
-        columns += ["*cached ÷ limit*", "*all at once ÷ limit*", "*run, cached*"]
         lines += [f"### {title}: a training step of {tower.name}, ms", *table(columns, rows, 0)]
         lines += _parts(tower, gpu, title)
     return lines
@@ -131,12 +126,10 @@ def _parts(tower: Tower, gpu: str, title: str) -> list[str]:
 
 
 def models() -> list[str]:
-    rows = [
-        [tower.name, str(tasks), f"{tower.parameters / 1e6:.1f}", *(f"{held / 1e9:.2f}" for held in bytes_.values())]
-        for tower in TOWERS
-        for tasks in TASKS
-        for bytes_ in [predictions.memory(tower, tasks)]
-    ]
+    rows = []
+    for tower, tasks in itertools.product(TOWERS, TASKS):
+        held = [f"{count / 1e9:.2f}" for count in predictions.memory(tower, tasks).values()]
+        rows.append([tower.name, str(tasks), f"{tower.parameters / 1e6:.1f}", *held])
     introduction = f"""\
 ## Whole models: what is counted
 

@@ -5,7 +5,7 @@ other. What :data:`PARTS` names can be added up by part. Nothing here was measur
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.common import pages
@@ -136,7 +136,7 @@ def prediction(kernels: Kernels, gpu: str) -> Prediction:
     return Prediction({part: seconds for part, seconds in seconds_of.items() if seconds}, launches)
 
 
-def at_full_rate(kernels: Kernels) -> Iterator[tuple[int, Pass]]:
+def at_full_rate(kernels: Kernels) -> Kernels:
     """Yield the kernels as if those bound by memory reached its full rate."""
     for times, kernel in kernels:
         yield times, replace(kernel, form="library product") if kernel.memory_efficiency < 1 else kernel
@@ -144,7 +144,7 @@ def at_full_rate(kernels: Kernels) -> Iterator[tuple[int, Pass]]:
 
 def of_operation(
     operation: str, strategy: str, counted: Problem, gpu: str, times: int, *, cached: bool = False
-) -> Iterator[tuple[int, Pass]]:
+) -> Kernels:
     """Yield the kernels of an operation of a layer, each launched so many times."""
     name = configuration_file(gpu)
     for kernel in strategies.predicted_passes(name, rates_of(gpu), operation, strategy, counted, cached=cached):
@@ -183,19 +183,13 @@ def attention(tower: Tower, items: int = BATCH) -> list[Pass]:
 
 # kernel, times a block, and in tensors [rows, width]: read as the kernel before left it, read from long ago, written
 REST_FORWARD = (("normalisation", 2, 1, 0, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 0, 4))
-REST_BACKWARD = (
-    ("normalisation", 2, 1, 1, 1),
-    ("sum of two", 2, 1, 1, 1),
-    ("activation", 1, 4, 4, 4),
-    ("q, k and v joined", 1, 3, 0, 3),
-)
+REST_BACKWARD = (("normalisation", 2, 1, 1, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 4, 4))
+REST_BACKWARD += (("q, k and v joined", 1, 3, 0, 3),)
 # of their weight and bias, where those learn
 OF_NORMS = (("gradients of a normalisation", 2, 1, 1, 0),)
 
 
-def beside(
-    lines: Iterable[tuple[str, int, int, int, int]], tower: Tower, items: int, gpu: str
-) -> Iterator[tuple[int, Pass]]:
+def beside(lines: Iterable[tuple[str, int, int, int, int]], tower: Tower, items: int, gpu: str) -> Kernels:
     """Yield the kernels of a block that are no products, as eager PyTorch launches them."""
     tensor, cache_bytes = 2.0 * items * tower.tokens * tower.width, rates_of(gpu).cache_bytes
     for name, times, near, far, written in lines:
@@ -204,7 +198,7 @@ def beside(
         yield times, Pass(name, memory=memory, cache=whole, form="tensor by tensor")
 
 
-def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Iterator[tuple[int, Pass]]:
+def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Kernels:
     """Yield attention and the rest of all blocks, forward and backward; ``own``: normalisations learn."""
     for kernel in attention(tower, items):
         yield times * tower.blocks, kernel
@@ -213,7 +207,7 @@ def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Ite
             yield times * tower.blocks * count, kernel
 
 
-def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
+def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Kernels:
     """Yield the kernels of the limit's step: frozen merged linear layers, and their full dW."""
     for product in products(tower, tasks):
         times = tasks * product.times * (3 if product.dx else 2)
@@ -224,7 +218,7 @@ def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pas
 WAYS = ("cached", "all at once", "streamed", "fused")
 
 
-def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Iterator[tuple[int, Pass]]:
+def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Kernels:
     """Yield the kernels of a step of ours, in one of :data:`WAYS`."""
     repeat, items = (1, tasks * BATCH) if way == "all at once" else (tasks, BATCH)
     for product in products(tower, tasks, items):
@@ -241,7 +235,7 @@ def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Iterator[tuple
     yield from _of_blocks(tower, items, gpu, repeat, own=True)
 
 
-def once_kernels(tower: Tower, tasks: int, gpu: str) -> Iterator[tuple[int, Pass]]:
+def once_kernels(tower: Tower, tasks: int, gpu: str) -> Kernels:
     """Yield the kernels of a step that merges once with autograd. This baseline takes two more models of memory.
 
     The τ are added up by one product of λ and reduced by one; dW of each task but the first is added in place.
@@ -307,7 +301,7 @@ def memory(tower: Tower, tasks: int) -> dict[str, float]:
     return {"cached": held + 2.0 * tower.parameters, "streamed": held + largest, "fused": held}
 
 
-def block_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Iterator[tuple[int, Pass]]:
+def block_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Kernels:
     """Yield the forward of one block; ``served``: folded, with a preference per image."""
     for layer in tower.block_layers(items):
         p = problem(layer, 0, per_row=True)
@@ -319,7 +313,7 @@ def block_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Iterator[
     yield from beside(REST_FORWARD, tower, items, gpu)
 
 
-def forward_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Iterator[tuple[int, Pass]]:
+def forward_kernels(tower: Tower, items: int, gpu: str, served: bool) -> Kernels:
     """Yield the forward of a whole tower, of merged weights or ``served``."""
     patches, *_, final = products(tower, 0, items)
     for product in (patches, final):
