@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 1 if a row failed."""
     parser = command_parser("benchmarks.checkpoints", __doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=list(MODELS), help="default: both")
-    parser.add_argument(
-        "--formats", nargs="+", choices=sorted(FORMATS), metavar="FORMAT", help=f"default: all ({', '.join(FORMATS)})"
-    )
+    formats = f"default: all ({', '.join(FORMATS)})"
+    parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), metavar="FORMAT", help=formats)
     parser.add_argument("--work", type=Path, help="where checkpoints are written and deleted again, 8 GB at a time")
     parser.add_argument("--quick", action="store_true", help="a tiny model in two formats: proves that it runs")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
@@ -60,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report |= {"suite": "checkpoints", "quick": chosen.quick, "environment": results.machine()}
     kept = Path(tempfile.gettempdir()) if chosen.quick else results.RESULTS
     out = chosen.out or kept / f"checkpoints-{report['date']}.json"
-    rows = planned(
-        [TINY] if chosen.quick else chosen.models, chosen.formats or (QUICK_FORMATS if chosen.quick else list(FORMATS))
-    )
+    models, known = ([TINY], QUICK_FORMATS) if chosen.quick else (chosen.models, tuple(FORMATS))
+    rows = planned(models, chosen.formats or known)
     finished: list[Row] = []
     start = time.perf_counter()
     if chosen.work is not None:

@@ -187,8 +187,7 @@ def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.F
     text = workspace.checkpoint(workspace.encoder_config.pretrained).text
     visual = targets["open_clip"] / "visual.safetensors"
     sources = [targets["safetensors"], targets["huggingface"], targets["open_clip"] if text else visual]
-    opened = [open_checkpoint(source) for source in sources]
-    tensors = merged.state_dict()
+    opened, tensors = [open_checkpoint(source) for source in sources], merged.state_dict()
     is_equal = all(same(checkpoint, tensors) for checkpoint in opened)
     is_equal = is_equal and all(same(checkpoint.text, text) for checkpoint in opened[1:])
     images = read_tensors(Path(str(next(iter(workspace.task_configs.values())).merging)))["images"][:1]
@@ -232,14 +231,9 @@ def run_row(row: Row, folder: Path, say: Callable[[str], None]) -> Row:
         gc.collect()
         say("building, learning, exporting")
         offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.checkpoints", "--measure", str(folder)],
-            capture_output=True,
-            text=True,
-            cwd=results.RESULTS.parents[1],
-            env={**os.environ, **offline},
-            check=False,
-        )
+        command = [sys.executable, "-m", "benchmarks.checkpoints", "--measure", str(folder)]
+        place: dict[str, Any] = {"cwd": results.RESULTS.parents[1], "env": {**os.environ, **offline}}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **place)
         if (folder / ROW_FILE).exists():
             row = replace(row, **json.loads((folder / ROW_FILE).read_text()))
         if done.returncode:

@@ -81,8 +81,7 @@ def planned(models: Sequence[str], formats: Sequence[str]) -> list[Row]:
     for model in models:
         tasks = MODELS.get(model, TINY_TASKS)
         rows += [Row(model, name, "float32", tasks) for name in formats]
-        if model in ALSO_BFLOAT16 and ALSO_BFLOAT16[model] in formats:
-            rows.append(Row(model, ALSO_BFLOAT16[model], "bfloat16", tasks))
+        rows += [Row(model, name, "bfloat16", tasks) for name in formats if name == ALSO_BFLOAT16.get(model)]
     return rows
 
 

@@ -80,8 +80,7 @@ def write_hugging_face(
     parts = [model.vision_model] if vision else [model.vision_model, model.visual_projection]
     paths = []
     for name in copies(parts, tasks):
-        path = folder / name
-        written = model
+        path, written = folder / name, model
         if vision and name != "pretrained":
             with torch.device("meta"):
                 written = transformers.CLIPVisionModel(model.config.vision_config)

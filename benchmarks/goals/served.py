@@ -57,8 +57,8 @@ def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
         times = replay_times(ready, effort, context.device, cache)
         for name, row in rows.items():
             figures = quantiles(times[name]) if row.matched else {}
-            noted = {figure: figures[figure] for figure in ("ms", "p20", "p80") if row.matched}
-            yield replace(row, variant=f"{name}, {cache}", **noted)
+            shown = {figure: value for figure, value in figures.items() if figure in ("ms", "p20", "p80")}
+            yield replace(row, variant=f"{name}, {cache}", **shown)
 
 
 def _two_blocks(folded: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor], float]:

@@ -40,12 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. The exit code is 1 if what the library would use is wrong, 2 if nothing can run."""
     parser = command_parser("benchmarks.tune", __doc__, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two candidates each: proves that it runs")
-    parser.add_argument(
-        "--out", type=Path, help="the file to write (default: pmkernels/configs/<gpu>.json; --quick: a temporary file)"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="stop after that long, with what there is (default: 8)"
-    )
+    out_help = "the file to write (default: pmkernels/configs/<gpu>.json; --quick: a temporary file)"
+    parser.add_argument("--out", type=Path, help=out_help)
+    minutes_help = "stop after that long, with what there is (default: 8)"
+    parser.add_argument("--minutes", type=float, default=8.0, help=minutes_help)
     jobs_help = "processes that compile; 0: none, each first launch compiles (default: one per core but one)"
     parser.add_argument("--jobs", type=int, help=jobs_help)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP", help=f"of {', '.join(OPS)}")

@@ -59,13 +59,8 @@ def launches(case: Case, config: Config | None, target: Target) -> list[Launch]:
     def note(_: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         recorded.append(Launch.of(kernel, arguments, options))
 
-    with (
-        dispatch.using(replace(dispatch.in_force(), multiprocessors=target.multiprocessors)),
-        precision(case.kind),
-        trial(case.op, config),
-        instead_of_launches(note),
-        torch.no_grad(),
-    ):
+    on_gpu = dispatch.using(replace(dispatch.in_force(), multiprocessors=target.multiprocessors))
+    with on_gpu, precision(case.kind), trial(case.op, config), instead_of_launches(note), torch.no_grad():
         run(case, inputs(case, torch.device("meta")))
     return recorded
 

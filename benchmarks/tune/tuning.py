@@ -1,6 +1,7 @@
 """One run: phases in order of value, their configuration file, and a summary."""
 
 import argparse
+import functools
 import gc
 import json
 import tempfile
@@ -25,9 +26,6 @@ from benchmarks.tune.strategies import Point, Strategies, choices, measure_strat
 from pmkernels import configs, dispatch
 
 CONFIGS = Path(configs.__file__).parent / "configs"
-# of the time budget, in this order: the hot operations, the strategies of the transformers, the other operations, the
-# strategies of the other layers
-HOT_SHARE, STRATEGY_SHARE, OTHERS_SHARE, REST_SHARE = 0.4, 0.25, 0.3, 0.05
 
 
 def _target(device: torch.device) -> tuple[str, str, Target]:
@@ -105,27 +103,27 @@ class Tuning:
         with active(self.name, json.dumps(self.file())):
             measure_strategies(self.strategies, self.bench, among, self.chosen.quick, until, self.say)
 
-    def _phases(self) -> Iterator[tuple[float, Callable[[float], None]]]:
-        """Yield the phases in order of value, with their shares of the time."""
-        wanted = self.batches if self.tunes else []
+    def _phases(self) -> list[tuple[float, Callable[[float], None]]]:
+        """Return the phases in order of value, with their shares of the time."""
+        wanted: Sequence[Sequence[Group]] = self.batches if self.tunes else []
         hot = [batch for batch in wanted if batch[0].kind == "16-bit" and batch[0].op in HOT]
         others = [batch for batch in wanted if batch not in hot]
         among = TINY_LAYERS if self.chosen.quick else layers.LAYERS
         # ViT-L/14 before ViT-B/32
         transformers = sorted((layer for layer in among if layer.tokens > 1), key=lambda layer: -layer.tokens)
         rest = [layer for layer in among if layer.tokens <= 1]
-        if hot:
-            yield HOT_SHARE, lambda until: self._tune_batches(hot, until)
-        if "strategies" in self.chosen.ops:
-            yield STRATEGY_SHARE, lambda until: self._compare_strategies(transformers, until)
-        if others:
-            yield OTHERS_SHARE, lambda until: self._tune_batches(others, until)
-        if "strategies" in self.chosen.ops:
-            yield REST_SHARE, lambda until: self._compare_strategies(rest, until)
+        compares = "strategies" in self.chosen.ops
+        phases = [
+            (0.4, bool(hot), functools.partial(self._tune_batches, hot)),
+            (0.25, compares, functools.partial(self._compare_strategies, transformers)),
+            (0.3, bool(others), functools.partial(self._tune_batches, others)),
+            (0.05, compares, functools.partial(self._compare_strategies, rest)),
+        ]
+        return [(share, phase) for share, asked, phase in phases if asked]
 
     def _measure(self) -> None:
         """Go through the phases, as far as time goes. What an earlier one leaves is for those after it."""
-        phases = list(self._phases())
+        phases = self._phases()
         try:
             for number, (share, phase) in enumerate(phases):
                 now, later = time.monotonic(), sum(other for other, _ in phases[number:])
