@@ -1,4 +1,4 @@
-"""What this card does at best; the hot kernels, right on the goals' shapes, then beside their bounds; and the rest."""
+"""What this card does at best, the hot kernels beside their bounds, and the rest."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -246,7 +246,7 @@ def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iter
 
 
 def rest(context: Context) -> None:
-    """Measure what has the least value for its time: few bytes, a data-free run, the layer grid."""
+    """Measure what has least value for its time: few bytes, a data-free run, the grid."""
     try:
         # it needs pydantic
         from benchmarks.goals import training

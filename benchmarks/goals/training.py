@@ -16,7 +16,7 @@ STEP = (AUTO, ALL, ONCE, LIMIT_GRAPH, ADAMERGING)
 
 
 def make_steps(context: Context, model: str, batch: int = BATCH) -> contextlib.closing[Steps]:
-    """Return the variants of one model's step; they are let go of at the end of a ``with`` block."""
+    """Return the variants of one model's step. The end of a ``with`` block lets go of them."""
 
     def rates() -> dict[str, float]:
         return {name: context.rates[name] for name in ("copy", "bfloat16", "float32")}

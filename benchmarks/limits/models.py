@@ -1,4 +1,4 @@
-"""What whole models cost at the least on each GPU: training steps, and what is predicted of the goals."""
+"""What training steps cost at the least on each GPU, and what is predicted of the goals."""
 
 import itertools
 

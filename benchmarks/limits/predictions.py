@@ -61,7 +61,7 @@ def rates_of(gpu: str) -> Rates:
 def predicted(
     operation: str, strategy: str, counted: Problem, gpu: str, *, cached: bool = False, configuration: str | None = None
 ) -> float:
-    """Return the seconds ``strategy`` should take on one of :data:`pmkernels.costs.GPUS`, with the tiles of its kernel.
+    """Return the seconds ``strategy`` should take on one of :data:`pmkernels.costs.GPUS`, with its kernel's tiles.
 
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """

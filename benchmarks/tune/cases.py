@@ -1,4 +1,4 @@
-"""One launch of one kernel: its arguments, the launch itself, its result in float64, and what is wrong with another."""
+"""One launch of one kernel: its arguments, the launch, the truth, and what is wrong."""
 
 import zlib
 from collections.abc import Sequence

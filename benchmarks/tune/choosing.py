@@ -1,4 +1,4 @@
-"""Choosing among candidates: each run and judged on few cases, timed on all, checked in use."""
+"""Choosing among candidates: run and judged on few cases, timed on all, checked in use."""
 
 import math
 import time

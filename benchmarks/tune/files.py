@@ -1,4 +1,4 @@
-"""What a run leaves: the configuration file, read again as the library does, every candidate, and a run in words."""
+"""What a run leaves: the configuration file, read again, every candidate, and words."""
 
 import math
 import statistics

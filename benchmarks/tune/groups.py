@@ -50,7 +50,7 @@ Grid = tuple[Sequence[int], Sequence[tuple[int, int, int]], Sequence[tuple[int, 
 
 
 def _grids(op: str, kind: str, max_rows: int | None) -> list[Grid]:
-    """Return blocks of rows, tiles (N, D and warps) and ways (unrolled and stages), to be combined."""
+    """Return blocks of rows, tiles (N, D, warps) and ways (unroll, stages), to be combined."""
     exact, depths = kind == "float32", ((8, 1), (4, 1), (1, 2))
     if op == "linear" and kind == "16-bit":
         first, second = {32: (32, 16), 128: (64, 128), 256: (64, 128), 512: (128, 64), None: (128, 256)}[max_rows]

@@ -153,7 +153,7 @@ def _fault(truth: Sequence[Tensor], plain: float, results: Sequence[Tensor]) -> 
 
 
 def all_rows(layer: Layer, powers: Sequence[int]) -> list[int]:
-    """Return the numbers of rows that a layer is measured at: these, and one image and a batch where it has images."""
+    """Return the rows that a layer is measured at: these, one image's and a batch's."""
     return sorted({*powers, *({layer.tokens, layer.rows} if layer.tokens > 1 else ())})
 
 
