@@ -101,8 +101,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = ("model", "format", "K", "files, GB", "build, s", "peak, models", "peak, MiB", "bound, MiB", "step, s")
-HEAD += ("most of all, GiB", "export, s", "read again", "open_clip", "transformers", "")
+HEAD = ["model", "format", "K", "files, GB", "build, s", "peak, models", "peak, MiB", "bound, MiB", "step, s"]
+HEAD += ["most of all, GiB", "export, s", "read again", "open_clip", "transformers", ""]
 
 
 def cells(row: Row) -> list[str]:

@@ -57,16 +57,18 @@ def hot_cases(context: Context) -> dict[str, cases.Case]:
     """Return what a step of ViT-L/14 and its served layers launch of ours, by name."""
     big, mlp = TINY_LAYERS if context.quick else VIT_L.block_layers(BATCH)[::2][:2]
     # the interpreter: few tasks, and a type that it rounds as a GPU does
-    smaller = {"tasks": 2, "dtype": dtype_name(context.dtype)} if context.quick else {}
-    attention = functools.partial(cases.Case, n=big.n, d=big.d, rank=RANK, **smaller)
-    plain = functools.partial(cases.Case, n=mlp.n, d=mlp.d, rank=0, **smaller)
+    smaller: dict[str, Any] = {"tasks": 2, "dtype": dtype_name(context.dtype)} if context.quick else {}
     rows: dict[str, Any] = {"rows": big.rows}
     per_image, one_image = {**rows, "groups": big.items}, {"rows": big.tokens, "bias": True}
+
+    def attention(call: str, **more: Any) -> cases.Case:
+        return cases.Case(call, big.n, big.d, rank=RANK, **smaller, **more)
+
     return {
         "merge": attention("merge"),
-        "merge of an MLP": plain("merge"),
+        "merge of an MLP": cases.Case("merge", mlp.n, mlp.d, rank=0, **smaller),
         "reduction of dW": attention("merge_grad"),
-        "reduction of dW of an MLP": plain("merge_grad"),
+        "reduction of dW of an MLP": cases.Case("merge_grad", mlp.n, mlp.d, rank=0, **smaller),
         "widen": attention("widen", **per_image),
         "preference, one image": attention("preference", **one_image),
         "preference, all images": attention("preference", **per_image, bias=True),
@@ -180,9 +182,9 @@ def reductions(context: Context) -> None:
 
 def _row(context: Context, case: layer_case.Case, variant: str, operations: float, moved: float) -> LayerRow:
     """Return a row without times of an operation of a layer that does so much."""
-    named = {"layer": case.layer.name, "dtype": dtype_name(case.x.dtype), "variant": variant}
-    bound_ms = _bound_ms(context, operations, moved)
-    return LayerRow(**named, rows=len(case.x), tasks=case.tasks, bytes=moved, bound_ms=bound_ms)
+    row = LayerRow(layer=case.layer.name, dtype=dtype_name(case.x.dtype), variant=variant, rows=len(case.x))
+    row.tasks, row.bytes, row.bound_ms = case.tasks, moved, _bound_ms(context, operations, moved)
+    return row
 
 
 def _fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: torch.device) -> LayerRow:

@@ -1,4 +1,4 @@
-"""What training steps cost at the least on each GPU, and what is predicted of the goals."""
+"""What training steps cost at the least on each GPU, and the goals, predicted."""
 
 import itertools
 

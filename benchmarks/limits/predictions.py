@@ -182,11 +182,11 @@ def attention(tower: Tower, items: int = BATCH) -> list[Pass]:
 
 
 # kernel, times a block, and in tensors [rows, width]: read as the kernel before left it, read from long ago, written
-REST_FORWARD = (("normalisation", 2, 1, 0, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 0, 4))
-REST_BACKWARD = (("normalisation", 2, 1, 1, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 4, 4))
-REST_BACKWARD += (("q, k and v joined", 1, 3, 0, 3),)
+REST_FORWARD = [("normalisation", 2, 1, 0, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 0, 4)]
+REST_BACKWARD = [("normalisation", 2, 1, 1, 1), ("sum of two", 2, 1, 1, 1), ("activation", 1, 4, 4, 4)]
+REST_BACKWARD += [("q, k and v joined", 1, 3, 0, 3)]
 # of their weight and bias, where those learn
-OF_NORMS = (("gradients of a normalisation", 2, 1, 1, 0),)
+OF_NORMS = [("gradients of a normalisation", 2, 1, 1, 0)]
 
 
 def beside(lines: Iterable[tuple[str, int, int, int, int]], tower: Tower, items: int, gpu: str) -> Kernels:

@@ -69,7 +69,7 @@ def inputs(case: Case, device: torch.device) -> Values:
         return source.normal(*shape[:-1], shape[-1] + pad, scale=scale, dtype=model)[..., pad:]
 
     n, d, width = case.n, case.d, case.d**-0.5
-    values: Values = {"task_vectors": None, "lam": None, "A": None, "B": None}
+    values: Values = dict.fromkeys(("weight", "task_vectors", "lam", "A", "B"))
     if case.call in ("forward", "weight_grad", "shrink", "preference", "widen"):
         values["x"] = stored(case.rows, d)
     if case.call in ("dx", "factor_grad"):
@@ -104,7 +104,7 @@ def inputs(case: Case, device: torch.device) -> Values:
 
 def run(case: Case, v: Values) -> list[Tensor]:
     """Launch a case with the configuration that dispatch gives it now."""
-    call, weights = case.call, (v.get("weight"), v["task_vectors"], v["lam"])
+    call, weights = case.call, (v["weight"], v["task_vectors"], v["lam"])
     low_rank = (v["left"], v["B"]) if case.rank and not case.per_row else None
     if call == "forward":
         start = (v["t"], v["A"]) if case.per_row else None
@@ -122,7 +122,7 @@ def run(case: Case, v: Values) -> list[Tensor]:
     if call == "factor_grad":
         return [low_rank_kernels.factor_grad(v["dy"], v["t"], case.n * case.d)]
     if call == "shrink":
-        parts = low_rank_kernels.shrink(v["x"], v["B"], v["G"], v["gamma"])
+        parts: Sequence[Tensor | None] = low_rank_kernels.shrink(v["x"], v["B"], v["G"], v["gamma"])
     elif call == "weight_grad":
         factors = {"A": v["A"], "B": v["B"], "need_bias": case.bias}
         parts = weight_grad_kernels.weight_grad(v["dy"], v["x"], v["task_vectors"], **factors)
