@@ -1,7 +1,9 @@
 """What was aimed at, what was measured beside it, and whether that is met."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.common.pages import table
 
@@ -33,6 +35,17 @@ def status_of(measured: str | None, met: bool) -> str:
 def judged(where: str, goal: str, measured: str | None, met: bool, reason: str | None = None) -> Goal:
     """Return a goal of a model or machine. ``reason``: why nothing was measured, where that is known."""
     return Goal(goal, measured or reason or "", status_of(measured, met), where)
+
+
+def fastest(rows: Iterable[Mapping[str, Any]], *variants: str, **where: Any) -> Mapping[str, Any]:
+    """Return the fastest of ``variants`` among the rows with those values. Else one whose figures are None.
+
+    ``reason`` then says why nothing was measured, where that is known.
+    """
+    own = [row for row in rows if row["variant"] in variants and all(row.get(key) == of for key, of in where.items())]
+    timed = [row for row in own if row["ms"] and row["matched"]]
+    nothing = collections.defaultdict[str, Any](lambda: None, reason=next((row["reason"] for row in own), None))
+    return min(timed, key=lambda row: row["ms"], default=nothing)
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

@@ -1,5 +1,7 @@
 """Random inputs of one layer, on the scale of a real one."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +42,14 @@ def make_folded(
     return values
 
 
+def make_served(layer: Layer, tasks: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Return W0 and bias of a folded layer, x [items, tokens, D], and the low-rank term at each item's preference."""
+    source = Source(device)
+    values = make_folded(layer, tasks, rank, dtype, source, layer.items)
+    values["x"] = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
+    return {**values, "bias": source.normal(layer.n, dtype=dtype)}
+
+
 def make_weights(layer: Layer, tasks: int, rank: int, dtype: torch.dtype, source: Source) -> dict[str, Tensor]:
     """Return W0, τ and λ of a layer, and its low-rank term."""
     scale = 0.1 * layer.d**-0.5
@@ -53,3 +63,8 @@ def make_activations(rows: int, layer: Layer, source: Source, task_vectors: Tens
     x = source.normal(rows, layer.d, dtype=task_vectors.dtype)
     dy = F.linear(x, task_vectors.sum(dim=0))
     return x, dy / dy.float().square().mean().sqrt().to(dy.dtype)
+
+
+def learned(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return those of λ, A, G and B that a layer has: their gradients are reductions of dW."""
+    return tuple(name for name in ("lam", "A", "G", "B") if name in weights)

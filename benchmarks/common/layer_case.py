@@ -1,6 +1,6 @@
 """One layer with K task vectors: inputs, variants of each operation, and the truth."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import Source, make_activations, make_weights
+from benchmarks.common.inputs import Source, learned, make_activations, make_weights
 from benchmarks.common.towers import Layer
 from pmkernels import linear, reference
+from pmkernels.costs import Bound
 
 LIMIT, PYTORCH = "limit: merged beforehand", "PyTorch"
 # operation of pmkernels.costs -> as results files call it
@@ -85,8 +86,7 @@ def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
     def make(strategy: str, cached: Tensor | None = None) -> Variant:
         if op == "forward":
             return lambda: [pmkernels.pareto_linear(x, **case.parts, bias=bias, cached=cached, strategy=strategy)]
-        learned = [name for name in ("lam", "A", "G", "B") if name in case.parts]
-        return backward(case, rows, ("x",) if op == "dx" else learned, strategy, cached)
+        return backward(case, rows, ("x",) if op == "dx" else learned(case.parts), strategy, cached)
 
     own = {name: make(name) for name in (*CHOICES, "auto")}
     if op == "weight gradient":
@@ -99,11 +99,32 @@ def variants(case: Case, op: str, rows: int) -> dict[str, Variant]:
     return {LIMIT: limit, **own, PYTORCH: lambda: [reference.pareto_linear(x, **case.parts, bias=bias)]}
 
 
+def graph(
+    function: Callable[..., Tensor], values: Mapping[str, Tensor], names: Iterable[str]
+) -> tuple[Tensor, list[Tensor]]:
+    """Call ``function`` under autograd; return its result, and the arguments ``names`` as leaves of it."""
+    wanted = tuple(names)
+    arguments = {name: value.detach().requires_grad_(name in wanted) for name, value in values.items()}
+    return function(**arguments), [arguments[name] for name in wanted]
+
+
+def with_gradients(
+    function: Callable[..., Tensor], values: Mapping[str, Tensor], names: Iterable[str], upstream: Tensor
+) -> list[Tensor]:
+    """Return the result of ``function``, and the gradients of ``names``."""
+    result, leaves = graph(function, values, names)
+    return [result.detach(), *torch.autograd.grad(result, leaves, upstream.to(result.dtype))]
+
+
 def with_gradient(function: Callable[[Tensor], Tensor], at: Tensor, upstream: Tensor) -> list[Tensor]:
-    """Return the result of ``function``, and its gradient."""
-    at = at.detach().requires_grad_()
-    result = function(at)
-    return [result.detach(), torch.autograd.grad(result, at, upstream.to(result.dtype))[0]]
+    """Return the result of ``function`` of one tensor, and its gradient."""
+    return with_gradients(lambda at: function(at), {"at": at}, ("at",), upstream)
+
+
+def total(bounds: Iterable[Bound]) -> Bound:
+    """Return operations and bytes of several operations together."""
+    each = tuple(bounds)
+    return Bound(sum(bound.operations for bound in each), sum(bound.bytes for bound in each))
 
 
 def truth(case: Case, op: str, rows: int) -> tuple[list[Tensor], float]:

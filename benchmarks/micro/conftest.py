@@ -20,14 +20,14 @@ number, ``=0001``. A run on another GPU is refused; another driver, torch or Tri
 
 ``pytest benchmarks/micro --help`` lists the options that choose points; a path comes before them. Ids are the points,
 ``test_forward[ViT-L/14-in-projection-rows8224-K8-r16-bfloat16-auto]``, and ``-k "forward and auto"`` selects by them.
-``pytest benchmarks/micro/test_linear.py --benchmark-group-by=group,param:rows`` sets strategies side by side.
+``pytest benchmarks/micro --benchmark-group-by=group,param:rows`` sets strategies side by side.
 """
 
 import argparse
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,12 @@ import pytest
 import torch
 
 from benchmarks import results
+from benchmarks.common.arguments import sizes
+from benchmarks.common.layer_case import Variant
 from benchmarks.common.towers import RANK, TASKS, TOWERS
 from benchmarks.limits.predictions import rates_of
 from benchmarks.micro import cases
-from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint, Variant
+from benchmarks.micro.cases import Case, LogitsPoint, Measure, Point, TowerPoint
 from benchmarks.suites.kernels import LOGITS
 from pmkernels import STRATEGIES, costs, dispatch, launch
 
@@ -50,43 +52,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOWER_NAMES = {cases.label(tower.name): tower for tower in TOWERS}
 
 
-def number(least: int) -> Callable[[str], int]:
+def expected(what: str, right: Callable[[str], Any], read: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return a parser that says what it expected where a text is not right."""
+
+    def parse(text: str) -> Any:
+        if not right(text):
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return read(text)
+
+    return parse
+
+
+def number(least: int) -> Callable[[str], Any]:
     """Return a parser of whole numbers from ``least`` on."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected whole numbers of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
+    return expected(f"whole numbers of at least {least}", lambda text: text.isdecimal() and int(text) >= least, int)
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
+def one_of(names: Collection[str]) -> Callable[[str], Any]:
     """Return a parser of those names."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"expected any of {', '.join(names)}, got {text!r}")
-        return text
-
-    return parse
+    return expected(f"any of {', '.join(names)}", lambda text: text in names)
 
 
-def layer_name(text: str) -> str:
-    """Return the name of a layer that there is."""
-    try:
-        cases.find_layer(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def logits_shape(text: str) -> str:
-    """Return a shape of logits, ROWSxCLASSES."""
-    rows, _, classes = text.partition("x")
-    if not (rows.isdecimal() and classes.isdecimal() and int(rows) and int(classes)):
-        raise argparse.ArgumentTypeError(f"expected ROWSxCLASSES, as in 256x1000, got {text!r}")
-    return text
+LAYER = expected(
+    f"OUTxIN, as in 3072x1024, or one of {', '.join(cases.LAYERS)}", lambda text: text in cases.LAYERS or sizes(text)
+)
+LOGITS_SHAPE = expected("ROWSxCLASSES, as in 256x1000", sizes)
 
 
 @dataclass(frozen=True)
@@ -99,28 +89,23 @@ class Axis:
     help: str
     word: str = ""
 
-    @property
-    def key(self) -> str:
-        """Return the option's name for ``config.getoption``."""
-        return self.option.removeprefix("--")
-
 
 # in the order of an id
 AXES = {
     "layer": Axis(
-        "--layers",
-        layer_name,
-        "LAYER",
-        f"layers: {', '.join(cases.LAYERS)}, or OUTxIN (default: the in-projections)",
+        "--layers", LAYER, "LAYER", f"layers: {', '.join(cases.LAYERS)}, or OUTxIN (default: the in-projections)"
     ),
     "tower": Axis(
-        "--towers",
-        one_of(tuple(TOWER_NAMES)),
-        "MODEL",
-        f"models whose vectors are merged (default: {', '.join(TOWER_NAMES)})",
+        "--towers", one_of(TOWER_NAMES), "MODEL", f"models whose vectors are merged (default: {', '.join(TOWER_NAMES)})"
     ),
     "logits": Axis(
-        "--logits", logits_shape, "ROWSxCLASSES", "shapes of logits (default: several; fewer without a GPU)", "logits"
+        *(
+            "--logits",
+            LOGITS_SHAPE,
+            "ROWSxCLASSES",
+            "shapes of logits (default: several; fewer without a GPU)",
+            "logits",
+        )
     ),
     "rows": Axis(
         "--rows", number(1), "M", "rows of x (default: those of one image and, on a GPU, of the layer's batch)", "rows"
@@ -130,24 +115,17 @@ AXES = {
         "--ranks", number(0), "R", f"ranks of the low-rank term, 0: there is none (default: {RANK}, in MLPs 0)", "r"
     ),
     "dtype": Axis(
-        "--dtypes",
-        one_of(tuple(DTYPES)),
-        "DTYPE",
+        *("--dtypes", one_of(DTYPES), "DTYPE"),
         f"types: {', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)",
     ),
     "strategy": Axis(
-        "--strategies",
-        one_of(STRATEGIES),
-        "STRATEGY",
+        *("--strategies", one_of(STRATEGIES), "STRATEGY"),
         f"strategies: {', '.join(STRATEGIES)} (default: all; without a GPU all but eager are skipped)",
     ),
 }
 
-
-@functools.cache
-def machine() -> dict[str, Any]:
-    """Return the hardware, driver and versions, asked for once."""
-    return results.machine()
+# asked for once
+machine = functools.cache(results.machine)
 
 
 def default_values(axis: str, chosen: dict[str, Any], on_gpu: bool) -> Sequence[Any]:
@@ -175,7 +153,7 @@ def points(
         yield chosen
         return
     first, *others = axes
-    values = config.getoption(AXES[first].key, None) or default_values(first, chosen, on_gpu)
+    values = config.getoption(AXES[first].option, None) or default_values(first, chosen, on_gpu)
     for value in dict.fromkeys(values):
         yield from points(others, config, {**chosen, first: value}, on_gpu)
 
@@ -192,9 +170,7 @@ def reason_to_skip(point: dict[str, Any], low_rank: bool, on_gpu: bool) -> str |
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("micro", "microbenchmarks (benchmarks/micro): points to measure, every combination")
     for axis in AXES.values():
-        group.addoption(
-            axis.option, nargs="+", type=axis.parse, metavar=axis.metavar, dest=axis.key, default=None, help=axis.help
-        )
+        group.addoption(axis.option, nargs="+", type=axis.parse, metavar=axis.metavar, default=None, help=axis.help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -203,15 +179,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    axes = [axis for axis in AXES if axis in metafunc.fixturenames]
-    offer = cases.OFFERS.get(metafunc.function)
-    if offer is None:
+    if metafunc.function not in cases.OFFERS:
         return
+    strategies, low_rank = cases.OFFERS[metafunc.function]
+    axes = [axis for axis in AXES if axis in metafunc.fixturenames]
     on_gpu, parameters = torch.cuda.is_available(), []
     for point in points(axes, metafunc.config, {}, on_gpu):
-        if point["strategy"] not in offer.strategies:
+        if point["strategy"] not in strategies:
             continue
-        reason = reason_to_skip(point, offer.low_rank, on_gpu)
+        reason = reason_to_skip(point, low_rank, on_gpu)
         marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
         name = "-".join(f"{AXES[axis].word}{value}" for axis, value in point.items())
         parameters.append(pytest.param(*point.values(), id=name, marks=marks))
@@ -223,8 +199,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     # the clock at this moment: another in every run
     for name in ("hz_actual", "hz_actual_friendly"):
         machine_info["cpu"].pop(name, None)
-    here = machine()
-    machine_info.update({name: here.get(name) for name in ("gpu", "driver", "cuda", "torch", "triton", "threads")})
+    machine_info.update({name: machine().get(name) for name in ("gpu", "driver", "cuda", "torch", "triton", "threads")})
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -258,8 +233,7 @@ def tower_point(tower: str, K: int, dtype: str, strategy: str, device: torch.dev
 
 @pytest.fixture
 def logits_point(logits: str, dtype: str, strategy: str, device: torch.device) -> LogitsPoint:
-    rows, classes = (int(size) for size in logits.split("x"))
-    return LogitsPoint(rows, classes, DTYPES[dtype], strategy, device)
+    return LogitsPoint(*map(int, logits.split("x")), DTYPES[dtype], strategy, device)
 
 
 def rates(device: torch.device) -> costs.Rates | None:
@@ -271,11 +245,10 @@ def rates(device: torch.device) -> costs.Rates | None:
 def facts(case: Case, device: torch.device, median: float | None) -> dict[str, Any]:
     """Return what is kept beside a case's times: where, what, and its rate. The rate is at the median, in seconds."""
     least, known = case.least, rates(device)
-    here = machine()
-    figures: dict[str, Any] = {name: here.get(name) for name in ("gpu", "torch", "triton")}
+    figures: dict[str, Any] = {name: machine().get(name) for name in ("gpu", "torch", "triton")}
     figures |= {"chosen": case.choice, "operations": least.operations, "bytes": least.bytes}
     if known is not None:
-        figures["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.dtype))
+        figures["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.point.dtype))
     if median is not None:
         figures["gb_per_s"] = 1e-9 * least.bytes / median
         if least.operations:
@@ -302,9 +275,10 @@ def finished(run: Variant, device: torch.device) -> Callable[[], None]:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Measure:
-    """Return the function that checks a case and times it."""
+    """Return the function that makes a case of its fields, checks it and times it."""
 
-    def run(case: Case) -> None:
+    def run(*fields: Any, **named: Any) -> None:
+        case = Case(*fields, **named)
         benchmark.group = case.group
         error, plain = case.check()
         call, seconds = finished(case.run, device), 0.0

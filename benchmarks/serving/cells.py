@@ -14,9 +14,8 @@ from benchmarks.common.session import FAILED
 from benchmarks.common.timing import Effort, free, in_turn, quantiles, rounded
 from benchmarks.serving import variants
 from benchmarks.serving.folded import SETS, Case, Request
-from benchmarks.serving.memory import tensor_bytes
 from benchmarks.serving.names import COPIES, GRAPH, LIMIT, LIMIT_LINEAR, LOOP, OP, REMERGE
-from benchmarks.serving.variants import Unavailable, Variant
+from benchmarks.serving.variants import Unavailable, Variant, tensor_bytes
 from pareto_merging import merge
 
 GRAPHED = (LIMIT, LIMIT_LINEAR, REMERGE, COPIES, LOOP)
@@ -73,38 +72,24 @@ class Truth:
         return item_error(output, exact) if output.shape == exact.shape else FAILED
 
 
-def blank(case: Case, batch: int, count: int, variant: str) -> CellRow:
-    """Return a row without figures."""
-    title = f"{case.name}, batch {batch}, {count} preference{'s' if count > 1 else ''}"
-    row = CellRow(op=OP, layer=title, dtype=dtype_name(case.dtype), variant=variant, model=case.name)
-    row.batch, row.preferences = batch, count
-    return row
-
-
-@dataclass
 class Cell:
-    """One tower at one batch with P distinct preferences.
+    """One tower at one batch with the first ``count`` preferences of each of ``drawn`` [SETS, P, K].
 
-    Images, requests with one set of preferences each, the truth of the first set, and a row for each variant.
+    ``truth``: of the first set. ``rows``: one for each variant. ``ready``: the variants that were right.
     """
 
-    case: Case
-    images: Tensor
-    requests: list[Request]
-    truth: Truth
-    rows: dict[str, CellRow]
-    ready: dict[str, Variant]
-
-    @classmethod
-    def make(cls, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> "Cell":
-        """Make a cell of the first ``count`` preferences of each of ``drawn`` [SETS, P, K]."""
-        requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
-        return cls(case, images, requests, truth, {}, {})
+    def __init__(self, case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int) -> None:
+        self.case, self.images, self.truth, self.count = case, images, truth, count
+        self.requests = [Request.make(some[:count], len(images), case.device) for some in drawn]
+        self.rows: dict[str, CellRow] = {}
+        self.ready: dict[str, Variant] = {}
 
     def add(self, name: str, make: Callable[[], Variant], captures: bool = False) -> None:
         """Make a variant, warm it up, and note its memory. ``captures``: it runs while it is made."""
-        row = self.rows[name] = blank(self.case, len(self.images), len(self.requests[0].distinct), name)
-        device = self.images.device
+        case, batch, count, device = self.case, len(self.images), self.count, self.images.device
+        title = f"{case.name}, batch {batch}, {count} preference{'s' if count > 1 else ''}"
+        about = {"layer": title, "dtype": dtype_name(case.dtype), "model": case.name}
+        row = self.rows[name] = CellRow(op=OP, variant=name, batch=batch, preferences=count, **about)
         if device.type == "cuda":
             free(device)
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -130,8 +115,8 @@ class Cell:
 
     def judge(self, row: CellRow, variant: Variant, output: Tensor) -> None:
         """Judge whether every item has the features of its own preference of the first set. The worst error stays."""
-        count = 1 if variant.single else len(self.requests[0].distinct)
-        error = max(row.error, self.truth.error(output, len(self.images), count))
+        error = self.truth.error(output, len(self.images), 1 if variant.single else self.count)
+        error = max(row.error, error)
         row.judge(error, self.truth.plain_error, wrong="wrong features")
 
     def measure(self, effort: Effort) -> None:
@@ -161,12 +146,10 @@ def compare(rows: Sequence[CellRow]) -> None:
     fastest = min((row.ms for row in rows if row.variant.startswith("limit") and row.ms), default=None)
     plain = next((row.weight_bytes for row in rows if row.variant == LIMIT), None)
     for row in rows:
-        if row.ms and fastest:
-            row.to_limit = round(row.ms / fastest, 4)
-        if plain and row.weight_bytes:
-            row.models = round(row.weight_bytes / plain, 4)
-        if plain and row.peak_bytes:
-            row.peak_models = round(row.peak_bytes / plain, 4)
+        row.to_limit, row.models, row.peak_models = (
+            round(figure / of, 4) if figure and of else None
+            for figure, of in ((row.ms, fastest), (row.weight_bytes, plain), (row.peak_bytes, plain))
+        )
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -183,7 +166,7 @@ def cell_rows(
     case: Case, images: Tensor, drawn: Tensor, truth: Truth, count: int, effort: Effort, names: Iterable[str]
 ) -> list[CellRow]:
     """Return a row per variant of ``names``, at one batch with ``count`` of the preferences."""
-    cell = Cell.make(case, images, drawn, truth, count)
+    cell = Cell(case, images, drawn, truth, count)
     for name in names:
         cell.add(name, functools.partial(variants.VARIANTS[name], case, cell.requests[0]))
     if images.device.type == "cuda":

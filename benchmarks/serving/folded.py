@@ -73,12 +73,10 @@ def build_case(
     folded = fold(parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _, module in pareto_modules(folded):
-            for attribute in module.pareto_names:
-                part = Projection.of(module, attribute)
-                part.G.copy_(torch.randn(part.G.shape, generator=generator))
-                term = part.A @ part.G[:, :, 0] @ part.B.t()
-                part.G.mul_(share * part.weight.float().norm() / term.norm())
+        for part in Projection.all_of(folded):
+            part.G.copy_(torch.randn(part.G.shape, generator=generator))
+            term = part.A @ part.G[:, :, 0] @ part.B.t()
+            part.G.mul_(share * part.weight.float().norm() / term.norm())
     file = folder / f"{name.lower().replace('/', '-').replace(' ', '-')}.safetensors"
     save_folded(folded, file, encoder=encoder)
     return Case(name, folded, file, dtype, device)
@@ -108,6 +106,11 @@ class Projection:
         term = stored.low_rank()
         assert term is not None
         return cls(stored.weight.detach(), None if bias is None else bias.detach(), *(t.detach() for t in term))
+
+    @classmethod
+    def all_of(cls, folded: nn.Module) -> "list[Projection]":
+        """Return all projections of a folded tower."""
+        return [cls.of(module, name) for _, module in pareto_modules(folded) for name in module.pareto_names]
 
     def merged(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
         """Return W(γ) [N, D] in the type of the weight."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import Source, make_folded
+from benchmarks.common.inputs import make_served
 from benchmarks.common.rows import Json, LayerRow, dtype_name
 from benchmarks.common.timing import COLD, WARM, Effort, quantiles, replay_times, replayed, rounded
 from benchmarks.common.towers import RANK, TASKS, TINY, TOWERS, Layer
@@ -37,14 +37,6 @@ class ServedRow(LayerRow):
     items: int
     cache: str
     calls: int = 0
-
-
-def layer_values(layer: Layer, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return random parts of a folded projection, inputs [items, tokens, D] and each item's preference."""
-    source = Source(device)
-    values = make_folded(layer, TASKS, RANK, dtype, source, layer.items)
-    values["x"] = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
-    return {**values, "bias": source.normal(layer.n, dtype=dtype)}
 
 
 def bound_ms(layer: Layer, rates: Json | None, dtype: torch.dtype) -> float | None:
@@ -81,7 +73,7 @@ def layer_rows(
     model: str, layer: Layer, dtype: torch.dtype, device: torch.device, effort: Effort, rates: Json | None
 ) -> Iterator[ServedRow]:
     """Yield a row of every variant, with a cold and a warm cache."""
-    values = layer_values(layer, dtype, device)
+    values = make_served(layer, TASKS, RANK, dtype, device)
     in_double = {name: v.double() for name, v in values.items()}
     exact = reference.pareto_linear(**in_double)
     exact_plain = F.linear(in_double["x"], in_double["weight"], in_double["bias"])

@@ -5,31 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import goals as common_goals
-from benchmarks.common.goals import Goal, at_most, judged, ratio, times
+from benchmarks.common.goals import Goal, at_most, fastest, judged, ratio, times
 from benchmarks.common.pages import REHEARSAL, file_name, picture, style, table
 from benchmarks.common.rows import Json, why_not
-from benchmarks.serving import layers, layers_summary
+from benchmarks.common.timing import COLD, WARM
+from benchmarks.serving import layers
 from benchmarks.serving.names import COPIES, ENGINE, GRAPH, LIMIT, LIMIT_LINEAR, LOOP, OP, PEFT, REMERGE
 
 
-def _batches(report: Json) -> list[dict[str, Any]]:
-    return [row for row in report["rows"] if row["op"] == OP]
+def _of(op: str, report: Json) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["op"] == op]
 
 
-def _layers(report: Json) -> list[dict[str, Any]]:
-    return [row for row in report["rows"] if row["op"] == layers.OP]
-
-
-def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> dict[str, Any]:
+def _row(report: Json, model: str, batch: int, count: int, *variants: str) -> Json:
     """Return the fastest of ``variants``, or a row without figures and with a reason."""
-    rows = [
-        row
-        for row in _batches(report)
-        if (row["model"], row["batch"], row["preferences"]) == (model, batch, count) and row["variant"] in variants
-    ]
-    timed = [row for row in rows if row["ms"] and row["matched"]]
-    empty = {"ms": None, "to_limit": None, "models": None, "reason": next((row["reason"] for row in rows), None)}
-    return min(timed, key=lambda row: row["ms"], default=empty)
+    return fastest(_of(OP, report), *variants, model=model, batch=batch, preferences=count)
 
 
 def goals(report: Json) -> list[Goal]:
@@ -63,17 +53,14 @@ def goals_markdown(report: Json) -> str:
 
 def markdown(report: Json) -> str:
     """Return the goals, a table for each tower and batch, and the layers."""
-    effort = report["effort"]
+    fewest = report["effort"]["fewest"]
     lines = [REHEARSAL, ""] if report["quick"] else []
-    fewest = f"at least {effort['fewest']} calls of each variant, in turn"
-    few = (
-        " (fewer than a hundred: the 99th percentile is then about the slowest call)" if effort["fewest"] < 100 else ""
-    )
+    few = " (fewer than a hundred: the 99th percentile is then about the slowest call)" if fewest < 100 else ""
     lines += [
-        f"One batch of images, {report['dtype']}, K = {report['tasks']}, r = {report['rank']}; {fewest}{few}. Item i "
-        "has preference i mod P, and every call brings new preferences, except where a variant can only know them "
-        "beforehand: merged copies, PEFT's adapters. The limit is the faster of the plain models of the same rows. "
-        "Memory is that of weights, in plain models"
+        f"One batch of images, {report['dtype']}, K = {report['tasks']}, r = {report['rank']}; at least {fewest} calls "
+        f"of each variant, in turn{few}. Item i has preference i mod P, and every call brings new preferences, except "
+        "where a variant can only know them beforehand: merged copies, PEFT's adapters. The limit is the faster of the "
+        "plain models of the same rows. Memory is that of weights, in plain models"
         + (", and all of it at the peak of a call." if report["device"] == "cuda" else ".")
         + (f" PEFT {report['peft']}." if report["peft"] else " PEFT was not installed."),
         "",
@@ -81,16 +68,16 @@ def markdown(report: Json) -> str:
     if report["left_out"]:
         lines += [f"Left out on the CPU: {'; '.join(report['left_out'])}.", ""]
     lines += [goals_markdown(report).rstrip()]
-    rows = _batches(report)
+    rows = _of(OP, report)
     columns = ["preferences", "variant", "ms", "p20–p80", "p99", "images/s", "to the limit", "models"]
     columns += ["models at the peak"] if report["device"] == "cuda" else []
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
         own = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
         cells = [_cells(row, len(columns)) for row in own]
         lines += ["", f"**{model}, batch {batch}**", "", *table(columns, cells, "rlr")]
-    of_layers = _layers(report)
+    of_layers = _of(layers.OP, report)
     if of_layers:
-        lines += ["", "**One projection, a preference per image**", "", layers_summary.markdown(of_layers).rstrip()]
+        lines += ["", "**One projection, a preference per image**", "", layers_markdown(of_layers).rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -110,7 +97,7 @@ def summary_markdown(report: Json) -> str:
     limits = [name + graph for name in (LIMIT, LIMIT_LINEAR) for graph in ("", GRAPH)]
     columns = ["", "preferences", "plain model, ms", *shown, "memory: engine", "merged copies"]
     rows = []
-    for model, batch, count in dict.fromkeys((r["model"], r["batch"], r["preferences"]) for r in _batches(report)):
+    for model, batch, count in dict.fromkeys((r["model"], r["batch"], r["preferences"]) for r in _of(OP, report)):
         plain = _row(report, model, batch, count, *limits)["ms"]
         figures = [_row(report, model, batch, count, *variants) for variants in shown.values()]
         cells = [f"{model}, batch {batch}", str(count), "–" if plain is None else f"{plain:.1f}"]
@@ -137,7 +124,7 @@ def _cells(row: Json, number: int) -> list[str]:
 
 def draw(report: Json, folder: Path) -> list[Path]:
     """Draw time over distinct preferences for each tower, and layers at one image."""
-    rows, written = [row for row in _batches(report) if row["ms"]], []
+    rows, written = [row for row in _of(OP, report) if row["ms"]], []
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
@@ -154,7 +141,7 @@ def draw(report: Json, folder: Path) -> list[Path]:
             panels[0].set_ylabel("ms")
             figure.suptitle(f"{model}, {report['dtype']}, on the {'GPU' if report['device'] == 'cuda' else 'CPU'}")
             figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
-    return written + layers_summary.draw(_layers(report), folder / f"serving-{report['device']}-layers.png")
+    return written + _draw_layers(_of(layers.OP, report), folder / f"serving-{report['device']}-layers.png")
 
 
 def _draw(rows: Sequence[Json], names: Sequence[str], panel: Any) -> dict[str, Any]:
@@ -176,3 +163,58 @@ def _draw(rows: Sequence[Json], names: Sequence[str], panel: Any) -> dict[str, A
         of(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.grid(alpha=0.3, linewidth=0.6)
     return handles
+
+
+def layers_markdown(rows: Sequence[Json]) -> str:
+    """Return a line per layer and cache. It has µs, and ratios to the limit and the bound."""
+    names = [name for name in (layers.ADDED, *layers.CHOICES) if any(row["variant"] == name for row in rows)]
+    bounded = any(row["bound_ms"] is not None for row in rows)
+    columns = ["layer", "cache", "limit µs", *(["bound µs"] if bounded else [])]
+    columns += [f"{name} µs (to limit{', bound' if bounded else ''})" for name in names]
+    lines = []
+    groups: dict[tuple[str, str], dict[str, Json]] = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row["cache"]), {})[row["variant"]] = row
+    for (layer, cache), group in groups.items():
+        limit = group.get(layers.LIMIT, {"ms": None})["ms"]
+        cells = [layer, cache, f"{1e3 * limit:.1f}" if limit else "–"]
+        cells += [f"{1e3 * next(iter(group.values()))['bound_ms']:.1f}"] if bounded else []
+        cells += [_layer_cell(group.get(name), limit) for name in names]
+        lines.append(cells)
+    return "\n".join(table(columns, lines, "llr")) + "\n"
+
+
+def _layer_cell(row: Json | None, limit: float | None) -> str:
+    if row is None:
+        return ""
+    if row["ms"] is None:
+        return why_not(row)
+    about = [row["chosen"]] if row["variant"] == "auto" else []
+    about += [f"{row['ms'] / other:.2f}×" for other in (limit, row["bound_ms"]) if other]
+    return f"{1e3 * row['ms']:.1f} ({', '.join(about)})"
+
+
+def _draw_layers(rows: Sequence[Json], path: Path) -> list[Path]:
+    """Draw one image, cold beside warm. A bar per variant and projection, the bound as a line across it."""
+    shown = [row for row in rows if row["items"] == 1 and row["ms"]]
+    if not shown:
+        return []
+    layers = list(dict.fromkeys((row["model"], row["projection"]) for row in shown))
+    names = list(dict.fromkeys(row["variant"] for row in shown))
+    with picture(path, max(4.0, 1.9 * len(layers)), 2.9, len(layers)) as (figure, panels):
+        for panel, (model, projection) in zip(panels, layers, strict=True):
+            own = [row for row in shown if (row["model"], row["projection"]) == (model, projection)]
+            for row in own:
+                number, place = names.index(row["variant"]), (COLD, WARM).index(row["cache"])
+                at = place + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+                error = [[1e3 * (row["ms"] - row["p20"])], [1e3 * (row["p80"] - row["ms"])]]
+                look: dict[str, Any] = {"color": f"C{number}", "width": 0.8 / len(names)}
+                look["label"] = row["variant"] if place == 0 else None
+                panel.bar(at, 1e3 * row["ms"], yerr=error, error_kw={"linewidth": 0.6}, **look)
+            if own[0]["bound_ms"]:
+                panel.axhline(1e3 * own[0]["bound_ms"], color="black", linewidth=0.8, linestyle="--", label="bound")
+            panel.set(title=f"{model}\n{projection}", xticks=[0, 1], xticklabels=[COLD, WARM])
+        panels[0].set_ylabel("one image (µs)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return [path]

@@ -7,17 +7,21 @@ all other weights are shared with the folded tower, not copied.
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common.timing import free_memory
 from benchmarks.common.towers import RANK
 from benchmarks.serving.folded import Case, Projection, Request, linear, tower
-from benchmarks.serving.memory import tensor_bytes, unused_memory
 from benchmarks.serving.names import (
     COPIES,
     ENGINE,
@@ -31,7 +35,6 @@ from benchmarks.serving.names import (
     REMERGE,
 )
 from pareto_merging import merge
-from pareto_merging.model.layer import pareto_modules
 from pareto_merging.serving import Engine
 from pmkernels import reference
 from pmkernels.graphs import capture, warm_up
@@ -42,6 +45,52 @@ SHARE_OF_MEMORY = 0.8
 
 class Unavailable(Exception):
     """A variant that cannot be measured here, which is not a fault of it. The message says why."""
+
+
+def unused_memory(device: torch.device) -> float:
+    """Return bytes that tensors can still take on the device."""
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return math.inf
+    return free_memory(device)
+
+
+def tensor_bytes(*objects: Any) -> int:
+    """Return the bytes of all tensors reached from ``objects``. Memory that several of them share is counted once."""
+    storages = {}
+    for tensor in _tensors(list(objects)):
+        if tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
+    seen: dict[int, Any] = {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, type | types.ModuleType | str | bytes | int | float):
+            continue
+        # kept, so that no other object gets its address
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += list(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += list(value)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, value.args, value.keywords]
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        elif isinstance(value, types.FunctionType):
+            waiting += list(inspect.getclosurevars(value).nonlocals.values())
+        else:
+            waiting.append(getattr(value, "__dict__", {}))
+            waiting += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
 
 
 @dataclass
@@ -119,10 +168,6 @@ class Remerged(nn.Module):
         self.part = part
         self.register_buffer("weight", part.weight.clone())
 
-    def merge(self, gamma: Tensor) -> None:
-        """Merge at gamma [K] for the calls that follow."""
-        self.part.merged(gamma, out=self.weight)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return [*, D] -> [*, N]."""
         return F.linear(x, self.weight, self.part.bias)
@@ -136,9 +181,8 @@ def merge_again(case: Case, request: Request) -> Variant:
     def run(images: Tensor, request: Request) -> Tensor:
         features: list[Tensor] = []
         for index in range(count):
-            gamma = request.distinct_on_device[index]
             for layer in layers:
-                layer.merge(gamma)
+                layer.part.merged(request.distinct_on_device[index], out=layer.weight)
             features.append(model(images[index::count]))
         return _in_order(features)
 
@@ -175,9 +219,7 @@ def merged_copies(case: Case, request: Request) -> Variant:
         Unavailable: the copies take more than :data:`SHARE_OF_MEMORY` of what is free.
     """
     count = len(request.distinct)
-    projections = [
-        Projection.of(module, name).weight for _, module in pareto_modules(case.folded) for name in module.pareto_names
-    ]
+    projections = [projection.weight for projection in Projection.all_of(case.folded)]
     needed, free = count * tensor_bytes(projections), unused_memory(case.device)
     if needed > SHARE_OF_MEMORY * free:
         raise Unavailable(f"{count} merged copies take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free")
@@ -218,9 +260,8 @@ class Looped(nn.Module):
 def looped(case: Case, request: Request) -> Variant:
     """Return the same as multi-adapter libraries do it. In each layer one adapter comes after the other."""
     count, items = len(request.distinct), len(request.each)
-    groups = Groups(
-        request.distinct_on_device, [torch.arange(first, items, count, device=case.device) for first in range(count)]
-    )
+    of_each = [torch.arange(first, items, count, device=case.device) for first in range(count)]
+    groups = Groups(request.distinct_on_device, of_each)
     model = tower(case.folded, lambda part: Looped(part, groups))
 
     def run(images: Tensor, request: Request) -> Tensor:

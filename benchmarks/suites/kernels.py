@@ -19,8 +19,18 @@ import pmkernels
 from benchmarks.common import layer_case
 from benchmarks.common.ceilings import REPETITIONS, WARMUP, ceilings
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import Source, make_folded
-from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, PYTORCH, Case, Variant, with_gradient
+from benchmarks.common.inputs import learned, make_served
+from benchmarks.common.layer_case import (
+    CHOICES,
+    LIMIT,
+    OPERATIONS,
+    PYTORCH,
+    Case,
+    Variant,
+    total,
+    with_gradient,
+    with_gradients,
+)
 from benchmarks.common.pages import table
 from benchmarks.common.rows import Json, LayerRow, dtype_name, why_not
 from benchmarks.common.suites import Save, nowhere
@@ -71,16 +81,11 @@ class Bench:
             yield row
 
 
-PARAMETERS = ("lam", "A", "G", "B")
-
-
 def _gradients(
     values: Mapping[str, Tensor], names: Sequence[str], dy: Tensor, function: Callable[..., Tensor], **options: Any
 ) -> list[Tensor]:
     """Return the gradients of ``names`` by autograd through ``function``."""
-    wanted = {name: v.detach().requires_grad_(name in names) for name, v in values.items()}
-    y = function(**wanted, **options)
-    return list(torch.autograd.grad(y, [wanted[name] for name in names], dy.to(y.dtype)))
+    return with_gradients(functools.partial(function, **options), values, names, dy)[1:]
 
 
 def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Js
 
 def _low_rank_rows(bench: Bench, case: Case) -> Iterator[LayerRow]:
     """Measure the gradients of A, G and B where λ is frozen."""
-    names, rows, layer = PARAMETERS[1:], bench.rows, case.layer
+    names, rows, layer = ("A", "G", "B"), bench.rows, case.layer
     values = {**case.parts, "x": case.x, "bias": case.bias}
     variants: dict[str, Variant] = {
         "fused": layer_case.backward(case, rows, names, "fused"),
@@ -132,7 +137,7 @@ def _merge_rows(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
 
 def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]:
     """Measure forward and backward together, beside a merged weight's products and its full dW."""
-    x, dy, names = case.x, case.dy, ("x", *PARAMETERS)
+    x, dy, names = case.x, case.dy, ("x", *learned(case.parts))
     whole = functools.partial(_gradients, {**case.parts, "x": x, "bias": case.bias}, names, dy)
     limit = "limit: full dW, merged beforehand"
     variants: dict[str, Variant] = {
@@ -142,8 +147,7 @@ def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]
         PYTORCH: lambda: whole(pmkernels.pareto_linear, strategy="eager"),
     }
     truth = [dy.double() @ case.exact, *case.reduced(dy.double().t() @ x.double())]
-    each = [costs.bound(operation, problem) for operation in OPERATIONS.values()]
-    least = Bound(sum(bound.operations for bound in each), sum(bound.bytes for bound in each))
+    least = total(costs.bound(operation, problem) for operation in OPERATIONS.values())
     yield from bench.measure("forward and backward", variants, truth, least, exempt=(limit,))
 
 
@@ -187,11 +191,8 @@ def _beside(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
 
 def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
     """Measure one preference per item of the batch, λ folded: what a server does."""
-    source = Source(device)
-    values = make_folded(layer, TASKS, RANK, dtype, source, layer.items)
-    values["x"] = x = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
-    values["bias"] = bias = source.normal(layer.n, dtype=dtype)
-    weight, A, G, B, gamma = (values[name] for name in ("weight", "A", "G", "B", "gamma"))
+    values = make_served(layer, TASKS, RANK, dtype, device)
+    weight, A, G, B, gamma, x, bias = (values[name] for name in ("weight", "A", "G", "B", "gamma", "x", "bias"))
     low, up = B.to(dtype), A.to(dtype).t()
     cores = reference.preference_core(G, gamma.squeeze(1))
     copies = torch.stack([reference.merge_weight(weight, A=A, G=G, B=B, gamma=g) for g in gamma.squeeze(1)])

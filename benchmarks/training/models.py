@@ -5,6 +5,7 @@ import gc
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ TASK_VECTOR_SIZE = 0.02
 LEARNING_RATE = 1e-30
 
 
-class _FineTuned(Mapping[str, Tensor]):
+class FineTuned(Mapping[str, Tensor]):
     """The state dict of a made-up fine-tuned copy. A tensor is made when it is asked for, the same every time."""
 
     def __init__(self, plain: nn.Module, task: int) -> None:
@@ -66,22 +67,19 @@ class Head(nn.Module):
         return self.scale * F.normalize(features.to(dtype), dim=-1) @ self.weight.to(dtype).t()
 
 
-@dataclass
-class Part:
-    """What one merged parameter is made of."""
-
-    weight: Tensor
-    task_vectors: Tensor | None
-    lam: Tensor | None
-    A: Tensor | None
-    G: Tensor | None
-    B: Tensor | None
+# what one merged parameter is made of, by the names of pmkernels: W0, and of τ, λ, A, G and B what it has
+Part: TypeAlias = dict[str, Tensor]
 
 
 @dataclass
 class Case:
-    """One model with K tasks: what every variant is given. ``skeleton`` is the plain model without any memory."""
+    """One model with K tasks: what every variant is given.
 
+    ``plain``: the plain model, on the CPU, because its memory is nobody's but the limit's. ``skeleton``: the same
+    without any memory.
+    """
+
+    plain: nn.Module
     tower: Tower
     source: str
     tasks: int
@@ -104,21 +102,12 @@ class Case:
 
 
 def build_case(
-    tower: Tower,
-    tasks: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    batch: int = BATCH,
-    source: str | None = None,
-) -> tuple[nn.Module, Case]:
-    """Build the plain model, on the CPU, and everything else.
-
-    λ, A, G and B are off their starting values, where G is 0.
-    """
+    tower: Tower, tasks: int, device: torch.device, dtype: torch.dtype, *, batch: int = BATCH, source: str | None = None
+) -> Case:
+    """Build the models and everything else. λ, A, G and B are off their starting values, where G is 0."""
     plain, library = vision_transformer(tower.name, source)
     plain = plain.to(device, dtype)
-    copies = {f"task_{k + 1}": _FineTuned(plain, k) for k in range(tasks)}
+    copies = {f"task_{k + 1}": FineTuned(plain, k) for k in range(tasks)}
     pareto = parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False).eval()
     generator = torch.Generator().manual_seed(0)
 
@@ -132,18 +121,20 @@ def build_case(
     # none so large that the others' gradients vanish beside it, no two alike
     shares = torch.linspace(1.0, 1.1, tasks, dtype=torch.float64)
     gamma = (shares / shares.sum()).tolist()
-    parts, merged = {}, set()
-    for stored in merged_parameters(pareto):
-        parts[stored.path] = Part(stored.weight, **stored.parts())
-        merged.add(stored.path)
-    size = tower.image
-    case = Case(
+    parts = {
+        stored.path: {name: t for name, t in {"weight": stored.weight, **stored.parts()}.items() if t is not None}
+        for stored in merged_parameters(pareto)
+    }
+    others = {name: tensor for name, tensor in plain.state_dict().items() if name not in parts}
+    skeleton, size = copy.deepcopy(plain).to("meta"), tower.image
+    return Case(
+        plain=plain.cpu(),
         tower=tower,
         source=library,
         tasks=tasks,
         device=device,
         dtype=dtype,
-        skeleton=copy.deepcopy(plain).to("meta"),
+        skeleton=skeleton,
         heads=[Head(random(CLASSES, tower.output)).to(device) for _ in range(tasks)],
         images=[random(batch, 3, size, size).to(device, dtype) for _ in range(tasks)],
         gamma=torch.tensor(gamma, dtype=torch.float32, device=device),
@@ -152,11 +143,9 @@ def build_case(
         ),
         pareto=pareto,
         parts=parts,
-        others={name: tensor for name, tensor in plain.state_dict().items() if name not in merged},
+        others=others,
         learned=learned,
     )
-    # its memory is nobody's but the limit's
-    return plain.cpu(), case
 
 
 def widen(case: Case) -> None:
@@ -164,5 +153,4 @@ def widen(case: Case) -> None:
     case.pareto = None
     gc.collect()
     for part in case.parts.values():
-        part.weight = part.weight.detach().float()
-        part.task_vectors = None if part.task_vectors is None else part.task_vectors.detach().float()
+        part |= {name: part[name].detach().float() for name in ("weight", "task_vectors") if name in part}

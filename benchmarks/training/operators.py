@@ -5,17 +5,17 @@ where a step is not captured as a CUDA graph. The count does not depend on the m
 with the number of blocks of ViT-L/14 and a width of 64, eight tasks, task by task, in plain PyTorch.
 """
 
-import copy
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.arguments import command_parser
+from benchmarks.common.towers import Tower
+from benchmarks.training.models import FineTuned
 from pareto_merging import MethodSettings, Task
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
@@ -40,22 +40,13 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _noisy(model: nn.Module, seed: int) -> nn.Module:
-    noisy, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in noisy.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    return noisy
-
-
 def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]:
     """Return operators of the third step by name."""
     from open_clip.transformer import VisionTransformer
 
-    model = VisionTransformer(
-        image_size=8, patch_size=4, width=64, layers=blocks, heads=4, mlp_ratio=4.0, output_dim=32
-    ).eval()
-    pareto = parametrize(model, [_noisy(model, k) for k in range(tasks)], rank=4)
+    tower = Tower("", 64, blocks, heads=4, patch=4, output=32, image=8)
+    model = VisionTransformer(**tower.arguments).eval()
+    pareto = parametrize(model, [FineTuned(model, k) for k in range(tasks)], rank=4)
     sets = {
         name: Task(TensorImages(torch.randn(8, 3, 8, 8)), ZeroShotHead(torch.randn(10, 32), 10.0))
         for name in pareto.pareto.task_names  # type: ignore[union-attr]

@@ -1,12 +1,12 @@
 """Rows of one model: each variant measured, where its gradient was right."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.common.errors import TOLERANCE, Gradient, group_errors
 from benchmarks.common.rows import Row, dtype_name
@@ -16,8 +16,18 @@ from benchmarks.common.towers import BATCH, Tower
 from benchmarks.training.bounds import bound_ms
 from benchmarks.training.models import Case, build_case, widen
 from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT, LIMIT_GRAPH, ONCE, STEP
-from benchmarks.training.ours import OURS, Ours, Profiled, Runner
-from benchmarks.training.plain import COMBINE, Combine, Limit, Plain, fastest_combine, merged_plainly
+from benchmarks.training.runners import (
+    COMBINE,
+    OURS,
+    Combine,
+    Limit,
+    Ours,
+    Plain,
+    Profile,
+    Runner,
+    fastest_combine,
+    merged_plainly,
+)
 from benchmarks.training.truths import distance_gradient, exact_gradient, exact_losses
 from pareto_merging import MethodSettings, learn_pareto_set, set_strategy
 
@@ -68,26 +78,23 @@ def measure(
     time; neither has what runs out of memory, which is not wrong.
     """
     runner: Runner | None = None
-    gradient: Gradient | None = None
     try:
         free(device)
         runner = make()
         for _ in range(runner.warm_up):
             runner.step()
-        gradient = runner.gradient()
-        errors = group_errors(gradient, truth)
+        errors = group_errors(runner.gradient(), truth)
         worst = max(errors, key=lambda group: errors[group] / (plain.get(group, 0.0) + 1e-6))
         row.error, row.plain_error = errors[worst], plain.get(worst, 0.0)
         row.matched = all(error <= TOLERANCE * plain.get(group, 0.0) + 1e-6 for group, error in errors.items())
-        if not row.matched:
-            row.reason = f"wrong {worst}" if worst == "loss" else f"wrong gradient of {worst}"
-        gradient = None
         if row.matched:
             row.note(timed_steps(runner.step, device, seconds))
             row.resident_bytes = runner.resident()
             row.reason = "; ".join(dict.fromkeys(runner.notes)) or None
             if device.type == "cuda":
                 row.peak_bytes = torch.cuda.max_memory_allocated()
+        else:
+            row.reason = f"wrong {worst}" if worst == "loss" else f"wrong gradient of {worst}"
     except Exception as error:
         row.fail(error)
     finally:
@@ -100,31 +107,8 @@ def measure(
 
 def blank(case: Case, op: str, variant: str, dtype: torch.dtype) -> StepRow:
     """Return a row without figures."""
-    about = {"model": case.tower.name, "tasks": case.tasks, "batch": len(case.images[0])}
-    return StepRow(op=op, layer=case.title, dtype=dtype_name(dtype), variant=variant, **about)  # type: ignore[arg-type]
-
-
-def data_free_row(case: Case, say: Callable[[str], None], seconds: float, steps: int | None) -> StepRow:
-    """Measure a step without data, and a whole run of ``steps`` if short. Short: no longer than :data:`LONGEST_RUN`."""
-    settings = case.settings.model_copy(update={"objective": "weight-distance"})
-    row = blank(case, DATA_FREE, AUTO, case.dtype)
-    try:
-        truth = distance_gradient(case, torch.float64)
-        plain = group_errors(distance_gradient(case, torch.float32), truth)
-    except torch.cuda.OutOfMemoryError:
-        row.reason = "out of memory in the check"
-        return row
-    # closed forms of float32 numbers that nearly cancel: what counts is that Adam's sign and size are right
-    plain = {group: max(error, 1e-3) for group, error in plain.items()}
-    row = measure(row, lambda: Ours(case, "auto", "auto", settings=settings), truth, plain, case.device, seconds)
-    if row.ms is not None:
-        published = MethodSettings.model_validate({"objective": "weight-distance", "steps": steps})
-        row.run_steps = published.steps_for(case.tasks)
-        row.run_seconds = row.run_steps * row.ms / 1e3
-        if row.run_seconds <= LONGEST_RUN:
-            say(f"{case.title}: a whole data-free run")
-            _run_data_free(case, row, published)
-    return row
+    about: dict[str, Any] = {"model": case.tower.name, "tasks": case.tasks, "batch": len(case.images[0])}
+    return StepRow(op=op, layer=case.title, dtype=dtype_name(dtype), variant=variant, **about)
 
 
 def _run_data_free(case: Case, row: StepRow, settings: MethodSettings) -> None:
@@ -165,24 +149,23 @@ class Steps:
         batch: int = BATCH,
         seconds: float | None = None,
         say: Callable[[str], None] = print,
-        profiles: dict[str, list[dict[str, Any]]] | None = None,
+        profiles: dict[str, Profile] | None = None,
     ) -> None:
         self.device, self.rates, self.say, self.profiles = device, rates, say, profiles
         self.seconds = SECONDS if seconds is None else seconds
-        self._make = lambda: build_case(tower, tasks, device, dtype, batch=batch)
-        self._made, self._truth = Once(self._models), Once(lambda: exact_gradient(self.case))
-        self._losses = Once(lambda: exact_losses(self._made()[0], self.case))
-        self._combine = Once(self._fastest)
 
-    def _models(self) -> tuple[nn.Module, Case]:
-        plain, case = self._make()
-        self.say(f"{case.title}: made from {case.source}")
-        return plain, case
+        def make() -> Case:
+            case = build_case(tower, tasks, device, dtype, batch=batch)
+            say(f"{case.title}: made from {case.source}")
+            return case
+
+        self._made, self._combine = Once(make), Once(self._fastest)
+        self._truth, self._losses = Once(lambda: exact_gradient(self.case)), Once(lambda: exact_losses(self.case))
 
     @property
     def case(self) -> Case:
         """Return what every variant is given."""
-        case: Case = self._made()[1]
+        case: Case = self._made()
         return case
 
     def _fastest(self) -> Combine:
@@ -192,11 +175,10 @@ class Steps:
 
     def _runner(self, variant: str, dtype: torch.dtype) -> Runner:
         if variant in OURS:
-            return (Profiled if variant == AUTO and self.profiles is not None else Ours)(self.case, *OURS[variant])
+            return Ours(self.case, *OURS[variant], profiles=self.profiles if variant == AUTO else None)
         if variant in (LIMIT, LIMIT_GRAPH):
             # without a GPU there are no graphs: a rehearsal runs it as it is
-            graph = variant == LIMIT_GRAPH and self.device.type == "cuda"
-            return Limit(self._made()[0], self.case, graph)
+            return Limit(self.case, variant == LIMIT_GRAPH and self.device.type == "cuda")
         # merged in the way that is faster here
         combine = self._combine()
         return Plain(self.case, lambda part, gamma: merged_plainly(part, gamma, combine), dtype, variant == ADAMERGING)
@@ -206,16 +188,8 @@ class Steps:
         case = self.case
         dtype = case.dtype if dtype is None else dtype
         truth, errors = (self._losses if variant in (LIMIT, LIMIT_GRAPH) else self._truth)()
-        runners: list[Runner] = []
-
-        def make() -> Runner:
-            runners.append(self._runner(variant, dtype))
-            return runners[0]
-
+        make = functools.partial(self._runner, variant, dtype)
         row = measure(blank(case, STEP, variant, dtype), make, truth, errors, self.device, self.seconds)
-        for runner in runners:
-            if isinstance(runner, Profiled) and self.profiles is not None:
-                self.profiles[case.tower.name] = runner.kernels
         if row.ms is not None:
             row.images_per_second = 1e3 * case.tasks * row.batch / row.ms
             row.bound_ms = bound_ms(case, self.rates(), dtype)
@@ -224,8 +198,27 @@ class Steps:
         return self._told(row)
 
     def data_free_row(self, steps: int | None) -> StepRow:
-        """Measure a step without data and, if it is short, a whole run of ``steps``."""
-        return self._told(data_free_row(self.case, self.say, self.seconds, steps))
+        """Measure a step without data and, if no longer than :data:`LONGEST_RUN`, a whole run of ``steps``."""
+        case, row = self.case, blank(self.case, DATA_FREE, AUTO, self.case.dtype)
+        settings = case.settings.model_copy(update={"objective": "weight-distance"})
+        try:
+            truth = distance_gradient(case, torch.float64)
+            plain = group_errors(distance_gradient(case, torch.float32), truth)
+        except torch.cuda.OutOfMemoryError:
+            row.reason = "out of memory in the check"
+            return self._told(row)
+        # closed forms of float32 numbers that nearly cancel: what counts is that Adam's sign and size are right
+        plain = {group: max(error, 1e-3) for group, error in plain.items()}
+        make = functools.partial(Ours, case, "auto", "auto", settings=settings)
+        measure(row, make, truth, plain, self.device, self.seconds)
+        if row.ms is not None:
+            published = MethodSettings.model_validate({"objective": "weight-distance", "steps": steps})
+            row.run_steps = published.steps_for(case.tasks)
+            row.run_seconds = row.run_steps * row.ms / 1e3
+            if row.run_seconds <= LONGEST_RUN:
+                self.say(f"{case.title}: a whole data-free run")
+                _run_data_free(case, row, published)
+        return self._told(row)
 
     def _told(self, row: StepRow) -> StepRow:
         about = ("" if row.ms is None else f"{row.ms:.2f} ms", row.reason)

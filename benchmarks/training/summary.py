@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import goals as common_goals
-from benchmarks.common.goals import Goal, at_most, judged, ratio, times
+from benchmarks.common.goals import Goal, at_most, fastest, judged, ratio, times
 from benchmarks.common.pages import REHEARSAL, file_name, picture, style, table
 from benchmarks.common.rows import Json, why_not
 from benchmarks.common.towers import TINY, TOWERS
@@ -18,12 +18,7 @@ STEP_GOALS = {"ViT-B/32": 1.15, "ViT-L/14": 1.05}
 
 def _row(report: Json, model: str, variant: str, dtype: str = "bfloat16", op: str = STEP) -> Json:
     """Return the row of eight tasks that was asked for, or one without figures."""
-    for row in report["rows"]:
-        key = (row["op"], row.get("model"), row.get("tasks"), row.get("dtype"), row.get("variant"))
-        if key == (op, model, 8, dtype, variant) and row["matched"]:
-            match: Json = row
-            return match
-    return {"ms": None, "peak_bytes": None, "run_seconds": None, "reason": None}
+    return fastest(report["rows"], variant, op=op, model=model, tasks=8, dtype=dtype, matched=True)
 
 
 def goals(report: Json) -> list[Goal]:
@@ -104,12 +99,7 @@ def markdown(report: Json) -> str:
         names = [kernel["kernel"].replace("|", "\\|") for kernel in kernels]
         names = [name if len(name) <= 80 else f"{name[:79]}…" for name in names]
         cells = [
-            [
-                f"`{name if len(name) <= 80 else f'{name[:79]}…'}`",
-                str(k["calls"]),
-                f"{k['ms']:.3f}",
-                f"{k['share']:.1%}",
-            ]
+            [f"`{name}`", str(k["calls"]), f"{k['ms']:.3f}", f"{k['share']:.1%}"]
             for name, k in zip(names, kernels, strict=True)
         ]
         lines += ["", f"**Where a step of {model}, K = 8, spends the GPU's time**", ""]

@@ -2,15 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common.errors import Gradient, group_errors
 from benchmarks.common.modes import no_tf32
 from benchmarks.training.models import Case, Part
-from benchmarks.training.plain import Plain, combine_sum, low_rank_norm, merged_exactly, merged_plainly, plain_loss
+from benchmarks.training.runners import Plain, combine_sum, low_rank_norm, merged_exactly, merged_plainly, plain_loss
 from pareto_merging.learn.scalarize import scalarize
 
 
@@ -39,8 +38,8 @@ def exact_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
     return truth, errors
 
 
-def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, float]]:
-    """Return each task's loss of a plain model in a wider type, and PyTorch's error.
+def exact_losses(case: Case) -> tuple[Gradient, dict[str, float]]:
+    """Return each task's loss of the plain model in a wider type, and PyTorch's error.
 
     That is its rounding where that is more: chance makes the error of one number small.
     """
@@ -48,7 +47,7 @@ def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, floa
     losses: list[Gradient] = []
     with torch.no_grad(), no_tf32():
         for dtype in (wide, case.dtype):
-            widened = copy.deepcopy(model).to(case.device, dtype)
+            widened = copy.deepcopy(case.plain).to(case.device, dtype)
             pairs = enumerate(zip(case.heads, case.images, strict=True))
             losses.append({f"loss.{task}": plain_loss(widened, head, x.to(dtype)) for task, (head, x) in pairs})
     truth, plain = losses
@@ -59,17 +58,14 @@ def exact_losses(model: nn.Module, case: Case) -> tuple[Gradient, dict[str, floa
 def distance_gradient(case: Case, dtype: torch.dtype) -> Gradient:
     """Return the gradient of the data-free loss by its definition. Every difference of weights is in memory."""
     settings = case.settings
-    own: list[Tensor] = []
     total, scale = torch.zeros(case.tasks, dtype=dtype, device=case.device), torch.zeros_like(case.gamma, dtype=dtype)
     for part in case.parts.values():
-        if part.task_vectors is None:
-            continue
-        zero = replace(part, weight=torch.zeros_like(part.weight, dtype=dtype))
-        difference = merged_exactly(zero, case.gamma, dtype) - part.task_vectors.to(dtype)
-        total = total + difference.flatten(1).square().sum(dim=1)
-        scale = scale + part.task_vectors.to(dtype).flatten(1).square().sum(dim=1)
+        if "task_vectors" in part:
+            zero, taus = torch.zeros_like(part["weight"], dtype=dtype), part["task_vectors"].to(dtype)
+            difference = merged_exactly({**part, "weight": zero}, case.gamma, dtype) - taus
+            total = total + difference.flatten(1).square().sum(dim=1)
+            scale = scale + taus.flatten(1).square().sum(dim=1)
     values = total / scale if settings.normalize_distance else total
     loss = scalarize(values, case.gamma.to(values), settings.scalarization, settings.mu)
     loss = loss + settings.tensor_norm * low_rank_norm(case.parts, case.gamma, dtype)
-    own = list(torch.autograd.grad(loss, list(case.learned.values())))
-    return dict(zip(case.learned, own, strict=True))
+    return dict(zip(case.learned, torch.autograd.grad(loss, list(case.learned.values())), strict=True))

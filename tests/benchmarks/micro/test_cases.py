@@ -72,18 +72,18 @@ def points(function: Callable[..., None], dtype: torch.dtype, strategy: str, r: 
 def test_every_strategy_is_right_and_counted(name: str) -> None:
     """Kernels are interpreted here: what a GPU would time, it would also have checked."""
     function = operations()[name]
-    offer = cases.OFFERS[function]
+    strategies, low_rank = cases.OFFERS[function]
     for dtype in (torch.float32, torch.float16):
-        for strategy in offer.strategies:
-            for r in (2,) if offer.low_rank else (0, 2):
+        for strategy in strategies:
+            for r in (2,) if low_rank else (0, 2):
                 for point in points(function, dtype, strategy, r):
                     measured: list[Case] = []
-                    function(measured.append, point)
+                    function(lambda *fields, into=measured, **named: into.append(Case(*fields, **named)), point)
                     (case,) = measured
                     error, plain = case.check()
                     assert 0 <= error < 0.1 and 0 <= plain < 0.1
                     assert case.least.bytes > 0
-                    assert case.dtype == dtype
+                    assert case.point.dtype == dtype
                     # without a GPU auto is eager, also where kernels are interpreted
                     assert (case.choice == "eager") == (strategy in ("auto", "eager")), case
 
@@ -91,12 +91,11 @@ def test_every_strategy_is_right_and_counted(name: str) -> None:
 def test_a_wrong_result_is_not_timed() -> None:
     wrong = Case(
         "forward",
-        "tiny",
+        Point(Layer("tiny", 40, 24, 3, 5), 1, 3, 2, torch.float32, "fused", CPU),
         run=lambda: [torch.tensor([1.0, 2.1])],
-        plain=lambda: [torch.tensor([1.0, 2.001])],
-        truth=lambda: [torch.tensor([1.0, 2.0])],
+        theirs=lambda v: [v["y"] if v["y"].dtype == torch.float64 else v["y"] + torch.tensor([0.0, 0.001])],
+        values={"y": torch.tensor([1.0, 2.0])},
         least=Bound(0.0, 8.0),
-        dtype=torch.float32,
         choice="fused",
     )
     with pytest.raises(AssertionError, match=r"forward, tiny: expected an error .* 2 times 4.47e-04, .* got 4.47e-02"):
@@ -106,7 +105,8 @@ def test_a_wrong_result_is_not_timed() -> None:
 def test_what_is_kept_beside_times(monkeypatch: pytest.MonkeyPatch) -> None:
     least = Bound(2e9, 4.3e6)
     tensors = [torch.ones(1)]
-    case = Case("merge", "tiny", lambda: tensors, lambda: tensors, lambda: tensors, least, torch.bfloat16, "fused")
+    point = Point(Layer("tiny", 40, 24, 3, 5), 1, 3, 2, torch.bfloat16, "fused", CPU)
+    case = Case("merge", point, lambda: tensors, lambda v: tensors, {}, least, "fused")
     here = conftest.facts(case, CPU, 1e-3)
     assert here == {
         "gpu": None,
@@ -166,7 +166,7 @@ def test_points_of_a_gpu() -> None:
     assert {point["dtype"] for point in chosen} == {"bfloat16"}
     assert {point["r"] for point in chosen} == {16}
     assert conftest.default_values("r", {"layer": "ViT-L/14-MLP-fc"}, True) == (0,)
-    twice = SimpleNamespace(getoption=lambda name, default: [5, 5] if name == "rows" else default)
+    twice = SimpleNamespace(getoption=lambda name, default: [5, 5] if name == "--rows" else default)
     assert len(list(conftest.points(["layer", "rows"], twice, {}, True))) == 2
 
 

@@ -48,7 +48,7 @@ def request(number: int, count: int = COUNT) -> folded.Request:
 
 def a_cell(case: folded.Case) -> cells.Cell:
     truth = cells.Truth.of(case, images(), drawn()[0], (1, COUNT))
-    return cells.Cell.make(case, images(), drawn(), truth, COUNT)
+    return cells.Cell(case, images(), drawn(), truth, COUNT)
 
 
 def test_only_what_is_right_from_first_to_last_has_a_time(case: folded.Case) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pmkernels
-from benchmarks.serving import layers, layers_summary, suite
+from benchmarks.serving import layers, suite, summary
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def test_a_wrong_layer_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = list(layers.layer_rows("tiny ViT", layer, torch.float32, CPU, suite.QUICK_EFFORT, rates))
         assert {row.matched for row in rows if row.variant == "auto"} == {right}
         assert all((row.ms is not None) == row.matched for row in rows)
-    assert "wrong: error" in layers_summary.markdown([asdict(row) for row in rows])
+    assert "wrong: error" in summary.layers_markdown([asdict(row) for row in rows])
 
 
 def test_the_bound_of_a_layer_follows_from_the_rates() -> None:

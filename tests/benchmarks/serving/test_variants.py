@@ -90,7 +90,7 @@ def test_an_engine_that_is_asked_for_the_same_again_is_right_and_holds_more(exac
     merged = sum(part.weight.nbytes for part in projections(exact_case))
     assert again.weight_bytes() - before == pytest.approx(merged, rel=0.1)
     truth = cells.Truth.of(exact_case, images(torch.float64), drawn()[0], (1,))
-    cell = cells.Cell.make(exact_case, images(torch.float64), drawn(), truth, 1)
+    cell = cells.Cell(exact_case, images(torch.float64), drawn(), truth, 1)
     cell.add(variant_names.ENGINE_AGAIN, lambda: variants.engine_again(exact_case, request(0, 1)))
     cell.measure(suite.QUICK_EFFORT)
     assert cell.rows[variant_names.ENGINE_AGAIN].weight_bytes == again.weight_bytes()
@@ -166,4 +166,16 @@ def test_a_graph_reads_what_every_call_gives_it(exact_case: folded.Case, monkeyp
 
 def a_cell(case: folded.Case) -> cells.Cell:
     truth = cells.Truth.of(case, images(), drawn()[0], (1, COUNT))
-    return cells.Cell.make(case, images(), drawn(), truth, COUNT)
+    return cells.Cell(case, images(), drawn(), truth, COUNT)
+
+
+def test_bytes_are_found_wherever_they_are_held_and_counted_once() -> None:
+    a, b, c, d = (torch.zeros(n) for n in (1, 10, 100, 1000))
+
+    def closure() -> Tensor:
+        return b
+
+    held = {"views": [a, a.view(1, 1)], "function": closure, "partial": functools.partial(torch.add, c)}
+    module = torch.nn.Module()
+    module.register_buffer("d", d)
+    assert variants.tensor_bytes(held, module, d) == 4 * 1111

@@ -15,14 +15,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def case() -> models.Case:
-    return models.build_case(TINY, 2, CPU, torch.float32, batch=2)[1]
+    return models.build_case(TINY, 2, CPU, torch.float32, batch=2)
 
 
 @pytest.mark.parametrize("source", vision.SOURCES)
 def test_every_source_has_low_rank_terms_in_both_projections_and_its_products_are_counted(source: str) -> None:
     pytest.importorskip(source)
     tiny = TINY
-    _, case = models.build_case(tiny, 2, CPU, torch.float32, batch=2, source=source)
+    case = models.build_case(tiny, 2, CPU, torch.float32, batch=2, source=source)
     assert case.source == source and case.pareto is not None
     shapes = [
         (module._parameters[name].shape, module.pareto_parameter(name).A)  # type: ignore[union-attr]

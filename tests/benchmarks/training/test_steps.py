@@ -7,33 +7,30 @@ import torch
 
 from benchmarks.common import errors
 from benchmarks.common.towers import TINY
-from benchmarks.training import models, ours, steps, truths
+from benchmarks.training import models, runners, steps, truths
 from benchmarks.training import names as variant_names
-from benchmarks.training import plain as plain_steps
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def case() -> models.Case:
-    return models.build_case(TINY, 2, CPU, torch.float32, batch=2)[1]
+    return models.build_case(TINY, 2, CPU, torch.float32, batch=2)
 
 
 @pytest.mark.parametrize("group", ["lam", "A", "G", "B"])
 def test_a_gradient_that_is_wrong_in_one_group_has_no_time(case: models.Case, group: str) -> None:
     truth, plain = truths.exact_gradient(case)
 
-    class Wrong(plain_steps.Plain):
+    class Wrong(runners.Plain):
         factor = 1.0
 
         def gradient(self) -> errors.Gradient:
             found = super().gradient()
             return {name: self.factor * g if name.startswith(f"{group}.") else g for name, g in found.items()}
 
-    def make(factor: float) -> ours.Runner:
-        runner = Wrong(
-            case, lambda p, g: plain_steps.merged_plainly(p, g, plain_steps.combine_product), case.dtype, True
-        )
+    def make(factor: float) -> runners.Runner:
+        runner = Wrong(case, lambda p, g: runners.merged_plainly(p, g, runners.combine_product), case.dtype, True)
         runner.factor = factor
         return runner
 
@@ -49,10 +46,10 @@ def test_a_gradient_that_is_wrong_in_one_group_has_no_time(case: models.Case, gr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_limit_that_leaves_a_task_out_has_no_time(dtype: torch.dtype) -> None:
-    plain, case = models.build_case(TINY, 2, CPU, dtype, batch=2)
-    truth, errors = truths.exact_losses(plain, case)
+    case = models.build_case(TINY, 2, CPU, dtype, batch=2)
+    truth, errors = truths.exact_losses(case)
 
-    class Replayed(plain_steps.Limit):
+    class Replayed(runners.Limit):
         """As from a graph: the losses are where they were."""
 
         tasks = 2
@@ -69,11 +66,11 @@ def test_a_limit_that_leaves_a_task_out_has_no_time(dtype: torch.dtype) -> None:
     class Short(Replayed):
         tasks = 1
 
-    def row(kind: type[plain_steps.Limit]) -> steps.StepRow:
+    def row(kind: type[runners.Limit]) -> steps.StepRow:
         blank = steps.blank(case, variant_names.STEP, variant_names.LIMIT, dtype)
-        return steps.measure(blank, lambda: kind(plain, case, False), truth, errors, CPU, 0.0)
+        return steps.measure(blank, lambda: kind(case, False), truth, errors, CPU, 0.0)
 
-    for right in (row(plain_steps.Limit), row(Replayed)):
+    for right in (row(runners.Limit), row(Replayed)):
         assert right.matched and right.ms is not None and 0 < right.error < 0.02
     short = row(Short)
     assert not short.matched and short.ms is None and short.reason == "wrong loss"
@@ -86,9 +83,11 @@ def test_images_of_the_wrong_task_are_noticed(case: models.Case) -> None:
     rows = {}
     for name, given in (("right", case), ("swapped", swapped)):
         blank = steps.blank(case, variant_names.STEP, variant_names.AUTO, case.dtype)
-        rows[name] = steps.measure(blank, lambda given=given: ours.Ours(given, "eager", "off"), truth, plain, CPU, 0.0)
+        rows[name] = steps.measure(
+            blank, lambda given=given: runners.Ours(given, "eager", "off"), truth, plain, CPU, 0.0
+        )
     assert rows["right"].matched and not rows["swapped"].matched
-    runner = ours.Ours(case, "eager", "off")
+    runner = runners.Ours(case, "eager", "off")
     before = {name: parameter.clone() for name, parameter in case.learned.items()}
     for _ in range(3):
         runner.step()
@@ -100,7 +99,7 @@ def test_images_of_the_wrong_task_are_noticed(case: models.Case) -> None:
 
 
 def test_out_of_memory_is_a_reason_and_anything_else_is_wrong(case: models.Case) -> None:
-    def fails(error: Exception) -> ours.Runner:
+    def fails(error: Exception) -> runners.Runner:
         raise error
 
     def row(error: Exception) -> steps.StepRow:

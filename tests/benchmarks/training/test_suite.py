@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.training import names as variant_names
-from benchmarks.training import ours, steps, suite, summary
+from benchmarks.training import runners, steps, suite, summary
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_rehearsal_claims_nothing(quick: dict[str, Any], tmp_path: Path) -> No
     text = summary.markdown(quick)
     assert "these figures measure nothing" in text
     assert {goal.status for goal in summary.goals(quick)} == {"not measured"}
-    for variant in ours.OURS:
+    for variant in runners.OURS:
         assert f"| {variant} | float32 |" in text
     tables = [line for line in text.splitlines() if line.startswith(("| auto", "| variant"))]
     assert len({line.count("|") for line in tables}) == 1

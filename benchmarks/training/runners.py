@@ -1,21 +1,117 @@
-"""A step in plain PyTorch: the baselines, and the limit."""
+"""The variants of a step: the library's own in each strategy, plain PyTorch's, and the limit.
+
+A runner makes a step, and says what is judged of it: the gradient at the same place, of a limit its losses.
+"""
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias, Union
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common.errors import Gradient
+from benchmarks.common.timing import synchronize
 from benchmarks.training.models import CLASSES, LEARNING_RATE, Case, Head, Part
-from benchmarks.training.ours import bytes_of
+from benchmarks.training.names import ALL, AUTO, WITHOUT_GRAPHS
+from pareto_merging import MethodSettings, Task, set_strategy
+from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
+from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.scalarize import scalarize
 from pmkernels import reference
 from pmkernels.graphs import capture, warm_up
 
-Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
+Runner: TypeAlias = Union["Ours", "Plain", "Limit"]
+Profile: TypeAlias = list[dict[str, Any]]
+Combine: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# strategy, CUDA graphs, tasks at once
+OURS: dict[str, tuple[str, CudaGraphs, TasksAtOnce]] = {
+    AUTO: ("auto", "auto", "one"),
+    ALL: ("auto", "auto", "all"),
+    WITHOUT_GRAPHS: ("cached", "off", "one"),
+    "streamed": ("streamed", "auto", "one"),
+    "fused": ("fused", "auto", "one"),
+    "eager": ("eager", "auto", "one"),
+}
+
+
+class Ours:
+    """The library's own step. ``profiles``: where a profile of a step goes when it closes, by the model's name."""
+
+    def __init__(
+        self,
+        case: Case,
+        strategy: str,
+        graphs: CudaGraphs,
+        at_once: TasksAtOnce = "one",
+        settings: MethodSettings | None = None,
+        profiles: dict[str, Profile] | None = None,
+    ) -> None:
+        assert case.pareto is not None
+        self.case, self.pareto, self.number, self.batch, self.profiles = case, case.pareto, 0, case.images, profiles
+        # on a GPU the second captures a CUDA graph
+        self.warm_up = 3 if case.device.type == "cuda" else 0
+        self.settings = case.settings if settings is None else settings
+        tasks: dict[str, Task] | None = {
+            f"task_{k + 1}": Task(images=images.cpu(), head=head)  # type: ignore[arg-type]
+            for k, (images, head) in enumerate(zip(case.images, case.heads, strict=True))
+        }
+        if OBJECTIVES[self.settings.objective].needs == "weights":
+            tasks, self.batch = None, []
+        self.notes: list[str] = []
+        set_strategy(case.pareto, strategy)
+        execution = Execution(cuda_graphs=graphs, tasks_at_once=at_once)
+        self.learner = Learner(case.pareto, tasks, self.settings, execution, on_warning=self.notes.append)
+
+    def step(self) -> None:
+        self.number += 1
+        self.learner.step(self.number, self.batch)
+
+    def gradient(self) -> Gradient:
+        """Return the gradients of the learner after its steps. On a GPU a replay of its CUDA graph makes them."""
+        learned = self.learner.learned
+        flat = self.learner.gradient(self.batch, self.case.gamma).gradient.clone()
+        parts = flat.split([parameter.numel() for parameter in learned.values()])
+        return {name: part.view_as(learned[name]) for name, part in zip(learned, parts, strict=True)}
+
+    def resident(self) -> int:
+        return bytes_of(self.pareto.state_dict(keep_vars=True).values())
+
+    def close(self) -> None:
+        if self.profiles is not None:
+            try:
+                self.profiles[self.case.tower.name] = profile(self.step, self.case.device)
+            except Exception as error:
+                # what was measured counts without it
+                print(f"no profile: {type(error).__name__}: {error}", flush=True)
+                self.profiles[self.case.tower.name] = []
+        # lets go of merged weights that were kept
+        set_strategy(self.pareto, "eager")
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def profile(step: Callable[[], None], device: torch.device, top: int = 15) -> Profile:
+    """Return the ``top`` kernels of one step by GPU time. Off the GPU they are operators, by the CPU's."""
+    from torch.profiler import ProfilerActivity
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        synchronize(device)
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    kernels = [(event.key, getattr(event, own), event.count) for event in profiler.key_averages()]
+    kernels = sorted((kernel for kernel in kernels if kernel[1] > 0), key=lambda kernel: -kernel[1])
+    total = sum(microseconds for _, microseconds, _ in kernels)
+    return [
+        {"kernel": name, "calls": calls, "ms": microseconds / 1e3, "share": microseconds / total}
+        for name, microseconds, calls in kernels[:top]
+    ]
 
 
 def combine_product(weight: Tensor, lam: Tensor, task_vectors: Tensor) -> Tensor:
@@ -38,14 +134,13 @@ def fastest_combine(case: Case) -> str:
     """Name the baselines' way to merge that is faster here. Off the GPU that is the published one."""
     if case.device.type != "cuda":
         return "sum over the tasks"
-    part = max(case.parts.values(), key=lambda p: p.weight.numel() if p.task_vectors is not None else 0)
-    assert part.lam is not None and part.task_vectors is not None
+    part = max(case.parts.values(), key=lambda part: part["weight"].numel() if "lam" in part else 0)
     taken = {}
     for name, combine in COMBINE.items():
         for _ in range(5):
             torch.cuda.synchronize()
             start = time.perf_counter()
-            torch.autograd.grad(combine(part.weight, part.lam, part.task_vectors), part.lam, part.weight)
+            torch.autograd.grad(combine(part["weight"], part["lam"], part["task_vectors"]), part["lam"], part["weight"])
             torch.cuda.synchronize()
             taken[name] = time.perf_counter() - start
     return min(taken, key=lambda name: taken[name])
@@ -53,30 +148,29 @@ def fastest_combine(case: Case) -> str:
 
 def merged_plainly(part: Part, gamma: Tensor, combine: Combine) -> Tensor:
     """Return W(γ) in the type of the weight, for autograd."""
-    merged = part.weight
-    if part.task_vectors is not None and part.lam is not None:
-        merged = combine(merged, part.lam, part.task_vectors)
-    if part.A is not None and part.G is not None and part.B is not None:
-        left = (part.A @ (part.G @ gamma)).to(merged.dtype)
-        merged = torch.addmm(merged, left, part.B.to(merged.dtype).t())
+    merged = part["weight"]
+    if "lam" in part:
+        merged = combine(merged, part["lam"], part["task_vectors"])
+    if "A" in part:
+        left = (part["A"] @ (part["G"] @ gamma)).to(merged.dtype)
+        merged = torch.addmm(merged, left, part["B"].to(merged.dtype).t())
     return merged
 
 
 def merged_exactly(part: Part, gamma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return W(γ) by its definition, in the type of the weight or a wider one."""
-    low_rank = {"A": part.A, "G": part.G, "B": part.B, "gamma": gamma if part.A is not None else None}
-    return reference.merge_weight(part.weight.to(dtype), task_vectors=part.task_vectors, lam=part.lam, **low_rank)
+    return reference.merge_weight(**{**part, "weight": part["weight"].to(dtype)}, gamma=gamma)
 
 
 def low_rank_norm(parts: Mapping[str, Part], gamma: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ‖A·C·Bᵀ‖_F of all layers together, those of one shape at once."""
     groups: dict[Any, list[Part]] = {}
     for part in parts.values():
-        if part.A is not None and part.B is not None:
-            groups.setdefault((part.A.shape, part.B.shape), []).append(part)
+        if "A" in part:
+            groups.setdefault((part["A"].shape, part["B"].shape), []).append(part)
     squares = []
     for group in groups.values():
-        A, G, B = (torch.stack([getattr(part, name) for part in group]).to(dtype) for name in ("A", "G", "B"))
+        A, G, B = (torch.stack([part[name] for part in group]).to(dtype) for name in ("A", "G", "B"))
         C = G @ gamma.to(dtype)
         squares.append(((A.mT @ A @ C) * (C @ (B.mT @ B))).sum())
     return torch.stack(squares).sum().sqrt()
@@ -139,8 +233,7 @@ class Plain:
         return {name: p.grad.detach().clone() for name, p in self.case.learned.items() if p.grad is not None}
 
     def resident(self) -> int:
-        parts = (t for part in self.case.parts.values() for t in vars(part).values())
-        return bytes_of([*parts, *self.others.values()])
+        return bytes_of([*(t for part in self.case.parts.values() for t in part.values()), *self.others.values()])
 
     def close(self) -> None:
         self.optimizer.zero_grad()
@@ -159,14 +252,14 @@ class Limit:
 
     warm_up = 3
 
-    def __init__(self, plain: nn.Module, case: Case, graph: bool) -> None:
-        self.plain, self.case = plain.to(case.device), case
+    def __init__(self, case: Case, graph: bool) -> None:
+        self.plain, self.case = case.plain.to(case.device), case
         self.notes: list[str] = []
         self.graph: torch.cuda.CUDAGraph | None = None
         self.losses: list[Tensor] = []
-        plain.requires_grad_(False)
-        self.weights = [module.weight for module in plain.modules() if isinstance(module, nn.Linear)]
-        attentions = [module for module in plain.modules() if isinstance(module, nn.MultiheadAttention)]
+        self.plain.requires_grad_(False)
+        self.weights = [module.weight for module in self.plain.modules() if isinstance(module, nn.Linear)]
+        attentions = [module for module in self.plain.modules() if isinstance(module, nn.MultiheadAttention)]
         self.weights += [module.in_proj_weight for module in attentions]
         for weight in self.weights:
             weight.requires_grad_(True)
