@@ -5,10 +5,11 @@ That is the kernel, of its arguments the types, values and alignment, and the op
 
 import importlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -19,16 +20,11 @@ from triton.backends.compiler import GPUTarget
 Encoded = dict[str, Any]
 
 
-@contextmanager
-def instead_of_launches(function: Callable[..., Any]) -> Iterator[None]:
+def instead_of_launches(function: Callable[..., Any]) -> AbstractContextManager[Any]:
     """Call ``function`` instead of Triton's launch of a kernel, which it gets first."""
     jit = triton.runtime.jit.JITFunction
     before = jit.run
-    jit.run = lambda *arguments, **options: function(before, *arguments, **options)
-    try:
-        yield
-    finally:
-        jit.run = before
+    return mock.patch.object(jit, "run", lambda *arguments, **options: function(before, *arguments, **options))
 
 
 class AbsentDriver:
@@ -68,15 +64,13 @@ class Launch:
     def of(cls, kernel: Any, arguments: Iterable[Any], options: dict[str, Any]) -> "Launch":
         """Encode a call of ``kernel.run``. A number that is no constant of the kernel is kept as its class only."""
         constant = {parameter.name: parameter.is_constexpr for parameter in kernel.params}
-        encoded = [
-            encode(value) if parameter.is_constexpr else _coarse(encode(value))
-            for parameter, value in zip(kernel.params, arguments, strict=False)
-        ]
-        named = {
-            name: encode(value) if constant.get(name, True) else _coarse(encode(value))
-            for name, value in options.items()
-        }
-        return cls(f"{kernel.fn.__module__}:{kernel.fn.__qualname__}", tuple(encoded), named)
+
+        def one(name: str, value: Any) -> Encoded:
+            return encode(value) if constant.get(name, True) else _coarse(encode(value))
+
+        encoded = tuple(one(*named) for named in zip(constant, arguments, strict=False))
+        options = {name: one(name, value) for name, value in options.items()}
+        return cls(f"{kernel.fn.__module__}:{kernel.fn.__qualname__}", encoded, options)
 
     @property
     def decoded_options(self) -> dict[str, Any]:

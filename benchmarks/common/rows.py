@@ -58,8 +58,10 @@ class Row:
             setattr(self, name, value)
 
     def note_times(self, times: Times) -> None:
-        """Set the times, in four digits."""
-        self.ms, self.p20, self.p80 = map(rounded, (times.ms, times.p20, times.p80))
+        """Set the times in four digits, and whether they are of a CUDA graph where a row says so."""
+        self.note({name: rounded(getattr(times, name)) for name in ("ms", "p20", "p80")})
+        if hasattr(self, "graph"):
+            self.graph = times.graph
 
 
 @dataclass(kw_only=True)
@@ -76,11 +78,6 @@ class LayerRow(Row):
     bound_ms: float | None = None
     graph: bool = False
     chosen: str | None = None
-
-    def note_times(self, times: Times) -> None:
-        """Set the times, and whether they are of a CUDA graph."""
-        super().note_times(times)
-        self.graph = times.graph
 
 
 def why_not(row: Json) -> str:

@@ -1,6 +1,7 @@
 """Measuring unit by unit, as far as time goes. What is there already is not measured again."""
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -55,10 +56,6 @@ class Session:
         ahead = "" if self.until == float("inf") else f", {max(self.left, 0):4.0f} s left"
         self.say(f"[{self.clock() - self.start:4.0f} s{ahead}] {line}")
 
-    def open(self, key: str) -> bool:
-        """Tell whether a unit is asked for and not measured yet."""
-        return self.wanted(key) and key not in self.record.data["units"]
-
     def measure(self, key: str, function: Callable[[], Rows], seconds: float) -> None:
         """Measure a unit and save each row as it comes. It is left out if it is there already or time does not suffice.
 
@@ -68,7 +65,7 @@ class Session:
         Raises:
             Lost: the GPU does not answer after an error.
         """
-        if not self.open(key):
+        if not self.wanted(key) or key in self.record.data["units"]:
             return
         if seconds > self.left:
             self.record.missed(key)
@@ -103,19 +100,15 @@ class Session:
         if lacking is not None:
             return failure(lacking, matched=True), LACKING
         short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-        reason = "out of memory" if short else one_line(error)
         # what the frames hold must go before anything else is made
         error.__traceback__ = None
-        self._answers(key, error)
-        return failure(reason, matched=short), DONE
-
-    def _answers(self, key: str, error: Exception) -> None:
         try:
             self.synchronize()
         except Exception as lost:
             self.record.add(key, failure(one_line(error), matched=False))
             self.record.close(key, 0.0)
             raise Lost(one_line(lost)) from error
+        return failure("out of memory" if short else one_line(error), matched=short), DONE
 
 
 def lacking_here(error: Exception) -> str | None:
@@ -128,13 +121,8 @@ def lacking_here(error: Exception) -> str | None:
 def as_row(row: Any) -> dict[str, Any]:
     """Return a row as JSON has it; figures that are not finite are :data:`FAILED`."""
     fields: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
-    return {name: _finite(value) for name, value in fields.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return FAILED
-    return value
+    numbers = {name for name, value in fields.items() if isinstance(value, float)}
+    return {name: FAILED if name in numbers and not math.isfinite(value) else value for name, value in fields.items()}
 
 
 def failure(reason: str, *, matched: bool) -> dict[str, Any]:
@@ -164,29 +152,23 @@ class Once:
     """A value made when it is first asked for, kept until :meth:`drop`. A failure is remembered and raised again."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self._make, self._made, self._error = make, list[Any](), list[Exception]()
+        self._make, self._made = make, list[Any]()
 
     def __call__(self) -> Any:
-        if self._error:
-            raise self._error[0].with_traceback(None)
         if not self._made:
             try:
                 self._made.append(self._make())
             except Exception as error:
-                error.__traceback__ = None
-                self._error.append(error)
-                raise
+                self._made.append(error.with_traceback(None))
+        if isinstance(self._made[0], Exception):
+            raise self._made[0].with_traceback(None)
         return self._made[0]
 
     def drop(self) -> None:
         """Let go of the value and of a failure."""
         self._made.clear()
-        self._error.clear()
 
 
 def chosen(keys: Sequence[str] | None) -> Callable[[str], bool]:
     """Tell which units are asked for. They are those whose group is one of ``keys``, all if that is None."""
-    if keys is None:
-        return lambda key: True
-    groups = frozenset(keys)
-    return lambda key: key.partition("/")[0] in groups
+    return lambda key: keys is None or key.partition("/")[0] in keys

@@ -5,7 +5,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +107,25 @@ class Effort:
         return len(times) >= self.most or sum(times) >= 1e3 * self.seconds
 
 
+def percentiles(times: Sequence[float], *points: float) -> list[float]:
+    """Return the median, the 20th and the 80th percentile, and those at ``points`` from 0 to 1."""
+    at = torch.tensor([0.5, 0.2, 0.8, *points], dtype=torch.float64)
+    values: list[float] = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    return values
+
+
 def quantiles(times: Sequence[float]) -> dict[str, Any]:
     """Return median, 20th, 80th and 99th percentile, and of how many."""
-    points = torch.tensor([0.5, 0.2, 0.8, 0.99], dtype=torch.float64)
-    values = torch.tensor(times, dtype=torch.float64).quantile(points).tolist()
-    return {**dict(zip(("ms", "p20", "p80", "p99"), map(rounded, values), strict=True)), "calls": len(times)}
+    values = zip(("ms", "p20", "p80", "p99"), map(rounded, percentiles(times, 0.99)), strict=True)
+    return {**dict(values), "calls": len(times)}
+
+
+def _rounds(times: Mapping[str, Sequence[float]], effort: Effort) -> Iterator[list[str]]:
+    """Yield whom another round is for, until everyone has as many times as suffice."""
+    left = list(times)
+    while left:
+        yield left
+        left = [name for name in left if not effort.suffices(times[name])]
 
 
 def replay_times(
@@ -120,8 +134,7 @@ def replay_times(
     """Return the milliseconds of every call, in turn. The cache holds other data, or what the call left."""
     flushed = torch.empty(effort.flushed if cache == COLD else 0, dtype=torch.int8, device=device)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    left = list(functions)
-    while left:
+    for left in _rounds(times, effort):
         events = {}
         for name in left:
             function = functions[name]
@@ -145,7 +158,6 @@ def replay_times(
             torch.cuda.synchronize()
         for name, (before, after) in events.items():
             times[name].append(before.elapsed_time(after))
-        left = [name for name in left if not effort.suffices(times[name])]
     return times
 
 
@@ -179,8 +191,7 @@ def in_turn(
     A function is given the number of the round; what it returns goes to ``look`` after the clock has stopped.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    left, number = list(functions), 0
-    while left:
+    for number, left in enumerate(_rounds(times, effort)):
         first = number % len(left)
         for name in left[first:] + left[:first]:
             synchronize(device)
@@ -189,8 +200,6 @@ def in_turn(
             synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - start))
             look(name, number, result)
-        left = [name for name in left if not effort.suffices(times[name])]
-        number += 1
     return times
 
 
@@ -218,9 +227,7 @@ def timed_steps(step: Callable[[], None], device: torch.device, seconds: float) 
     else:
         # a rehearsal
         times = [1e3 * host for host in hosts]
-    low, median, high = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    )
+    median, low, high = percentiles(times)
     return {"ms": median, "p20": low, "p80": high, "host_ms": 1e3 * statistics.median(hosts)}
 
 
