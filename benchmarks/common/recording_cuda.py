@@ -104,7 +104,7 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
         shared_memory_per_block_optin=227 * 1024,
         uuid="absent",
     )
-    stream, mode = _Stream(), [0]
+    mode = [0]
 
     def of(value: Any) -> Callable[..., Any]:
         return lambda *_, **__: value
@@ -112,51 +112,35 @@ def _answers(gpu: Gpu) -> dict[str, Any]:
     def set_sync_debug_mode(chosen: int | str) -> None:
         mode[0] = {"default": 0, "warn": 1, "error": 2}.get(chosen, 0) if isinstance(chosen, str) else chosen
 
-    answers: dict[str, Any] = {
-        name: of(value)
-        for name, value in {
-            "is_available": True,
-            "is_initialized": True,
-            "_is_compiled": True,
-            "device_count": 1,
-            "current_device": 0,
-            "get_device_name": gpu.title,
-            "get_device_capability": gpu.capability,
-            "get_device_properties": properties,
-            "is_bf16_supported": True,
-            "mem_get_info": (gpu.memory, gpu.memory),
-            "memory_stats": defaultdict(int),
-            "current_stream": stream,
-            "default_stream": stream,
-            "graph_pool_handle": (0, 1),
-            "is_current_stream_capturing": False,
-            "_exchange_device": 0,
-            "_maybe_exchange_device": 0,
-        }.items()
+    memory = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+    seeds = "manual_seed manual_seed_all set_rng_state"
+    answered = {
+        "is_available is_initialized _is_compiled is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+        "device_count": 1,
+        f"current_device _exchange_device _maybe_exchange_device {memory}": 0,
+        f"_lazy_init init synchronize empty_cache reset_peak_memory_stats _sleep set_device {seeds}": None,
+        "get_device_name": gpu.title,
+        "get_device_capability": gpu.capability,
+        "get_device_properties": properties,
+        "mem_get_info": (gpu.memory, gpu.memory),
+        "memory_stats": defaultdict[str, int](int),
+        "current_stream default_stream": _Stream(),
+        "graph_pool_handle": (0, 1),
     }
-    zero = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
-    nothing = "_lazy_init init synchronize empty_cache reset_peak_memory_stats _sleep set_device manual_seed"
-    answers |= {name: of(0) for name in zero.split()} | {
-        name: of(None) for name in f"{nothing} manual_seed_all".split()
-    }
+    answers: dict[str, Any] = {name: of(value) for names, value in answered.items() for name in names.split()}
     answers |= dict.fromkeys(("Stream", "Event", "CUDAGraph", "graph", "stream", "StreamContext"), _Stream)
-    answers |= {
-        "default_generators": (_Generator(DEVICE),),
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": of(None),
-    }
-    answers |= {"set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: mode[0]}
-    return answers
+    answers |= {"default_generators": (_Generator(DEVICE),), "get_rng_state": lambda *_: torch.get_rng_state()}
+    return answers | {"set_sync_debug_mode": set_sync_debug_mode, "get_sync_debug_mode": lambda: mode[0]}
 
 
 def forget(prefixes: tuple[str, ...] = ("pmkernels", "pareto_merging", "benchmarks")) -> None:
     """Clear every function cache of those packages. What it keeps may be about another GPU, or none."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in prefixes and module is not None:
-            for value in list(vars(module).values()):
-                clear = getattr(value, "cache_clear", None)
-                if callable(clear):
-                    clear()
+        for value in list(vars(module).values()) if name.partition(".")[0] in prefixes and module is not None else ():
+            clear = getattr(value, "cache_clear", None)
+            if callable(clear):
+                clear()
 
 
 def _indexed(value: Any) -> Any:
@@ -257,10 +241,8 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         forget()
         stack.callback(forget)
         # a parameter that moves to a GPU stays the parameter that it is
-        stack.callback(
-            torch.__future__.set_swap_module_params_on_conversion,
-            torch.__future__.get_swap_module_params_on_conversion(),
-        )
-        torch.__future__.set_swap_module_params_on_conversion(True)
+        swap, future = torch.__future__.get_swap_module_params_on_conversion(), torch.__future__
+        stack.callback(future.set_swap_module_params_on_conversion, swap)
+        future.set_swap_module_params_on_conversion(True)
         stack.enter_context(Mode())
         yield

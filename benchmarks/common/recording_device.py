@@ -6,13 +6,13 @@ offsets, labels) are kept and computed beside their tensor, as code reads and ch
 their real Python, down to the launch.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,19 +62,13 @@ def contents(tensor: Tensor) -> Tensor:
     return torch.ones(tensor.shape, dtype=tensor.dtype)
 
 
-@dataclass(frozen=True)
-class _Schema:
+class _Schema(NamedTuple):
     """Which arguments an operator writes to, and whether it returns those alone, or views."""
 
-    writes: tuple[tuple[int, str], ...]
+    writes: list[tuple[int, str]]
     returned: int
     only_written: bool
     new: bool
-
-    def written(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """Return the arguments that are written to, of those given."""
-        values = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
-        return [value for value in values if value is not None]
 
 
 @functools.cache
@@ -83,18 +77,12 @@ def _schema(func: Any) -> _Schema:
     writes = [(n, a.name) for n, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     written = all(result.alias_info is not None and result.alias_info.is_write for result in returns)
     new = not writes and all(result.alias_info is None for result in returns)
-    return _Schema(tuple(writes), len(returns), bool(writes) and written, new)
+    return _Schema(writes, len(returns), bool(writes) and written, new)
 
 
 def _leaves(values: Iterable[Any]) -> list[Any]:
     """Return arguments with those of lists; operators nest no deeper."""
-    leaves: list[Any] = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            leaves += value
-        else:
-            leaves.append(value)
-    return leaves
+    return [leaf for value in values for leaf in (value if isinstance(value, (list, tuple)) else (value,))]
 
 
 def _map(
@@ -160,15 +148,6 @@ def _cpu(func: Any, packet: Any, args: Sequence[Any], kwargs: dict[str, Any]) ->
     return func(*args, **kwargs)
 
 
-def _few_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Compute the result where every value is known. None where it is not, or cannot be computed."""
-    try:
-        args, kwargs = _map(_on_cpu, args, kwargs)
-        return func(*args, **kwargs)
-    except Exception:
-        return None
-
-
 # what an operator returns for arguments of those shapes: types, shapes and strides
 _CACHE: dict[Any, Any] = {}
 
@@ -185,10 +164,14 @@ def _shapes(
     """Compute shapes by PyTorch's meta kernels, and values where all are known and few."""
     values = None
     if packet not in UNWRITTEN and len(on_gpu) <= 16 and all(_known(leaf) is not None for leaf in on_gpu):
-        values = _few_values(func, args, kwargs)
+        # not all that is known can be computed
+        with contextlib.suppress(Exception):
+            on_cpu, named = _map(_on_cpu, args, kwargs)
+            values = func(*on_cpu, **named)
     schema = _schema(func)
     if schema.writes:
-        targets = schema.written(args, kwargs)
+        values_given = (args[n] if n < len(args) else kwargs.get(name) for n, name in schema.writes)
+        targets = [value for value in values_given if value is not None]
         for target in _leaves(targets) if values is None else ():
             if absent(target):
                 target.__dict__[VALUES] = None
@@ -222,7 +205,8 @@ def _computed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _remembered(func: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Any]) -> Any:
     """Return what a function returns, computed once for arguments of one kind."""
     try:
-        key = (func, tuple(map(_signature, leaves)), tuple(kwargs), len(args), tuple(map(_length, args)))
+        lengths = tuple(len(value) if isinstance(value, (list, tuple)) else -1 for value in args)
+        key = (func, tuple(map(_signature, leaves)), tuple(kwargs), len(args), lengths)
         layout = _CACHE.get(key)
     except TypeError:
         return _computed(func, args, kwargs)
@@ -235,10 +219,6 @@ def _remembered(func: Any, args: Sequence[Any], kwargs: dict[str, Any], leaves: 
         return made
     made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in layout[0]]
     return pytree.tree_unflatten(made, layout[1])
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (list, tuple)) else -1
 
 
 _LOCAL = threading.local()

@@ -1,7 +1,11 @@
-"""Layers and vision transformers that are measured, by their sizes."""
+"""Layers and vision transformers that are measured, by their sizes, and the latter with random weights."""
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 # of the goals: tasks, rank, images in a batch, and types of 16 bits as pmkernels.costs calls them
 TASKS, RANK, BATCH, KIND = 8, 16, 32, "16-bit"
@@ -73,3 +77,45 @@ TOWERS = (VIT_B, VIT_L)
 TINY = Tower("tiny ViT", 32, 2, 2, 4, 8, image=8)
 TINY_LAYERS = (Layer("tiny", 40, 24, 3, 5), Layer("tiny MLP", 24, 40, 3, 5))
 LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))
+
+
+def _open_clip(tower: Tower) -> Any:
+    # the text tower is not built
+    return importlib.import_module("open_clip.transformer").VisionTransformer(**tower.arguments)
+
+
+def _timm(tower: Tower) -> Any:
+    sizes = {"img_size": tower.image, "patch_size": tower.patch, "embed_dim": tower.width}
+    sizes |= {"depth": tower.blocks, "num_heads": tower.heads, "num_classes": tower.output}
+    return importlib.import_module("timm").create_model(tower.timm, pretrained=False, **sizes)
+
+
+def _torchvision(tower: Tower) -> Any:
+    sizes = {"image_size": tower.image, "patch_size": tower.patch, "num_layers": tower.blocks}
+    sizes |= {"num_heads": tower.heads, "hidden_dim": tower.width, "mlp_dim": 4 * tower.width}
+    module = importlib.import_module("torchvision.models.vision_transformer")
+    built: nn.Module = module.VisionTransformer(**sizes, num_classes=tower.output)
+    # torchvision's starts at zero, which has no gradient
+    nn.init.normal_(built.get_parameter("heads.head.weight"), std=tower.width**-0.5)
+    return built
+
+
+# the first library that is installed is taken
+BUILDERS = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}
+
+
+def vision_transformer(tower: Tower, source: str | None = None) -> tuple[nn.Module, str]:
+    """Build a randomly initialised vision tower in eval mode. Return it and the library it comes from.
+
+    Raises:
+        ImportError: none of the libraries is installed, or not the one asked for.
+    """
+    libraries = tuple(BUILDERS) if source is None else (source,)
+    for library in libraries:
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return BUILDERS[library](tower).eval(), library
+        except ModuleNotFoundError:
+            continue
+    raise ImportError(f"{tower.name}: expected {' or '.join(libraries)}, got none")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import Source
+from benchmarks.common.layer_case import Source
 from benchmarks.common.rows import LayerRow, dtype_name
 from benchmarks.common.timing import COLD, WARM, Effort, quantiles, replay_times, replayed
 from benchmarks.common.towers import BATCH, Layer, Tower

@@ -3,15 +3,14 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.common.arguments import sizes
 from benchmarks.common.errors import TOLERANCE, relative_error
-from benchmarks.common.inputs import Source, make_activations, make_weights
-from benchmarks.common.layer_case import Variant, graph
+from benchmarks.common.layer_case import Source, Variant, graph, make_activations, make_weights
 from benchmarks.common.towers import BATCH, LANGUAGE_MODEL, TOWERS, Layer, Tower
 from pmkernels import launch, strategies
 from pmkernels.costs import Bound, Problem
@@ -73,7 +72,7 @@ class Point:
         if one_kernel(self.strategy, tensors) == "eager":
             return "eager"
         size, like = self.problem(tasks=tasks), torch.empty(0, dtype=self.dtype, device=self.device)
-        shape = {"rows": size.rows, "n": size.n, "d": size.d, "rank": size.rank, "tasks": size.tasks}
+        shape: dict[str, Any] = {name: getattr(size, name) for name in ("rows", "n", "d", "rank", "tasks")}
         chosen = {name: strategies.choose(name, self.strategy, like, **shape) for name in operations}
         if len(set(chosen.values())) > 1:
             return ", ".join(f"{operation} {strategy}" for operation, strategy in chosen.items())

@@ -233,7 +233,8 @@ def tower_point(tower: str, K: int, dtype: str, strategy: str, device: torch.dev
 
 @pytest.fixture
 def logits_point(logits: str, dtype: str, strategy: str, device: torch.device) -> LogitsPoint:
-    return LogitsPoint(*map(int, logits.split("x")), DTYPES[dtype], strategy, device)
+    rows, classes = map(int, logits.split("x"))
+    return LogitsPoint(rows, classes, DTYPES[dtype], strategy, device)
 
 
 def rates(device: torch.device) -> costs.Rates | None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import pmkernels
-from benchmarks.common.inputs import Source, learned
-from benchmarks.common.layer_case import total, with_gradients
+from benchmarks.common.layer_case import Source, learned, total, with_gradients
 from benchmarks.micro.cases import LogitsPoint, Measure, Point, TowerPoint, backward, offers, one_kernel
 from pmkernels import costs, reference
 from pmkernels.costs import Bound

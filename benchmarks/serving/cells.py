@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Cell:
         """Make a variant, warm it up, and note its memory. ``captures``: it runs while it is made."""
         case, batch, count, device = self.case, len(self.images), self.count, self.images.device
         title = f"{case.name}, batch {batch}, {count} preference{'s' if count > 1 else ''}"
-        about = {"layer": title, "dtype": dtype_name(case.dtype), "model": case.name}
+        about: dict[str, Any] = {"layer": title, "dtype": dtype_name(case.dtype), "model": case.name}
         row = self.rows[name] = CellRow(op=OP, variant=name, batch=batch, preferences=count, **about)
         if device.type == "cuda":
             free(device)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import make_served
+from benchmarks.common.layer_case import make_served
 from benchmarks.common.rows import Json, LayerRow, dtype_name
 from benchmarks.common.timing import COLD, WARM, Effort, quantiles, replay_times, replayed, rounded
 from benchmarks.common.towers import RANK, TASKS, TINY, TOWERS, Layer

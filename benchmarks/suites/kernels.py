@@ -19,7 +19,6 @@ import pmkernels
 from benchmarks.common import layer_case
 from benchmarks.common.ceilings import REPETITIONS, WARMUP, ceilings
 from benchmarks.common.errors import relative_error
-from benchmarks.common.inputs import learned, make_served
 from benchmarks.common.layer_case import (
     CHOICES,
     LIMIT,
@@ -27,6 +26,8 @@ from benchmarks.common.layer_case import (
     PYTORCH,
     Case,
     Variant,
+    learned,
+    make_served,
     total,
     with_gradient,
     with_gradients,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.common.towers import BATCH, RANK, Tower
-from benchmarks.common.vision import vision_transformer
+from benchmarks.common.towers import BATCH, RANK, Tower, vision_transformer
 from pareto_merging import MethodSettings, learned_parameters
 from pareto_merging.model.parameters import merged_parameters
 from pareto_merging.model.parametrize import parametrize
@@ -105,7 +104,7 @@ def build_case(
     tower: Tower, tasks: int, device: torch.device, dtype: torch.dtype, *, batch: int = BATCH, source: str | None = None
 ) -> Case:
     """Build the models and everything else. λ, A, G and B are off their starting values, where G is 0."""
-    plain, library = vision_transformer(tower.name, source)
+    plain, library = vision_transformer(tower, source)
     plain = plain.to(device, dtype)
     copies = {f"task_{k + 1}": FineTuned(plain, k) for k in range(tasks)}
     pareto = parametrize(plain, copies, rank=RANK, low_rank="attention", digests=False).eval()

@@ -19,8 +19,7 @@ from benchmarks.common.goals import NOT_MET
 from benchmarks.common.rows import dtype_name
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import Clock, free, suite_device
-from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower
-from benchmarks.common.vision import vision_transformer
+from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower, vision_transformer
 from benchmarks.training.models import CLASSES
 from benchmarks.training.names import STEP
 from benchmarks.training.steps import VARIANTS, StepRow, Steps, case_rows
@@ -56,7 +55,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     def add(
         tower: Tower, tasks: int, dtype: torch.dtype, variants: Sequence[str], data_free: bool, **options: Any
     ) -> None:
-        sources[tower.name] = vision_transformer(TINY.name)[1]
+        sources[tower.name] = vision_transformer(TINY)[1]
         run_steps = options.pop("run_steps", None)
         steps = Steps(tower, tasks, device, dtype, lambda: rates, say=clock.say, **options)
         try:

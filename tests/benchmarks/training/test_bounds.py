@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import errors, vision
+from benchmarks.common import errors, towers
 from benchmarks.common.towers import TINY
 from benchmarks.training import bounds, models
 from pareto_merging import learned_parameters
@@ -18,7 +18,7 @@ def case() -> models.Case:
     return models.build_case(TINY, 2, CPU, torch.float32, batch=2)
 
 
-@pytest.mark.parametrize("source", vision.SOURCES)
+@pytest.mark.parametrize("source", towers.BUILDERS)
 def test_every_source_has_low_rank_terms_in_both_projections_and_its_products_are_counted(source: str) -> None:
     pytest.importorskip(source)
     tiny = TINY
@@ -33,7 +33,7 @@ def test_every_source_has_low_rank_terms_in_both_projections_and_its_products_ar
     assert low_rank == tiny.blocks * [(tiny.width, tiny.width)] + tiny.blocks * [(3 * tiny.width, tiny.width)]
     assert len(learned_parameters(case.pareto)) == len(case.parts) + 3 * len(low_rank)
     found, operations, _ = bounds.products(case.skeleton, case.images[0].shape, tiny.width)
-    plain = vision.vision_transformer(tiny.name, source)[0]
+    plain = towers.vision_transformer(tiny, source)[0]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain.train()(case.images[0])
     counts = counter.get_flop_counts()["Global"]
