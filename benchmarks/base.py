@@ -9,19 +9,20 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.common.arguments import sizes
 from benchmarks.common.errors import TOLERANCE, relative_error
 from benchmarks.common.operation import OPERATIONS
+from benchmarks.common.timing import percentiles
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).parent / "common" / "operation.py"
@@ -60,8 +61,7 @@ class Figures:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Figures":
         """Return the figures of one or more values."""
-        low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.8]).double()).tolist()
-        return cls(statistics.median(values), low, high)
+        return cls(*percentiles(values))
 
 
 @dataclass(frozen=True)
@@ -118,35 +118,34 @@ def worktree(root: Path, revision: str) -> Iterator[tuple[Path, str]]:
 
 
 @contextlib.contextmanager
-def _worker(tree: Path, name: str, what: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    """Start the process of one tree, and check that it times that tree's library."""
+def _worker(tree: Path, name: str, what: Mapping[str, Any]) -> Iterator[Callable[[], float]]:
+    """Start the process of one tree, check that it times that tree's library, and yield what times a round."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-P", str(WORKER), json.dumps(what)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(command, text=True, cwd=tree, env=environment, **pipes) as process:
+        asks, answers, errors = process.stdin, process.stdout, process.stderr
+        assert asks is not None and answers is not None and errors is not None
+
+        def answer() -> Any:
+            line = answers.readline()
+            if not line:
+                last = errors.read().strip().splitlines() or ["nothing"]
+                raise BaseError(f"{name}: expected to time the operation, got {last[-1]}")
+            return json.loads(line)
+
+        def one_round() -> float:
+            asks.write("\n")
+            asks.flush()
+            return float(answer())
+
         try:
-            place = Path(_answer(process, name)["pmkernels"])
+            place = Path(answer()["pmkernels"])
             if not place.resolve().is_relative_to(tree.resolve()):
                 raise BaseError(f"{name}: expected pmkernels of {tree}, got {place}")
-            yield process
+            yield one_round
         finally:
             process.kill()
-
-
-def _answer(process: subprocess.Popen[str], name: str) -> Any:
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    if not line:
-        last = process.stderr.read().strip().splitlines() or ["nothing"]
-        raise BaseError(f"{name}: expected to time the operation, got {last[-1]}")
-    return json.loads(line)
-
-
-def _round(process: subprocess.Popen[str], name: str) -> float:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return float(_answer(process, name))
 
 
 def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: int = 20, calls: int = 10) -> Comparison:
@@ -162,7 +161,7 @@ def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: i
             _worker(root, "this tree", {**what, "outputs": str(outputs["this tree"])}) as ours,
             _worker(tree, commit, {**what, "outputs": str(outputs[commit])}) as base,
         ):
-            times = [(_round(ours, "this tree"), _round(base, commit)) for _ in range(1 + rounds)]
+            times = [(ours(), base()) for _ in range(1 + rounds)]
         output, expected = (torch.load(path, weights_only=True) for path in outputs.values())
     # the first round of a process is slower than any other
     mine, theirs = zip(*times[1:], strict=True)
@@ -173,20 +172,16 @@ def compare(revision: str, operation: Operation, *, root: Path = ROOT, rounds: i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is compared with a commit."""
-    group = parser.add_argument_group("with --base")
-    group.add_argument(
-        "--base", metavar="REV", help="time one operation in this tree against that commit, and no suite"
-    )
-    group.add_argument("--operation", choices=tuple(OPERATIONS), default="forward", help="(default: forward)")
-    group.add_argument("--layer", default="3072x1024", metavar="OUTxIN", help="(default: 3072x1024)")
-    group.add_argument("--rows", type=int, default=257, help="of the input (default: 257)")
-    group.add_argument("--tasks", type=int, default=8, help="(default: 8)")
-    group.add_argument("--rank", type=int, default=16, help="0: no low-rank term (default: 16)")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16, on a CPU float32)"
-    )
-    group.add_argument("--strategy", help="(default: auto on a GPU, else eager)")
-    group.add_argument("--rounds", type=int, default=20, help="of each tree, in turn (default: 20)")
+    add = parser.add_argument_group("with --base").add_argument
+    add("--base", metavar="REV", help="time one operation in this tree against that commit, and no suite")
+    add("--operation", choices=tuple(OPERATIONS), default="forward", help="(default: forward)")
+    add("--layer", default="3072x1024", metavar="OUTxIN", help="(default: 3072x1024)")
+    add("--rows", type=int, default=257, help="of the input (default: 257)")
+    add("--tasks", type=int, default=8, help="(default: 8)")
+    add("--rank", type=int, default=16, help="0: no low-rank term (default: 16)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16, on a CPU float32)")
+    add("--strategy", help="(default: auto on a GPU, else eager)")
+    add("--rounds", type=int, default=20, help="of each tree, in turn (default: 20)")
 
 
 def asked(chosen: argparse.Namespace) -> Operation:
@@ -195,20 +190,12 @@ def asked(chosen: argparse.Namespace) -> Operation:
     Raises:
         BaseError: a layer or a number that is none.
     """
-    on_gpu = torch.cuda.is_available()
-    n, _, d = chosen.layer.partition("x")
-    if not (n.isdecimal() and d.isdecimal() and int(n) and int(d)):
+    on_gpu, size = torch.cuda.is_available(), sizes(chosen.layer)
+    if size is None:
         raise BaseError(f"--layer: expected OUTxIN, as in 3072x1024, got {chosen.layer!r}")
     for name, least in (("rows", 1), ("tasks", 1), ("rank", 0), ("rounds", 1)):
         if getattr(chosen, name) < least:
             raise BaseError(f"--{name}: expected at least {least}, got {getattr(chosen, name)}")
-    return Operation(
-        operation=chosen.operation,
-        n=int(n),
-        d=int(d),
-        rows=chosen.rows,
-        tasks=chosen.tasks,
-        rank=chosen.rank,
-        dtype=chosen.dtype or ("bfloat16" if on_gpu else "float32"),
-        strategy=chosen.strategy or ("auto" if on_gpu else "eager"),
-    )
+    dtype = chosen.dtype or ("bfloat16" if on_gpu else "float32")
+    strategy = chosen.strategy or ("auto" if on_gpu else "eager")
+    return Operation(chosen.operation, *size, chosen.rows, chosen.tasks, chosen.rank, dtype, strategy)

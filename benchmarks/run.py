@@ -7,6 +7,7 @@ operation in this tree against another commit instead.
 
 import argparse
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -82,7 +83,8 @@ def _ended_by_signals() -> Iterator[None]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = command_parser("benchmarks.run", __doc__, epilog=EPILOG)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--suite",
         choices=(*CPU_SUITES, *GPU_SUITES, *SUITES_OF_BOTH, "all"),
         default="digits",
@@ -91,18 +93,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "strategy over a grid of layers and rows; serving: a preference per image beside the plain model and other "
         "ways to serve many, on a GPU or, a smaller grid, on the CPU; all: every suite for a GPU (default: digits)",
     )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[3, 4, 5, 6, 7],
-        help="digits: suite seeds; 0 to 2 were seen in its design",
-    )
-    parser.add_argument("--work", type=Path, help="digits: where partial results are kept, to go on from")
-    parser.add_argument("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
-    parser.add_argument("--minutes", type=float, help="end after that long with what there is (default: no limit)")
-    parser.add_argument("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
-    parser.add_argument("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
+    seen = "digits: suite seeds; 0 to 2 were seen in its design"
+    add("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7], help=seen)
+    add("--work", type=Path, help="digits: where partial results are kept, to go on from")
+    add("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
+    add("--minutes", type=float, help="end after that long with what there is (default: no limit)")
+    add("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
+    add("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
     base.add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if chosen.minutes is not None and not chosen.minutes > 0:
@@ -127,13 +124,10 @@ class Run:
             # before a kernel is imported: without a GPU a rehearsal interprets them
             os.environ["TRITON_INTERPRET"] = "1"
 
-    @property
+    @functools.cached_property
     def path(self) -> Path:
         """Return the file that is written."""
-        if self.chosen.out is None:
-            self.chosen.out = _default_path(self.report)
-        out: Path = self.chosen.out
-        return out
+        return self.chosen.out or _default_path(self.report)
 
     def save(self, figures: dict[str, Any]) -> None:
         """Write what there is so far; raise Ended when the time is up."""
@@ -199,12 +193,6 @@ class Run:
             # a suite that was ended before its first row has nothing to say
             yield SUITES[self.chosen.suite].showing.markdown(self.report)
 
-    @property
-    def wrong(self) -> list[dict[str, Any]]:
-        """Return the rows that are wrong."""
-        measured = [self.report, *self.report.get("suites", {}).values()]
-        return [row for suite in measured for row in suite.get("rows", ()) if not row["matched"]]
-
 
 def _compare(chosen: argparse.Namespace, command: Sequence[str]) -> int:
     """Time one operation against another commit; the exit code."""
@@ -233,9 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(run.path)
     if code:
         print(f"ended by {run.report['ended']}: the file has every row until then")
-    for row in run.wrong:
+    measured = [run.report, *run.report.get("suites", {}).values()]
+    wrong = [row for suite in measured for row in suite.get("rows", ()) if not row["matched"]]
+    for row in wrong:
         print(f"WRONG {row['op']}, {row['layer']}, {row['dtype']}, {row['variant']}: error {row['error']:.2e}")
-    return EXIT_WRONG if run.wrong else code
+    return EXIT_WRONG if wrong else code
 
 
 if __name__ == "__main__":
