@@ -3,8 +3,6 @@
 Needs torch for what it says of the machine and nothing else, so it runs anywhere.
 """
 
-import os
-import platform
 import re
 import subprocess
 import time
@@ -12,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.record import write_json
+from pareto_merging.system.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+# whole or not at all
+write = write_json
 
 
 def machine() -> dict[str, Any]:
@@ -22,15 +22,10 @@ def machine() -> dict[str, Any]:
     # a process that only watches a run does without it
     import torch
 
-    versions: dict[str, Any] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": None,
-    }
+    from pareto_merging.system.environment import environment
+
+    # what is measured is a commit, not a version of the package
+    versions = {name: value for name, value in environment().items() if name != "package"}
     try:
         import triton
 
@@ -40,7 +35,6 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         versions |= {
-            "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
@@ -69,16 +63,6 @@ def _nvidia_smi(query: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def commit() -> str:
     """Return the commit that is measured; ``unknown`` outside a checkout."""
     try:
@@ -93,11 +77,6 @@ def commit() -> str:
 def header(command: Sequence[str]) -> dict[str, Any]:
     """Return what every results file begins with."""
     return {"command": " ".join(command), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` as JSON, whole or not at all."""
-    write_json(path, report)
 
 
 def gpu_name_of_driver() -> str | None:

@@ -2,15 +2,15 @@
 
 A run consists of units, each with a key and one or more rows. The file is written anew, atomically, when a unit begins,
 after each of its rows and when it is done: a kill at any moment leaves a file with every row until then. What was under
-way is measured again by a later run. Needs nothing but Python.
+way is measured again by a later run. Needs no PyTorch.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pareto_merging.system.files import write_json as write_json
 
 # states of a unit: measured (right or wrong), out of reach of this machine
 DONE, LACKING = "done", "lacking"
@@ -22,27 +22,6 @@ IDENTITY = ("gpu", "driver", "torch", "triton", "triton_key", "quick")
 
 class RecordError(ValueError):
     """A file that is no record, or one that does not fit this run."""
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as JSON through a file beside ``path``. A kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class Record:

@@ -11,7 +11,7 @@ from benchmarks.common.session import Once
 from benchmarks.common.timing import Effort
 from benchmarks.common.towers import BATCH
 from benchmarks.goals.context import Context
-from benchmarks.serving import cells, folded, suite
+from benchmarks.serving import folded, suite
 from benchmarks.serving.names import ENGINE, LIMIT, LIMIT_LINEAR, REMERGE
 from pareto_merging.checkpoints import encoders
 
@@ -61,6 +61,6 @@ def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str
         images = suite.make_images(batch, size, case)
         drawn = folded.preferences(count)
         # the plain model has the first preference for all
-        truth = cells.Truth.of(case, images, drawn[0], sorted({1, count}))
-        rows = cells.cell_rows(case, images, drawn, truth, count, effort, VARIANTS)
+        truth = suite.Truth.of(case, images, drawn[0], sorted({1, count}))
+        rows = suite.cell_rows(case, images, drawn, truth, count, effort, VARIANTS)
     return [vars(row) for row in rows]

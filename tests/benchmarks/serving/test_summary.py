@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import results, tables
 from benchmarks.common.goals import Goal
-from benchmarks.serving import cells, layers, suite, summary
+from benchmarks.serving import layers, suite, summary
 from benchmarks.serving import names as variant_names
 
 
@@ -22,7 +22,7 @@ def no_gradients() -> Iterator[None]:
 
 def made_up(variant: str, ms: float | None, model: str = "ViT-L/14", **figures: Any) -> dict[str, Any]:
     title = f"{model}, batch 32"
-    row = cells.CellRow(op=variant_names.OP, layer=title, dtype="bfloat16", variant=variant, model=model)
+    row = suite.CellRow(op=variant_names.OP, layer=title, dtype="bfloat16", variant=variant, model=model)
     row.plain_error, row.batch, row.preferences = 1e-2, 32, 32
     row.ms = row.p20 = row.p80 = row.p99 = ms
     row.calls, row.images_per_second, row.weight_bytes = 100, 1.0, 100

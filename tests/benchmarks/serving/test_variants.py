@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import errors, towers
-from benchmarks.serving import cells, folded, suite, variants
+from benchmarks.serving import folded, suite, variants
 from benchmarks.serving import names as variant_names
 from pareto_merging import merge
 
@@ -89,8 +89,8 @@ def test_an_engine_that_is_asked_for_the_same_again_is_right_and_holds_more(exac
     assert errors.item_error(found, one_by_one(exact_case, images(torch.float64), request(0, 1))) < 1e-12
     merged = sum(part.weight.nbytes for part in projections(exact_case))
     assert again.weight_bytes() - before == pytest.approx(merged, rel=0.1)
-    truth = cells.Truth.of(exact_case, images(torch.float64), drawn()[0], (1,))
-    cell = cells.Cell(exact_case, images(torch.float64), drawn(), truth, 1)
+    truth = suite.Truth.of(exact_case, images(torch.float64), drawn()[0], (1,))
+    cell = suite.Cell(exact_case, images(torch.float64), drawn(), truth, 1)
     cell.add(variant_names.ENGINE_AGAIN, lambda: variants.engine_again(exact_case, request(0, 1)))
     cell.measure(suite.QUICK_EFFORT)
     assert cell.rows[variant_names.ENGINE_AGAIN].weight_bytes == again.weight_bytes()
@@ -164,9 +164,9 @@ def test_a_graph_reads_what_every_call_gives_it(exact_case: folded.Case, monkeyp
         variants.graphed(of, images(torch.float64), request(0))
 
 
-def a_cell(case: folded.Case) -> cells.Cell:
-    truth = cells.Truth.of(case, images(), drawn()[0], (1, COUNT))
-    return cells.Cell(case, images(), drawn(), truth, COUNT)
+def a_cell(case: folded.Case) -> suite.Cell:
+    truth = suite.Truth.of(case, images(), drawn()[0], (1, COUNT))
+    return suite.Cell(case, images(), drawn(), truth, COUNT)
 
 
 def test_bytes_are_found_wherever_they_are_held_and_counted_once() -> None:

@@ -1,13 +1,15 @@
-"""What a wrong gradient, a left-out task or an error does to a row."""
+"""What a wrong gradient, a left-out task or an error does to a row, and the suite rehearsed without a GPU."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.common import errors
 from benchmarks.common.towers import TINY
-from benchmarks.training import models, runners, steps, truths
+from benchmarks.training import models, runners, steps, summary
 from benchmarks.training import names as variant_names
 
 CPU = torch.device("cpu")
@@ -20,7 +22,7 @@ def case() -> models.Case:
 
 @pytest.mark.parametrize("group", ["lam", "A", "G", "B"])
 def test_a_gradient_that_is_wrong_in_one_group_has_no_time(case: models.Case, group: str) -> None:
-    truth, plain = truths.exact_gradient(case)
+    truth, plain = runners.exact_gradient(case)
 
     class Wrong(runners.Plain):
         factor = 1.0
@@ -47,7 +49,7 @@ def test_a_gradient_that_is_wrong_in_one_group_has_no_time(case: models.Case, gr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_limit_that_leaves_a_task_out_has_no_time(dtype: torch.dtype) -> None:
     case = models.build_case(TINY, 2, CPU, dtype, batch=2)
-    truth, errors = truths.exact_losses(case)
+    truth, errors = runners.exact_losses(case)
 
     class Replayed(runners.Limit):
         """As from a graph: the losses are where they were."""
@@ -77,7 +79,7 @@ def test_a_limit_that_leaves_a_task_out_has_no_time(dtype: torch.dtype) -> None:
 
 
 def test_images_of_the_wrong_task_are_noticed(case: models.Case) -> None:
-    truth, plain = truths.exact_gradient(case)
+    truth, plain = runners.exact_gradient(case)
     swapped = copy.copy(case)
     swapped.images = case.images[::-1]
     rows = {}
@@ -110,3 +112,47 @@ def test_out_of_memory_is_a_reason_and_anything_else_is_wrong(case: models.Case)
     assert full.matched and full.ms is None and full.reason == "out of memory"
     broken = row(ValueError("strategy: expected a GPU"))
     assert not broken.matched and broken.ms is None and broken.reason == "ValueError: strategy: expected a GPU"
+
+
+@pytest.fixture(scope="module")
+def quick() -> dict[str, Any]:
+    """A rehearsal, and that its rows were saved as they came."""
+    saved: list[int] = []
+    report = steps.run(True, lambda so_far: saved.append(len(so_far["rows"])))
+    assert saved == list(range(1, len(report["rows"]) + 1))
+    return report
+
+
+@pytest.mark.slow
+def test_every_variant_of_a_rehearsal_has_the_right_gradient(quick: dict[str, Any]) -> None:
+    """Float32 against float64, each group of parameters by itself: nobody's mistake hides behind rounding."""
+    assert quick["quick"]
+    rows = quick["rows"]
+    found = {(row["op"], row["variant"]) for row in rows}
+    assert found == {(variant_names.STEP, v) for v in steps.VARIANTS[8] if v != variant_names.LIMIT_GRAPH} | {
+        (variant_names.DATA_FREE, variant_names.AUTO)
+    }
+    assert [(row["variant"], row["reason"], row["error"]) for row in rows if not row["matched"] or row["reason"]] == []
+    assert all(row["ms"] > 0 and row["host_ms"] > 0 and row["resident_bytes"] > 0 for row in rows)
+    judged = [row for row in rows if row["op"] == variant_names.STEP and not row["variant"].startswith("limit")]
+    assert all(0 < row["error"] < 1e-4 for row in judged)
+    free = next(row for row in rows if row["op"] == variant_names.DATA_FREE)
+    assert free["run_measured"] and free["run_steps"] == 3 and free["run_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_rehearsal_claims_nothing(quick: dict[str, Any], tmp_path: Path) -> None:
+    text = summary.markdown(quick)
+    assert "these figures measure nothing" in text
+    assert {goal.status for goal in summary.goals(quick)} == {"not measured"}
+    for variant in runners.OURS:
+        assert f"| {variant} | float32 |" in text
+    tables = [line for line in text.splitlines() if line.startswith(("| auto", "| variant"))]
+    assert len({line.count("|") for line in tables}) == 1
+    assert [path.name for path in summary.draw(quick, tmp_path)] == ["training-tiny-vit.png"]
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="expected a CUDA GPU, got none"):
+        steps.run(False)
