@@ -119,7 +119,7 @@ def worktree(root: Path, revision: str) -> Iterator[tuple[Path, str]]:
 
 @contextlib.contextmanager
 def _worker(tree: Path, name: str, what: Mapping[str, Any]) -> Iterator[Callable[[], float]]:
-    """Start the process of one tree, check that it times that tree's library, and yield what times a round."""
+    """Start the process of one tree, and yield what times a round of its library."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-P", str(WORKER), json.dumps(what)]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

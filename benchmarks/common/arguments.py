@@ -13,6 +13,6 @@ def command_parser(command: str, description: str | None, **settings: Any) -> ar
 
 
 def sizes(text: str) -> tuple[int, int] | None:
-    """Read two whole numbers from 1 on, as in ``3072x1024``; None where that is something else."""
+    """Read two whole numbers from 1 on, as in ``3072x1024``. None where that is something else."""
     n, _, d = text.partition("x")
     return (int(n), int(d)) if n.isdecimal() and d.isdecimal() and int(n) and int(d) else None

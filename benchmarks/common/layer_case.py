@@ -1,4 +1,4 @@
-"""One layer with K task vectors: random inputs on a real one's scale, variants of each operation, and the truth."""
+"""One layer with K task vectors: random inputs, variants of each operation, and the truth."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def make_folded(
 
 
 def make_served(layer: Layer, tasks: int, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return W0 and bias of a folded layer, x [items, tokens, D], and the low-rank term at each item's preference."""
+    """Return a folded layer with bias, x [items, tokens, D], and each item's γ."""
     source = Source(device)
     values = make_folded(layer, tasks, rank, dtype, source, layer.items)
     values["x"] = source.normal(layer.items, layer.tokens, layer.d, dtype=dtype)
@@ -79,7 +79,7 @@ def make_activations(rows: int, layer: Layer, source: Source, task_vectors: Tens
 
 
 def learned(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return those of λ, A, G and B that a layer has: their gradients are reductions of dW."""
+    """Return those of λ, A, G and B that a layer has. Their gradients are reductions of dW."""
     return tuple(name for name in ("lam", "A", "G", "B") if name in weights)
 
 

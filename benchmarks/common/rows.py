@@ -58,7 +58,7 @@ class Row:
             setattr(self, name, value)
 
     def note_times(self, times: Times) -> None:
-        """Set the times in four digits, and whether they are of a CUDA graph where a row says so."""
+        """Set the times, in four digits. A row that says so notes whether they are of a CUDA graph."""
         self.note({name: rounded(getattr(times, name)) for name in ("ms", "p20", "p80")})
         if hasattr(self, "graph"):
             self.graph = times.graph

@@ -108,7 +108,7 @@ class Effort:
 
 
 def percentiles(times: Sequence[float], *points: float) -> list[float]:
-    """Return the median, the 20th and the 80th percentile, and those at ``points`` from 0 to 1."""
+    """Return the median, the 20th and the 80th percentile. Behind them come those at ``points``, from 0 to 1."""
     at = torch.tensor([0.5, 0.2, 0.8, *points], dtype=torch.float64)
     values: list[float] = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
     return values

@@ -1,4 +1,4 @@
-"""Layers and vision transformers that are measured, by their sizes, and the latter with random weights."""
+"""Layers and vision transformers that are measured, by their sizes. The latter also with random weights."""
 
 import importlib
 from dataclasses import dataclass

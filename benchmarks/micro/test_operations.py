@@ -103,7 +103,7 @@ def test_forward_and_backward(measure: Measure, row_point: Point) -> None:
 
 @offers("auto", "fused", "streamed", "eager")
 def test_weight_gradient(measure: Measure, row_point: Point) -> None:
-    """Measure the gradients of λ, A, G and B from rows, where dW need not exist."""
+    """Measure the gradients of λ, A, G and B from rows. There dW need not exist."""
     point, source = row_point, Source(row_point.device)
     weights = point.weights(source)
     x, dy = point.activations(source, weights)
@@ -275,7 +275,7 @@ def test_served_per_row(measure: Measure, row_point: Point) -> None:
 
 @offers("fused", "eager", low_rank=True)
 def test_widen_rows(measure: Measure, row_point: Point) -> None:
-    """Measure the rows [x | t], which the ``streamed`` strategy has written by a kernel of their own."""
+    """Measure the widening to rows [x | t]. In the ``streamed`` strategy a kernel of its own does it."""
     point, problem = row_point, row_point.problem(tasks=0)
     served = make_served(point, point.images)
     width = pmkernels.widen_weight(served["weight"], served["A"]).shape[1]

@@ -107,7 +107,7 @@ class Truth:
 
 
 class Cell:
-    """One tower at one batch with the first ``count`` preferences of each of ``drawn`` [SETS, P, K].
+    """One tower at one batch with ``count`` distinct preferences. They are the first of each of ``drawn`` [SETS, P, K].
 
     ``truth``: of the first set. ``rows``: one for each variant. ``ready``: the variants that were right.
     """

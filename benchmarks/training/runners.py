@@ -1,4 +1,4 @@
-"""The variants of a step: the library's own in each strategy, plain PyTorch's, and the limit.
+"""The variants of a step: ours in each strategy, plain PyTorch's, and the limit.
 
 A runner makes a step, and says what is judged of it: the gradient at the same place, of a limit its losses. What they
 are judged by is computed in a wider type, and beside it the errors of plain PyTorch.

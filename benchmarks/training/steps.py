@@ -213,7 +213,7 @@ class Steps:
         return self._told(row)
 
     def data_free_row(self, steps: int | None) -> StepRow:
-        """Measure a step without data and, if no longer than :data:`LONGEST_RUN`, a whole run of ``steps``."""
+        """Measure a step without data, and a whole run of ``steps`` if short. Short: up to :data:`LONGEST_RUN`."""
         case, row = self.case, blank(self.case, DATA_FREE, AUTO, self.case.dtype)
         settings = case.settings.model_copy(update={"objective": "weight-distance"})
         try:
