@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import pmkernels
 from benchmarks.common.errors import LINE_TOLERANCE, TOLERANCE, Errors
-from benchmarks.common.inputs import Source
+from benchmarks.common.layer_case import Source
 from benchmarks.common.modes import precision
 from pmkernels import launch
 from pmkernels.kernels import linear as linear_kernels
