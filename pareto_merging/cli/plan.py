@@ -14,11 +14,12 @@ def plan(config: ConfigFile, as_json: AsJson = False) -> None:
     otherwise headers are.
     """
     from pareto_merging.run.config import read_config
+    from pareto_merging.run.folder import SET_NAME
     from pareto_merging.run.plan import plan_run
     from pareto_merging.run.workspace import Workspace
     from pareto_merging.system.tables import print_table
 
-    workspace = Workspace(read_config(config))
+    workspace = Workspace(read_config(config, learned=(config.parent / SET_NAME).exists()))
     rows = plan_run(workspace, progress=not as_json)
     if as_json:
         print(json.dumps([{key: value for key, value in vars(row).items() if value is not None} for row in rows]))

@@ -13,9 +13,8 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
-    SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -29,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2408.12105 v1, section 4.1 and appendix 1
     "arxiv-v1": {"cosine": 0.1, "tensor_norm": 1.0, "concentration": 1.0},
 }
-# as the keys stand in files
+# as the keys stand in files, and everywhere
 _ORDER = (
     *("preset", "objective", "scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
     *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
@@ -41,17 +40,22 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class OneOf:
-    """A field's annotation: its value is a name in a table."""
+    """A field's annotation: its value is a name in a table; see :func:`must_exist`."""
 
     table: Mapping[str, Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
+        return core_schema.with_info_after_validator_function(self._check, handler(source))
 
-    def _check(self, name: str) -> str:
-        if name not in self.table:
+    def _check(self, name: str, info: ValidationInfo) -> str:
+        if name not in self.table and must_exist(info):
             raise ValueError(f"expected one of {', '.join(self.table)}")
         return name
+
+
+def must_exist(info: ValidationInfo) -> bool:
+    """Return whether what settings name must be here: not where ``context`` says they are ``"learned"`` already."""
+    return info.context != "learned"
 
 
 class Strict(BaseModel):
@@ -178,11 +182,6 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
             return {**PRESETS.get(preset, PRESETS["icml2025"]), **values}
         return values
 
-    @model_serializer(mode="wrap")
-    def _in_order(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = dump(self)
-        return {**{name: values[name] for name in _ORDER if name in values}, **values}
-
     def _group(self, kind: type[Group]) -> Group:
         return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
 
@@ -241,3 +240,8 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
         if self.steps is not None:
             return self.steps
         return 2000 + round(2000 * (min(max(tasks, 2), 8) - 2) / 6)
+
+
+# help, errors and files have one order, and it is not that of the classes
+MethodSettings.__pydantic_fields__ = {name: MethodSettings.model_fields[name] for name in _ORDER}
+MethodSettings.model_rebuild(force=True)

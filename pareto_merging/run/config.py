@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pareto_merging.errors import UserError
-from pareto_merging.learn.settings import MethodSettings, Strict
+from pareto_merging.learn.settings import MethodSettings, Strict, must_exist
 
 
 class EncoderConfig(Strict):
@@ -99,11 +99,11 @@ class RunConfig(Strict):
 
     @field_validator("strategy")
     @classmethod
-    def _check_strategy(cls, name: str) -> str:
+    def _check_strategy(cls, name: str, info: ValidationInfo) -> str:
         # it takes PyTorch's seconds, which the help of the keys need not wait for
         from pareto_merging.model.strategy import strategy_names
 
-        if name not in strategy_names():
+        if name not in strategy_names() and must_exist(info):
             raise ValueError(f"expected one of {', '.join(strategy_names())}")
         return name
 
@@ -159,8 +159,10 @@ def _check_name(task: str) -> None:
         raise ValueError(f"tasks: expected names that preferences can be given by, got {task!r}")
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path, *, learned: bool = False) -> RunConfig:
     """Read and validate a run's YAML file; paths in it are relative to the file.
+
+    ``learned``: of a finished run, whose objective, scalarisation and strategy need not be registered here.
 
     Raises:
         UserError: the file is missing, is no YAML mapping, has an unknown key or a value out of range: all are named.
@@ -178,7 +180,8 @@ def read_config(path: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     try:
-        return _absolute(RunConfig.model_validate(values), path.parent.resolve())
+        config = RunConfig.model_validate(values, context="learned" if learned else None)
+        return _absolute(config, path.parent.resolve())
     except ValidationError as error:
         raise UserError(f"{path}: {describe_validation(error)}") from error
 

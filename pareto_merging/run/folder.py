@@ -24,6 +24,7 @@ from pareto_merging.model.state import pareto_state
 from pareto_merging.model.strategy import set_strategy
 from pareto_merging.run.config import RunConfig, read_config
 from pareto_merging.run.workspace import Workspace
+from pmkernels import strategies
 
 CONFIG_NAME, SET_NAME, LOCK_NAME = "config.yaml", "pareto_set.safetensors", ".lock"
 
@@ -61,7 +62,8 @@ def start_run(config: RunConfig, folder: Path, resume: bool) -> None:
 
 def check_same(config: RunConfig, folder: Path) -> None:
     """Raise UserError naming the keys in which a folder's configuration differs."""
-    before, now = (_what_counts(c.model_dump()) for c in (read_config(folder / CONFIG_NAME), config))
+    stored = read_config(folder / CONFIG_NAME, learned=True)
+    before, now = (_what_counts(c.model_dump()) for c in (stored, config))
     changed = sorted(differences(before, now))
     if changed:
         raise UserError(
@@ -120,12 +122,14 @@ def open_run(folder: Path, suite_folder: Path | None = None) -> tuple[Workspace,
         raise UserError(f"{folder}: expected a run folder, got one without {CONFIG_NAME}")
     if not (folder / SET_NAME).exists():
         raise UserError(f"{folder}: expected a finished run, got one without {SET_NAME} (train with --resume)")
-    workspace = Workspace(read_config(folder / CONFIG_NAME), suite_folder)
+    workspace = Workspace(read_config(folder / CONFIG_NAME, learned=True), suite_folder)
     with user_errors():
         model = load_pareto_set(folder / SET_NAME, workspace.pretrained(), workspace.finetuned(), copy=False)
-    # how it was learned; where that was on a GPU and this is none, the model is still the same
-    if workspace.device.type == "cuda" or workspace.config.strategy in ("auto", "cached", "eager"):
-        set_strategy(model, workspace.config.strategy)
+    # how it was learned, where that can be done here; the model is the same by any other
+    name, case = workspace.config.strategy, strategies.Case(workspace.device, {}, asked=False)
+    strategy = strategies.TABLE.get(name)
+    if name in strategies.RESERVED or (strategy is not None and strategy.supports(case) is None):
+        set_strategy(model, name)
     learned = list(pareto_state(model).task_names)
     if learned != workspace.task_names:
         raise UserError(

@@ -259,7 +259,8 @@ class Workspace:
         """Return unlabelled images and heads. UserError naming a task without."""
         for name, task in self.task_configs.items():
             if task.merging is None:
-                raise UserError(f"tasks.{name}.merging: expected unlabelled images for the entropy, got none")
+                what = f"expected unlabelled images for the objective {self.method.objective}, got none"
+                raise UserError(f"tasks.{name}.merging: {what}")
         return self._tasks({name: task.merging for name, task in self.task_configs.items()})
 
     def fingerprint(self) -> dict[str, list[int]]:

@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
         ("all copies pretrained", "expected fine-tuned checkpoints, got the pretrained one for rotated, upright"),
         ("images of another size", "images [n, 3, 8, 8], got [4, 3, 9, 9]"),
         ("images of bytes", "got [4, 3, 8, 8] torch.uint8"),
-        ("no merging images", "tasks.upright.merging: expected unlabelled images"),
+        ("no merging images", "tasks.upright.merging: expected unlabelled images for the objective entropy, got none"),
         ("no such architecture", "expected an open_clip model name, got 'hf-hub:foo/bar'"),
         ("odd heads", "expected arguments of open_clip's VisionTransformer"),
         ("bad name", "expected names that preferences can be given by, got 'a=b'"),

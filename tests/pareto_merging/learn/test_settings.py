@@ -82,6 +82,10 @@ def test_files_have_the_flat_keys_in_their_order() -> None:
     assert list(settings.model_dump()) == list(json.loads(settings.model_dump_json())) == KEYS
     assert MethodSettings.model_validate(settings.model_dump()) == settings
     assert MethodSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert list(MethodSettings.model_fields) == KEYS
+    with pytest.raises(ValidationError) as caught:
+        MethodSettings(rank=0, steps=-1, mu=-1, concentration=0)
+    assert [error["loc"][0] for error in caught.value.errors()] == ["mu", "concentration", "rank", "steps"]
     some = settings.model_dump(exclude={"mu"}, exclude_none=True)
     assert list(some) == [name for name in KEYS if name not in ("mu", "lambda_learning_rate")]
 
