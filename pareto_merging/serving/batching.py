@@ -8,8 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import batched.aio  # type: ignore[import-untyped]
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pareto_merging.serving.engine import Engine
 from pareto_merging.serving.limits import Limits
+from pareto_merging.serving.queries import Query
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,17 +25,11 @@ T = TypeVar("T")
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image [3, H, W] with its preference γ [K].
-
-    For classification it has the task too, and how many classes are wanted.
-    """
+class Item(NamedTuple):
+    """One image [3, H, W], and what is asked of it."""
 
     image: Tensor
-    preference: Tensor
-    task: str | None = None
-    top: int = 0
+    query: Query
 
 
 class NotFinite(ArithmeticError):
@@ -98,7 +92,6 @@ class Batcher:
 
     def _answers(self, items: Sequence[Item]) -> list[Answer | Exception]:
         start = time.perf_counter()
-        answers: list[Answer | Exception]
         try:
             answers = self._answer_together(items)
             self.failing = False
@@ -121,31 +114,31 @@ class Batcher:
         answers: list[Answer | Exception] = [NotFinite("model: expected finite numbers, got NaN or inf")] * len(items)
         with torch.inference_mode():
             features = self._features(items)
-            for task in {item.task for item in items}:
-                rows = [n for n, item in enumerate(items) if item.task == task]
+            for task in {item.query.task for item in items}:
+                rows = [n for n, item in enumerate(items) if item.query.task == task]
                 classes: list[list[int]] = [[]] * len(rows)
                 if task is None:
                     values = features[rows].float()
                 else:
-                    most = max(items[n].top for n in rows)
+                    most = max(items[n].query.top for n in rows)
                     values = self._engine.heads[task](features[rows]).softmax(dim=-1)
                     values, indices = values.topk(min(most, values.shape[-1]))
                     classes = indices.tolist()
                 finite = values.isfinite().all(dim=-1).tolist()
                 for n, good, row, best in zip(rows, finite, values.tolist(), classes, strict=True):
                     if good:
-                        answers[n] = row if task is None else list(zip(best, row, strict=True))[: items[n].top]
+                        answers[n] = row if task is None else list(zip(best, row, strict=True))[: items[n].query.top]
         return answers
 
     def _features(self, items: Sequence[Item]) -> Tensor:
         """Compute features [n, dim], in one batch where the model takes a preference per item."""
         images = torch.stack([item.image for item in items])
-        gammas = torch.stack([item.preference for item in items])
+        gammas = torch.stack([item.query.preference for item in items])
         if self._engine.per_item:
-            return self._engine(images, gammas)
+            return self._engine.features(images, gammas)
         features: list[Tensor] = [images] * len(items)
         for gamma in gammas.unique(dim=0):
             rows = (gammas == gamma).all(dim=1).nonzero()[:, 0]
-            for n, row in zip(rows.tolist(), self._engine(images[rows], gamma), strict=True):
+            for n, row in zip(rows.tolist(), self._engine.features(images[rows], gamma), strict=True):
                 features[n] = row
         return torch.stack(features)

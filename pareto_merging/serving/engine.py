@@ -20,13 +20,13 @@ from pareto_merging.preferences import equal_preference, parse_preferences
 from pareto_merging.serving.graphs import Graphs, batch_sizes, can_capture
 from pareto_merging.serving.inputs import (
     Preferences,
+    check_dtype,
     check_images,
-    preferences_of_batch,
+    load_model,
     preprocessing_in_header,
     read_preferences,
 )
 from pareto_merging.serving.layers import serve_layers
-from pareto_merging.serving.loading import check_dtype, load_model
 from pareto_merging.system.devices import find_device
 from pareto_merging.system.progress import progress_bar
 from pmkernels.autocast import no_autocast
@@ -133,10 +133,7 @@ class Engine:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any] | None:
-        """Return how image files become the model's input, None where the file does not know.
-
-        It is as :func:`.encoders.default_preprocessing` has it.
-        """
+        """Return how image files become the model's input (:func:`.encoders.default_preprocessing`), None: unknown."""
         described = self._header.get("preprocessing")
         if described is not None:
             return preprocessing_in_header(described)
@@ -149,10 +146,7 @@ class Engine:
 
     @cached_property
     def preprocess(self) -> Callable[[Any], Tensor]:
-        """Return the function from a PIL image of any size and mode to its input.
-
-        That is float32 [3, size, size] on the CPU.
-        """
+        """Return the function from a PIL image of any size and mode to float32 [3, size, size] on the CPU."""
         from open_clip import image_transform
 
         how = self._known_preprocessing
@@ -168,12 +162,9 @@ class Engine:
     def card(self) -> dict[str, Any]:
         """Return what the file says of itself, and how it is served, as plain JSON."""
         left_out = ("task_names", "layers", "logit_scales", "tasks")
-        tasks: list[dict[str, Any]] = []
-        for name in self.task_names:
-            head = self.heads.get(name)
-            tasks.append({"name": name, "classes": None if head is None else head.weight.shape[0]})
+        classes = {name: head.weight.shape[0] for name, head in self.heads.items()}
         return {
-            "tasks": tasks,
+            "tasks": [{"name": name, "classes": classes.get(name)} for name in self.task_names],
             **{key: value for key, value in self._header.items() if key not in left_out},
             "preprocessing": self.preprocessing,
             "parameters": sum(p.numel() for p in self._model.parameters()),
@@ -200,8 +191,18 @@ class Engine:
             TypeError, ValueError: not such images, no preferences or another number of them.
         """
         self._check_images(images)
+        gamma = read_preferences(preferences, self.task_names)
+        if gamma.ndim == 2 and len(gamma) != len(images):
+            expected = f"one for each of {len(images)} images (or one for all)"
+            raise ValueError(f"preferences: expected {expected}, got {len(gamma)}")
+        return self.features(images, gamma)
+
+    def features(self, images: Tensor, gamma: Tensor) -> Tensor:
+        """Compute what calling the engine does, of images and a γ [n, K] or [K] that were checked on their way in."""
         count = len(images)
-        gamma = preferences_of_batch(preferences, self.task_names, count)
+        if gamma.ndim == 2 and (count == 1 or (not gamma.is_cuda and bool((gamma == gamma[:1]).all()))):
+            # all items are known to share one
+            gamma = gamma[0]
         if gamma.ndim == 2 and not self.per_item:
             raise ValueError(
                 "preferences: expected one for the whole batch (a low-rank term is neither in an nn.Linear nor in an "
@@ -287,11 +288,7 @@ class Engine:
         check_images(images, None if self.preprocessing is None else self.preprocessing["size"])
 
     def _mode(self, gamma: Tensor, count: int) -> str:
-        """Choose how to compute.
-
-        Returns:
-            ``rows`` (a preference an item), ``shared`` (one for all) or ``merged`` (one whose W(γ) is kept).
-        """
+        """Return ``rows`` (a preference an item), ``shared`` (one for all) or ``merged`` (one whose W(γ) is kept)."""
         if gamma.ndim == 2:
             return "rows"
         if self.keep_merged and self._served and not gamma.is_cuda:

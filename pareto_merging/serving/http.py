@@ -9,24 +9,93 @@ from typing import Any
 import python_multipart  # noqa: F401 - starlette finds out that it is missing in the first form
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from torch import Tensor
+from pydantic import BaseModel, Field
 
 from pareto_merging.serving.admission import Admission, Gate
-from pareto_merging.serving.answers import (
-    PROBLEMS,
-    Class,
-    Classification,
-    Embedding,
-    Health,
-    ModelCard,
-    TaskCard,
-    request_body,
-)
 from pareto_merging.serving.batching import Batcher, Item, NotFinite
 from pareto_merging.serving.engine import Engine
-from pareto_merging.serving.images import ImageError, decode_image
 from pareto_merging.serving.limits import Limits
-from pareto_merging.serving.queries import ClassifyFields, EmbedFields, Query, Tasks, parse_query, problem, read_body
+from pareto_merging.serving.queries import (
+    JSON,
+    MULTIPART,
+    ClassifyFields,
+    EmbedFields,
+    Query,
+    Tasks,
+    decode_image,
+    parse_query,
+    problem,
+    read_body,
+)
+
+
+class Problem(BaseModel):
+    """Every answer that is not a success."""
+
+    detail: str = Field(description="One line: what was expected and what came.")
+
+
+class Health(BaseModel):
+    status: str = Field(description="ok; or starting, stopping, failing (the last batch failed), with a 503.")
+
+
+class TaskCard(BaseModel):
+    name: str
+    classes: int | None = Field(description="How many classes its zero-shot head has; null: no head, only /embed.")
+
+
+class ModelCard(BaseModel):
+    tasks: list[TaskCard] = Field(description="In the order of a preference's weights.")
+    image_size: int = Field(description="Side in pixels that images are resized and cropped to.")
+    device: str
+    dtype: str
+    limits: Limits
+    file: dict[str, Any] = Field(description="What the folded file says about itself.")
+
+
+class Class(BaseModel):
+    index: int = Field(description="The row of the task's zero-shot head, from 0.")
+    probability: float
+
+
+class Classification(BaseModel):
+    task: str
+    preference: dict[str, float] = Field(description="The preference used, by task name.")
+    classes: list[Class] = Field(description="Most probable first.")
+
+
+class Embedding(BaseModel):
+    preference: dict[str, float] = Field(description="The preference used, by task name.")
+    embedding: list[float] = Field(description="The merged encoder's features; their length is not normalised.")
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem, "description": text}
+    for code, text in {
+        408: "The body took too long to arrive.",
+        413: "The request or the image has too many bytes.",
+        415: "Neither JSON nor a form.",
+        422: "A field, the preference, the task or the image is not what was expected.",
+        500: "The model failed on this image.",
+        503: "The queue is full or the server is stopping: try again after `Retry-After` seconds.",
+    }.items()
+}
+
+
+def request_body(fields: type[EmbedFields]) -> dict[str, Any]:
+    """Describe a POST for OpenAPI: JSON, or a form with a file."""
+    schema = fields.model_json_schema()
+    properties, required = schema["properties"], ["image", *schema.get("required", ())]
+    file = {"type": "string", "format": "binary", "description": "The image file."}
+    encoded = {"type": "string", "format": "byte", "description": "The image file as base64, without line breaks."}
+    text = {**properties["preference"], "type": "string"}
+    text.pop("anyOf")
+    bodies = {MULTIPART: {"image": file, **properties, "preference": text}, JSON: {"image": encoded, **properties}}
+    content = {
+        kind: {"schema": {"type": "object", "properties": body, "required": required, "additionalProperties": False}}
+        for kind, body in bodies.items()
+    }
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def create_app(engine: Engine, limits: Limits | None = None) -> FastAPI:
@@ -43,12 +112,11 @@ class Service:
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
-        self.tasks = Tasks(
-            tuple(engine.task_names), {name: head.weight.shape[0] for name, head in engine.heads.items()}
-        )
+        classes = {name: head.weight.shape[0] for name, head in engine.heads.items()}
+        self.tasks = Tasks(tuple(engine.task_names), classes)
         about = {key: value for key, value in engine.card.items() if key not in ("tasks", "device", "dtype")}
         self.card = ModelCard(
-            tasks=[TaskCard(name=name, classes=self.tasks.classes.get(name)) for name in self.tasks.names],
+            tasks=[TaskCard(name=name, classes=classes.get(name)) for name in self.tasks.names],
             image_size=engine.image_size,
             device=str(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
@@ -65,19 +133,12 @@ class Service:
             redoc_url=None,
         )
         app.add_middleware(Admission, gate=self.gate)
-        app.get("/health", response_model=Health, responses={503: {"model": Health}})(self.health)
+        app.get("/health", responses={503: {"model": Health}})(self.health)
         app.head("/health", include_in_schema=False)(self.health)
         app.get("/metrics", response_class=Response)(self.metrics)
-        app.get("/model", response_model=ModelCard)(self.model)
-        app.post(
-            "/classify",
-            response_model=Classification,
-            responses=PROBLEMS,
-            openapi_extra=request_body(ClassifyFields),
-        )(self.classify)
-        app.post("/embed", response_model=Embedding, responses=PROBLEMS, openapi_extra=request_body(EmbedFields))(
-            self.embed
-        )
+        app.get("/model")(self.model)
+        app.post("/classify", responses=PROBLEMS, openapi_extra=request_body(ClassifyFields))(self.classify)
+        app.post("/embed", responses=PROBLEMS, openapi_extra=request_body(EmbedFields))(self.embed)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -120,21 +181,17 @@ class Service:
             named = ", ".join(list(request.query_params)[:5])
             raise problem(422, f"query: expected fields in the body, as JSON or a form, got {named} in the URL")
         body = await read_body(request)
-        query, image = await self.batcher.decode(self._read, body, fields)
+        item = await self.batcher.decode(self._read, body, fields)
         try:
-            return query, await self.batcher(Item(image, query.preference, query.task, query.top))
+            return item.query, await self.batcher(item)
         except NotFinite as error:
             raise problem(500, error) from error
         except Exception as error:
             raise problem(500, "model: expected an answer, got an error; it is logged") from error
 
-    def _read(self, body: bytes | dict[str, Any], fields: type[EmbedFields]) -> tuple[Query, Tensor]:
+    def _read(self, body: bytes | dict[str, Any], fields: type[EmbedFields]) -> Item:
         query = parse_query(body, fields, self.tasks, self.limits)
-        try:
-            image = decode_image(query.image, self.limits)
-        except ImageError as error:
-            raise problem(422, error) from error
-        return query, self.engine.preprocess(image)
+        return Item(self.engine.preprocess(decode_image(query.image, self.limits)), query)
 
     def _named(self, query: Query) -> dict[str, float]:
         # float32 to seven digits: 0.7 and not 0.699999988079071

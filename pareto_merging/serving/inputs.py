@@ -1,16 +1,79 @@
-"""What a caller gives an engine, checked: images, and preferences as one tensor."""
+"""What an engine is given, checked: a folded file and a type, images, and preferences as one tensor."""
 
+import copy
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pareto_merging.checkpoints import encoders
+from pareto_merging.checkpoints.safetensors import read_shapes
 from pareto_merging.errors import UserError
+from pareto_merging.model.files import load_folded
+from pareto_merging.model.parameters import LEARNED, part_name
 from pareto_merging.preferences import Preference, check_preference, parse_preference
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STORED = dict(zip(("F32", "BF16", "F16", "F64"), DTYPES, strict=True))
 Preferences: TypeAlias = Preference | str | Sequence[Preference | str]
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the type that a caller names, None for the file's own. ValueError if no model is served in it."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and named not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"dtype: expected one of {names}, got {dtype}")
+    return named
+
+
+def load_model(
+    path: Path, header: Mapping[str, Any], plain: nn.Module | None, device: torch.device, dtype: torch.dtype | None
+) -> tuple[nn.Module, torch.dtype]:
+    """Load a folded file's model to be served, and return it with its type.
+
+    Args:
+        plain: a module to load into, which is copied; None: built as the header describes. dtype: None: the file's.
+    """
+    stored = _stored_dtype(path, header)
+    plain = encoders.build(header["encoder"]) if plain is None else copy.deepcopy(plain)
+    # in the file's own type: loading into another one would round
+    model = load_folded(path, plain.to(stored))
+    return model.to(device, dtype or stored).requires_grad_(False).eval(), dtype or stored
+
+
+def _stored_dtype(path: Path, header: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of most of a folded file's weights but the learned ones."""
+    learned = {
+        ".".join(filter(None, ("model", module, part_name(name, part))))
+        for module, entry in header["layers"].items()
+        for name in entry["low_rank"]
+        for part in LEARNED
+    }
+    numbers: Counter[torch.dtype] = Counter()
+    for name, (shape, kind) in read_shapes(path).items():
+        if name.startswith("model.") and name not in learned and kind in _STORED:
+            numbers[_STORED[kind]] += math.prod(shape)
+    return max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+
+
+def preprocessing_in_header(described: Any) -> dict[str, Any]:
+    """Return a header's size, and three finite numbers as mean and as std. UserError if it says something else."""
+    is_valid = isinstance(described, dict) and all(
+        isinstance(described.get(key), list)
+        and len(described[key]) == 3
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in described[key])
+        for key in ("mean", "std")
+    )
+    if not is_valid or not isinstance(described.get("size"), int) or described["size"] < 1 or not all(described["std"]):
+        raise UserError(
+            f"preprocessing: expected size, mean and std of three channels in the header, got {described!r:.80}"
+        )
+    return dict(described)
 
 
 def check_images(images: Tensor, size: int | None) -> None:
@@ -26,26 +89,6 @@ def check_images(images: Tensor, size: int | None) -> None:
         raise ValueError(f"images: expected [n, …] with n at least 1, got {list(images.shape)}")
     if size is not None and images.shape[1:] != (3, size, size):
         raise ValueError(f"images: expected shape [n, 3, {size}, {size}], got {list(images.shape)}")
-
-
-def preprocessing_in_header(described: Any) -> dict[str, Any]:
-    """Return a header's preprocessing: a size, and three finite numbers as mean and as std.
-
-    Raises:
-        UserError: it says something else.
-    """
-    numbers = all(
-        isinstance(described, dict)
-        and isinstance(described.get(key), list)
-        and len(described[key]) == 3
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in described[key])
-        for key in ("mean", "std")
-    )
-    if not numbers or not isinstance(described.get("size"), int) or described["size"] < 1 or not all(described["std"]):
-        raise UserError(
-            f"preprocessing: expected size, mean and std of three channels in the header, got {described!r:.80}"
-        )
-    return dict(described)
 
 
 def read_preferences(preferences: Preferences, names: Sequence[str]) -> Tensor:
@@ -65,20 +108,6 @@ def read_preferences(preferences: Preferences, names: Sequence[str]) -> Tensor:
     if isinstance(preferences, list | tuple) and any(_is_preference(one) for one in preferences):
         return torch.stack([_read_one(one, names) for one in preferences])
     return check_preference(preferences, names).detach()  # type: ignore[arg-type]
-
-
-def preferences_of_batch(preferences: Preferences, names: Sequence[str], count: int) -> Tensor:
-    """Return γ [K] where all ``count`` items are known to share one, else [count, K].
-
-    Raises:
-        ValueError: as :func:`read_preferences`, or another number of them.
-    """
-    gamma = read_preferences(preferences, names)
-    if gamma.ndim == 2 and len(gamma) != count:
-        raise ValueError(f"preferences: expected one for each of {count} images (or one for all), got {len(gamma)}")
-    if gamma.ndim == 2 and (len(gamma) == 1 or (not gamma.is_cuda and bool((gamma == gamma[:1]).all()))):
-        return gamma[0]
-    return gamma
 
 
 def _read_one(preference: Any, names: Sequence[str]) -> Tensor:

@@ -1,12 +1,13 @@
-"""What a request asks for: JSON or multipart/form-data, read into one checked :class:`Query`."""
+"""What a request asks for: JSON or multipart/form-data, read into one checked :class:`Query`, and its image."""
 
 import base64
 import difflib
+import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -30,6 +31,8 @@ PREFERENCE_SCHEMA = {
         {"type": "null"},
     ]
 }
+# others have more than 8 bits per channel, which Pillow would cut off and not scale
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 # a field of a form is a name or a preference
 MAX_FIELD_BYTES = 2**18
 MAX_MESSAGE = 600
@@ -50,12 +53,15 @@ class ClassifyFields(EmbedFields):
     top: int = Field(5, ge=1, le=100_000, description="How many classes to return, most probable first.")
 
 
-@dataclass(frozen=True)
-class Query:
-    """One request, read and checked but for the image.
+class Tasks(NamedTuple):
+    """The names of all tasks in γ's order, and the number of classes by head."""
 
-    It holds the image's bytes, γ [K], and for /classify the task and how many classes are wanted.
-    """
+    names: tuple[str, ...]
+    classes: Mapping[str, int]
+
+
+class Query(NamedTuple):
+    """One request, read and checked but for the image: γ [K], and for /classify the task and how many classes."""
 
     image: bytes
     preference: Tensor
@@ -75,9 +81,7 @@ def problem(status: int, text: object, **headers: str) -> HTTPException:
 
 
 async def read_body(request: Request) -> bytes | dict[str, Any]:
-    """Read the whole body: JSON as bytes, a form as its fields by name.
-
-    The field ``image`` is bytes. Nothing touches the disk.
+    """Read the whole body: JSON as bytes, a form as its fields by name, the image as bytes. Nothing touches the disk.
 
     Raises:
         HTTPException: 415 for another content type, 422 for a form that cannot be read.
@@ -89,22 +93,20 @@ async def read_body(request: Request) -> bytes | dict[str, Any]:
         got = repr(content_type[:80]) if content_type else "none"
         raise problem(415, f"content-type: expected {JSON} or {MULTIPART}, got {got}")
     try:
-        parser = _FormInMemory(
-            request.headers, request.stream(), max_files=1, max_fields=8, max_part_size=MAX_FIELD_BYTES
-        )
-        form = await parser.parse()
+        sizes = {"max_files": 1, "max_fields": 8, "max_part_size": MAX_FIELD_BYTES}
+        form = await _FormInMemory(request.headers, request.stream(), **sizes).parse()
     except MultiPartException as error:
         raise problem(422, f"body: expected {MULTIPART} with one file named image, got: {error.message}") from error
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:
             raise problem(422, f"{name}: expected it once, got it twice")
-        if isinstance(value, UploadFile) and name != "image":
-            raise problem(422, f"{name}: expected the file in the field image, got it in {name}")
-        if not isinstance(value, UploadFile) and name == "image":
-            raise problem(422, "image: expected a file (curl: -F image=@photo.jpg), got text")
         if isinstance(value, UploadFile):
+            if name != "image":
+                raise problem(422, f"{name}: expected the file in the field image, got it in {name}")
             fields[name] = await value.read()
+        elif name == "image":
+            raise problem(422, "image: expected a file (curl: -F image=@photo.jpg), got text")
         elif value:
             # a field that a browser's form leaves empty was not given
             fields[name] = value
@@ -117,7 +119,7 @@ class _FormInMemory(MultiPartParser):
     spool_max_size = 2**62
 
 
-def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: "Tasks", limits: Limits) -> Query:
+def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: Tasks, limits: Limits) -> Query:
     """Check everything about a body but the image itself.
 
     A long body takes a while: this is not for the event loop.
@@ -149,14 +151,6 @@ def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], task
     return Query(image, preference, task, top)
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """The names of all tasks in γ's order, and the number of classes by head."""
-
-    names: tuple[str, ...]
-    classes: Mapping[str, int]
-
-
 def _load_json(body: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> float:
         raise ValueError(f"expected finite numbers, got {constant}")
@@ -186,10 +180,55 @@ def _image_bytes(given: object, limits: Limits) -> bytes:
         raise problem(422, f"image: expected base64 without line breaks, got {shown!r}: {error}") from error
 
 
-def read_preference(given: object, names: Sequence[str]) -> Tensor:
-    """Read γ, float32 [K], from what a request may say.
+def decode_image(data: bytes, limits: Limits) -> Image.Image:
+    """Decode the first frame as an RGB image. Limits are checked from the header before a pixel is decoded.
 
-    That is none or ``equal``, numbers, numbers by task name, or either as text.
+    It is converted as training does it: alpha is dropped, EXIF orientation not applied.
+
+    Raises:
+        HTTPException: 422: another format, a broken file, too many pixels, too long a side, over 8 bits per channel.
+    """
+    accepted = f"one of {', '.join(limits.formats)}"
+    if not data:
+        raise problem(422, f"image: expected {accepted}, got an empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=limits.formats)
+    except Image.DecompressionBombError as error:
+        # Pillow's own limit, 179 million pixels, is above ours or the stricter one
+        raise problem(422, f"image: expected at most {limits.pixels:,} pixels, got far more") from error
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise problem(422, f"image: expected {accepted}, got a file that begins with {data[:8]!r}") from error
+    except Exception as error:
+        # a broken file can fail anywhere inside its decoder
+        raise problem(422, f"image: expected {accepted}, got a broken one: {error}") from error
+    with image:
+        _check_size(image.width, image.height, limits)
+        if image.mode not in MODES:
+            raise problem(422, f"image: expected at most 8 bits per channel, got mode {image.mode}")
+        try:
+            return image.convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise problem(422, f"image: expected a whole {image.format} file, got a broken one: {error}") from error
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    got = f"got {width} x {height}"
+    if min(width, height) < 1:
+        raise problem(422, f"image: expected at least 1 x 1 pixel, {got}")
+    if width * height > limits.pixels:
+        raise problem(422, f"image: expected at most {limits.pixels:,} pixels, {got}")
+    if max(width, height) > limits.side:
+        raise problem(422, f"image: expected sides of at most {limits.side:,} pixels, {got}")
+    if max(width, height) > limits.aspect * min(width, height):
+        raise problem(422, f"image: expected a side at most {limits.aspect:g} times as long as the other, {got}")
+
+
+def read_preference(given: object, names: Sequence[str]) -> Tensor:
+    """Read γ, float32 [K], from none or ``equal``, numbers, numbers by task name, or either as text.
 
     Raises:
         ValueError: as :func:`pareto_merging.preferences.check_preference`; an unknown name lists the known ones.

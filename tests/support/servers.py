@@ -71,11 +71,11 @@ class Controlled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def __call__(self, images: Tensor, preferences: Any) -> Tensor:
+    def features(self, images: Tensor, gamma: Tensor) -> Tensor:
         assert self.go.wait(WAIT)
         self.batches.append(len(images))
-        self.before(preferences)
-        return self.after(preferences, self._engine(images, preferences))
+        self.before(gamma)
+        return self.after(gamma, self._engine.features(images, gamma))
 
 
 class Running:

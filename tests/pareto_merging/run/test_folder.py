@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def unregister_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of an objective, a scalarisation and a strategy that are registered no more."""
     folder = tmp_path_factory.mktemp("own")
     config = write_config(folder / "run.yaml", method=OWN, strategy="own-strategy")
@@ -43,7 +42,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert pareto_state(open_run(folder / "run")[1]).now.strategy == "own-strategy"
     finally:
         unregister_own()
-    yield folder / "run"
+    return folder / "run"
 
 
 def test_what_a_run_was_learned_with_need_not_be_here_to_use_it(own: Path) -> None:

@@ -2,7 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from support.servers import (
 from torch import Tensor
 
 from pareto_merging.model.files import load_heads
-from pareto_merging.serving import Engine
+from pareto_merging.serving import Engine, inputs, queries
 from pareto_merging.serving.limits import Limits
 
 
@@ -90,9 +89,9 @@ def test_a_model_that_takes_one_preference_at_a_time(folded: Path) -> None:
     class Single(Controlled):
         per_item = False
 
-        def __call__(self, images: Tensor, preferences: Any) -> Tensor:
-            assert preferences.ndim == 1
-            return super().__call__(images, preferences)
+        def features(self, images: Tensor, gamma: Tensor) -> Tensor:
+            assert gamma.ndim == 1
+            return super().features(images, gamma)
 
     server = Running(Single(Engine(folded, "cpu")), Limits())
     try:
@@ -107,3 +106,13 @@ def test_a_model_that_takes_one_preference_at_a_time(folded: Path) -> None:
         server.stop()
     for value, answer in zip(values, answers, strict=True):
         assert near(answer["embedding"], merged_features(folded, [value, (1 - value) / 2, (1 - value) / 2]))
+
+
+def test_a_preference_is_looked_at_once_where_it_comes_in(folded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    with running(folded) as server:
+        for module in (inputs, queries):
+            check = module.check_preference
+            monkeypatch.setattr(module, "check_preference", lambda *a, _c=check, **b: seen.append(a) or _c(*a, **b))
+        assert server.post("/embed", preference=[0.2, 0.3, 0.5]).status_code == 200
+    assert len(seen) == 1
