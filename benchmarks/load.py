@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,8 @@ class Phase:
         self.latencies += other.latencies
 
     def to_json(self) -> dict[str, Any]:
-        # asdict of a Counter fails before Python 3.12
-        values = asdict(replace(self, statuses=Counter(), latencies=[]))
+        values = {**vars(self), "statuses": dict(self.statuses)}
         del values["latencies"]
-        values["statuses"] = dict(self.statuses)
         derived = {name: getattr(self, name) for name in ("sent", "lost", "rate", "answered_rate")}
         return {**values, **derived, **{f"p{p}_ms": round(self.percentile(p), 2) for p in (50, 95, 99)}}
 
@@ -111,37 +109,32 @@ class Phase:
 def prepare(
     folded: Path, *, preferences: int = 12, images: int = 4, seed: int = 0, tolerance: float = 1e-3
 ) -> list[Case]:
-    """Prepare requests of random images and preferences (each task alone, then random ones).
+    """Prepare requests of random images and preferences. Each task alone comes first; half of them are to classify.
 
-    Of preferences whose features are too alike for ``tolerance`` to tell them apart one is taken. Half of the requests
-    are classifications where the file has heads.
-
-    Raises:
-        ValueError: fewer than two can be told apart.
+    Of preferences whose features are too alike for ``tolerance`` one is taken. ValueError: fewer than two are left.
     """
     model, heads = load_folded(folded), load_heads(folded)
     # only how an image becomes a tensor; what becomes of the tensor is computed below
     engine = Engine(folded, device="cpu")
     names, tasks = list(heads), len(engine.task_names)
     rng = np.random.default_rng(seed)
-    size = engine.image_size
-    files: list[tuple[str, torch.Tensor]] = []
-    for _ in range(images):
-        image = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        files.append((base64.b64encode(buffer.getvalue()).decode(), engine.preprocess(image)))
+    shape = (engine.image_size, engine.image_size, 3)
+    pictures = [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for _ in range(images)]
+    batch = torch.stack([engine.preprocess(picture) for picture in pictures])
     gammas = [*one_hot_preferences(tasks), *dirichlet(tasks, preferences, seed=seed)][:preferences]
     embeddings: list[Case] = []
     classifications = []
     for number, gamma in enumerate(gammas):
         with torch.inference_mode():
-            features = merge(model, gamma)(torch.stack([tensor for _, tensor in files])).float()
-        for row, (encoded, _) in zip(features, files, strict=True):
-            request: dict[str, Any] = {"image": encoded, "preference": gamma.tolist()}
+            features = merge(model, gamma)(batch).float()
+        for row, picture in zip(features, pictures, strict=True):
             expected = row.numpy()
             if any(_error(expected, case.expected) <= 2 * tolerance for case in embeddings):
                 continue
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+            request: dict[str, Any] = {"image": encoded, "preference": gamma.tolist()}
             embeddings.append(Case("/embed", json.dumps(request).encode(), expected))
             if names:
                 task = names[number % len(names)]
@@ -171,11 +164,9 @@ def _numbers(answer: dict[str, Any], classes: int) -> NDArray[np.float32]:
 
 
 class Client:
-    """Open connections to one server, used again when free. A few dozen lines can send thousands a second.
+    """Open connections to one server, used again when free. UserError for anything but http://HOST:PORT.
 
-    General clients spend milliseconds a request once hundreds are under way.
-
-    Raises UserError for anything but http://HOST:PORT.
+    It can send thousands a second; general clients spend milliseconds a request once hundreds are under way.
     """
 
     def __init__(self, url: str) -> None:
@@ -229,6 +220,7 @@ async def send(client: Client, case: Case, phase: Phase, tolerance: float) -> No
 async def _closed_loop(
     url: str, cases: Sequence[Case], phase: Phase, users: int, seconds: float, tolerance: float
 ) -> None:
+    """Let ``users`` each send their next request when the last is answered."""
     client = Client(url)
 
     async def user(rng: np.random.Generator) -> None:
@@ -263,31 +255,10 @@ async def _open_loop(
     client.close()
 
 
-def closed_loop(url: str, cases: Sequence[Case], name: str, users: int, seconds: float, tolerance: float) -> Phase:
-    """Run ``users`` that each send their next request when the last is answered."""
-    phase = Phase(name)
-    asyncio.run(_closed_loop(url, cases, phase, users, seconds, tolerance))
-    return phase
-
-
-def open_loop(
-    url: str, cases: Sequence[Case], name: str, rate: float, seconds: float, tolerance: float, seed: int = 0
-) -> Phase:
+def open_loop(url: str, cases: Sequence[Case], rate: float, seconds: float, tolerance: float, seed: int = 0) -> Phase:
     """Send ``rate`` requests a second, on time whatever becomes of the earlier ones."""
-    phase = Phase(name, wanted_rate=rate)
-    asyncio.run(_open_loop(url, cases, phase, seconds, tolerance, seed))
-    return phase
-
-
-def overload(url: str, cases: Sequence[Case], rate: float, seconds: float, tolerance: float, clients: int = 1) -> Phase:
-    """Run :func:`open_loop` from several processes, where one cannot send so many."""
     phase = Phase("overload", wanted_rate=rate)
-    if clients == 1:
-        return open_loop(url, cases, phase.name, rate, seconds, tolerance)
-    with ProcessPoolExecutor(clients, mp_context=get_context("spawn")) as pool:
-        arguments = (url, cases, phase.name, rate / clients, seconds, tolerance)
-        for share in [pool.submit(open_loop, *arguments, seed) for seed in range(clients)]:
-            phase.add(share.result())
+    asyncio.run(_open_loop(url, cases, phase, seconds, tolerance, seed))
     return phase
 
 
@@ -301,16 +272,22 @@ def run_load(
     clients: int = 1,
     tolerance: float = 1e-3,
 ) -> list[Phase]:
-    """Run the three phases: sustainable, overload at ``factor`` times its rate, recovery.
-
-    Raises UserError where nothing was answered.
-    """
-    calm = closed_loop(url, cases, "sustainable", users, seconds, tolerance)
+    """Run the three phases, the overload at ``factor`` times the sustainable rate. UserError: nothing was answered."""
+    calm, storm, after = Phase("sustainable"), Phase("overload"), Phase("recovery")
+    asyncio.run(_closed_loop(url, cases, calm, users, seconds, tolerance))
     if not calm.statuses["200"]:
         got = ", ".join(f"{count} × {kind}" for kind, count in calm.statuses.items()) or "nothing"
         raise UserError(f"{url}: expected a server of that file to answer, got {got}")
-    storm = overload(url, cases, factor * calm.answered_rate, seconds, tolerance, clients)
-    after = closed_loop(url, cases, "recovery", users, seconds, tolerance)
+    storm.wanted_rate = factor * calm.answered_rate
+    arguments = (url, cases, storm.wanted_rate / clients, seconds, tolerance)
+    if clients == 1:
+        storm = open_loop(*arguments)
+    else:
+        # where one process cannot send so many
+        with ProcessPoolExecutor(clients, mp_context=get_context("spawn")) as pool:
+            for share in [pool.submit(open_loop, *arguments, seed) for seed in range(clients)]:
+                storm.add(share.result())
+    asyncio.run(_closed_loop(url, cases, after, users, seconds, tolerance))
     return [calm, storm, after]
 
 
@@ -350,12 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         head.append("held back")
         rows = [
             [
-                phase.name,
-                *(str(phase.sent), f"{phase.rate:.1f}", str(phase.statuses["200"]), str(phase.statuses["503"])),
-                *(str(phase.lost), str(phase.mixed_up)),
+                *(phase.name, str(phase.sent), f"{phase.rate:.1f}"),
+                *(str(phase.statuses["200"]), str(phase.statuses["503"]), str(phase.lost), str(phase.mixed_up)),
                 *(f"{phase.percentile(p):.1f}" for p in (50, 95, 99)),
-                f"{phase.worst_error:.1e}",
-                str(phase.held_back),
+                *(f"{phase.worst_error:.1e}", str(phase.held_back)),
             ]
             for phase in phases
         ]
