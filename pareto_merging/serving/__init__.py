@@ -1,7 +1,6 @@
 """Serving a folded model: :class:`Engine` computes, :mod:`pareto_merging.serving.http` puts it on the network.
 
-The engine needs no web server; the ``serve`` extra installs one. It is imported when it is asked for, so that the
-limits can be read without PyTorch.
+The engine needs no web server (the ``serve`` extra) and is imported when asked for: the limits need no PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any

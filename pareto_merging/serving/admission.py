@@ -23,11 +23,10 @@ LINGER_SECONDS = 2.0
 
 
 class Gate:
-    """Knows whether the server is starting, running or stopping, and counts unanswered requests.
+    """Knows whether the server is starting, running or stopping, and counts requests.
 
-    Attributes:
-        pending: requests let in and not answered yet. answered: how many have been answered since the start. cut_off:
-            how many were let in and not answered, because the time to stop ran out.
+    ``pending``: let in and not answered yet. ``answered``: since the start. ``cut_off``: let in and not answered,
+    because the time to stop ran out.
     """
 
     def __init__(self, limits: Limits, paths: Sequence[str], open_paths: Sequence[str]) -> None:
@@ -36,7 +35,7 @@ class Gate:
         self.pending = self.answered = self.cut_off = 0
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self._labels = {*paths, *open_paths}
+        self.labels = {*paths, *open_paths}
         self.requests = Counter(
             "pareto_merging_requests", "Requests by path and status.", ("path", "status"), registry=registry
         )
@@ -59,13 +58,6 @@ class Gate:
         if self.pending >= self.limits.queue:
             return f"queue: expected fewer than {self.limits.queue} unanswered requests, got {self.pending}; try later"
         return None
-
-    def record(self, path: str, status: int, seconds: float | None) -> None:
-        """Count one request; ``seconds`` None: it never waited for the model."""
-        label = path if path in self._labels else "other"
-        self.requests.labels(label, str(status)).inc()
-        if seconds is not None:
-            self.seconds.labels(label).observe(seconds)
 
 
 class Admission:
@@ -92,8 +84,7 @@ class Admission:
         gate.pending += counted
         try:
             if refused is not None:
-                answer = problem(503, refused)
-                response = JSONResponse({"detail": answer.detail}, 503, {"Retry-After": "1"})
+                response = JSONResponse({"detail": refused}, 503, {"Retry-After": "1"})
                 await response(scope, receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
@@ -115,7 +106,10 @@ class Admission:
         finally:
             gate.pending -= counted
             gate.answered += counted and exchange.finished and exchange.status != 503
-            gate.record(path, exchange.status, time.monotonic() - start if counted else None)
+            label = path if path in gate.labels else "other"
+            gate.requests.labels(label, str(exchange.status)).inc()
+            if counted:
+                gate.seconds.labels(label).observe(time.monotonic() - start)
         await exchange.linger()
 
 

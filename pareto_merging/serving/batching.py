@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import batched.aio  # type: ignore[import-untyped]
 import torch
@@ -20,7 +20,6 @@ from pareto_merging.serving.limits import Limits
 from pareto_merging.serving.queries import Query
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -61,16 +60,12 @@ class Batcher:
         # the last batch failed entirely: after some CUDA errors no later one can succeed
         self.failing = False
 
-    async def decode(self, function: Callable[..., T], *arguments: object) -> T:
+    async def decode(self, function: Callable[..., Item], *arguments: object) -> Item:
         """Call ``function(*arguments)`` in one of the decoding threads."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
 
     async def __call__(self, item: Item) -> Answer:
-        """Answer one item, computed together with those of other requests.
-
-        Raises:
-            Exception: what the engine raised for this item; NotFinite.
-        """
+        """Answer one item, computed together with others. Raises NotFinite, and what the engine raised for it."""
         answer: Answer | Exception = await self._submit(item)
         if isinstance(answer, Exception):
             raise answer

@@ -17,15 +17,8 @@ from pareto_merging.errors import UserError
 from pareto_merging.model.files import load_heads, read_folded_header
 from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import equal_preference, parse_preferences
+from pareto_merging.serving import inputs
 from pareto_merging.serving.graphs import Graphs, batch_sizes, can_capture
-from pareto_merging.serving.inputs import (
-    Preferences,
-    check_dtype,
-    check_images,
-    load_model,
-    preprocessing_in_header,
-    read_preferences,
-)
 from pareto_merging.serving.layers import serve_layers
 from pareto_merging.system.devices import find_device
 from pareto_merging.system.progress import progress_bar
@@ -86,12 +79,12 @@ class Engine:
         path = Path(folded_file)
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch: expected at least 1 item, got {max_batch!r}")
-        wanted = check_dtype(dtype)
+        wanted = inputs.check_dtype(dtype)
         self.device = find_device(device)
         self.max_batch, self.keep_merged = max_batch, keep_merged
         self._header = read_folded_header(path)
         with torch.inference_mode(False), torch.no_grad():
-            self._model, self.dtype = load_model(path, self._header, plain, self.device, wanted)
+            self._model, self.dtype = inputs.load_model(path, self._header, plain, self.device, wanted)
             self._state = pareto_state(self._model)
             self._served, self.per_item = serve_layers(self._model)
             self.task_names = self._state.task_names
@@ -136,7 +129,7 @@ class Engine:
         """Return how image files become the model's input (:func:`.encoders.default_preprocessing`), None: unknown."""
         described = self._header.get("preprocessing")
         if described is not None:
-            return preprocessing_in_header(described)
+            return inputs.preprocessing_in_header(described)
         return encoders.default_preprocessing(self._header["encoder"]) if self._header["encoder"] else None
 
     @property
@@ -146,7 +139,7 @@ class Engine:
 
     @cached_property
     def preprocess(self) -> Callable[[Any], Tensor]:
-        """Return the function from a PIL image of any size and mode to float32 [3, size, size] on the CPU."""
+        """Return the function from any PIL image to its input. That is float32 [3, size, size] on the CPU."""
         from open_clip import image_transform
 
         how = self._known_preprocessing
@@ -174,7 +167,7 @@ class Engine:
             "preference_per_item": self.per_item,
         }
 
-    def __call__(self, images: Tensor, preferences: Preferences) -> Tensor:
+    def __call__(self, images: Tensor, preferences: inputs.Preferences) -> Tensor:
         """Compute the features of each image by the model of its own preference.
 
         Args:
@@ -191,14 +184,14 @@ class Engine:
             TypeError, ValueError: not such images, no preferences or another number of them.
         """
         self._check_images(images)
-        gamma = read_preferences(preferences, self.task_names)
+        gamma = inputs.read_preferences(preferences, self.task_names)
         if gamma.ndim == 2 and len(gamma) != len(images):
             expected = f"one for each of {len(images)} images (or one for all)"
             raise ValueError(f"preferences: expected {expected}, got {len(gamma)}")
         return self.features(images, gamma)
 
     def features(self, images: Tensor, gamma: Tensor) -> Tensor:
-        """Compute what calling the engine does, of images and a γ [n, K] or [K] that were checked on their way in."""
+        """Compute what calling the engine does. Images and γ, [n, K] or [K], were checked on their way in."""
         count = len(images)
         if gamma.ndim == 2 and (count == 1 or (not gamma.is_cuda and bool((gamma == gamma[:1]).all()))):
             # all items are known to share one
@@ -218,7 +211,7 @@ class Engine:
             pieces = [self._compute(mode, images[cut], gamma[cut] if gamma.ndim == 2 else gamma) for cut in cuts]
             return torch.cat(pieces)
 
-    def classify(self, images: Tensor, preferences: Preferences, task: str) -> Tensor:
+    def classify(self, images: Tensor, preferences: inputs.Preferences, task: str) -> Tensor:
         """Compute logits ``[n, classes]`` of ``task``'s zero-shot head, float32; otherwise as calling the engine.
 
         Raises ValueError for a task without a head.
@@ -230,7 +223,7 @@ class Engine:
             logits: Tensor = self.heads[task](features)
             return logits
 
-    def sweep(self, images: Tensor, preferences: Preferences) -> Tensor:
+    def sweep(self, images: Tensor, preferences: inputs.Preferences) -> Tensor:
         """Compute the same images at each of R preferences: ``[R, n, dim]``.
 
         What does not depend on γ is computed once for all of them (for every ``max_batch`` of them): everything before
@@ -248,14 +241,19 @@ class Engine:
         if isinstance(preferences, str):
             gammas = torch.stack(parse_preferences(preferences, self.task_names))
         else:
-            gammas = read_preferences(preferences, self.task_names)
+            gammas = inputs.read_preferences(preferences, self.task_names)
         gammas = gammas[None] if gammas.ndim == 1 else gammas
         if not len(gammas):
             raise ValueError("preferences: expected at least one, got none")
         with self._in_order():
             # few images at a time and all preferences: the shared part is then computed once for an image
             each = max(1, self.max_batch // len(gammas))
-            pieces = [self._swept(images[i : i + each], gammas) for i in range(0, len(images), each)]
+            pieces = []
+            for i in range(0, len(images), each):
+                piece = images[i : i + each].to(self.device, self.dtype)
+                together = max(1, self.max_batch // len(piece))
+                cuts = [gammas[j : j + together] for j in range(0, len(gammas), together)]
+                pieces.append(torch.cat([self._at(piece, cut) for cut in cuts]))
             return torch.cat(pieces, dim=1)
 
     def warm_up(self, *, item_shape: Sequence[int] | None = None, shared: bool = True, progress: bool = False) -> None:
@@ -285,10 +283,10 @@ class Engine:
             torch.cuda.synchronize(self.device)
 
     def _check_images(self, images: Tensor) -> None:
-        check_images(images, None if self.preprocessing is None else self.preprocessing["size"])
+        inputs.check_images(images, None if self.preprocessing is None else self.preprocessing["size"])
 
     def _mode(self, gamma: Tensor, count: int) -> str:
-        """Return ``rows`` (a preference an item), ``shared`` (one for all) or ``merged`` (one whose W(γ) is kept)."""
+        """Choose how to compute. ``rows``: a preference an item; ``shared``: one for all; ``merged``: W(γ) kept."""
         if gamma.ndim == 2:
             return "rows"
         if self.keep_merged and self._served and not gamma.is_cuda:
@@ -321,8 +319,8 @@ class Engine:
         return self._forward(mode, images.to(self.device, self.dtype), gamma.to(self.device))
 
     def _forward(self, mode: str, images: Tensor, gamma: Tensor) -> Tensor:
-        if self._served:
-            self._served[0].shared.in_use = mode == "merged"
+        for part in self._served:
+            part.in_use = mode == "merged"
         self._state.now.gamma = gamma
         features = self._model(images)
         if not isinstance(features, Tensor):
@@ -331,10 +329,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
-        """Let one call compute at a time, in no mode of the caller's.
-
-        Calls on several streams share the engine's memory, so each waits for the last.
-        """
+        """Let one call compute at a time, in no mode of the caller's. Each waits for the last, on whatever stream."""
         with self._lock, torch.inference_mode(False), torch.no_grad(), no_autocast(self.device.type):
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             if stream is not None and self._done is not None:
@@ -344,11 +339,6 @@ class Engine:
             finally:
                 if stream is not None:
                     self._done = stream.record_event()
-
-    def _swept(self, images: Tensor, gammas: Tensor) -> Tensor:
-        images = images.to(self.device, self.dtype)
-        together = max(1, self.max_batch // len(images))
-        return torch.cat([self._at(images, gammas[i : i + together]) for i in range(0, len(gammas), together)])
 
     def _at(self, images: Tensor, gammas: Tensor) -> Tensor:
         """Compute features [R, n, dim] at a few preferences [R, K]."""

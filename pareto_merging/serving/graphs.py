@@ -29,18 +29,12 @@ class Graphs:
     """The graphs of one model, and the memory they read.
 
     A batch is copied into that memory and padded to the next size; what the padding computes is never returned. A new
-    preference costs no capture, no allocation and no wait for the GPU.
-
-    Attributes:
-        enabled: whether they are used: no longer from the first computation on that cannot be captured.
+    preference costs no capture, no allocation and no wait for the GPU. They are ``enabled`` until something cannot be
+    captured.
     """
 
     def __init__(self, equal: Tensor, dtype: torch.dtype, max_batch: int) -> None:
-        """Begin without a graph.
-
-        Args:
-            equal: any preference [K] of the model, on its device. dtype: the model's.
-        """
+        """Begin without a graph. ``equal``: any preference [K] of the model, on its device."""
         self.enabled = True
         self._device, self._dtype = equal.device, dtype
         self._sizes = batch_sizes(max_batch)
@@ -55,10 +49,9 @@ class Graphs:
     def replay(
         self, mode: str, images: Tensor, gamma: Tensor, forward: Callable[[str, Tensor, Tensor], Tensor]
     ) -> Tensor | None:
-        """Compute ``forward(mode, images, gamma)`` by the graph of the next larger batch.
+        """Compute ``forward(mode, images, gamma)`` by the graph of the next larger batch, into the caller's own tensor.
 
-        Returns:
-            A tensor of the caller's own; None where it cannot be captured or its item shape is one too many.
+        None where it cannot be captured or its item shape is one too many.
         """
         count, shape = len(images), tuple(images.shape[1:])
         size = next(size for size in self._sizes if size >= count)
@@ -106,7 +99,7 @@ class Graphs:
             self.enabled = False
             self._graphs.clear()
             self._images.clear()
-            warnings.warn(f"engine: computed without CUDA graphs, because {error}", stacklevel=5)
+            warnings.warn(f"engine: computed without CUDA graphs, because {error}", stacklevel=6)
             return None
         self._captured.add(kind)
         return captured

@@ -11,22 +11,11 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
+from pareto_merging.serving import queries
 from pareto_merging.serving.admission import Admission, Gate
 from pareto_merging.serving.batching import Batcher, Item, NotFinite
 from pareto_merging.serving.engine import Engine
 from pareto_merging.serving.limits import Limits
-from pareto_merging.serving.queries import (
-    JSON,
-    MULTIPART,
-    ClassifyFields,
-    EmbedFields,
-    Query,
-    Tasks,
-    decode_image,
-    parse_query,
-    problem,
-    read_body,
-)
 
 
 class Problem(BaseModel):
@@ -82,27 +71,10 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def request_body(fields: type[EmbedFields]) -> dict[str, Any]:
-    """Describe a POST for OpenAPI: JSON, or a form with a file."""
-    schema = fields.model_json_schema()
-    properties, required = schema["properties"], ["image", *schema.get("required", ())]
-    file = {"type": "string", "format": "binary", "description": "The image file."}
-    encoded = {"type": "string", "format": "byte", "description": "The image file as base64, without line breaks."}
-    text = {**properties["preference"], "type": "string"}
-    text.pop("anyOf")
-    bodies = {MULTIPART: {"image": file, **properties, "preference": text}, JSON: {"image": encoded, **properties}}
-    content = {
-        kind: {"schema": {"type": "object", "properties": body, "required": required, "additionalProperties": False}}
-        for kind, body in bodies.items()
-    }
-    return {"requestBody": {"required": True, "content": content}}
-
-
 def create_app(engine: Engine, limits: Limits | None = None) -> FastAPI:
-    """Make the server's app: ``uvicorn.run(create_app(Engine(path)))``, or under any other ASGI server.
+    """Make the server's app: ``uvicorn.run(create_app(Engine(path)))``, or any other ASGI server, with one event loop.
 
-    The engine is warmed up when the app starts, unless :func:`.server.run` has done so. The app belongs to one event
-    loop.
+    The engine is warmed up when the app starts, unless :func:`.server.run` has done so.
     """
     return Service(engine, limits or Limits()).app
 
@@ -113,7 +85,7 @@ class Service:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self.engine, self.limits = engine, limits
         classes = {name: head.weight.shape[0] for name, head in engine.heads.items()}
-        self.tasks = Tasks(tuple(engine.task_names), classes)
+        self.tasks = queries.Tasks(tuple(engine.task_names), classes)
         about = {key: value for key, value in engine.card.items() if key not in ("tasks", "device", "dtype")}
         self.card = ModelCard(
             tasks=[TaskCard(name=name, classes=classes.get(name)) for name in self.tasks.names],
@@ -137,8 +109,10 @@ class Service:
         app.head("/health", include_in_schema=False)(self.health)
         app.get("/metrics", response_class=Response)(self.metrics)
         app.get("/model")(self.model)
-        app.post("/classify", responses=PROBLEMS, openapi_extra=request_body(ClassifyFields))(self.classify)
-        app.post("/embed", responses=PROBLEMS, openapi_extra=request_body(EmbedFields))(self.embed)
+        app.post("/classify", responses=PROBLEMS, openapi_extra=queries.request_body(queries.ClassifyFields))(
+            self.classify
+        )
+        app.post("/embed", responses=PROBLEMS, openapi_extra=queries.request_body(queries.EmbedFields))(self.embed)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -167,32 +141,33 @@ class Service:
 
     async def classify(self, request: Request) -> Classification:
         """Classify an image among one task's classes by the merged model of the preference."""
-        query, answer = await self._answer(request, ClassifyFields)
+        query, answer = await self._answer(request, queries.ClassifyFields)
         classes = [Class(index=index, probability=probability) for index, probability in answer]
         return Classification(task=str(query.task), preference=self._named(query), classes=classes)
 
     async def embed(self, request: Request) -> Embedding:
         """Give the features of an image by the merged encoder of the preference, not normalised."""
-        query, answer = await self._answer(request, EmbedFields)
+        query, answer = await self._answer(request, queries.EmbedFields)
         return Embedding(preference=self._named(query), embedding=answer)
 
-    async def _answer(self, request: Request, fields: type[EmbedFields]) -> tuple[Query, Any]:
+    async def _answer(self, request: Request, fields: type[queries.EmbedFields]) -> tuple[queries.Query, Any]:
         if request.query_params:
             named = ", ".join(list(request.query_params)[:5])
-            raise problem(422, f"query: expected fields in the body, as JSON or a form, got {named} in the URL")
-        body = await read_body(request)
+            text = f"query: expected fields in the body, as JSON or a form, got {named} in the URL"
+            raise queries.problem(422, text)
+        body = await queries.read_body(request)
         item = await self.batcher.decode(self._read, body, fields)
         try:
             return item.query, await self.batcher(item)
         except NotFinite as error:
-            raise problem(500, error) from error
+            raise queries.problem(500, error) from error
         except Exception as error:
-            raise problem(500, "model: expected an answer, got an error; it is logged") from error
+            raise queries.problem(500, "model: expected an answer, got an error; it is logged") from error
 
-    def _read(self, body: bytes | dict[str, Any], fields: type[EmbedFields]) -> Item:
-        query = parse_query(body, fields, self.tasks, self.limits)
-        return Item(self.engine.preprocess(decode_image(query.image, self.limits)), query)
+    def _read(self, body: bytes | dict[str, Any], fields: type[queries.EmbedFields]) -> Item:
+        query = queries.parse_query(body, fields, self.tasks, self.limits)
+        return Item(self.engine.preprocess(queries.decode_image(query.image, self.limits)), query)
 
-    def _named(self, query: Query) -> dict[str, float]:
+    def _named(self, query: queries.Query) -> dict[str, float]:
         # float32 to seven digits: 0.7 and not 0.699999988079071
         return {name: round(value, 7) for name, value in zip(self.tasks.names, query.preference.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""What an engine is given, checked: a folded file and a type, images, and preferences as one tensor."""
+"""What an engine is given, checked: a file, a type, images, preferences as one tensor."""
 
 import copy
 import math
@@ -34,10 +34,9 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def load_model(
     path: Path, header: Mapping[str, Any], plain: nn.Module | None, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[nn.Module, torch.dtype]:
-    """Load a folded file's model to be served, and return it with its type.
+    """Load a folded file's model to be served, and return it with its type. ``dtype`` None: the file's.
 
-    Args:
-        plain: a module to load into, which is copied; None: built as the header describes. dtype: None: the file's.
+    ``plain``: a module to load into, which is copied; None: built as the header describes.
     """
     stored = _stored_dtype(path, header)
     plain = encoders.build(header["encoder"]) if plain is None else copy.deepcopy(plain)
@@ -77,11 +76,7 @@ def preprocessing_in_header(described: Any) -> dict[str, Any]:
 
 
 def check_images(images: Tensor, size: int | None) -> None:
-    """Check that ``images`` is a batch of ``[3, size, size]``, of any shape where size is None.
-
-    Raises:
-        TypeError: no floating-point tensor. ValueError: another shape.
-    """
+    """Raise TypeError or ValueError if ``images`` is no batch of ``[3, size, size]``; None: of any shape."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: expected a floating-point tensor, as engine.preprocess makes them, got {kind}")
@@ -92,11 +87,7 @@ def check_images(images: Tensor, size: int | None) -> None:
 
 
 def read_preferences(preferences: Preferences, names: Sequence[str]) -> Tensor:
-    """Return γ [K] or [n, K], on a GPU only if it came from there.
-
-    Raises:
-        ValueError: not such preferences; of a tensor on a GPU only the shape is looked at.
-    """
+    """Return γ [K] or [n, K], on a GPU only if it came from there. Of that one only the shape is looked at."""
     tasks = len(names)
     if isinstance(preferences, Tensor) and preferences.is_cuda:
         if preferences.ndim not in (1, 2) or preferences.shape[-1] != tasks or not preferences.is_floating_point():

@@ -19,34 +19,22 @@ from pareto_merging.model.parameters import LEARNED, part_name
 
 
 @dataclass
-class SharedPreference:
-    """Whether the layers of one model use the W(γ) they keep, for all items."""
-
-    in_use: bool = False
-
-
-@dataclass
 class ServedWeight:
-    """One parameter [N, D] with a low-rank term.
+    """One parameter with a low-rank term. ``wide`` is [N, D + R], G [r, r, K], B [D, r], and W(γ), if kept, [N, D].
 
-    It is held as ``wide`` [N, D + R], G [r, r, K] and B [D, r], and perhaps as W(γ) [N, D].
+    ``in_use``: whether all items of a batch have the preference of the W(γ) that is kept.
     """
 
     wide: Tensor
     G: Tensor
     B: Tensor
-    shared: SharedPreference
     merged: Tensor | None = None
+    in_use: bool = False
 
     @property
     def weight(self) -> Tensor:
         """Return W [N, D], in the memory of ``wide``."""
         return self.wide[:, : self.B.shape[0]]
-
-    @property
-    def in_use(self) -> Tensor | None:
-        """Return W(γ) where the one preference that it was kept for is in use."""
-        return self.merged if self.shared.in_use else None
 
     def at(self, gamma: Tensor, out: Tensor | None = None) -> Tensor:
         """Return W(γ) for gamma [K], a new tensor or ``out``."""
@@ -72,8 +60,8 @@ class Served(ParetoModule):
         if part is None:
             return super().pareto_project(x, name, bias, rows, batch_dim)
         bias = None if bias is None else bias[rows]
-        if (merged := part.in_use) is not None:
-            return F.linear(x, merged[rows], bias)
+        if part.in_use and part.merged is not None:
+            return F.linear(x, part.merged[rows], bias)
         gamma = self.pareto_gamma_for(x, batch_dim)
         return pmkernels.preference_linear(x, part.wide[rows], part.G, part.B, gamma, bias)
 
@@ -82,13 +70,13 @@ class Served(ParetoModule):
         if part is None:
             return super().pareto_merged(name, gamma)
         if gamma is None:
-            if (merged := part.in_use) is not None:
-                return merged
+            if part.in_use and part.merged is not None:
+                return part.merged
             gamma = self.pareto_gamma_on(part.wide.device)
             if gamma.ndim != 1:
+                tensor = f"{self.pareto_original.__name__}.{name} is one merged tensor"
                 raise ValueError(
-                    f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one "
-                    f"preference for the whole batch, got {len(gamma)}"
+                    f"preference: {tensor}, so expected one preference for the whole batch, got {len(gamma)}"
                 )
         return part.at(gamma.to(part.wide.device))
 
@@ -102,23 +90,21 @@ class ServedAttention(Served, ParetoAttention):
 
 
 def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
-    """Turn the layers of a folded model into :class:`Served` ones, in place.
-
-    The model must not be moved afterwards.
+    """Turn the layers of a folded model into :class:`Served` ones, in place. It must not be moved afterwards.
 
     Returns:
         What they hold, and whether that is every low-rank term of the model: only then can each item of a batch have
         its own preference. Layers of other classes, and the cores without a G, stay as they are.
     """
     weights: list[ServedWeight] = []
-    shared, complete = SharedPreference(), True
+    complete = True
     for _, module in pareto_modules(model):
         names = [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]
         kind = {ParetoLinear: ServedLinear, ParetoAttention: ServedAttention}.get(type(module))
         if kind is None or any(module.pareto_parameter(name).G is None for name in names):
             complete = complete and not names
             continue
-        parts = {name: _served(module, name, shared) for name in names}
+        parts = {name: _served(module, name) for name in names}
         module.__class__ = kind
         module.served = parts
         weights += parts.values()
@@ -129,13 +115,13 @@ def serve_layers(model: nn.Module) -> tuple[list[ServedWeight], bool]:
     return weights, complete and not any(isinstance(parent.out_proj, ParetoModule) for parent in parents)
 
 
-def _served(module: ParetoModule, name: str, shared: SharedPreference) -> ServedWeight:
+def _served(module: ParetoModule, name: str) -> ServedWeight:
     stored = module.pareto_parameter(name)
     weight, term = stored.weight, stored.low_rank()
     assert term is not None
     # the kernels read B along D
     B = term.B.detach().to(weight.dtype).t().contiguous().t()
-    part = ServedWeight(pmkernels.widen_weight(weight, term.A), term.G.detach().contiguous(), B, shared)
+    part = ServedWeight(pmkernels.widen_weight(weight, term.A), term.G.detach().contiguous(), B)
     for attribute in LEARNED:
         module._parameters.pop(part_name(name, attribute), None)
     # the plain weight goes, and what reads it finds it in the wide one

@@ -1,4 +1,4 @@
-"""What a request asks for: JSON or multipart/form-data, read into one checked :class:`Query`, and its image."""
+"""What a request asks for: JSON or multipart/form-data, read into a checked :class:`Query`; its image."""
 
 import base64
 import difflib
@@ -53,6 +53,22 @@ class ClassifyFields(EmbedFields):
     top: int = Field(5, ge=1, le=100_000, description="How many classes to return, most probable first.")
 
 
+def request_body(fields: type[EmbedFields]) -> dict[str, Any]:
+    """Describe a POST for OpenAPI: JSON, or a form with a file."""
+    schema = fields.model_json_schema()
+    properties, required = schema["properties"], ["image", *schema.get("required", ())]
+    file = {"type": "string", "format": "binary", "description": "The image file."}
+    encoded = {"type": "string", "format": "byte", "description": "The image file as base64, without line breaks."}
+    text = {**properties["preference"], "type": "string"}
+    text.pop("anyOf")
+    bodies = {MULTIPART: {"image": file, **properties, "preference": text}, JSON: {"image": encoded, **properties}}
+    content = {
+        kind: {"schema": {"type": "object", "properties": body, "required": required, "additionalProperties": False}}
+        for kind, body in bodies.items()
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
 class Tasks(NamedTuple):
     """The names of all tasks in γ's order, and the number of classes by head."""
 
@@ -61,7 +77,7 @@ class Tasks(NamedTuple):
 
 
 class Query(NamedTuple):
-    """One request, read and checked but for the image: γ [K], and for /classify the task and how many classes."""
+    """One request, read and checked but for the image. γ is [K]; task and number of classes are of /classify."""
 
     image: bytes
     preference: Tensor
@@ -81,10 +97,9 @@ def problem(status: int, text: object, **headers: str) -> HTTPException:
 
 
 async def read_body(request: Request) -> bytes | dict[str, Any]:
-    """Read the whole body: JSON as bytes, a form as its fields by name, the image as bytes. Nothing touches the disk.
+    """Read the whole body, without touching the disk. JSON stays bytes; of a form come the fields, its image as bytes.
 
-    Raises:
-        HTTPException: 415 for another content type, 422 for a form that cannot be read.
+    HTTPException: 415 for another content type, 422 for a form that cannot be read.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == JSON:
@@ -120,12 +135,9 @@ class _FormInMemory(MultiPartParser):
 
 
 def parse_query(body: bytes | Mapping[str, Any], fields: type[EmbedFields], tasks: Tasks, limits: Limits) -> Query:
-    """Check everything about a body but the image itself.
+    """Check everything about a body but the image itself. A long one takes a while: this is not for the event loop.
 
-    A long body takes a while: this is not for the event loop.
-
-    Raises:
-        HTTPException: 422 naming the field, what was expected and what came; 413 for too long an image.
+    HTTPException: 422 naming the field, what was expected and what came; 413 for too long an image.
     """
     values = _load_json(body) if isinstance(body, bytes) else dict(body)
     given = values.pop("image", None)
@@ -183,10 +195,7 @@ def _image_bytes(given: object, limits: Limits) -> bytes:
 def decode_image(data: bytes, limits: Limits) -> Image.Image:
     """Decode the first frame as an RGB image. Limits are checked from the header before a pixel is decoded.
 
-    It is converted as training does it: alpha is dropped, EXIF orientation not applied.
-
-    Raises:
-        HTTPException: 422: another format, a broken file, too many pixels, too long a side, over 8 bits per channel.
+    It is converted as training does it: alpha is dropped, EXIF orientation not applied. HTTPException: 422.
     """
     accepted = f"one of {', '.join(limits.formats)}"
     if not data:
@@ -228,11 +237,7 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def read_preference(given: object, names: Sequence[str]) -> Tensor:
-    """Read γ, float32 [K], from none or ``equal``, numbers, numbers by task name, or either as text.
-
-    Raises:
-        ValueError: as :func:`pareto_merging.preferences.check_preference`; an unknown name lists the known ones.
-    """
+    """Read γ, float32 [K], from numbers, numbers by task name, either as text, or none. Raises ValueError."""
     if given is None:
         return equal_preference(len(names))
     if isinstance(given, str):

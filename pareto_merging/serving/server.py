@@ -32,10 +32,7 @@ MAX_FILES = 2**16
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says when it is ready and tells clients that it stops.
-
-    It also closes connections that stay silent.
-    """
+    """uvicorn, which says when it is ready and that it stops. It closes connections that stay silent."""
 
     def __init__(self, service: Service, on_ready: Callable[[], None]) -> None:
         limits = service.limits
@@ -69,14 +66,9 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        if counter % 10 == 0:
-            self._close_silent()
-        return await super().on_tick(counter)
-
-    def _close_silent(self) -> None:
         # uvicorn has no limit on how long a client takes for its first request or for a request's headers
         now = time.monotonic()
-        for connection in list(self.server_state.connections):
+        for connection in list(self.server_state.connections) if counter % 10 == 0 else ():
             cycle: Any = getattr(connection, "cycle", None)
             if cycle is not None and not cycle.response_complete:
                 self._silent.pop(connection, None)
@@ -86,6 +78,7 @@ class Server(uvicorn.Server):
                 self._silent[connection] = (cycle, now)
             elif now - since > self._gate.limits.idle:
                 connection.shutdown()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         print(f"pareto-merging: stopping, {self._gate.pending} requests in hand", file=sys.stderr, flush=True)
@@ -111,21 +104,16 @@ def run(
     progress: bool = True,
     on_warning: Callable[[str], None] = warnings.warn,
 ) -> int:
-    """Serve a folded file until SIGTERM or Ctrl-C.
+    """Serve a folded file until SIGTERM or Ctrl-C. Returns how many accepted requests were not answered in time.
 
     Args:
-        port: 0 takes a free one. device, dtype, keep_merged: as for :class:`Engine`. threads: CPU threads of the
-            model.
-
-    Returns:
-        How many accepted requests it had no time to answer, usually 0.
+        port: 0 takes a free one. device, dtype, keep_merged: as for :class:`Engine`. threads: CPU threads of the model.
 
     Raises:
         UserError: a port in use, a host that is not here, and what :class:`Engine` raises.
     """
     limits = limits or Limits()
-    listener = bind(host, port)
-    with listener:
+    with bind(host, port) as listener:
         bound = listener.getsockname()
         if not ipaddress.ip_address(bound[0]).is_loopback:
             on_warning(f"{host} can be reached from other machines, and there is no authentication")
@@ -144,12 +132,16 @@ def run(
             print("pareto-merging: interrupted", file=sys.stderr, flush=True)
             os._exit(130)
         shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        _raise_file_limit()
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            import resource
+
+            # as many open connections as the system allows: the usual soft limit is 1024
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
         server = Server(service, lambda: print(f"http://{shown}:{bound[1]}  (docs: /docs)", flush=True))
         server.run(sockets=[listener])
-    gate = service.gate
-    print(f"pareto-merging: stopped; {gate.answered} requests answered", file=sys.stderr)
-    return gate.cut_off
+    print(f"pareto-merging: stopped; {service.gate.answered} requests answered", file=sys.stderr)
+    return service.gate.cut_off
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -170,12 +162,3 @@ def bind(host: str, port: int) -> socket.socket:
             raise UserError(f"--host: expected a name or address of this machine, got {host!r}") from error
         raise UserError(f"--port: expected a port that may be bound, got {port}: {error.strerror}") from error
     return listener
-
-
-def _raise_file_limit() -> None:
-    """Allow as many open connections as the system does: the usual soft limit is 1024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
