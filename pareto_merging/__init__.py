@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pareto_merging.model.state import set_preference as set_preference
     from pareto_merging.model.stored import remember_stored as remember_stored
     from pareto_merging.model.strategy import set_strategy as set_strategy
-    from pareto_merging.run.load import load_models as load_models
+    from pareto_merging.run.workspace import load_models as load_models
 
     # one class by the names that it has had
     MergingTask = Task
@@ -72,7 +72,7 @@ _HOMES = {
     "learned_parameters": "model.learned.learned_parameters",
     "load_folded": "model.files.load_folded",
     "load_heads": "model.files.load_heads",
-    "load_models": "run.load.load_models",
+    "load_models": "run.workspace.load_models",
     "load_pareto_set": "model.files.load_pareto_set",
     "merge": "model.fold.merge",
     "open_checkpoint": "checkpoints.checkpoint.open_checkpoint",

@@ -32,8 +32,8 @@ from pareto_merging.measure.summary import MethodSummary, summarize
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.run.config import RunConfig
 from pareto_merging.run.workspace import Workspace
+from pareto_merging.system.devices import one_thread
 from pareto_merging.system.files import write_json
-from pareto_merging.system.threads import one_thread
 
 EFFORT = 3
 # the published preset, except that the runs are short and λ wants a larger rate then

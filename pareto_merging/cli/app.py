@@ -4,17 +4,13 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 
+from pareto_merging.cli.commands import convert, demo, evaluate, export, plan
 from pareto_merging.cli.compare import compare
-from pareto_merging.cli.convert import convert
-from pareto_merging.cli.demo import demo
-from pareto_merging.cli.evaluate import evaluate
-from pareto_merging.cli.export import export
 from pareto_merging.cli.options import Stopped, tell
-from pareto_merging.cli.plan import plan
 from pareto_merging.cli.serve import serve
 from pareto_merging.cli.train import Train, train
 from pareto_merging.errors import Interrupted, TrainingError, UserError
@@ -30,21 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(demo)
-app.command(cls=Train)(train)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(convert)
-app.command()(export)
-app.command()(plan)
-app.command()(serve)
+for command in (demo, train, evaluate, compare, convert, export, plan, serve):
+    app.command(cls=Train if command is train else None)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit.
-
-    0; 1 (training or a compared method failed); 2 (a mistake); 130 (Ctrl-C).
-    """
+    """Run the command line and exit. 0; 1 (training or a compared method failed); 2 (a mistake); 130 (Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a terminal that cannot show γ shows a question mark
@@ -55,11 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if code == 130:
             tell("interrupted before there was anything to keep")
         sys.exit(code if isinstance(code, int) else 0)
-    except Stopped as stop:
-        tell(str(stop))
-        sys.exit(130)
-    except Interrupted as stop:
-        tell(f"{stop}; nothing was kept")
+    except (Stopped, Interrupted) as stop:
+        tell(f"{stop}; nothing was kept" if isinstance(stop, Interrupted) else str(stop))
         sys.exit(130)
     except (KeyboardInterrupt, typer.Abort):
         tell("interrupted")
@@ -68,10 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader of our output has gone: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except TrainingError as error:
-        _exit(error, 1)
-    except (UserError, OSError) as error:
-        _exit(error, 2)
+    except (TrainingError, UserError, OSError) as error:
+        tell(" ".join(str(error).split()))
+        sys.exit(1 if isinstance(error, TrainingError) else 2)
     except (MemoryError, RuntimeError) as error:
         # torch says it is out of memory in a RuntimeError, on the CPU only by its text
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -86,8 +69,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if text:
             tell(f"{text} (see --help)")
         sys.exit(getattr(error, "exit_code", 2))
-
-
-def _exit(error: Exception, code: int) -> NoReturn:
-    tell(" ".join(str(error).split()))
-    sys.exit(code)

@@ -8,16 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pareto_merging.cli.options import (
-    PREFERENCES_HELP,
-    AsJson,
-    ConfigFile,
-    OutFolder,
-    Quiet,
-    Stopped,
-    tell,
-    warn_of_left_out,
-)
+from pareto_merging.cli import options
 
 Methods = Annotated[
     str | None,
@@ -57,23 +48,23 @@ Effort = Annotated[
 Grid = Annotated[
     str | None,
     typer.Option(
-        help=f"The grid of preferences beside equal, priority and one-hot: {PREFERENCES_HELP}. Default: grid:11 "
-        "for two tasks, lattice:7 for three, dirichlet:30 for more."
+        help=f"The grid of preferences beside equal, priority and one-hot: {options.PREFERENCES_HELP}. Default: "
+        "grid:11 for two tasks, lattice:7 for three, dirichlet:30 for more."
     ),
 ]
 
 
 def compare(
-    config: ConfigFile,
-    out: OutFolder,
+    config: options.ConfigFile,
+    out: options.OutFolder,
     methods: Methods = None,
     list_methods: ListMethods = False,
     effort: Effort = 4,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds, from the configuration's on.")] = 1,
     preferences: Grid = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted comparison there.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Compare merging methods on the models of CONFIG.yaml, in one table and one picture.
 
@@ -104,26 +95,24 @@ def compare(
         )
     except (Interrupted, KeyboardInterrupt) as stop:
         again = _again(config, out, methods=methods, effort=effort, seeds=seeds, preferences=preferences)
-        raise Stopped(f"{str(stop) or 'stopped'}; go on with: {again}") from stop
+        raise options.Stopped(f"{str(stop) or 'stopped'}; go on with: {again}") from stop
     if as_json:
         print(json.dumps(report.to_json()))
     else:
         print_table(f"{config}: held-out images", head(), summary_rows(report.methods), left=(0, 1, 2))
         print("\n".join([EXPLANATION, "", *report.answer, str(out / "compare.md")]))
-    left_out = [name for name in report.tasks if name not in report.evaluated_tasks]
-    if left_out:
-        warn_of_left_out(left_out)
+    options.warn_of_left_out([name for name in report.tasks if name not in report.evaluated_tasks])
     failed = [entry for entry in report.methods.values() if entry.failed]
     for entry in failed:
-        tell(f"{entry.title} failed: {'; '.join(entry.reasons)}")
+        options.tell(f"{entry.title} failed: {'; '.join(entry.reasons)}")
     if failed:
         raise typer.Exit(1)
 
 
-def _again(config: Path, out: Path, **options: object) -> str:
+def _again(config: Path, out: Path, **given: object) -> str:
     """Return the command that goes on with a stopped comparison."""
     arguments = ["pareto-merging", "compare", str(config), "--out", str(out), "--resume"]
     parameters = inspect.signature(compare).parameters
-    for name, value in options.items():
+    for name, value in given.items():
         arguments += [] if value == parameters[name].default else [f"--{name}", str(value)]
     return shlex.join(arguments)

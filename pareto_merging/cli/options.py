@@ -51,5 +51,6 @@ def warn(text: str) -> None:
 
 
 def warn_of_left_out(tasks: list[str]) -> None:
-    """Warn of the tasks without evaluation images."""
-    warn(f"no evaluation images for {', '.join(tasks)}: left out")
+    """Warn of the tasks without evaluation images, if there are any."""
+    if tasks:
+        warn(f"no evaluation images for {', '.join(tasks)}: left out")

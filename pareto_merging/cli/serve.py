@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from pareto_merging.cli.options import Quiet, tell, warn
+from pareto_merging.errors import UserError
 from pareto_merging.serving.limits import Limits, make_limits
 
 
-def _limit_options() -> list[inspect.Parameter]:
-    """Return an option for each of the server's limits, described as the limit is."""
+def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of the server's limits. They replace ``**limits``; ``quiet`` stays last."""
+    *own, quiet, _ = inspect.signature(command, eval_str=True).parameters.values()
     options = []
     for name, limit in Limits.model_fields.items():
         text = str(limit.description)
@@ -21,13 +23,7 @@ def _limit_options() -> list[inspect.Parameter]:
         kind, default = (str, ",".join(limit.default)) if is_list else (limit.annotation, limit.default)
         annotation = Annotated[kind, option]  # type: ignore[valid-type]
         options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return options
-
-
-def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the limits' options in place of ``**limits``; ``quiet`` stays the last."""
-    *own, quiet, _ = inspect.signature(command, eval_str=True).parameters.values()
-    signature = inspect.Signature([*own, *_limit_options(), quiet.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
+    signature = inspect.Signature([*own, *options, quiet.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
     command.__signature__ = signature  # type: ignore[attr-defined]
     return command
 
@@ -69,7 +65,14 @@ def serve(
     accepted and exits.
     """
     checked = make_limits({**limits, "formats": tuple(limits["formats"].split(","))})
-    lost = _serving()(
+    try:
+        from pareto_merging.serving.server import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "pareto_merging":
+            raise
+        missing = f"expected the serve extra (pip install 'pareto-merging[serve]'), got no module named {error.name}"
+        raise UserError(f"serve: {missing}") from error
+    lost = run(
         folded,
         host=host,
         port=port,
@@ -84,18 +87,3 @@ def serve(
     if lost:
         tell(f"{lost} accepted requests were not answered within --shutdown {checked.shutdown}")
         raise typer.Exit(1)
-
-
-def _serving() -> Callable[..., int]:
-    """Return what runs the server. UserError without the serve extra."""
-    from pareto_merging.errors import UserError
-
-    try:
-        from pareto_merging.serving.server import run
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "pareto_merging":
-            raise
-        raise UserError(
-            f"serve: expected the serve extra (pip install 'pareto-merging[serve]'), got no module named {error.name}"
-        ) from error
-    return run

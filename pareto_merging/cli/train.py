@@ -25,8 +25,7 @@ def train(
     """
     from pareto_merging.errors import Interrupted
     from pareto_merging.run.config import read_config
-    from pareto_merging.run.folder import SET_NAME
-    from pareto_merging.run.train import describe_precision, train_run
+    from pareto_merging.run.folder import SET_NAME, describe_precision, train_run
 
     settings = read_config(config)
     try:
@@ -34,9 +33,8 @@ def train(
     except Interrupted as stop:
         again = shlex.join(["pareto-merging", "train", str(config), "--out", str(out), "--resume"])
         raise Stopped(f"{stop}; go on with: {again}") from stop
-    has_images = settings.suite is not None or any(
-        task.evaluation is not None for task in (settings.tasks.values() if isinstance(settings.tasks, dict) else ())
-    )
+    tasks = settings.tasks.values() if isinstance(settings.tasks, dict) else ()
+    has_images = settings.suite is not None or any(task.evaluation is not None for task in tasks)
     after = f"evaluate {shlex.quote(str(out))}" if has_images else f"export {shlex.quote(str(out))} --preference equal"
     print(describe_precision(model))
     done = f"{result.steps} steps" + (f", {result.resumed_from} of them before" if result.resumed_from else "")
@@ -52,9 +50,9 @@ class Train(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _keys() -> list[str]:
-    """Return every key of CONFIG.yaml with its meaning, choices and default."""
-    from pareto_merging.learn.settings import MethodSettings
+def _keys() -> Iterator[str]:
+    """Yield every key of CONFIG.yaml with its meaning, choices and default."""
+    from pareto_merging.learn.settings import MethodSettings, OneOf
     from pareto_merging.run.config import EncoderConfig, RunConfig, TaskConfig
 
     groups: dict[str, Any] = {
@@ -63,19 +61,14 @@ def _keys() -> list[str]:
         "Keys of each task under `tasks:`": TaskConfig,
         "Keys of `method:`, all optional": MethodSettings,
     }
-    return [line for title, group in groups.items() for line in (f"{title}.", *_described_fields(group))]
-
-
-def _described_fields(group: Any) -> Iterator[str]:
-    from pareto_merging.learn.settings import OneOf
-
-    for name, field in group.model_fields.items():
-        if field.description is None:
-            continue
-        choices = ", ".join(
-            [str(value) for value in get_args(field.annotation) if get_origin(field.annotation) is Literal]
-            + [name for one in field.metadata if isinstance(one, OneOf) for name in one.table]
-        )
-        has_default = not field.is_required() and field.default is not None
-        default = f" (default {field.default})" if has_default else " (required)" if field.is_required() else ""
-        yield f"{name}: {field.description}{f' [{choices}]' if choices else ''}{default}"
+    for title, group in groups.items():
+        yield f"{title}."
+        for name, field in group.model_fields.items():
+            if field.description is None:
+                continue
+            choices = [str(value) for value in get_args(field.annotation) if get_origin(field.annotation) is Literal]
+            choices += [name for one in field.metadata if isinstance(one, OneOf) for name in one.table]
+            default = "" if field.default is None else f" (default {field.default})"
+            default = " (required)" if field.is_required() else default
+            one_of = f" [{', '.join(choices)}]" if choices else ""
+            yield f"{name}: {field.description}{one_of}{default}"

@@ -30,8 +30,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from tqdm import tqdm
 
+from pareto_merging.system.devices import one_thread
 from pareto_merging.system.files import atomic_path, write_text
-from pareto_merging.system.threads import one_thread
 
 StateDict = dict[str, Tensor]
 

@@ -54,7 +54,7 @@ class OneOf:
 
 
 def must_exist(info: ValidationInfo) -> bool:
-    """Return whether what settings name must be here: not where ``context`` says they are ``"learned"`` already."""
+    """Return whether what settings name must be registered: not where ``context`` says "learned"."""
     return info.context != "learned"
 
 

@@ -1,13 +1,16 @@
-"""Whether a run's files belong together; what does not is a UserError that names it."""
+"""Whether a run's files belong together, and which encoder they describe. What does not fit is a UserError."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import Checkpoint
 from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import FolderImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
+from pareto_merging.run.config import EncoderConfig
 
 
 def check_different(tasks: Mapping[str, Checkpoint]) -> None:
@@ -38,14 +41,14 @@ def check_copies(pretrained: Checkpoint, tasks: Mapping[str, Checkpoint]) -> Non
             raise UserError(f"{pretrained.source}: {what} (give the whole CLIP)")
 
 
-def check_classes(name: str, task: Task, head: ZeroShotHead) -> None:
+def check_classes(tasks: Mapping[str, Task]) -> None:
     """Raise UserError if a folder of images has another number of classes than the head."""
-    classes = head.weight.shape[0]
-    if isinstance(task.images, FolderImages) and len(task.images.classes) != classes:
-        raise UserError(
-            f"{task.images.root}: expected {classes} sub-folders, one for each class of {name}'s head in its order, "
-            f"got {len(task.images.classes)}"
-        )
+    for name, task in tasks.items():
+        assert isinstance(task.head, ZeroShotHead)
+        classes = task.head.weight.shape[0]
+        if isinstance(task.images, FolderImages) and len(task.images.classes) != classes:
+            expected = f"{classes} sub-folders, one for each class of {name}'s head in its order"
+            raise UserError(f"{task.images.root}: expected {expected}, got {len(task.images.classes)}")
 
 
 def check_tensors(path: Path | str, shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
@@ -60,3 +63,35 @@ def check_tensors(path: Path | str, shapes: Mapping[str, Sequence[int]], expecte
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{path}: is not of the encoder's architecture: it {'; it '.join(problems[:5])}{more}")
+
+
+def first_stated(checkpoints: Sequence[Checkpoint], what: str) -> tuple[Any, str]:
+    """Return what the checkpoints say of themselves, and which says it; None: none does. UserError if two differ."""
+    first, source = None, ""
+    for checkpoint in checkpoints:
+        value = getattr(checkpoint, what)
+        if first is None and value is not None:
+            first, source = value, checkpoint.source
+        elif value is not None and value != first:
+            raise UserError(f"{checkpoint.source}: expected {what} {first} as {source} says, got {value}")
+    return first, source
+
+
+def describe_encoder(
+    architecture: dict[str, Any], config: EncoderConfig, checkpoints: Sequence[Checkpoint]
+) -> dict[str, Any]:
+    """Return how to build the plain encoder, with QuickGELU as the checkpoints say. UserError if they do not agree."""
+    stated, source = first_stated(checkpoints, "heads")
+    heads = architecture.get("arguments", {}).get("heads")
+    if None not in (heads, stated) and heads != stated:
+        raise UserError(f"encoder: expected {stated} attention heads as {source} says, got {heads}")
+    stated, source = first_stated(checkpoints, "quick_gelu")
+    named = config.architecture is not None and encoders.has_quick_gelu(architecture)
+    for key, value in (("quick_gelu", config.quick_gelu), ("architecture", named or None)):
+        if None not in (stated, value) and stated != value:
+            expected, got = (("QuickGELU" if gelu else "GELU") for gelu in (stated, value))
+            raise UserError(f"encoder.{key}: expected {expected} as {source} says, got {got}")
+    chosen = config.quick_gelu
+    if named and chosen is False:
+        raise UserError("encoder.quick_gelu: expected true as the architecture has it, got false")
+    return {**architecture, "quick_gelu": bool(stated if chosen is None else chosen) or named}

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ from pareto_merging.preferences import check_preference
 from pareto_merging.run.config import RunConfig, dump_config
 from pareto_merging.run.folder import CONFIG_NAME, check_new, check_same, differences, locked
 from pareto_merging.run.workspace import Workspace
+from pareto_merging.system.devices import one_thread
 from pareto_merging.system.environment import environment
 from pareto_merging.system.files import write_json, write_text
-from pareto_merging.system.threads import one_thread
 
 SETTINGS_NAME = "settings.json"
 
 
 def chosen_methods(text: str | None, tasks: int) -> list[str]:
-    """Return the methods of ``--methods``, each once, in order.
+    """Return the methods of ``--methods``, each once, in order. It has names, ``all``, and ``-name`` to leave one out.
 
-    The text has names, ``all``, and ``-name`` for one to leave out. None: all, beyond two tasks without the one that
-    needs a run for each preference. Raises UserError for others.
+    None: all, beyond two tasks without the one that needs a run for each preference. UserError for other names.
     """
     if text is None:
         return [name for name, method in METHODS.items() if tasks <= 2 or not method.runs_per_preference]
@@ -67,38 +65,29 @@ def compare_run(
     What is done is kept in a file for each method and seed. With ``resume`` only what is missing is run; methods and
     seeds may then be other ones and join those that are there, the rest must be what it was.
 
-    Args:
-        methods: see :func:`chosen_methods`. effort, grid: see :class:`Comparison`. seeds: how many, from the
-            configuration's on.
-
-    Raises:
-        UserError: see :func:`start_run`, :class:`Workspace` and :func:`parse_preferences`. Interrupted: Ctrl-C.
+    ``methods``: see :func:`chosen_methods`. ``effort``, ``grid``: see :class:`Comparison`. ``seeds``: how many, from
+    the configuration's on. UserError: a mistake in any of them or in a file. Interrupted: Ctrl-C.
     """
-    folder = Path(folder)
     workspace = Workspace(config, suite_folder)
     names = workspace.task_names
     wanted = chosen_methods(methods, len(names))
     grid = default_grid(len(names)) if grid is None else grid
-    _check_numbers(config, names, grid, seeds)
-    _check_folder(config, folder, resume)
-    _open(workspace)
-    settings = {"effort": effort, "preferences": grid, "files": workspace.fingerprint()}
-    if (folder / SETTINGS_NAME).exists():
-        _check_settings(folder / SETTINGS_NAME, settings)
+    with user_errors():
+        evaluated_preferences(names, grid)
+        if config.method.gamma is not None:
+            check_preference(config.method.gamma, names, per_item=False)
+    if config.method.seed + seeds > 2**63:
+        raise UserError(f"seeds: expected fewer from {config.method.seed} on, got {seeds}")
+    settings = _checked_settings(workspace, folder, resume, {"effort": effort, "preferences": grid})
     # the suite's matrices are too small for a second thread
     threads = one_thread() if config.suite is not None else contextlib.nullcontext()
     with locked(folder), threads:
         write_text(folder / CONFIG_NAME, dump_config(config))
         write_json(folder / SETTINGS_NAME, settings)
+        all_seeds = range(config.method.seed, config.method.seed + seeds)
+        on_done = _tell if progress else None
         compare(
-            workspace,
-            folder,
-            wanted,
-            seeds=range(config.method.seed, config.method.seed + seeds),
-            effort=effort,
-            grid=grid,
-            progress=progress,
-            on_done=_tell if progress else None,
+            workspace, folder, wanted, seeds=all_seeds, effort=effort, grid=grid, progress=progress, on_done=on_done
         )
         about = {
             "config": config.model_dump(mode="json", exclude_none=True),
@@ -109,47 +98,35 @@ def compare_run(
         return write_comparison(folder, names, stored_results(folder, wanted), about)
 
 
-def _check_numbers(config: RunConfig, names: Sequence[str], grid: str, seeds: int) -> None:
-    """Raise UserError for preferences or seeds that there cannot be."""
-    with user_errors():
-        evaluated_preferences(names, grid)
-        if config.method.gamma is not None:
-            check_preference(config.method.gamma, names, per_item=False)
-    if config.method.seed + seeds > 2**63:
-        raise UserError(f"seeds: expected fewer from {config.method.seed} on, got {seeds}")
+def _checked_settings(workspace: Workspace, folder: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings and what the files are now. UserError unless the folder is new or of the same comparison.
 
-
-def _check_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Raise UserError unless the folder is new, or with ``resume`` of the same configuration."""
-    is_comparison = (folder / SETTINGS_NAME).exists()
-    if is_comparison and not resume:
-        raise UserError(f"{folder}: expected a new folder, got a comparison that can go on with --resume")
-    if is_comparison:
-        check_same(config, folder)
-    else:
+    Whatever the comparison needs is opened before its folder is made: mistakes leave nothing behind.
+    """
+    path = folder / SETTINGS_NAME
+    if not path.exists():
         check_new(folder)
-
-
-def _open(workspace: Workspace) -> None:
-    """Open what a comparison needs before its folder is made: mistakes leave nothing behind."""
+    elif not resume:
+        raise UserError(f"{folder}: expected a new folder, got a comparison that can go on with --resume")
+    else:
+        check_same(workspace.config, folder)
     workspace.check_files()
     workspace.evaluation_tasks()
     workspace.available_merging_tasks()
     workspace.training_tasks()
     workspace.unseen_tasks()
-
-
-def _check_settings(path: Path, now: Mapping[str, Any]) -> None:
+    settings = {**settings, "files": workspace.fingerprint()}
+    if not path.exists():
+        return settings
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected the settings of a comparison, got {error}") from error
-    changed = sorted(differences(before, json.loads(json.dumps(now))))
+    changed = sorted(differences(before, json.loads(json.dumps(settings))))
     if changed:
-        raise UserError(
-            f"{path.parent}: expected what the comparison was started with, but {', '.join(changed)} differs (for "
-            "other settings choose a new folder)"
-        )
+        what = f"expected what the comparison was started with, but {', '.join(changed)} differs"
+        raise UserError(f"{folder}: {what} (for other settings choose a new folder)")
+    return settings
 
 
 def _tell(result: Result, done: int, total: int, left: float | None) -> None:
@@ -166,6 +143,6 @@ def _tell(result: Result, done: int, total: int, left: float | None) -> None:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 100 * 60:
+        return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

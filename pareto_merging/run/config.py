@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -141,31 +140,23 @@ class RunConfig(Strict):
             raise ValueError(f"unseen: expected tasks that are not merged, got {', '.join(both)}")
         if self.tasks is not None and len(self.tasks) < 1:
             raise ValueError("tasks: expected at least one")
+        # it takes PyTorch's seconds, which the help of the keys need not wait for
+        from pareto_merging.preferences import RESERVED_WORDS
+
         for name in (*(self.tasks or ()), *(self.unseen or ())):
-            _check_name(name)
+            if name == "pretrained":
+                raise ValueError("tasks: expected other names than pretrained, which is the model they came from")
+            if not name.strip() or any(c in name for c in ",;=[]\n") or name.split(":")[0] in RESERVED_WORDS:
+                raise ValueError(f"tasks: expected names that preferences can be given by, got {name!r}")
         if isinstance(self.tasks, list) and len(set(self.tasks)) != len(self.tasks):
             raise ValueError("tasks: expected each task once")
         return self
 
 
-def _check_name(task: str) -> None:
-    """Raise ValueError for a name that no preference could be given by."""
-    # it takes PyTorch's seconds, which the help of the keys need not wait for
-    from pareto_merging.preferences import RESERVED_WORDS
-
-    if task == "pretrained":
-        raise ValueError("tasks: expected other names than pretrained, which is the model they came from")
-    if not task.strip() or any(c in task for c in ",;=[]\n") or task.split(":")[0] in RESERVED_WORDS:
-        raise ValueError(f"tasks: expected names that preferences can be given by, got {task!r}")
-
-
 def read_config(path: Path, *, learned: bool = False) -> RunConfig:
-    """Read and validate a run's YAML file; paths in it are relative to the file.
+    """Read and validate a run's YAML file; paths in it are relative to the file. UserError: every wrong key is named.
 
     ``learned``: of a finished run, whose objective, scalarisation and strategy need not be registered here.
-
-    Raises:
-        UserError: the file is missing, is no YAML mapping, has an unknown key or a value out of range: all are named.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -197,13 +188,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_KEYS = sorted(
-    {
-        name
-        for group in (RunConfig, EncoderConfig, TaskConfig, UnseenConfig, MethodSettings)
-        for name in group.model_fields
-    }
-)
+_GROUPS = (RunConfig, EncoderConfig, TaskConfig, UnseenConfig, MethodSettings)
+_KEYS = sorted({name for group in _GROUPS for name in group.model_fields})
 
 
 def describe_validation(error: ValidationError) -> str:
@@ -228,43 +214,26 @@ def describe_validation(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def _checkpoint(base: Path, source: Path | str) -> Path | str:
-    """Return a path from the configuration's folder, a hub id, or an open_clip tag."""
+def _place(base: Path, key: str, value: Any) -> Path | str:
+    """Return what names a file, from the configuration's folder. Hub ids and open_clip's names stay as they are."""
     # it takes PyTorch's seconds, which the help of the keys need not wait for
     from pareto_merging.checkpoints.hub import remote
 
-    place, elsewhere = base / os.path.expanduser(source), remote(source)
-    if elsewhere is None or (elsewhere != source and place.exists()):
-        return place
-    return elsewhere
+    if key in ("pretrained", "checkpoint"):
+        place, elsewhere = base / os.path.expanduser(value), remote(value)
+        return place if elsewhere is None or (elsewhere != value and place.exists()) else elsewhere
+    if key == "architecture" and not value.endswith(".json"):
+        return str(value)
+    return base / value if key == "head" else str(base / value)
 
 
-def _architecture(base: Path, name: str) -> str:
-    """Return the path of a JSON file, or the name of an open_clip model."""
-    return str(base / name) if name.endswith(".json") else name
-
-
-def _images(base: Path, source: str) -> str:
-    return str(base / source)
-
-
-# the keys that name files, and where these are
-_FILES: dict[str, Callable[[Path, Any], Path | str]] = {
-    "architecture": _architecture,
-    "pretrained": _checkpoint,
-    "checkpoint": _checkpoint,
-    "head": Path.joinpath,
-    "merging": _images,
-    "evaluation": _images,
-    "training": _images,
-}
 Entry = TypeVar("Entry", bound=Strict)
 
 
 def _placed(base: Path, entry: Entry) -> Entry:
     """Return an entry whose files are named from the configuration's folder."""
-    given = {key: getattr(entry, key) for key in _FILES if getattr(entry, key, None) is not None}
-    return entry.model_copy(update={key: _FILES[key](base, value) for key, value in given.items()})
+    files = {key: value for key, value in entry if value is not None and key != "quick_gelu"}
+    return entry.model_copy(update={key: _place(base, key, value) for key, value in files.items()})
 
 
 def _absolute(config: RunConfig, base: Path) -> RunConfig:
@@ -278,6 +247,30 @@ def _absolute(config: RunConfig, base: Path) -> RunConfig:
     if isinstance(config.unseen, dict):
         files["unseen"] = {name: _placed(base, task) for name, task in config.unseen.items()}
     return config.model_copy(update=files)
+
+
+def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, dict[str, TaskConfig]]:
+    """Return the encoder and tasks of the embedded suite as files in ``folder``. By default all eight tasks."""
+    # seconds to import, for those who have their own models
+    from pareto_merging.data import digits
+
+    chosen = list(digits.TASKS) if tasks is None else tasks
+    unknown = [name for name in chosen if name not in digits.TASKS]
+    if unknown:
+        raise UserError(f"tasks: expected some of {', '.join(digits.TASKS)}; got {', '.join(unknown)}")
+    encoder = EncoderConfig(
+        architecture=str(folder / "encoder.json"), pretrained=folder / "pretrained.safetensors", quick_gelu=False
+    )
+    return encoder, {
+        name: TaskConfig(
+            checkpoint=folder / f"finetuned_{name}.safetensors",
+            head=folder / "heads.safetensors",
+            merging=f"digits:{name}/merging",
+            evaluation=f"digits:{name}/evaluation",
+            training=f"digits:{name}/training",
+        )
+        for name in chosen
+    }
 
 
 def dump_config(config: RunConfig) -> str:

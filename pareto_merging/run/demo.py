@@ -22,25 +22,17 @@ from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.run.config import RunConfig
-from pareto_merging.run.folder import SET_NAME, check_new
-from pareto_merging.run.train import train_run
+from pareto_merging.run.folder import SET_NAME, check_new, train_run
 from pareto_merging.run.workspace import Workspace
+from pareto_merging.system.devices import one_thread
 from pareto_merging.system.environment import environment
 from pareto_merging.system.files import write_json, write_text
 from pareto_merging.system.tables import print_table
-from pareto_merging.system.threads import one_thread
 
 # The published preset, except that the runs are short: 150 steps instead of 4000 want a larger rate for λ.
-METHOD: dict[str, Any] = {
-    "preset": "icml2025",
-    "steps": 150,
-    "learning_rate": 1e-3,
-    "lambda_learning_rate": 1e-2,
-    "batch_size": 32,
-}
-PAIR_METHOD: dict[str, Any] = {**METHOD, "steps": 300}
+METHOD: dict[str, Any] = {"preset": "icml2025", "learning_rate": 1e-3, "lambda_learning_rate": 1e-2, "batch_size": 32}
+STEPS, PAIR_STEPS, QUICK_STEPS = 150, 300, 5
 TWO_TASKS = ("upright", "mirrored")
-QUICK_STEPS = 5
 MERGED_MODELS = ("weight-averaging", "task-arithmetic", "adamerging")
 BASELINES = ("individual", "pretrained", *MERGED_MODELS)
 # what each baseline may try, chosen without labels; Pareto Merging has its published setting
@@ -56,29 +48,21 @@ CHANCE = 10.0
 
 def demo_config(tasks: Sequence[str] | None = None, *, quick: bool = False, seed: int = 0) -> RunConfig:
     """Return the demo's configuration for all eight tasks, or for a pair of them."""
-    method = {**(PAIR_METHOD if tasks else METHOD), "seed": seed}
+    method = {**METHOD, "steps": PAIR_STEPS if tasks else STEPS, "seed": seed}
     if quick:
         method |= {"steps": QUICK_STEPS, "batch_size": 8}
     return RunConfig.model_validate({"suite": "digits", "tasks": list(tasks) if tasks else None, "method": method})
 
 
 def run_demo(
-    out: Path,
-    *,
-    overwrite: bool = False,
-    quick: bool = False,
-    seed: int = 0,
-    progress: bool = True,
-    suite_folder: Path | None = None,
+    out: Path, *, overwrite: bool = False, quick: bool = False, seed: int = 0, progress: bool = True
 ) -> dict[str, Any]:
     """Run the demo, print its table and write its folder; return what ``report.json`` holds.
 
     Everything is written beside ``out`` first and takes its place at the end, so that a demo is there whole or not.
-
-    Raises:
-        UserError: ``out`` exists, unless ``overwrite`` is given and it holds an earlier demo.
+    UserError: ``out`` exists, unless ``overwrite`` is given and it holds an earlier demo.
     """
-    out = Path(out).absolute()
+    out = out.absolute()
     if not overwrite or not out.exists():
         check_new(out)
     elif not _is_demo(out):
@@ -88,7 +72,7 @@ def run_demo(
     with one_thread(), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as made:
         folder = Path(made) / out.name
         folder.mkdir()
-        report = _run(folder, quick, seed, progress, suite_folder)
+        report = _run(folder, quick, seed, progress)
         report["environment"]["seconds_in_all"] = round(time.perf_counter() - start, 1)
         write_json(folder / "report.json", report)
         write_text(folder / "index.html", page(report, (folder / "front.png").read_bytes()))
@@ -113,10 +97,10 @@ def _is_demo(folder: Path) -> bool:
     return not folder.is_symlink() and names <= _FILES and isinstance(report, dict) and report.get("format") == FORMAT
 
 
-def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Path | None) -> dict[str, Any]:
+def _run(folder: Path, quick: bool, seed: int, progress: bool) -> dict[str, Any]:
     console = Console(stderr=True, quiet=not progress)
     console.print("Eight tasks: the baselines, each tuned on the unlabelled split …")
-    eight = Workspace(demo_config(quick=quick, seed=seed), suite_folder)
+    eight = Workspace(demo_config(quick=quick, seed=seed))
     comparison = Comparison(eight, effort=EFFORT, grid="equal", choices=CHOICES, progress=progress, keep=True)
     entries = {METHODS[key].title: _entry(_measured(comparison, key)) for key in BASELINES}
     console.print("Eight tasks: Pareto Merging …")
@@ -128,27 +112,29 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool, suite_folder: Pat
 
     console.print(f"Two tasks ({' and '.join(TWO_TASKS)}): Pareto Merging and its front …")
     config = demo_config(TWO_TASKS, quick=quick, seed=seed)
-    pair, trained = train_run(config, folder / "two_tasks", progress=progress, suite_folder=suite_folder)
-    pairs = Comparison(Workspace(config, suite_folder), effort=EFFORT, choices=CHOICES, progress=progress)
+    pair, trained = train_run(config, folder / "two_tasks", progress=progress)
+    pairs = Comparison(Workspace(config), effort=EFFORT, choices=CHOICES, progress=progress)
     results = {key: _measured(pairs, key) for key in BASELINES}
     front = _front(pair, pairs, progress)
     points = {results[key].title: results[key].points[0].accuracy for key in MERGED_MODELS}
     individuals = {name: _own(results["individual"], name).accuracy for name in pairs.evaluation}
-    figures.two_task_front(
-        folder / "front.png",
-        TWO_TASKS,
-        [row["accuracy"] for row in front],
-        [row["gamma"] for row in front],
-        points,
-        individuals,
-    )
+    accuracies, gammas = ([row[key] for row in front] for key in ("accuracy", "gamma"))
+    figures.two_task_front(folder / "front.png", TWO_TASKS, accuracies, gammas, points, individuals)
     save_pareto_set(model, folder / SET_NAME, preset=eight.method.preset)
     return {
         "format": FORMAT,
         "quick": quick,
         "tasks": eight.task_names,
         "methods": entries,
-        "preferences": [_preference(point, eight.task_names) for point in learned.points],
+        "preferences": [
+            {
+                "gamma": point.gamma,
+                "accuracy": dict(zip(eight.task_names, point.accuracy, strict=True)),
+                "entropy": dict(zip(eight.task_names, point.entropy, strict=True)),
+                "average": round(sum(point.accuracy) / len(eight.task_names), 4),
+            }
+            for point in learned.points
+        ],
         "two_tasks": {
             "tasks": list(TWO_TASKS),
             "seconds": round(trained.seconds, 2),
@@ -175,13 +161,10 @@ def _front(model: nn.Module, pairs: Comparison, progress: bool) -> list[dict[str
     """Return a two-task Pareto set's models on a grid of preferences."""
     gammas = list(two_task_grid(11))
     scores = evaluate_preferences(model, pairs.evaluation, gammas, progress=progress)
+    numbers = [(list(score.accuracy.values()), list(score.entropy.values())) for score in scores]
     return [
-        {
-            "gamma": [round(value, 6) for value in gamma.tolist()],
-            "accuracy": list(score.accuracy.values()),
-            "entropy": list(score.entropy.values()),
-        }
-        for gamma, score in zip(gammas, scores, strict=True)
+        {"gamma": [round(value, 6) for value in gamma.tolist()], "accuracy": accuracy, "entropy": entropy}
+        for gamma, (accuracy, entropy) in zip(gammas, numbers, strict=True)
     ]
 
 
@@ -206,15 +189,6 @@ def _entry(result: Measured, kind: str = "equal") -> dict[str, Any]:
     }
 
 
-def _preference(point: Point, tasks: Sequence[str]) -> dict[str, Any]:
-    return {
-        "gamma": point.gamma,
-        "accuracy": dict(zip(tasks, point.accuracy, strict=True)),
-        "entropy": dict(zip(tasks, point.entropy, strict=True)),
-        "average": round(sum(point.accuracy) / len(tasks), 4),
-    }
-
-
 def front_metrics(front: Sequence[Mapping[str, Any]], others: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Return hypervolumes of a two-task front and of other models, and rank correlations.
 
@@ -223,12 +197,11 @@ def front_metrics(front: Sequence[Mapping[str, Any]], others: Mapping[str, Seque
     reference = [CHANCE, CHANCE]
     points = [row["accuracy"] for row in front]
     first = [row["gamma"][0] for row in front]
-    singles = [list(point) for point in others.values()]
     return {
         "reference_point": reference,
         "pareto_merging": hypervolume(points, reference),
-        "baselines": {name: hypervolume([list(point)], reference) for name, point in others.items()},
-        "all_baselines_together": hypervolume(singles, reference) if singles else 0.0,
+        "baselines": {name: hypervolume([point], reference) for name, point in others.items()},
+        "all_baselines_together": hypervolume(list(others.values()), reference),
         "non_dominated_points": int(non_dominated(points).sum()),
         "spearman_gamma1_entropy1": spearman(first, [row["entropy"][0] for row in front]),
         "spearman_gamma1_accuracy1": spearman(first, [row["accuracy"][0] for row in front]),
@@ -269,19 +242,13 @@ def page(report: Mapping[str, Any], picture: bytes) -> str:
     tasks = report["tasks"]
     first, second = report["two_tasks"]["tasks"]
     metrics = report["hypervolume"]
-    methods = [
-        [
-            name,
-            *(f"{entry['per_task'][task]:.1f}" for task in tasks),
-            f"{entry['average']:.1f}",
-            f"{entry['seconds']:.1f}",
-        ]
-        for name, entry in report["methods"].items()
-    ]
+    methods = []
+    for name, entry in report["methods"].items():
+        numbers = [*(entry["per_task"][task] for task in tasks), entry["average"], entry["seconds"]]
+        methods.append([name, *(f"{number:.1f}" for number in numbers)])
     columns, front = _front_table(report)
-    volumes = [["Pareto Merging", f"{metrics['pareto_merging']:.0f}"]]
-    volumes += [["all baselines together", f"{metrics['all_baselines_together']:.0f}"]]
-    volumes += [[name, f"{value:.0f}"] for name, value in metrics["baselines"].items()]
+    volumes = {"Pareto Merging": metrics["pareto_merging"], "all baselines together": metrics["all_baselines_together"]}
+    volumes |= metrics["baselines"]
     where = [[key, str(value)] for key, value in report["environment"].items()]
     image = base64.b64encode(picture).decode()
     warning = "<p><strong>A quick run of a few steps: it shows that everything runs, not what it can do.</strong></p>"
@@ -313,7 +280,7 @@ all of them come from the one learned set.</p>
 the baselines as points" src="data:image/png;base64,{image}"></p>
 <div class="wide">{_table(columns, front)}</div>
 <p>Hypervolume above the reference point {metrics["reference_point"]} (chance on both tasks):</p>
-{_table(["set", "hypervolume"], volumes)}
+{_table(["set", "hypervolume"], [[name, f"{value:.0f}"] for name, value in volumes.items()])}
 <h2>Where this ran</h2>
 {_table(["", ""], where)}
 </body></html>

@@ -34,11 +34,7 @@ _TOKENIZER_BYTES = 2**24
 
 
 def export_folded(run: Path, target: Path, *, overwrite: bool = False) -> Path:
-    """Write every preference as one self-sufficient file for a server.
-
-    Raises:
-        UserError: no finished run, or a target that exists (without ``overwrite``) or that the run is made of.
-    """
+    """Write every preference as one file for a server. UserError: as :func:`export_merged`."""
     check_file(target, overwrite)
     workspace, model = open_run(run)
     _check_not_an_input(run, workspace, target)
@@ -56,25 +52,22 @@ def export_folded(run: Path, target: Path, *, overwrite: bool = False) -> Path:
 def export_merged(
     run: Path,
     preferences: str,
-    target: Path,
+    target: Path | None = None,
     *,
     format: Format = "safetensors",
     text_from: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Path]:
-    """Write a plain merged model for each preference, each with a model card.
+    """Write a plain merged model with a card for each preference. Returns what was written, in order.
 
     Args:
         run: a finished run's folder. preferences: one or several, as :func:`parse_preferences` reads them.
         target: of one preference, the file (``safetensors``) or folder to write; of several, a folder that gets one
-            entry each, named 01, 02, …, and ``preferences.json`` that says which is which.
+            entry each, named 01, 02, …, and ``preferences.json`` that says which is which. None: in the run.
         format: ``safetensors`` (the vision encoder, one file), or a folder that ``open_clip`` or transformers
             (``huggingface``) loads by itself.
         text_from: the checkpoint whose text tower makes it a whole CLIP; default: the pretrained one's, if it has one.
-
-    Returns:
-        What was written, in the order of the preferences.
 
     Raises:
         UserError: no finished run; a target that exists (without ``overwrite``) or that the run is made of; a text
@@ -82,8 +75,16 @@ def export_merged(
     """
     if format == "safetensors" and text_from is not None:
         raise UserError("text_from: expected none for safetensors (the vision encoder alone), got one")
+    if not (run / SET_NAME).is_file():
+        # its own error says what is missing
+        open_run(run)
+    # before the models are loaded: mistakes are said at once
+    names = read_header(run / SET_NAME, SET_FORMAT, ["task_names"])["task_names"]
     with user_errors():
-        gammas = parse_preferences(preferences, _task_names(run))
+        gammas = parse_preferences(preferences, names)
+    if target is None:
+        name = "merged" if format == "safetensors" else f"merged_{format}"
+        target = run / (f"{name}.safetensors" if format == "safetensors" and len(gammas) == 1 else name)
     if len(gammas) > 1:
         _check_list(target, overwrite)
     else:
@@ -96,14 +97,6 @@ def export_merged(
         return exporter.write_list(gammas, target, progress)
     exporter.write(gammas[0], target, overwrite)
     return [target]
-
-
-def default_target(run: Path, preferences: str, format: Format) -> Path:
-    """Return where :func:`export_merged` writes by default: ``merged.safetensors``, or a folder, in the run."""
-    with user_errors():
-        several = len(parse_preferences(preferences, _task_names(run))) > 1
-    name = "merged" if format == "safetensors" else f"merged_{format}"
-    return run / (f"{name}.safetensors" if format == "safetensors" and not several else name)
 
 
 @dataclass(frozen=True)
@@ -137,17 +130,15 @@ class _Exporter:
         card = self._card(gamma, target.name)
         encoder, preprocessing = self.workspace.encoder_description, self.workspace.preprocessing
         if self.format == "safetensors":
-            metadata = {
-                "format": "pt",
-                "preference": self._named(gamma),
-                "encoder": encoder,
-                "preprocessing": preprocessing,
-                "package_version": VERSION,
-            }
+            metadata = {"format": "pt", "preference": self._named(gamma), "encoder": encoder}
+            metadata |= {"preprocessing": preprocessing, "package_version": VERSION}
             write_tensors(target, tensors, metadata)
             write_text(target.with_suffix(".md"), card)
             return
-        tokenizer = {} if self.text is None else _tokenizer(self.text)
+        tokenizer: dict[str, bytes] = {}
+        if self.text is not None:
+            files = hub.beside(self.text.source, self.text.path, _TOKENIZER)
+            tokenizer = {f.name: f.read_bytes() for f in files if f.stat().st_size <= _TOKENIZER_BYTES}
         if self.text is not None and not tokenizer and self.format == "huggingface":
             # its processor and pipelines want one, and this checkpoint brought none
             card += "\n## Tokenizer\n\n"
@@ -169,27 +160,22 @@ class _Exporter:
         rounded = (round(value, 6) for value in gamma.tolist())
         return dict(zip(self.workspace.task_names, rounded, strict=True))
 
-    def _sources(self) -> list[Source]:
-        """Return where the pretrained and the fine-tuned weights came from."""
-        digests = pareto_state(self.model).digests
-        given = {"pretrained": self.workspace.encoder_config.pretrained}
-        given |= {name: task.checkpoint for name, task in self.workspace.task_configs.items()}
-        return [
-            Source(
-                name,
-                origin="/".join(Path(source).parts[-2:]) if hub.remote(source) is None else str(source),
-                digest=digests.get(name, "")[:16],
-                hub_id=hub.hub_id(source),
-            )
-            for name, source in given.items()
-        ]
-
     def _card(self, gamma: Tensor, file_name: str) -> str:
         """Return the model card of one preference."""
         method, preference = self.workspace.method, self._named(gamma)
         has_low_rank = any(name.startswith("B.") for name in learned_parameters(self.model))
         rank = method.rank if method.core == "tensor" else len(preference)
         steps = method.steps_for(len(preference))
+        digests = pareto_state(self.model).digests
+        sources = [
+            Source(
+                name,
+                origin="/".join(Path(source).parts[-2:]) if hub.remote(source) is None else str(source),
+                digest=digests.get(name, "")[:16],
+                hub_id=hub.hub_id(source),
+            )
+            for name, source in self.workspace.sources().items()
+        ]
         return model_card(
             "transformers" if self.format == "huggingface" else self.format,
             encoder=self.workspace.encoder_description,
@@ -199,7 +185,7 @@ class _Exporter:
             method=f"preset {method.preset}, objective {method.objective}, {steps} steps",
             rank=rank if has_low_rank else None,
             lambda_grouping=method.granularity if method.learn_lambda else "",
-            sources=self._sources(),
+            sources=sources,
             version=VERSION,
             preprocessing=self.workspace.preprocessing,
             file_name=file_name,
@@ -222,20 +208,6 @@ def _text(workspace: Workspace, text_from: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def _tokenizer(text: Checkpoint) -> dict[str, bytes]:
-    files = hub.beside(text.source, text.path, _TOKENIZER)
-    return {f.name: f.read_bytes() for f in files if f.stat().st_size <= _TOKENIZER_BYTES}
-
-
-def _task_names(run: Path) -> Sequence[str]:
-    """Return a run's tasks before its models are loaded: mistakes are said at once."""
-    if not (run / SET_NAME).is_file():
-        # its own error says what is missing
-        open_run(run)
-    names: Sequence[str] = read_header(run / SET_NAME, SET_FORMAT, ["task_names"])["task_names"]
-    return names
-
-
 def check_file(target: Path, overwrite: bool) -> None:
     """Raise UserError unless ``target`` is the name of a .safetensors file that may be written."""
     if target.suffix != ".safetensors":
@@ -247,27 +219,22 @@ def check_file(target: Path, overwrite: bool) -> None:
 
 
 def _check_single(target: Path, format: Format, overwrite: bool) -> None:
-    """Raise UserError unless ``target`` is what a model of the format may be written to."""
-    if format == "safetensors":
-        check_file(target, overwrite)
-        _check_card(target, overwrite)
-    elif target.suffix == ".safetensors":
-        raise UserError(f"{target}: expected a folder for {format}, got the name of a file")
-    elif not overwrite:
-        check_new(target)
-
-
-def _check_card(target: Path, overwrite: bool) -> None:
-    """Raise UserError if the model card, which has its file's name, is somebody else's."""
+    """Raise UserError unless a model of the format may be written to ``target``. So may its card beside it."""
+    if format != "safetensors":
+        if target.suffix == ".safetensors":
+            raise UserError(f"{target}: expected a folder for {format}, got the name of a file")
+        if not overwrite:
+            check_new(target)
+        return
+    check_file(target, overwrite)
     card = target.with_suffix(".md")
     if not card.exists() and not card.is_symlink():
         return
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if overwrite and "\n- pareto-merging\n" in card.read_text(encoding="utf-8")[:2000]:
             return
-    raise UserError(
-        f"{target}: expected a name whose model card {card.name} does not exist yet, got another file there"
-    )
+    what = f"expected a name whose model card {card.name} does not exist yet, got another file there"
+    raise UserError(f"{target}: {what}")
 
 
 def _check_list(target: Path, overwrite: bool) -> None:
@@ -286,16 +253,10 @@ def _check_list(target: Path, overwrite: bool) -> None:
 
 def _check_not_an_input(run: Path, workspace: Workspace, target: Path, text: Checkpoint | None = None) -> None:
     """Raise UserError if writing to ``target`` would replace anything that the run reads."""
-    paths: list[Path | str | None] = [run / SET_NAME, run / CHECKPOINT_NAME, run / CONFIG_NAME]
+    paths = [run / SET_NAME, run / CHECKPOINT_NAME, run / CONFIG_NAME, *workspace.files()]
+    paths += [checkpoint.path for checkpoint in workspace.checkpoints()]
     paths += [] if text is None else [text.path, *text.files]
-    for checkpoint in workspace.checkpoints():
-        paths += [checkpoint.path, *checkpoint.files]
-    paths.append(workspace.encoder_config.architecture)
-    for task in workspace.task_configs.values():
-        paths += [task.head, task.merging, task.evaluation, task.training]
-    for unseen in workspace.unseen_configs.values():
-        paths += [unseen.head, unseen.merging, unseen.evaluation]
     place = target.resolve()
-    for path in {Path(path).resolve() for path in paths if path is not None}:
+    for path in {path.resolve() for path in paths}:
         if path == place or place in path.parents:
             raise UserError(f"{target}: expected a place to write to, got one that the run is made of ({path.name})")

@@ -2,14 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.checkpoints.checkpoint import Checkpoint
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.model.copies import check_copies
 from pareto_merging.model.learned import lambda_group
@@ -29,8 +27,7 @@ LONG = 1 << 29
 class PlanRow:
     """One kind of memory: how many numbers, how many bytes, and what it is.
 
-    Attributes:
-        dtypes: of rows about checkpoints, the dtypes that each is stored in. relative_error: of the row about rounding.
+    ``dtypes``: that the checkpoints of a row are stored in. ``relative_error``: of the row about rounding.
     """
 
     kind: str
@@ -54,6 +51,7 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
     narrow = torch.finfo(workspace.dtype).bits // 8
     named = list(model.named_parameters())
     frozen = sum(p.numel() for _, p in named)
+    largest = max(p.numel() for _, p in named)
     buffers = sum(b.numel() for b in model.buffers())
     # the outer products learn no core and have a column for each task
     rank, has_core = (method.rank, True) if method.core == "tensor" else (tasks, False)
@@ -74,9 +72,8 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
         ("G", cores, wide, "float32"),
         ("Adam's moments", 2 * learned, wide, "during training"),
         ("gradients of the K tasks", (tasks + 1) * learned, wide, "during training"),
+        ("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"),
     ]
-    largest = max(p.numel() for _, p in named)
-    rows.append(("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"))
     strategy, budget = workspace.config.strategy, workspace.config.memory_budget
     if strategy in ("auto", "cached") or (strategy == "eager" and workspace.device.type == "cpu"):
         if strategy == "cached" and budget is not None and budget < frozen * narrow:
@@ -98,45 +95,40 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
 
 def _precision_rows(workspace: Workspace, progress: bool) -> list[PlanRow]:
     """Return the dtypes that checkpoints are stored in, and the run's relative error of Σλτ."""
-    sources: dict[str, Path | str] = {"pretrained": workspace.encoder_config.pretrained}
-    sources |= {name: task.checkpoint for name, task in workspace.task_configs.items()}
-    opened: dict[str, Checkpoint] = {}
-    missing: list[str] = []
-    for name, source in sources.items():
+    stored: dict[str, Counter[torch.dtype]] = {}
+    missing = []
+    for name, source in workspace.sources().items():
         try:
-            opened[name] = workspace.checkpoint(source)
+            checkpoint = workspace.checkpoint(source)
         except UserError as error:
             missing.append(str(error))
+            continue
+        stored[name] = Counter()
+        for tensor, shape in checkpoint.shapes.items():
+            stored[name][checkpoint.dtypes[tensor]] += math.prod(shape)
     rows = []
-    for kind, names in (("pretrained checkpoint", ["pretrained"]), ("fine-tuned checkpoints", list(sources)[1:])):
-        counted = {name: _numbers(opened[name]) for name in names if name in opened}
+    for kind, names in (("pretrained checkpoint", ["pretrained"]), ("fine-tuned checkpoints", workspace.task_names)):
+        counted = {name: stored[name] for name in names if name in stored}
         dtypes = {name: describe_dtypes(numbers) for name, numbers in counted.items()}
         note = summarize_dtypes(list(dtypes.values())) if dtypes else ""
         if len(counted) < len(names):
             note = f"{note}; {len(names) - len(counted)} not there" if note else "not there"
-        count = sum(sum(numbers.values()) for numbers in counted.values())
-        size = sum(count * dtype.itemsize for numbers in counted.values() for dtype, count in numbers.items())
-        rows.append(PlanRow(kind, count, size, f"on disk: {note}", dtypes))
-    return [*rows, _rounding_row(workspace, list(opened.values()), missing, progress)]
-
-
-def _rounding_row(workspace: Workspace, opened: list[Checkpoint], missing: list[str], progress: bool) -> PlanRow:
-    kind, dtype = "rounding of τ", workspace.config.dtype
+        count = sum(numbers.total() for numbers in counted.values())
+        rows.append(PlanRow(kind, count, _bytes(counted.values()), f"on disk: {note}", dtypes))
+    note = "none"
+    loss: float | None = 0.0
     if missing:
-        return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: not known ({missing[0]})")
-    if widest([workspace.dtype, *(d for checkpoint in opened for d in checkpoint.dtypes.values())]) == workspace.dtype:
-        return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: none", relative_error=0.0)
-    size = sum(count * d.itemsize for checkpoint in opened for d, count in _numbers(checkpoint).items())
-    with user_errors():
-        error = _rounding(workspace, progress and size >= LONG).relative_error
-    return PlanRow(kind, 0, 0, f"relative error of Σλτ in {dtype}: {percent(error)}", relative_error=error)
+        note, loss = f"not known ({missing[0]})", None
+    elif widest([workspace.dtype, *(dtype for numbers in stored.values() for dtype in numbers)]) != workspace.dtype:
+        with user_errors():
+            loss = _rounding(workspace, progress and _bytes(stored.values()) >= LONG).relative_error
+        note = percent(loss)
+    text = f"relative error of Σλτ in {workspace.config.dtype}: {note}"
+    return [*rows, PlanRow("rounding of τ", 0, 0, text, relative_error=loss)]
 
 
-def _numbers(checkpoint: Checkpoint) -> Counter[torch.dtype]:
-    numbers: Counter[torch.dtype] = Counter()
-    for name, shape in checkpoint.shapes.items():
-        numbers[checkpoint.dtypes[name]] += math.prod(shape)
-    return numbers
+def _bytes(stored: Iterable[Mapping[torch.dtype, int]]) -> int:
+    return sum(count * dtype.itemsize for numbers in stored for dtype, count in numbers.items())
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
 """A run's configuration turned into what the rest works with: encoder, weights, heads and images."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
@@ -21,10 +23,8 @@ from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.pieces import extremes
 from pareto_merging.model.stored import StoredTensors, remember_stored
 from pareto_merging.model.strategy import set_strategy
-from pareto_merging.run.checks import check_classes, check_copies, check_different, check_tensors
-from pareto_merging.run.config import RunConfig, UnseenConfig
-from pareto_merging.run.encoder import describe_encoder, first_stated
-from pareto_merging.run.suite import digits_files, unseen_digits_files
+from pareto_merging.run import checks
+from pareto_merging.run.config import RunConfig, UnseenConfig, describe_validation, digits_files
 from pareto_merging.system.devices import find_device
 
 
@@ -40,26 +40,21 @@ class Workspace:
 
     def __post_init__(self) -> None:
         self._opened: dict[Path | str, Checkpoint] = {}
-        if self.config.suite is not None:
-            chosen = self.config.tasks
-            assert chosen is None or isinstance(chosen, list)
-            folder = self.suite_folder or Path(__file__).parents[1] / "data" / "digits_suite"
-            self.encoder_config, self.task_configs = digits_files(folder, chosen)
-        else:
-            assert self.config.encoder is not None and isinstance(self.config.tasks, dict)
-            self.encoder_config, self.task_configs = self.config.encoder, self.config.tasks
-
-        self.unseen_configs = self._unseen()
-
-    def _unseen(self) -> dict[str, UnseenConfig]:
-        unseen = self.config.unseen
-        if unseen is None or isinstance(unseen, dict):
-            return unseen or {}
-        folder = Path(self.encoder_config.pretrained).parent
-        both = [name for name in unseen if name in self.task_configs]
+        tasks, unseen = self.config.tasks, self.config.unseen
+        self.unseen_configs: dict[str, UnseenConfig] = unseen if isinstance(unseen, dict) else {}
+        if self.config.suite is None:
+            assert self.config.encoder is not None and isinstance(tasks, dict)
+            self.encoder_config, self.task_configs = self.config.encoder, tasks
+            return
+        assert not isinstance(tasks, dict)
+        folder = self.suite_folder or Path(__file__).parents[1] / "data" / "digits_suite"
+        self.encoder_config, self.task_configs = digits_files(folder, tasks)
+        both = [name for name in unseen or () if name in self.task_configs]
         if both:
             raise UserError(f"unseen: expected tasks that are not merged, got {', '.join(both)}")
-        return unseen_digits_files(folder, unseen)
+        for name, task in digits_files(folder, list(unseen or ()))[1].items():
+            files = task.model_dump(include=set(UnseenConfig.model_fields))
+            self.unseen_configs[name] = UnseenConfig.model_validate(files)
 
     @property
     def task_names(self) -> list[str]:
@@ -68,20 +63,17 @@ class Workspace:
 
     @cached_property
     def encoder_description(self) -> dict[str, Any]:
-        """Return how to build the plain encoder: see :func:`describe_encoder`.
-
-        The architecture is the configuration's or else the pretrained checkpoint's.
-        """
+        """Return how to build the plain encoder (:func:`describe_encoder`), as the configuration or the file says."""
         architecture = self._given or self.checkpoint(self.encoder_config.pretrained).encoder
         if architecture is None:
             raise UserError("encoder.architecture: expected an open_clip model name or a JSON file, got none")
-        return describe_encoder(architecture, self.encoder_config, self.checkpoints())
+        return checks.describe_encoder(architecture, self.encoder_config, self.checkpoints())
 
     @property
     def assumption(self) -> str:
         """Return what nothing says and is assumed, in words for the user; or nothing."""
         settled = self._given is not None or self.encoder_config.quick_gelu is not None
-        if settled or first_stated(self.checkpoints(), "quick_gelu")[0] is not None:
+        if settled or checks.first_stated(self.checkpoints(), "quick_gelu")[0] is not None:
             return ""
         return "no checkpoint says whether it has QuickGELU (as OpenAI's have) or GELU: GELU is assumed; set quick_gelu"
 
@@ -100,12 +92,14 @@ class Workspace:
         method = self.config.method.model_copy(update={"seed": seed})
         return Workspace(self.config.model_copy(update={"method": method}), self.suite_folder)
 
+    def sources(self) -> dict[str, Path | str]:
+        """Return where the pretrained checkpoint and those of the tasks come from, by name."""
+        tasks = {name: task.checkpoint for name, task in self.task_configs.items()}
+        return {"pretrained": self.encoder_config.pretrained, **tasks}
+
     def checkpoints(self) -> list[Checkpoint]:
         """Return the pretrained checkpoint and those of the tasks, in order."""
-        return [self.checkpoint(source) for source in self._sources()]
-
-    def _sources(self) -> list[Path | str]:
-        return [self.encoder_config.pretrained, *(task.checkpoint for task in self.task_configs.values())]
+        return [self.checkpoint(source) for source in self.sources().values()]
 
     @cached_property
     def _given(self) -> dict[str, Any] | None:
@@ -133,12 +127,9 @@ class Workspace:
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
-        """Return how image files become the encoder's input: see :func:`.encoders.default_preprocessing`.
-
-        As the checkpoints say, where they do.
-        """
+        """Return how image files become the encoder's input, as the checkpoints say where they do."""
         settings = encoders.default_preprocessing(self.encoder_description)
-        settings |= first_stated(self.checkpoints(), "preprocessing")[0] or {}
+        settings |= checks.first_stated(self.checkpoints(), "preprocessing")[0] or {}
         if self.config.suite is not None:
             from pareto_merging.data import digits
 
@@ -149,26 +140,21 @@ class Workspace:
     @property
     def dtype(self) -> torch.dtype:
         """Return the type of the frozen weights and the images."""
-        dtype: torch.dtype = getattr(torch, self.config.dtype)
-        return dtype
+        return cast(torch.dtype, getattr(torch, self.config.dtype))
 
     def check_files(self) -> None:
-        """Raise UserError if a checkpoint or head is missing or does not fit.
-
-        Only headers and heads are read.
-        """
+        """Raise UserError if a checkpoint or head is missing or does not fit. Only headers and heads are read."""
         tasks = {name: self.checkpoint(task.checkpoint) for name, task in self.task_configs.items()}
-        check_different(tasks)
-        check_copies(self.checkpoint(self.encoder_config.pretrained), tasks)
+        checks.check_different(tasks)
+        checks.check_copies(self.checkpoint(self.encoder_config.pretrained), tasks)
         skeleton = self.skeleton()
-        for path in self._sources():
+        for path in self.sources().values():
             self._fitting(path, skeleton)
-        first_stated(self.checkpoints(), "preprocessing")
+        checks.first_stated(self.checkpoints(), "preprocessing")
         size = encoders.image_size(self.encoder_description)
         with user_errors("encoder"), torch.no_grad():
             try:
-                features = cast(Tensor, skeleton(torch.empty(1, 3, size, size, device="meta")))
-                width = features.shape[-1]
+                width = cast(Tensor, skeleton(torch.empty(1, 3, size, size, device="meta"))).shape[-1]
             except RuntimeError as error:
                 raise UserError(f"encoder: expected one that takes {size}×{size} images, got {error}") from error
         heads = [(name, task.head) for name, task in self.task_configs.items() if task.head is not None]
@@ -179,10 +165,7 @@ class Workspace:
                 raise UserError(f"{path}: expected a head of [classes, {width}] for this encoder, got {got}")
 
     def skeleton(self, *, only_shapes: bool = False) -> nn.Module:
-        """Build the encoder without memory for its weights.
-
-        ``only_shapes``: where it is described, no checkpoint is opened.
-        """
+        """Build the encoder without memory for weights. ``only_shapes``: of no checkpoint, where it is described."""
         given = self._given if only_shapes else None
         with torch.device("meta"):
             return encoders.build(self.encoder_description if given is None else given)
@@ -194,7 +177,7 @@ class Workspace:
         if checkpoint is not pretrained and "proj" not in checkpoint and "proj" in pretrained:
             # a vision model without a projection: the pretrained model's is used, as those who made it do
             expected.pop("proj", None)
-        check_tensors(path, checkpoint.shapes, expected)
+        checks.check_tensors(path, checkpoint.shapes, expected)
         return checkpoint
 
     def load(self, path: Path | str) -> StoredTensors:
@@ -236,17 +219,11 @@ class Workspace:
 
     def pareto_model(self) -> nn.Module:
         """Return a fresh Pareto model with the configuration's settings."""
-        method = self.config.method
-        with user_errors():
-            model = parametrize(self.pretrained(), self.finetuned(), copy=False, **method.model_arguments())
-        self.apply_strategy(model)
-        return model
-
-    def apply_strategy(self, model: nn.Module) -> None:
-        """Have the layers of a Pareto model computed as the configuration wants them."""
         budget = self.config.memory_budget
         with user_errors():
+            model = parametrize(self.pretrained(), self.finetuned(), copy=False, **self.method.model_arguments())
             set_strategy(model, self.config.strategy, memory_budget=None if budget is None else int(budget))
+        return model
 
     def head(self, task: str) -> ZeroShotHead:
         """Return the frozen head of one task."""
@@ -261,19 +238,21 @@ class Workspace:
             if task.merging is None:
                 what = f"expected unlabelled images for the objective {self.method.objective}, got none"
                 raise UserError(f"tasks.{name}.merging: {what}")
-        return self._tasks({name: task.merging for name, task in self.task_configs.items()})
+        return self._tasks("merging")
+
+    def files(self) -> list[Path]:
+        """Return what the run reads: files, and what is named besides (folders of images)."""
+        named: list[Path | str | None] = [self.encoder_config.architecture]
+        for entry in (*self.task_configs.values(), *self.unseen_configs.values()):
+            named += [value for key, value in entry if key != "checkpoint"]
+        for checkpoint in self.checkpoints():
+            named += checkpoint.files
+        return [Path(name) for name in dict.fromkeys(named) if name is not None]
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Return size and time of last change of each file (not of image folders)."""
-        named: list[Path | str | None] = [self.encoder_config.architecture]
-        for task in self.task_configs.values():
-            named += [task.head, task.merging, task.evaluation, task.training]
-        for unseen in self.unseen_configs.values():
-            named += [unseen.head, unseen.merging, unseen.evaluation]
-        for checkpoint in self.checkpoints():
-            named += checkpoint.files
-        paths = [Path(name) for name in dict.fromkeys(named) if name is not None]
-        return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.is_file()}
+        stats = {str(path): path.stat() for path in self.files() if path.is_file()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
     def chance(self, names: Sequence[str]) -> list[float]:
         """Return what guessing would get on each task, in percent: 100 / its head's classes."""
@@ -281,37 +260,28 @@ class Workspace:
 
     def available_merging_tasks(self) -> dict[str, Task]:
         """Return unlabelled images and heads of the tasks that have both."""
-        sources = {name: task.merging for name, task in self.task_configs.items() if task.head is not None}
-        return self._tasks(sources)
+        return self._tasks("merging", only_with_head=True)
 
     def training_tasks(self) -> dict[str, Task]:
         """Return labelled training images and heads of the tasks that have both. UserError if the classes differ."""
-        sources = {name: task.training for name, task in self.task_configs.items() if task.head is not None}
-        return self._labelled(self._tasks(sources))
+        return self._tasks("training", only_with_head=True)
 
     def evaluation_tasks(self) -> dict[str, Task]:
-        """Return labelled images and heads of the tasks that have them.
-
-        Raises:
-            UserError: none has, one is without a head, or the classes differ.
-        """
-        tasks = self._tasks({name: task.evaluation for name, task in self.task_configs.items()})
+        """Return labelled images and heads. UserError: none has them, one is without a head, or the classes differ."""
+        tasks = self._tasks("evaluation")
         if not tasks:
             raise UserError("tasks: expected `evaluation` images for at least one task, got none")
-        return self._labelled(tasks)
+        return tasks
 
-    def _tasks(self, sources: Mapping[str, str | None]) -> dict[str, Task]:
-        """Return images and heads of the tasks that have a source of images."""
-        return {
+    def _tasks(self, split: str, *, only_with_head: bool = False) -> dict[str, Task]:
+        """Return images and heads of the tasks that have the split."""
+        tasks = {
             name: Task(open_images(source, self.preprocessing), self.head(name))
-            for name, source in sources.items()
-            if source is not None
+            for name, task in self.task_configs.items()
+            if (source := getattr(task, split)) is not None and not (only_with_head and task.head is None)
         }
-
-    def _labelled(self, tasks: dict[str, Task]) -> dict[str, Task]:
-        """Return the tasks. UserError if the classes of one are not its head's."""
-        for name, task in tasks.items():
-            check_classes(name, task, self.head(name))
+        if split != "merging":
+            checks.check_classes(tasks)
         return tasks
 
     def unseen_tasks(self) -> dict[str, tuple[Task, Task]]:
@@ -320,6 +290,46 @@ class Workspace:
         for name, task in self.unseen_configs.items():
             head = read_head(task.head, name).to(self.device)
             labelled = Task(open_images(task.evaluation, self.preprocessing), head)
-            check_classes(name, labelled, head)
+            checks.check_classes({name: labelled})
             tasks[name] = Task(open_images(task.merging, self.preprocessing), head), labelled
         return tasks
+
+
+def load_models(
+    pretrained: str | Path,
+    finetuned: Mapping[str, str | Path],
+    *,
+    quick_gelu: bool | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+) -> tuple[nn.Module, dict[str, StoredTensors]]:
+    """Load a pretrained encoder and its fine-tuned copies, as :func:`parametrize` takes them, from any format.
+
+    Args:
+        pretrained: a file, a folder, a hub id (``openai/clip-vit-base-patch32``) or ``open_clip:NAME/TAG``.
+        finetuned: likewise, by task name.
+        quick_gelu: for checkpoints that do not say it themselves, such as bare state dicts; default: GELU.
+        dtype: of the module, and so of a model that is made of it. device: ``auto`` is a CUDA GPU where there is one.
+
+    Returns:
+        The module, and for each task a mapping that reads a tensor from its file, as it is stored there, when it is
+        asked for it. The module's weights are rounded to ``dtype``, but it remembers where they are as stored, so that
+        every task vector is rounded once (:mod:`pareto_merging.model.stored`). With ``parametrize(*load_models(…),
+        copy=False)`` a Pareto model takes K + 1 models of memory and one tensor.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or does not belong to the pretrained one.
+    """
+    if not isinstance(finetuned, Mapping):
+        raise TypeError(f"finetuned: expected a mapping from task name to checkpoint, got {type(finetuned).__name__}")
+    tasks = {name: {"checkpoint": source} for name, source in finetuned.items()}
+    encoder = {"pretrained": pretrained, "quick_gelu": quick_gelu}
+    try:
+        settings = {"encoder": encoder, "tasks": tasks, "dtype": dtype, "device": device}
+        workspace = Workspace(RunConfig.model_validate(settings))
+    except ValidationError as error:
+        raise UserError(describe_validation(error)) from error
+    workspace.check_files()
+    if workspace.assumption:
+        warnings.warn(workspace.assumption, stacklevel=2)
+    return workspace.pretrained(), workspace.finetuned()

@@ -1,5 +1,6 @@
 """Where figures were measured, and what a piece of work takes."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -21,21 +22,20 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": _proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+def _proc(file: str, name: str) -> str | None:
+    """Return what one of Linux's files says of ``name``. None on other systems, or where it is not allowed."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
@@ -48,7 +48,9 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    _resident(reset=True)
+    with contextlib.suppress(OSError):
+        # lets the peak start from now
+        Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     result = work()
     if on_gpu:
@@ -57,15 +59,9 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     return result, seconds, torch.cuda.max_memory_allocated() if on_gpu else _resident()
 
 
-def _resident(reset: bool = False) -> int:
-    """Return the process's peak resident memory in bytes. ``reset`` lets it start from now where it can."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        # not Linux, or not allowed: the peak since the process began
-        pass
+def _resident() -> int:
+    """Return the process's peak resident memory in bytes. Where it cannot be reset it counts from the start."""
+    peak = _proc("self/status", "VmHWM:")
+    if peak is not None:
+        return int(peak.split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

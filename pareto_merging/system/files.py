@@ -102,8 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, limit: int = 2**24) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
-    Raises:
-        UserError: missing, longer than ``limit`` bytes, not JSON, or another value; a key given twice is an error too.
+    UserError: missing, longer than ``limit`` bytes, not JSON, or another value; a key given twice is an error too.
     """
     if not path.is_file():
         raise UserError(f"{path}: expected a JSON file, got {'a folder' if path.is_dir() else 'no such file'}")

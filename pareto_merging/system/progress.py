@@ -17,8 +17,7 @@ PLAIN_SECONDS = 10.0
 
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, done: int = 0, enabled: bool = True) -> Iterator[Advance]:
-    """Show progress. ``with progress_bar("training", 500) as advance: advance(step, "loss 0.31")``, step counted from
-    1.
+    """Show progress: ``with progress_bar("training", 500) as advance: advance(1, "loss 0.31")``.
 
     Writes to standard error, so that standard output stays for results.
     """

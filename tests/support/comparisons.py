@@ -11,8 +11,7 @@ from torch.utils.data import Dataset
 
 from pareto_merging.data import digits
 from pareto_merging.measure.comparison import Comparison
-from pareto_merging.run.config import RunConfig
-from pareto_merging.run.suite import digits_files
+from pareto_merging.run.config import RunConfig, digits_files
 from pareto_merging.run.workspace import Workspace
 
 SUITE = Path(digits.__file__).parent / "digits_suite"
