@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +194,7 @@ def _ablate(suite: Path, seed: int, tasks: int, folder: Path, quick: bool) -> No
         key = "pareto-data-free" if "objective" in ABLATIONS[name] else "pareto"
         change = {k: v for k, v in ABLATIONS[name].items() if k != "objective"}
         comparison.choices = {key: [change]}
-        write_json(path, replace(comparison.run(key), method=name, title=name).to_json())
+        write_json(path, comparison.run(key).model_copy(update={"method": name, "title": name}).to_json())
 
 
 def _file_name(name: str) -> str:
@@ -204,7 +203,7 @@ def _file_name(name: str) -> str:
 
 def _read(folder: Path, seed: int, tasks: int, inside: str = "") -> list[Result]:
     paths = sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json"))
-    results = [replace(result, seed=seed) for result in map(read_result, paths) if result is not None]
+    results = [result.model_copy(update={"seed": seed}) for result in map(read_result, paths) if result is not None]
     order = {name: number for number, name in enumerate((*METHODS, *ABLATIONS))}
     return sorted(results, key=lambda result: order[result.method])
 
@@ -239,8 +238,7 @@ def _judges(results: Sequence[Result]) -> dict[str, Any]:
         for result in results:
             if result.seed != seed or not isinstance(result, Measured) or result.is_bound or result.preference_aware:
                 continue
-            tries = result.tuning.tries if result.tuning else []
-            score = next((tried.score for tried in tries if tried.choice == result.choice), None)
+            score = next((tried.score for tried in result.candidates if tried.choice == result.choice), None)
             if score is not None:
                 accuracy = result.points[0].accuracy
                 pairs.append((score, math.fsum(accuracy) / len(accuracy)))

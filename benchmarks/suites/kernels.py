@@ -279,7 +279,7 @@ def markdown(report: dict[str, Any]) -> str:
     rates = report["ceilings"]
     lines = [
         f"One layer, K = {report['tasks']}, r = {report['rank']}; median of one run, cold L2 cache. Ceilings measured "
-        f"in the same run: copy {rates['copy'] / 1e12:.2f} TB/s, bfloat16 {rates['bfloat16'] / 1e12:.0f} TFLOP/s.",
+        f"in the same run: copy {rates['copy'] / 1e12:.2f} TB/s, bfloat16 {rates['bfloat16'] / 1e12:.0f} TFLOP/s."
     ]
     columns = ["layer", "type", "variant", "ms", "to the limit", "of the bound"]
     for op in dict.fromkeys(row["op"] for row in report["rows"]):

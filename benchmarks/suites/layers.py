@@ -14,16 +14,7 @@ import torch
 
 from benchmarks.common import towers
 from benchmarks.common.errors import relative_error
-from benchmarks.common.layer_case import (
-    CHOICES,
-    LIMIT,
-    OPERATIONS,
-    Case,
-    needed_memory,
-    product_error,
-    truth,
-    variants,
-)
+from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, Case, needed_memory, product_error, truth, variants
 from benchmarks.common.rows import LayerRow, dtype_name
 from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere

@@ -14,6 +14,7 @@ from pareto_merging.cli.options import Stopped, tell
 from pareto_merging.cli.serve import serve
 from pareto_merging.cli.train import Train, train
 from pareto_merging.errors import Interrupted, TrainingError, UserError
+from pareto_merging.methods import FILES
 
 app = typer.Typer(
     name="pareto-merging",
@@ -27,7 +28,8 @@ app = typer.Typer(
     add_completion=False,
 )
 for command in (demo, train, evaluate, compare, convert, export, plan, serve):
-    app.command(cls=Train if command is train else None)(command)
+    epilog = f"Methods: {', '.join(FILES)}." if command is compare else None
+    app.command(cls=Train if command is train else None, epilog=epilog)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.choose import Judge, choose_for_unseen
 from pareto_merging.measure.evaluation import evaluate_model
-from pareto_merging.measure.results import Measured, Point, Result, Tuning, UnseenScore, read_result, result_name
+from pareto_merging.measure.results import Measured, Point, Result, UnseenScore, read_result, result_name
 from pareto_merging.measure.time_left import TimeLeft, count_runs
 from pareto_merging.measure.tuning import FAILURES, one_line, tune
 from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
@@ -139,23 +139,23 @@ class Comparison:
             UserError: weights or images that cannot be opened. Interrupted: Ctrl-C while a method learns.
         """
         method, problem = METHODS[key], replace(self.problem, folder=self.folder)
-        about = Result(
-            method=key,
-            title=method.title,
-            seed=self.models.method.seed,
-            is_bound=method.is_bound,
-            tasks=list(self.evaluation),
-            reference_point=self.reference_point,
-        )
+        about: dict[str, Any] = {
+            "method": key,
+            "title": method.title,
+            "seed": self.models.method.seed,
+            "is_bound": method.is_bound,
+            "tasks": list(self.evaluation),
+            "reference_point": self.reference_point,
+        }
         try:
             check_needs(method, problem)
         except ValueError as error:
-            return replace(about, reason=str(error))
+            return Result(**about, status="skipped", reason=str(error))
         start = time.perf_counter()
         tries, best = tune(method, problem, self._choices(key, method), self.judge.score)
-        about = replace(about, tuning=Tuning(tries, round(time.perf_counter() - start, 2)))
+        about |= {"candidates": tries, "tuning_seconds": round(time.perf_counter() - start, 2)}
         if best is None:
-            return replace(about, reason=str(tries[-1].error))
+            return Result(**about, status="failed", reason=str(tries[-1].error))
         merged, tried = best
         if self.keep:
             self.kept[key] = merged
@@ -165,9 +165,10 @@ class Comparison:
         except Interrupted:
             raise
         except FAILURES as error:
-            return replace(about, reason=one_line(error))
+            return Result(**about, status="failed", reason=one_line(error))
         return Measured(
-            **vars(about),
+            **about,
+            status="done",
             preference_aware=merged.preference_aware,
             choice=tried.choice,
             # a run for each preference was made when it was asked for
@@ -175,7 +176,7 @@ class Comparison:
             peak_bytes=tried.peak_bytes or 0,
             facts={name: fact for name, fact in merged.facts.items() if name != "lambda"},
             points=points,
-            unseen=unseen,
+            **({"unseen": unseen} if unseen else {}),
         )
 
     def _choices(self, key: str, method: Method) -> list[Choice]:
@@ -203,8 +204,8 @@ class Comparison:
             scores = evaluate_model(merged.at(gamma), self.evaluation, workers=self.models.workers)
             points.append(
                 Point(
-                    kinds,
-                    _rounded(gamma) if merged.preference_aware else None,
+                    kinds=kinds,
+                    gamma=_rounded(gamma) if merged.preference_aware else None,
                     accuracy=[round(scores.accuracy[name], 4) for name in self.evaluation],
                     entropy=[round(scores.entropy[name], 4) for name in self.evaluation],
                 )

@@ -2,22 +2,27 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from pareto_merging.errors import UserError
 from pareto_merging.methods.interface import Choice
 from pareto_merging.methods.registry import METHODS
 
 FORMAT = "pareto-comparison-result"
-# the keys of every result, and those of one that was measured, as they stand in files
-_ABOUT = ("method", "title", "seed", "is_bound", "tasks", "reference_point")
-_MEASURED = ("preference_aware", "choice", "seconds", "peak_bytes", "facts")
 
 
-@dataclass(frozen=True)
-class Point:
+class Stored(BaseModel, extra="allow"):
+    """What stands in a file, in the order of its keys. Those that are unknown here are kept."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON of what was given and nothing else."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Point(Stored):
     """One model of a method on the held-out images.
 
     Attributes:
@@ -29,23 +34,18 @@ class Point:
     kinds: list[str]
     gamma: list[float] | None
     accuracy: list[float]
-    entropy: list[float]
+    entropy: list[float] = []
 
 
-@dataclass(frozen=True)
-class UnseenScore:
-    """The model chosen for a task without a checkpoint.
-
-    Accuracy (%), entropy (nats) and γ, None for the only one.
-    """
+class UnseenScore(Stored):
+    """The model chosen for a task without a checkpoint: accuracy (%), entropy (nats) and γ, None for the only one."""
 
     accuracy: float
     entropy: float
     gamma: list[float] | None
 
 
-@dataclass
-class Try:
+class Try(Stored):
     """One setting that a method tried.
 
     Attributes:
@@ -54,37 +54,20 @@ class Try:
     """
 
     choice: Choice
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = []
     seconds: float | None = None
     peak_bytes: int | None = None
     score: float | None = None
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON without what a failed try does not have."""
-        return {
-            "choice": self.choice,
-            **({"warnings": self.warnings} if self.warnings else {}),
-            **({} if self.seconds is None else {"seconds": self.seconds, "peak_bytes": self.peak_bytes}),
-            **({"score": self.score} if self.error is None else {"error": self.error}),
-        }
 
-
-@dataclass(frozen=True)
-class Tuning:
-    """The settings that a method tried, and the seconds of all of them."""
-
-    tries: list[Try]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Result:
+class Result(Stored):
     """A method with one seed; as it stands one that gave no model, for ``reason``.
 
     Attributes:
         tasks: those that are evaluated. reference_point: chance on each of them, in percent.
-        tuning: None where the method was skipped, because what it needs is not there.
+        candidates, tuning_seconds: what was tried, and the seconds of all tries; nothing where the method was skipped,
+            because what it needs is not there.
     """
 
     method: str
@@ -93,47 +76,26 @@ class Result:
     is_bound: bool
     tasks: list[str]
     reference_point: list[float]
-    tuning: Tuning | None = None
+    candidates: list[Try] = []
+    tuning_seconds: float = 0.0
+    status: Literal["done", "failed", "skipped"]
     reason: str = ""
-
-    @property
-    def status(self) -> Literal["done", "failed", "skipped"]:
-        """Return whether the method was measured, failed or was skipped."""
-        return "skipped" if self.tuning is None else "failed"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain JSON of the result's file."""
-        value = {"format": FORMAT, **{name: getattr(self, name) for name in _ABOUT}}
-        if self.tuning is not None:
-            value["candidates"] = [tried.to_json() for tried in self.tuning.tries]
-            value["tuning_seconds"] = self.tuning.seconds
-        value["status"] = self.status
-        return value | ({"reason": self.reason} if self.status != "done" else {})
+        return {"format": FORMAT, **super().to_json()}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Result":
         """Return the result of :meth:`to_json`; titles, facts, entropies and times may be left out.
 
         Raises:
-            KeyError, TypeError: another value.
+            KeyError, TypeError, ValidationError: another value.
         """
-        value = {"title": value["method"], "facts": {}, "candidates": [], "tuning_seconds": 0.0, "reason": "", **value}
-        tuning = None
-        if value["status"] != "skipped":
-            tuning = Tuning([Try(**tried) for tried in value["candidates"]], value["tuning_seconds"])
-        about = {name: value[name] for name in _ABOUT}
-        if value["status"] != "done":
-            return Result(**about, tuning=tuning, reason=value["reason"])
-        return Measured(
-            **about,
-            **{name: value[name] for name in _MEASURED},
-            tuning=tuning,
-            points=[Point(**{"entropy": [], **point}) for point in value["points"]],
-            unseen={name: UnseenScore(**score) for name, score in value.get("unseen", {}).items()},
-        )
+        kind = Measured if value["status"] == "done" else Result
+        return kind.model_validate({"title": value["method"], **value})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Measured(Result):
     """A method that gave a model, or one for each preference, and their measurements.
 
@@ -146,14 +108,9 @@ class Measured(Result):
     choice: Choice
     seconds: float
     peak_bytes: int
-    facts: dict[str, Any]
+    facts: dict[str, Any] = {}
     points: list[Point]
-    unseen: dict[str, UnseenScore] = field(default_factory=dict)
-
-    @property
-    def status(self) -> Literal["done", "failed", "skipped"]:
-        """Return that it was measured."""
-        return "done"
+    unseen: dict[str, UnseenScore] = {}
 
     @property
     def accuracies(self) -> list[list[float]]:
@@ -168,15 +125,6 @@ class Measured(Result):
     def point(self, *kinds: str) -> Point | None:
         """Return the model at the preference of the first of these kinds that was measured."""
         return next((point for kind in kinds for point in self.points if kind in point.kinds), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plain JSON of the result's file."""
-        return {
-            **super().to_json(),
-            **{name: getattr(self, name) for name in _MEASURED},
-            "points": [asdict(point) for point in self.points],
-            **({"unseen": {name: asdict(score) for name, score in self.unseen.items()}} if self.unseen else {}),
-        }
 
 
 def result_name(key: str, seed: int) -> str:
@@ -195,7 +143,7 @@ def read_result(path: Path) -> Result | None:
     try:
         if value["format"] == FORMAT:
             return Result.from_json(value)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValidationError):
         pass
     raise UserError(f"{path}: expected a result of a comparison, got another file")
 

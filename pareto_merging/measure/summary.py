@@ -133,7 +133,7 @@ def _figures(result: Measured, union: ArrayLike | None) -> dict[str, float | Non
         "one_hot": _own(result, "one-hot") if result.preference_aware else average,
         "worst_task": None if equal is None else min(equal.accuracy),
         "seconds": result.seconds,
-        "tuning_seconds": result.tuning.seconds if result.tuning else None,
+        "tuning_seconds": result.tuning_seconds,
         "peak_bytes": result.peak_bytes,
     }
     return figures if result.is_bound else figures | _front_figures(result, union)

@@ -30,7 +30,7 @@ def tune(
     tries: list[Try] = []
     best: tuple[Merged, Try] | None = None
     for number, choice in enumerate(choices):
-        tried = Try(choice)
+        tried = Try(choice=choice)
         tries.append(tried)
         inside = problem if problem.folder is None else replace(problem, folder=problem.folder / f"{number}")
         try:
@@ -51,8 +51,9 @@ def _run(method: Method, problem: Problem, tried: Try) -> Merged:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merged, seconds, peak_bytes = _timed(problem.folder, lambda: method.run(problem, tried.choice))
-    messages = (str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
-    tried.warnings = list(dict.fromkeys(messages))
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    if messages:
+        tried.warnings = list(dict.fromkeys(messages))
     tried.seconds, tried.peak_bytes = round(seconds, 2), peak_bytes
     return merged
 

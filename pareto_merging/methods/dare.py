@@ -14,12 +14,7 @@ from pareto_merging.model.preprocessing import check_density, dare_generator, da
 
 
 def merge(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    *,
-    coefficient: float = 0.3,
-    density: float = 0.5,
-    seed: int = 0,
+    pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 0.3, density: float = 0.5, seed: int = 0
 ) -> Merged:
     """Return task arithmetic on randomly thinned task vectors; no data.
 

@@ -20,11 +20,7 @@ def settings(**changes: Any) -> MethodSettings:
 
 
 def merge(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    *,
-    method: MethodSettings | None = None,
-    **run: Unpack[Run],
+    pretrained: nn.Module, finetuned: Copies, *, method: MethodSettings | None = None, **run: Unpack[Run]
 ) -> Merged:
     """Learn a model for every preference from the weights alone; arguments as :func:`pareto.merge`."""
     method = settings() if method is None else method.model_copy(update={"objective": "weight-distance"})

@@ -80,12 +80,7 @@ def merge(
 
 
 def _sums(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    tasks: Mapping[str, Task],
-    floor: float,
-    normalize: bool,
-    **how: Any,
+    pretrained: nn.Module, finetuned: Copies, tasks: Mapping[str, Task], floor: float, normalize: bool, **how: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """Return Σ F_k W_k and Σ F_k by each parameter's first name, and the ‖F_k‖."""
     numerator: dict[str, Tensor] = {}

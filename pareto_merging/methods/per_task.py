@@ -16,9 +16,7 @@ from pareto_merging.model.stored import copy_of
 
 
 def each_finetuned(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    tasks: Mapping[str, Task],
+    pretrained: nn.Module, finetuned: Copies, tasks: Mapping[str, Task]
 ) -> Iterator[tuple[str, nn.Module, list[tuple[list[str], Tensor]]]]:
     """Yield each task, a model with its fine-tuned weights, and (names of a tensor, tensor).
 

@@ -1,24 +1,9 @@
 """The table of methods, and how one is run by its name. :func:`register` adds one from outside."""
 
+import importlib
 from typing import Any
 
-from pareto_merging.methods import (
-    adamerging,
-    adamerging_preference,
-    dare,
-    data_free,
-    fisher,
-    individual,
-    multitask,
-    outer_product,
-    pareto,
-    pretrained,
-    regmean,
-    task_arithmetic,
-    task_arithmetic_preference,
-    ties,
-    weight_averaging,
-)
+from pareto_merging.methods import FILES
 from pareto_merging.methods.interface import Merged, Method, Problem, check_needs
 
 METHODS: dict[str, Method] = {}
@@ -44,22 +29,7 @@ def run(name: str, problem: Problem, **choice: Any) -> Merged:
     return method.run(problem, {**published, **choice})
 
 
-# in the order of tables
-for method in (
-    individual.METHOD,
-    multitask.METHOD,
-    pretrained.METHOD,
-    weight_averaging.METHOD,
-    fisher.METHOD,
-    regmean.METHOD,
-    task_arithmetic.METHOD,
-    ties.METHOD,
-    dare.METHOD,
-    *adamerging.VARIANTS,
-    task_arithmetic_preference.METHOD,
-    adamerging_preference.METHOD,
-    data_free.METHOD,
-    *pareto.VARIANTS,
-    *outer_product.VARIANTS,
-):
-    register(method)
+for key, file in FILES.items():
+    module: Any = importlib.import_module(f"pareto_merging.methods.{file}")
+    own: tuple[Method, ...] = module.VARIANTS if hasattr(module, "VARIANTS") else (module.METHOD,)
+    register({method.key: method for method in own}[key])

@@ -15,12 +15,7 @@ Combine = Callable[[str, int, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
-def merge_tensors(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    combine: Combine,
-    gamma: Tensor | None = None,
-) -> nn.Module:
+def merge_tensors(pretrained: nn.Module, finetuned: Copies, combine: Combine, gamma: Tensor | None = None) -> nn.Module:
     """Return a copy of ``pretrained`` whose parameters ``combine`` puts together piece by piece.
 
     Those that are floating point. A piece is at most CHUNK // K consecutive numbers of one tensor with its K task

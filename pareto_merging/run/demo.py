@@ -178,11 +178,10 @@ def _entry(result: Measured, kind: str = "equal") -> dict[str, Any]:
     equal = None if kind != "equal" or result.is_bound else result.point("equal")
     models = {name: equal or _own(result, name) for name in result.tasks}
     accuracy = {name: models[name].accuracy[place] for place, name in enumerate(result.tasks)}
-    tuned = result.tuning.seconds if result.tuning else 0.0
     return {
         "per_task": {name: round(value, 2) for name, value in accuracy.items()},
         "average": round(sum(accuracy.values()) / len(accuracy), 2),
-        "seconds": tuned if result.method == "task-arithmetic" else result.seconds,
+        "seconds": result.tuning_seconds if result.method == "task-arithmetic" else result.seconds,
         "peak_bytes": result.peak_bytes,
         "entropy": {name: round(models[name].entropy[place], 4) for place, name in enumerate(result.tasks)},
         **({"chosen": result.choice} if result.choice else {}),

@@ -35,10 +35,7 @@ def two_task_front(
 
 
 def fronts(
-    path: Path,
-    task_names: Sequence[str],
-    sets: Sequence[Set],
-    individuals: Mapping[str, Sequence[float]] | None = None,
+    path: Path, task_names: Sequence[str], sets: Sequence[Set], individuals: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """Draw methods on two tasks: all with the individual models, and the merged ones enlarged.
 

@@ -52,13 +52,7 @@ MARKERS: tuple[Any, ...] = (
 )
 # so that all look equally large
 _SIZES: dict[Any, float] = {"s": 0.9, "D": 0.85, "*": 1.45, _STAR_OF_4: 1.5, _STAR_OF_6: 1.35, "P": 1.1, "X": 1.1}
-LINES: tuple[Any, ...] = (
-    "-",
-    (0, (5, 1.5)),
-    (0, (5, 1.5, 1, 1.5)),
-    (0, (1, 1.2)),
-    (0, (8, 1.5, 1, 1.5, 1, 1.5)),
-)
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)))
 
 _SETTINGS: Any = {
     "text.usetex": False,

@@ -24,10 +24,7 @@ MANY = 8
 
 
 def parallel_coordinates(
-    path: Path,
-    task_names: Sequence[str],
-    sets: Sequence[Set],
-    individuals: Mapping[str, Sequence[float]] | None = None,
+    path: Path, task_names: Sequence[str], sets: Sequence[Set], individuals: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """Draw methods on K ≥ 3 tasks, an axis per task on one scale.
 

@@ -10,10 +10,7 @@ from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, c
 
 
 def pairwise_projections(
-    path: Path,
-    task_names: Sequence[str],
-    sets: Sequence[Set],
-    pairs: Sequence[tuple[int, int]] | None = None,
+    path: Path, task_names: Sequence[str], sets: Sequence[Set], pairs: Sequence[tuple[int, int]] | None = None
 ) -> None:
     """Draw methods on K ≥ 3 tasks, projected on pairs of tasks, a panel each.
 

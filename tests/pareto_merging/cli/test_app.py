@@ -11,6 +11,7 @@ from command_line import one_line, run
 from support.run_folders import write_config
 
 from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods.registry import METHODS
 
 HEAVY = ("torch", "triton", "numpy", "scipy", "sklearn", "matplotlib", "pymoo", "moocore", "open_clip", "fastapi")
 
@@ -96,6 +97,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "smooth-tchebycheff, tchebycheff, linear" in " ".join(text.split())
     if command == "compare":
         assert "--list" in text
+        assert " ".join(text.partition("Methods: ")[2].split()) == f"{', '.join(METHODS)}."
     if command:
         assert "--" in text
     else:

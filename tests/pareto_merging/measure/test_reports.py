@@ -21,7 +21,7 @@ from pareto_merging.measure.reports import (
     write_comparison,
     write_evaluation,
 )
-from pareto_merging.measure.results import Result, Tuning
+from pareto_merging.measure.results import Result
 from pareto_merging.measure.summary import summarize
 
 TASKS = ["a | b", "c, d"]
@@ -65,7 +65,7 @@ def results() -> list[Result]:
         result("weight-averaging", "Weight averaging", [(["equal"], None, [65.0, 66.0])], unseen=unseen(5)),
         result("weight-averaging", "Weight averaging", [(["equal"], None, [67.0, 68.0])], 1, unseen=unseen(6)),
         result("pareto", "Pareto Merging", front, unseen=unseen(50.0)),
-        Result("ties", "TIES-Merging", 0, False, TASKS, [10.0, 12.5], Tuning([], 1.0), "NaN | inf"),
+        result("ties", "TIES-Merging", points=[("", None, [])], status="failed", reason="NaN | inf"),
     ]
 
 

@@ -2,12 +2,11 @@
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pareto_merging.measure.results import Result, Tuning
+from pareto_merging.measure.results import Result
 from pareto_merging.measure.summary import MethodSummary, summarize
 
 
@@ -83,8 +82,9 @@ def test_summary_by_hand() -> None:
 
 
 def test_summary_of_what_is_missing() -> None:
-    failed = Result("b", "B", 0, False, ["a", "b"], [10.0, 20.0], Tuning([], 1.0), "NaN")
-    skipped = replace(failed, method="c", tuning=None, reason="no images")
+    about: dict[str, Any] = {"title": "B", "seed": 0, "is_bound": False, "tasks": ["a", "b"], "reference_point": [1.0, 2.0]}
+    failed = Result(method="b", **about, candidates=[], tuning_seconds=1.0, status="failed", reason="NaN")
+    skipped = Result(method="c", **about, status="skipped", reason="no images")
     done = result("b", 1, [(["equal"], None, [50.0, 50.0])])
     found = summarized(failed, done, skipped)
     assert found["b"]["seeds"] == 1 and found["b"]["failed"] and found["b"]["reasons"] == ["NaN"]
