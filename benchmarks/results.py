@@ -1,7 +1,4 @@
-"""Results files: what ran where, written whole or not at all.
-
-Needs torch for what it says of the machine and nothing else, so it runs anywhere.
-"""
+"""Results files: what ran where, written whole or not at all. Needs torch and nothing else, so it runs anywhere."""
 
 import re
 import subprocess
@@ -50,14 +47,13 @@ def clocks() -> dict[str, str | None]:
 
 
 def _nvidia_smi(query: str) -> str | None:
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0", timeout=20)
+
+
+def _output(*command: str, **options: Any) -> str | None:
+    """Return what a command prints; None where it prints nothing or fails."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
@@ -65,13 +61,7 @@ def _nvidia_smi(query: str) -> str | None:
 
 def commit() -> str:
     """Return the commit that is measured; ``unknown`` outside a checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
+    return _output("git", "describe", "--always", "--dirty", cwd=RESULTS.parent) or "unknown"
 
 
 def header(command: Sequence[str]) -> dict[str, Any]:

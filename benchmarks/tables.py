@@ -14,18 +14,12 @@ from benchmarks.results import RESULTS
 # in a file of its own, because it is a run of its own
 GOALS = "goals"
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-DOCUMENTS = (
-    README,
-    *(ROOT / "docs" / name for name in ("study.md", "training.md", "serving_speed.md", "own_models.md", "gpu.md")),
-)
+PAGES = ("study.md", "training.md", "serving_speed.md", "own_models.md", "gpu.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES))
 
 
 def newest(suite: str, on_gpu: bool | None = None) -> Path | None:
-    """Return the newest committed result that has a suite, or None: it was never measured.
-
-    ``on_gpu``: on a GPU, or not.
-    """
+    """Return the newest committed result that has a suite (``on_gpu`` or not). None: it was never measured."""
     results = []
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
@@ -51,31 +45,23 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
     if path is None:
         if on_gpu:
             command = "make gpu-goals" if suite == GOALS else "make gpu"
-            missing = (
-                f"Times on a GPU: **not measured** yet. `{command}` measures them and writes the file they come from.\n"
-            )
+            measured = f"`{command}` measures them and writes the file they come from."
+            missing = f"Times on a GPU: **not measured** yet. {measured}\n"
             # what is aimed at can be shown before it is measured
             nothing = {"rows": [], "device": "cuda"}
             goals = suite == GOALS or part == "goals"
             return f"{SUITES[suite].showing.goals_markdown(nothing)}\n{missing}" if goals else missing
         return "Not measured yet.\n"
     report: dict[str, Any] = json.loads(path.read_text())
-    where = report["environment"]
+    where, link = report["environment"], f"[`{path.name}`]({to_root}benchmarks/results/{path.name})"
     hardware = where["gpu"] if on_gpu else where["cpu"]
     figures = report["suites"][suite] if suite in report.get("suites", {}) else report
-    source = (
-        f"From [`{path.name}`]({to_root}benchmarks/results/{path.name}) (`{report['command']}`, {hardware}, "
-        f"torch {where['torch']}).\n"
-    )
     made = getattr(SUITES[suite].showing, f"{part}_markdown" if part else "markdown")(figures)
-    return f"{made}\n{source}"
+    return f"{made}\nFrom {link} (`{report['command']}`, {hardware}, torch {where['torch']}).\n"
 
 
 def updated(text: str, to_root: str = "") -> str:
-    """Return ``text`` with everything between ``<!-- results:NAME -->`` and ``<!-- end -->`` made anew.
-
-    See :func:`block`.
-    """
+    """Return ``text`` with each :func:`block` between ``<!-- results:NAME -->`` and ``<!-- end -->`` made anew."""
     return re.sub(
         r"<!-- results:(\w+) -->.*?<!-- end -->",
         lambda match: f"<!-- results:{match.group(1)} -->\n{block(match.group(1), to_root)}<!-- end -->",

@@ -46,7 +46,7 @@ SUITES = {
         Suite("digits", "cpu", "suites.digits", "suites.digits", "study"),
         Suite("kernels", "gpu", "suites.kernels", "suites.kernels"),
         Suite("training", "gpu", "training.summary", "training.steps", "training"),
-        Suite("layers", "gpu", "suites.layers_summary", "suites.layers", "training"),
+        Suite("layers", "gpu", "suites.layers", "suites.layers", "training"),
         Suite("serving", "both", "serving.summary", "serving.suite", "serving"),
         Suite("goals", "gpu", "goals.table"),
         Suite("checkpoints", "cpu", "checkpoints.rows"),

@@ -2,10 +2,9 @@
 
 A seed makes the whole suite anew (heads, generalist, eight fine-tuned encoders) and seeds the merging. Seeds 0, 1 and
 2 were looked at while the suite was designed; figures to be believed come from others. Every method may try the same
-number of settings, chosen without labels; all rules are :mod:`.comparison`'s. Beside it ablations of
-Pareto Merging, each changing one thing about its published setting, nothing chosen.
-
-Results are kept in a work folder, method by method: an interrupted study goes on from there.
+number of settings, chosen without labels; all rules are :mod:`.comparison`'s. Beside it ablations of Pareto Merging,
+each changing one thing about its published setting, nothing chosen. Results are kept in a work folder, method by
+method: an interrupted study goes on from there.
 """
 
 import math
@@ -15,6 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from PIL import Image
 
 from pareto_merging.data import digits
 from pareto_merging.measure import reports
-from pareto_merging.measure.answer import answer, cell
 from pareto_merging.measure.comparison import Comparison, compare
 from pareto_merging.measure.metrics import Spread, spearman, spread
-from pareto_merging.measure.reports import markdown_table
+from pareto_merging.measure.reports import COLUMNS, markdown_table
 from pareto_merging.measure.results import Measured, Result, read_result
-from pareto_merging.measure.summary import MethodSummary, summarize
+from pareto_merging.measure.summary import MethodSummary, answer, cell, summarize
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.run.config import RunConfig
 from pareto_merging.run.workspace import Workspace
@@ -37,11 +36,7 @@ from pareto_merging.system.files import write_json
 EFFORT = 3
 # the published preset, except that the runs are short and λ wants a larger rate then
 METHOD: dict[str, Any] = {"preset": "icml2025", "learning_rate": 1e-3, "lambda_learning_rate": 1e-2, "batch_size": 32}
-TASKS: dict[int, list[str]] = {
-    2: ["upright", "mirrored"],
-    3: ["upright", "mirrored", "inverted"],
-    8: list(digits.TASKS),
-}
+TASKS = {2: ["upright", "mirrored"], 3: ["upright", "mirrored", "inverted"], 8: list(digits.TASKS)}
 STEPS = {2: 150, 3: 120, 8: 100}
 # where three models are merged, two views that no fine-tuned model is there for
 UNSEEN = {3: ["permuted", "blocks"]}
@@ -81,16 +76,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 # with eight models, where a run takes long, those that bear on how preferences are sampled and held back
 ABLATIONS_OF_EIGHT = (
-    "published",
-    "tensor norm 0",
-    "tensor norm 0.01",
-    "p 1",
-    "rate 3e-3",
-    "norm 0.01, rate 3e-3",
-    "p 1, norm 0.01, rate 3e-3",
-    "λ per model",
-    "low rank on all linear layers",
-    "weight distance (data-free)",
+    *("published", "tensor norm 0", "tensor norm 0.01", "p 1", "rate 3e-3", "norm 0.01, rate 3e-3"),
+    *("p 1, norm 0.01, rate 3e-3", "λ per model", "low rank on all linear layers", "weight distance (data-free)"),
 )
 
 
@@ -99,31 +86,28 @@ def run(
 ) -> dict[str, Any]:
     """Measure every seed. ``quick`` takes two steps of few methods and proves only that it runs.
 
-    Args:
-        work: the folder of partial results, to go on from; None: a temporary one. jobs: processes, one thread each.
+    ``work``: the folder of partial results, to go on from; None: a temporary one. ``jobs``: processes, one thread each.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
         _in_parallel([("suite", seed, 0) for seed in seeds], folder, quick, jobs, progress)
         parts = [(kind, seed, tasks) for tasks in (8, 3, 2) for seed in seeds for kind in ("compare", "ablate")]
         _in_parallel([p for p in parts if p[0] == "compare" or p[2] != 3], folder, quick, jobs, progress)
-        results = {str(tasks): [_read(folder, seed, tasks) for seed in seeds] for tasks in TASKS}
-        ablations = {str(tasks): [_read(folder, seed, tasks, "ablations") for seed in seeds] for tasks in (2, 8)}
+        results = {str(tasks): _read(folder, seeds, tasks) for tasks in TASKS}
+        ablations = {str(tasks): _read(folder, seeds, tasks, "ablations") for tasks in (2, 8)}
+    summaries = {tasks: summarize(rows) for tasks, rows in results.items()}
     return {
         "seeds": list(seeds),
         "effort": EFFORT,
         "steps": STEPS,
         "method": METHOD,
-        "results": {tasks: [_short(row) for rows in seeded for row in rows] for tasks, seeded in results.items()},
+        "results": {tasks: [_short(row) for row in rows] for tasks, rows in results.items()},
         "summary": {
-            tasks: {key: entry.to_json() for key, entry in summarize([row for rows in seeded for row in rows]).items()}
-            for tasks, seeded in results.items()
+            tasks: {k: entry.to_json() for k, entry in summary.items()} for tasks, summary in summaries.items()
         },
-        "answers": {
-            tasks: answer(summarize([row for rows in seeded for row in rows])) for tasks, seeded in results.items()
-        },
-        "ablations": {tasks: _ablation_summary(seeded) for tasks, seeded in ablations.items()},
-        "judges": {tasks: _judges([row for rows in seeded for row in rows]) for tasks, seeded in results.items()},
+        "answers": {tasks: answer(summary) for tasks, summary in summaries.items()},
+        "ablations": {tasks: _ablation_summary(rows) for tasks, rows in ablations.items()},
+        "judges": {tasks: _judges(rows) for tasks, rows in results.items()},
     }
 
 
@@ -161,15 +145,10 @@ def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
                 digits.make(suite, seed=seed)
                 (suite / "done").touch()
         elif kind == "compare":
-            compare(
-                _workspace(suite, seed, tasks, quick),
-                folder / f"seed-{seed}" / f"{tasks}-models",
-                list(QUICK_METHODS if quick else METHODS),
-                effort=1 if quick else EFFORT,
-                grid="equal" if quick else None,
-                progress=False,
-                choices=None if quick else CHOICES,
-            )
+            how: dict[str, Any] = {"effort": 1, "grid": "equal"} if quick else {"effort": EFFORT, "choices": CHOICES}
+            methods = list(QUICK_METHODS if quick else METHODS)
+            target = folder / f"seed-{seed}" / f"{tasks}-models"
+            compare(_workspace(suite, seed, tasks, quick), target, methods, progress=False, **how)
         else:
             _ablate(suite, seed, tasks, folder, quick)
 
@@ -201,11 +180,15 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
 
 
-def _read(folder: Path, seed: int, tasks: int, inside: str = "") -> list[Result]:
-    paths = sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json"))
-    results = [result.model_copy(update={"seed": seed}) for result in map(read_result, paths) if result is not None]
+def _read(folder: Path, seeds: Sequence[int], tasks: int, inside: str = "") -> list[Result]:
+    """Return the results of seed after seed, in the order of METHODS and ABLATIONS."""
+    results: list[Result] = []
     order = {name: number for number, name in enumerate((*METHODS, *ABLATIONS))}
-    return sorted(results, key=lambda result: order[result.method])
+    for seed in seeds:
+        paths = sorted((folder / f"seed-{seed}" / f"{tasks}-models" / inside).glob("*.json"))
+        own = [result.model_copy(update={"seed": seed}) for result in map(read_result, paths) if result is not None]
+        results += sorted(own, key=lambda result: order[result.method])
+    return results
 
 
 def _short(result: Result) -> dict[str, Any]:
@@ -217,20 +200,18 @@ def _short(result: Result) -> dict[str, Any]:
     return short
 
 
-def _ablation_summary(seeded: Sequence[Sequence[Result]]) -> dict[str, Any]:
-    summary = summarize([row for rows in seeded for row in rows])
+def _ablation_summary(results: Sequence[Result]) -> dict[str, Any]:
     kept = ("equal", "one_hot", "hypervolume", "spearman", "seconds")
     return {
-        name: {key: entry.figures[key].to_json() for key in kept if key in entry.figures}
-        for name, entry in summary.items()
+        name: {key: asdict(entry.figures[key]) for key in kept if key in entry.figures}
+        for name, entry in summarize(results).items()
     }
 
 
 def _judges(results: Sequence[Result]) -> dict[str, Any]:
-    """Measure how well the label-free score orders methods. It is the rank correlation, per seed, with what the score
-    stands for.
+    """Measure how well the label-free score orders methods: its rank correlation with held-out accuracy.
 
-    Over the methods that give one model: the chosen setting's score against its held-out accuracy.
+    Per seed, over the methods that give one model: the chosen setting's score against that model's accuracy.
     """
     correlations = []
     for seed in dict.fromkeys(result.seed for result in results):
@@ -243,7 +224,7 @@ def _judges(results: Sequence[Result]) -> dict[str, Any]:
                 accuracy = result.points[0].accuracy
                 pairs.append((score, math.fsum(accuracy) / len(accuracy)))
         correlations.append(spearman([a for a, _ in pairs], [b for _, b in pairs]))
-    return {"spearman of agreement and accuracy": spread(correlations).to_json()}
+    return {"spearman of agreement and accuracy": asdict(spread(correlations))}
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -270,36 +251,34 @@ def _summary(report: Mapping[str, Any], tasks: int | str) -> dict[str, MethodSum
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the table of the README: every method with two, three and eight models."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
-    columns, figures_ = ["method"], [("equal", 1), ("one_hot", 1), ("hypervolume", 100)]
+    columns, rows = ["method"], {key: [method.title] for key, method in METHODS.items()}
     for tasks in TASKS:
         columns += [f"{tasks} models: equal", "one-hot", "hypervolume"]
-    rows = []
-    for key, method in METHODS.items():
-        row = [method.title]
-        for tasks in TASKS:
-            spreads = _summary(report, tasks)[key].figures if key in report["summary"][str(tasks)] else {}
-            row += [cell(spreads.get(name), factor) for name, factor in figures_]
-        rows.append(row)
+        summary = _summary(report, tasks)
+        for key, row in rows.items():
+            row += _cells(summary[key].figures if key in summary else {}, "equal", "one_hot", "hypervolume")
     return (
         "Held-out accuracy in percent (equal: average at the equal preference; one-hot: each task at its own "
         "preference) and hypervolume above chance in percent of the box, mean ± standard deviation over suite seeds "
-        f"{seeds}:\n\n{markdown_table(columns, rows)}"
+        f"{seeds}:\n\n{markdown_table(columns, list(rows.values()))}"
     )
+
+
+def _cells(figures: Mapping[str, Spread], *names: str) -> list[str]:
+    """Return figures by name as :func:`.summary_rows` writes them."""
+    looks = {name: (factor, digits) for name, _, factor, digits in COLUMNS}
+    return [cell(figures.get(name), *looks[name]) for name in names]
 
 
 def ablations_markdown(report: Mapping[str, Any]) -> str:
     """Return ablations of Pareto Merging: one thing changed at a time, nothing chosen."""
-    figures_ = (("equal", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("spearman", 1, 2))
-    columns, rows = ["change"], []
-    for tasks in report["ablations"]:
+    columns, rows = ["change"], {name: [name] for name in ABLATIONS}
+    for tasks, entries in report["ablations"].items():
         columns += [f"{tasks} models: equal", "one-hot", "hypervolume", "Spearman"]
-    for name in ABLATIONS:
-        row = [name]
-        for entries in report["ablations"].values():
+        for name, row in rows.items():
             spreads = {key: Spread(**value) for key, value in entries.get(name, {}).items()}
-            row += [cell(spreads.get(key), factor, n) for key, factor, n in figures_]
-        rows.append(row)
-    return markdown_table(columns, rows)
+            row += _cells(spreads, "equal", "one_hot", "hypervolume", "spearman")
+    return markdown_table(columns, list(rows.values()))
 
 
 def unseen_markdown(report: Mapping[str, Any]) -> str:
@@ -312,17 +291,13 @@ def unseen_markdown(report: Mapping[str, Any]) -> str:
 
 def fronts_markdown(report: Mapping[str, Any]) -> str:
     """Return the table of methods that answer a preference: their sets' quality and alignment."""
-    figures_ = (
-        *(("equal", 1, 1), ("priority", 1, 1), ("one_hot", 1, 1), ("hypervolume", 100, 1), ("non_dominated", 1, 0)),
-        *(("points", 1, 0), ("spacing", 1, 2), ("igd_plus", 1, 2), ("cosine", 1, 3), ("spearman", 1, 2)),
-        ("seconds", 1, 0),
-    )
     columns = ["models, method", "equal", "priority", "one-hot", "hypervolume", "non-dominated", "of"]
     columns += ["spacing", "IGD+", "cosine", "Spearman", "seconds"]
-    rows = []
-    for tasks in report["summary"]:
-        for entry in _summary(report, tasks).values():
-            if entry.preference_aware and not entry.is_bound:
-                row = [cell(entry.figures.get(key), factor, n) for key, factor, n in figures_]
-                rows.append([f"{tasks}: {entry.title}", *row])
+    names = [name for name, *_ in COLUMNS if name != "seconds"]
+    rows = [
+        [f"{tasks}: {entry.title}", *_cells(entry.figures, *names), cell(entry.figures.get("seconds"), digits=0)]
+        for tasks in report["summary"]
+        for entry in _summary(report, tasks).values()
+        if entry.preference_aware and not entry.is_bound
+    ]
     return markdown_table(columns, rows)

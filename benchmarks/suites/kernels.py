@@ -48,6 +48,7 @@ LAYERS = (
 )
 LOGITS = ((256, 10), (256, 1000), (8192, 1000), (1024, 50257))
 TINY_LOGITS = ((6, 10),)
+PARAMETERS = ("lam", "A", "G", "B")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
 
 
 def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
-    """Measure every operation of a layer at one preference."""
+    """Measure every operation of a layer at one preference. The merge is into a weight that is there."""
     bench = Bench(layer.name, dtype, layer.rows, device, rates)
     with torch.no_grad():
         case = Case.make(layer, TASKS, layer.rows, dtype, device)
@@ -106,7 +107,12 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Js
         variants.pop("cached", None)
         yield from bench.measure(op, variants, truth, costs.bound(key, problem), plain_error=plain)
     yield from _low_rank_rows(bench, case)
-    yield from _merge_rows(bench, case, costs.bound("merge", problem))
+    out = torch.empty_like(case.merged)
+    variants = {
+        "fused": lambda: [pmkernels.merge_weight(**case.parts, out=out, strategy="fused")],
+        PYTORCH: lambda: [reference.merge_weight(**case.parts)],
+    }
+    yield from bench.measure("merge", variants, [case.exact], costs.bound("merge", problem))
     if device.type == "cuda":
         yield from _beside(bench, case, costs.bound("forward", problem))
     yield from _step_rows(bench, case, problem)
@@ -124,16 +130,6 @@ def _low_rank_rows(bench: Bench, case: Case) -> Iterator[LayerRow]:
     moved = 2.0 * rows * (layer.n + layer.d) * case.x.element_size()
     least = Bound(8.0 * rows * RANK * (layer.n + layer.d), moved)
     yield from bench.measure("low-rank gradient, λ frozen", variants, truth, least)
-
-
-def _merge_rows(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
-    """Measure the merge into a weight that is there."""
-    out = torch.empty_like(case.merged)
-    variants: dict[str, Variant] = {
-        "fused": lambda: [pmkernels.merge_weight(**case.parts, out=out, strategy="fused")],
-        PYTORCH: lambda: [reference.merge_weight(**case.parts)],
-    }
-    yield from bench.measure("merge", variants, [case.exact], least)
 
 
 def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]:
@@ -196,14 +192,14 @@ def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates:
     weight, A, G, B, gamma, x, bias = (values[name] for name in ("weight", "A", "G", "B", "gamma", "x", "bias"))
     low, up = B.to(dtype), A.to(dtype).t()
     cores = reference.preference_core(G, gamma.squeeze(1))
-    copies = torch.stack([reference.merge_weight(weight, A=A, G=G, B=B, gamma=g) for g in gamma.squeeze(1)])
+
+    def merged(g: Tensor) -> Tensor:
+        return reference.merge_weight(weight, A=A, G=G, B=B, gamma=g)
 
     def one_by_one() -> list[Tensor]:
-        out = [
-            F.linear(item, reference.merge_weight(weight, A=A, G=G, B=B, gamma=g), bias)
-            for item, g in zip(x, gamma.squeeze(1), strict=True)
-        ]
-        return [torch.stack(out)]
+        return [torch.stack([F.linear(item, merged(g), bias) for item, g in zip(x, gamma.squeeze(1), strict=True)])]
+
+    copies = torch.stack([merged(g) for g in gamma.squeeze(1)])
 
     def loop_of_adapters() -> list[Tensor]:
         y = F.linear(x, weight, bias)
@@ -247,10 +243,7 @@ def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """Return all rows. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
-
-    ``save`` gets the report after every row.
-    """
+    """Return all rows; ``save`` gets the report after each. ``quick``: tiny shapes, to prove that it runs."""
     device = suite_device("kernels", quick)
     rates = ceilings(device, quick)
     report: dict[str, Any] = {"tasks": TASKS, "rank": RANK, "ceilings": rates, "rows": []}
@@ -284,10 +277,9 @@ def markdown(report: dict[str, Any]) -> str:
     columns = ["layer", "type", "variant", "ms", "to the limit", "of the bound"]
     for op in dict.fromkeys(row["op"] for row in report["rows"]):
         group = [row for row in report["rows"] if row["op"] == op]
-        limits: dict[tuple[str, str], float | None] = {}
-        for row in group:
-            if row["variant"].startswith("limit"):
-                limits.setdefault((row["layer"], row["dtype"]), row["ms"])
+        # of several limits the first
+        of_limits = [row for row in group if row["variant"].startswith("limit")][::-1]
+        limits = {(row["layer"], row["dtype"]): row["ms"] for row in of_limits}
         cells = [_cells(row, limits.get((row["layer"], row["dtype"]))) for row in group]
         lines += ["", f"**{op}**", "", *table(columns, cells, "lllr")]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The layer grid: each strategy beside the limit, over layers, rows and K.
+"""The layer grid: each strategy beside the limit, over layers, rows and K. Its tables and pictures too.
 
 A time is reported only if its output matched float64 in that run. Calls are captured in CUDA graphs and replayed with a
 cold L2 cache: what is compared is the work on the GPU, also at one row, where a launch from Python takes longer than
@@ -8,6 +8,7 @@ the kernel. ``auto`` should be within :data:`GOAL` of the better of ``fused`` an
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from benchmarks.common import towers
 from benchmarks.common.errors import relative_error
 from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, Case, needed_memory, product_error, truth, variants
-from benchmarks.common.rows import LayerRow, dtype_name
+from benchmarks.common.pages import table
+from benchmarks.common.rows import Json, LayerRow, dtype_name
 from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import free_memory, rounded, suite_device, timed
@@ -34,6 +36,7 @@ LAYERS = (
 TINY_POWERS = (1,)
 VARIANTS = (LIMIT, *CHOICES, "cached", "auto")
 GOAL = 1.15
+Point = tuple[str, str, int]
 
 
 @dataclass(kw_only=True)
@@ -71,20 +74,12 @@ def grid(layer: Layer, powers: Sequence[int]) -> list[int]:
 
 
 def crossover(times: Mapping[int, tuple[float, float]]) -> int | None:
-    """Return the rows from which on streamed is faster than fused. It is so at every larger number too; None: at none.
+    """Return the rows from which on streamed is faster than fused, of rows -> (fused, streamed).
 
-    ``times``: rows -> fused, streamed.
+    It is so at every larger number too; None: at none.
     """
-    first = None
-    for rows in sorted(times, reverse=True):
-        fused, streamed = times[rows]
-        if streamed >= fused:
-            break
-        first = rows
-    return first
-
-
-Point = tuple[str, str, int]
+    faster = itertools.takewhile(lambda rows: times[rows][1] < times[rows][0], sorted(times, reverse=True))
+    return min(faster, default=None)
 
 
 def by_point(rows: Sequence[Mapping[str, Any]]) -> dict[Point, dict[int, dict[str, float]]]:
@@ -167,15 +162,15 @@ def grid_points(quick: bool, device: torch.device, skipped: list[dict[str, Any]]
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
-    """Return the whole grid. ``quick``: tiny shapes on any device, which proves that it runs and measures nothing.
-
-    ``save`` gets the report after every row.
-    """
+    """Return the whole grid; ``save`` gets the report after each row. ``quick``: tiny shapes, to prove that it runs."""
     device = suite_device("layers", quick)
     gpu = dispatch.gpu_name(0) if device.type == "cuda" else None
     skipped: list[dict[str, Any]] = []
     report: dict[str, Any] = {"rank": RANK, "gpu": gpu, "rates": gpu if gpu in costs.GPUS else None, "rows": []}
-    report |= {"skipped": skipped, "launch_ms": _launch(device), "crossovers": []}
+    # a graph with an empty kernel, which every time below holds
+    one = torch.zeros(1, device=device)
+    launch = rounded(timed(lambda: one.zero_(), device).ms) if device.type == "cuda" else None
+    report |= {"skipped": skipped, "launch_ms": launch, "crossovers": []}
     before = None
     for point in grid_points(quick, device, skipped):
         if (point.layer, point.tasks) != before:
@@ -188,9 +183,136 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     return report
 
 
-def _launch(device: torch.device) -> float | None:
-    """Return milliseconds of a graph with an empty kernel. Every time below holds them."""
-    if device.type != "cuda":
-        return None
-    one = torch.zeros(1, device=device)
-    return rounded(timed(lambda: one.zero_(), device).ms)
+def ratios(report: Json) -> list[dict[str, Any]]:
+    """Return ``auto`` over the better strategy, worst first. Points without all three times are left out."""
+    chosen = {
+        (row["op"], row["layer"], row["tasks"], row["rows"]): row["chosen"]
+        for row in report["rows"]
+        if row["variant"] == "auto"
+    }
+    entries = []
+    for (op, layer, tasks), at in by_point(report["rows"]).items():
+        for rows, ms in at.items():
+            if {*CHOICES, "auto"} <= set(ms):
+                best = min(CHOICES, key=lambda name: ms[name])
+                entry = {"op": op, "layer": layer, "tasks": tasks, "rows": rows, "best": best}
+                entries.append({**entry, "chosen": chosen[op, layer, tasks, rows], "ratio": ms["auto"] / ms[best]})
+    return sorted(entries, key=lambda entry: -entry["ratio"])
+
+
+def _times(ms: Mapping[str, float], variant: str) -> str:
+    if variant not in ms:
+        return "–"
+    return f"{ms[variant] / ms[LIMIT]:.2f}×" if LIMIT in ms else f"{ms[variant] * 1e3:.1f}"
+
+
+def markdown(report: Json) -> str:
+    """Return the worst of ``auto``, the crossovers, and a few rows of each layer. The results file has all of them."""
+    if not report["rows"]:
+        return "No point of the grid fits in this GPU's memory.\n"
+    complete = ratios(report)
+    lines = [_introduction(report, len(complete)), ""]
+    lines += [f"**`auto` over the better strategy** (goal: at most {GOAL} everywhere)", ""]
+    columns = ["operation", "points", "within the goal", "worst", "where", "`auto` took", "best"]
+    lines += table(columns, _worst(complete), "lrrrl")
+    lines += ["", "**Rows from which on `streamed` is faster than `fused`**: measured (predicted)", ""]
+    lines += table(["layer", "K", *OPERATIONS], _crossovers(report), "lr")
+    times = by_point(report["rows"])
+    for op in OPERATIONS:
+        shown = [name for name in VARIANTS[1:] if op != "weight gradient" or name != "cached"]
+        over = "dW alone" if op == "weight gradient" else "the library's product on a weight merged beforehand"
+        rows = [
+            [layer, str(tasks), str(count), f"{ms[LIMIT] * 1e3:.1f}" if LIMIT in ms else "–"]
+            + [_times(ms, variant) for variant in shown]
+            for (name, layer, tasks), by_rows in times.items()
+            for count in (_shown(by_rows) if name == op else ())
+            for ms in [by_rows[count]]
+        ]
+        lines += ["", f"**{op}**: time over the limit ({over})", ""]
+        lines += table(["layer", "K", "rows", "limit µs", *shown], rows, "lr")
+    return "\n".join(lines) + "\n"
+
+
+def _introduction(report: Json, complete: int) -> str:
+    rows = report["rows"]
+    wrong = sum(not row["matched"] for row in rows)
+    direct = sum(row["ms"] is not None and not row["graph"] for row in rows)
+    parts = [
+        f"One layer, {rows[0]['dtype']}, r = {report['rank']} (MLP: no low-rank term); median of one run, "
+        f"cold L2 cache. {complete} points have every strategy",
+        f", {len(report['skipped'])} do not fit in memory" if report["skipped"] else "",
+        f", {wrong} outputs were wrong and have no time" if wrong else "",
+        f"; {direct} times include launches from Python" if direct else "",
+    ]
+    if report.get("launch_ms"):
+        parts.append(f"; launching a graph, {1e3 * report['launch_ms']:.1f} µs, is in every time")
+    return "".join(parts) + "."
+
+
+def _worst(complete: Sequence[Json]) -> Iterator[list[str]]:
+    for op in OPERATIONS:
+        of_op = [entry for entry in complete if entry["op"] == op]
+        if of_op:
+            worst, within = of_op[0], sum(entry["ratio"] <= GOAL for entry in of_op)
+            where = f"{worst['layer']}, K = {worst['tasks']}, M = {worst['rows']}"
+            over = f"{worst['ratio']:.2f}×"
+            yield [op, str(len(of_op)), str(within), over, where, worst["chosen"], worst["best"]]
+
+
+def _crossovers(report: Json) -> Iterator[list[str]]:
+    at = {(e["layer"], e["tasks"], e["op"]): e for e in report["crossovers"]}
+    for layer, tasks in dict.fromkeys((e["layer"], e["tasks"]) for e in report["crossovers"]):
+        cells = [layer, str(tasks)]
+        for op in OPERATIONS:
+            entry = at[layer, tasks, op]
+            predicted = (entry["predicted"] or "never") if report["rates"] else "–"
+            cells.append(f"{entry['measured'] or 'never'} ({predicted})")
+        yield cells
+
+
+def _shown(rows: Mapping[int, Any]) -> list[int]:
+    """Return some of a layer's rows: 1, 64, 512, and the model's own or most."""
+    own = [m for m in rows if m & (m - 1)]
+    return sorted({m for m in (1, 64, 512, *(own or [max(rows)])) if m in rows})
+
+
+def draw(report: Json, folder: Path) -> list[Path]:
+    """Draw a picture per operation, of time over the limit against rows. It has a panel per layer."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    times = by_point(report["rows"])
+    colours = {"fused": "#0072B2", "streamed": "#E69F00", "cached": "#009E73", "auto": "#111111"}
+    written = []
+    for op in OPERATIONS:
+        layers = list(dict.fromkeys(layer for name, layer, _ in times if name == op))
+        if not layers:
+            continue
+        across = min(len(layers), 3)
+        down = -(-len(layers) // across)
+        figure = Figure(figsize=(4.2 * across, 2.9 * down + 0.7), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+        all_tasks = sorted({tasks for name, _, tasks in times if name == op})
+        for panel, layer in zip(panels, layers, strict=False):
+            panel.set(xscale="log", yscale="log", title=layer, xlabel="rows")
+            panel.label_outer()
+            panel.axhline(1.0, color="grey", linewidth=0.8)
+            panel.grid(alpha=0.3)
+            for tasks in all_tasks:
+                style = "-" if tasks == all_tasks[-1] else ":"
+                by_rows = times.get((op, layer, tasks), {})
+                for variant, colour in colours.items():
+                    line = {m: ms[variant] / ms[LIMIT] for m, ms in by_rows.items() if {variant, LIMIT} <= set(ms)}
+                    look = {"linewidth": 0.9, "marker": "."} if variant == "auto" else {"linewidth": 1.8}
+                    if line:
+                        label = f"{variant}, K = {tasks}"
+                        panel.plot(list(line), list(line.values()), style, color=colour, label=label, **look)
+        for panel in panels[len(layers) :]:
+            panel.set_visible(False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(f"{op}: time over the limit (= 1)")
+        path = folder / f"layers-{op.replace(' ', '-')}.png"
+        figure.savefig(path, dpi=110)
+        written.append(path)
+    return written

@@ -1,21 +1,29 @@
 """Choices without labels: of a method's setting, and of a model for an unseen task."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pareto_merging.errors import UserError
+from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.measure.evaluation import Unlabelled, agreement, mean_entropy, predict
+from pareto_merging.measure.results import Try
 from pareto_merging.methods import individual
-from pareto_merging.methods.interface import Merged, Method, Problem
+from pareto_merging.methods.interface import Choice, Merged, Method, Problem
 from pareto_merging.preferences import one_hot_preferences
+from pareto_merging.system.environment import measured
+from pareto_merging.system.files import write_json
 from pareto_merging.system.progress import progress_bar
+
+# what ends one method and not the comparison: NaN, a matrix that cannot be inverted, no memory
+FAILURES = (ValueError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -26,19 +34,18 @@ class Judge:
     workers: int = 0
 
     @cached_property
-    def individuals(self) -> Merged:
-        """Return the fine-tuned models, each at its one-hot preference."""
-        return individual.merge(self.problem.pretrained, self.problem.finetuned)
-
-    @cached_property
     def teachers(self) -> dict[str, Tensor]:
         """Return what each fine-tuned model predicts on its own task's unlabelled images: [n] class numbers."""
-        predictions = {}
-        for name, gamma in self._own_preferences():
-            task = (self.problem.tasks or {})[name]
-            with _named(name):
-                predictions[name] = predict(self.individuals.at(gamma), task.images, task.head, workers=self.workers)
-        return predictions
+        models = individual.merge(self.problem.pretrained, self.problem.finetuned)
+        return {name: self._on_task(name, predict, models.at(gamma)) for name, gamma in self._own_preferences()}
+
+    def _on_task(self, name: str, function: Callable[..., Any], model: nn.Module, *more: Any) -> Any:
+        """Call a function on a task's unlabelled images and head. A UserError says which task's they are."""
+        task = (self.problem.tasks or {})[name]
+        try:
+            return function(model, task.images, task.head, *more, workers=self.workers)
+        except UserError as error:
+            raise UserError(f"task {name}, unlabelled {error}") from error
 
     def _own_preferences(self) -> list[tuple[str, Tensor]]:
         """Return the tasks that have images, each with its one-hot preference."""
@@ -64,29 +71,70 @@ class Judge:
 
     def agreement(self, model: nn.Module, names: Sequence[str]) -> float:
         """Return the mean agreement over these tasks, in percent."""
-        shares = []
-        for name in names:
-            task, wanted = (self.problem.tasks or {})[name], self.teachers[name]
-            with _named(name):
-                shares.append(agreement(model, task.images, task.head, wanted, workers=self.workers))
-        return math.fsum(shares) / len(shares)
+        return math.fsum(self._on_task(name, agreement, model, self.teachers[name]) for name in names) / len(names)
 
 
-@contextlib.contextmanager
-def _named(task: str) -> Iterator[None]:
-    """Say which task's unlabelled images a UserError is about."""
+def tune(
+    method: Method, problem: Problem, choices: Sequence[Choice], score: Callable[[Merged, Method], float | None]
+) -> tuple[list[Try], tuple[Merged, Try] | None]:
+    """Try a method's settings; return all tries, and the best with its model.
+
+    The first of equals is the best, None where all failed. Each keeps its checkpoints in a folder of its own in the
+    problem's. Raises Interrupted for Ctrl-C while a method learns.
+    """
+    tries: list[Try] = []
+    best: tuple[Merged, Try] | None = None
+    for number, choice in enumerate(choices):
+        tried = Try(choice=choice)
+        tries.append(tried)
+        inside = problem if problem.folder is None else replace(problem, folder=problem.folder / f"{number}")
+        try:
+            merged = _run(method, inside, tried)
+            tried.score = score(merged, method) if len(choices) > 1 else None
+        except Interrupted:
+            raise
+        except FAILURES as error:
+            tried.error = one_line(error)
+            continue
+        if best is None or (tried.score is not None and tried.score > (best[1].score or 0.0)):
+            best = (merged, tried)
+    return tries, best
+
+
+def _run(method: Method, problem: Problem, tried: Try) -> Merged:
+    """Run a method with one setting; note its warnings, seconds and memory."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        merged, seconds, peak_bytes = _timed(problem.folder, lambda: method.run(problem, tried.choice))
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    if messages:
+        tried.warnings = list(dict.fromkeys(messages))
+    tried.seconds, tried.peak_bytes = round(seconds, 2), peak_bytes
+    return merged
+
+
+def _timed(folder: Path | None, work: Callable[[], Merged]) -> tuple[Merged, float, int]:
+    """Measure the work; in a folder, add the seconds of the same try before Ctrl-C. Those before a kill are lost."""
+    if folder is None:
+        return measured(work)
+    path = folder.with_name(f"{folder.name}-seconds.json")
+    before = float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+    start = time.perf_counter()
     try:
-        yield
-    except UserError as error:
-        raise UserError(f"task {task}, unlabelled {error}") from error
+        merged, seconds, peak_bytes = measured(work)
+    finally:
+        write_json(path, before + time.perf_counter() - start)
+    return merged, before + seconds, peak_bytes
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)
 class UnseenChoice:
-    """The model chosen for an unseen task.
-
-    Its index and preference [K], and the mean entropy (nats) of every model.
-    """
+    """The model chosen for an unseen task. Its index and preference [K], and the mean entropy (nats) of every model."""
 
     index: int
     gamma: Tensor
@@ -103,20 +151,16 @@ def choose_for_unseen(
     workers: int = 0,
     progress: bool = True,
 ) -> UnseenChoice:
-    """Choose the model of a front with the least mean entropy on some images.
+    """Choose the model of a front with the least mean entropy on some images. Of equal entropies the first wins.
 
     They are of a task that none of the models was merged for: section 4.3 of arXiv 2408.12105. Labels are never looked
-    at. Of equal entropies the first wins.
+    at. Raises ValueError for no preferences or no images, UserError for logits that are not finite.
 
     Args:
         models: ``models(gamma)`` is the plain merged encoder at gamma, such as ``lambda gamma: merge(model, gamma)``;
             called once per preference, and one encoder is held at a time.
         preferences: the candidates, [K] each.
         images: the target's images, or pairs whose first is the image. head: the target's head.
-
-    Raises:
-        ValueError: no preferences or no images.
-        UserError: logits that are not finite.
     """
     if not len(preferences):
         raise ValueError("preferences: expected at least one, got none")

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.measure.choose import Judge, choose_for_unseen
+from pareto_merging.measure.choose import FAILURES, Judge, choose_for_unseen, one_line, tune
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.measure.results import Measured, Point, Result, UnseenScore, read_result, result_name
-from pareto_merging.measure.time_left import TimeLeft, count_runs
-from pareto_merging.measure.tuning import FAILURES, one_line, tune
 from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.preferences import equal_preference, one_hot_preferences, parse_preferences, priority_preferences
@@ -56,10 +54,7 @@ class Compared(Protocol):
 
 
 def default_grid(tasks: int) -> str:
-    """Return a comparison's preferences beside equal, priority and one-hot, for :func:`parse_preferences`.
-
-    Eleven in a line for two tasks, the paper's 36 for three, 30 at random for more.
-    """
+    """Return a comparison's further preferences. Two tasks: 11 in a line; three: the paper's 36; more: 30 at random."""
     return {1: "equal", 2: "grid:11", 3: "lattice:7"}.get(tasks, "dirichlet:30")
 
 
@@ -135,18 +130,11 @@ class Comparison:
     def run(self, key: str) -> Result:
         """Tune and measure method ``key`` of METHODS. What it lacks or how it failed is the result's ``reason``.
 
-        Raises:
-            UserError: weights or images that cannot be opened. Interrupted: Ctrl-C while a method learns.
+        Raises UserError for weights or images that cannot be opened, Interrupted for Ctrl-C while a method learns.
         """
         method, problem = METHODS[key], replace(self.problem, folder=self.folder)
-        about: dict[str, Any] = {
-            "method": key,
-            "title": method.title,
-            "seed": self.models.method.seed,
-            "is_bound": method.is_bound,
-            "tasks": list(self.evaluation),
-            "reference_point": self.reference_point,
-        }
+        about: dict[str, Any] = {"method": key, "title": method.title, "is_bound": method.is_bound}
+        about |= {"seed": problem.method.seed, "tasks": list(self.evaluation), "reference_point": self.reference_point}
         try:
             check_needs(method, problem)
         except ValueError as error:
@@ -161,7 +149,8 @@ class Comparison:
             self.kept[key] = merged
         try:
             points = self._points(merged, method)
-            unseen = self._unseen(merged, method)
+            if unseen := self._unseen(merged, method):
+                about["unseen"] = unseen
         except Interrupted:
             raise
         except FAILURES as error:
@@ -176,7 +165,6 @@ class Comparison:
             peak_bytes=tried.peak_bytes or 0,
             facts={name: fact for name, fact in merged.facts.items() if name != "lambda"},
             points=points,
-            **({"unseen": unseen} if unseen else {}),
         )
 
     def _choices(self, key: str, method: Method) -> list[Choice]:
@@ -190,26 +178,22 @@ class Comparison:
         """Return the preferences that a method is measured at."""
         if not merged.preference_aware:
             return [(["equal"], equal_preference(len(self.models.task_names)))]
-        kept = self.preferences
+        wanted: tuple[str, ...] = ("",)
         if method.is_bound:
-            kept = [(kinds, g) for kinds, g in kept if any(kind.startswith("one-hot") for kind in kinds)]
+            wanted = ("one-hot",)
         elif method.runs_per_preference and len(self.models.task_names) > 2:
             # a run for each: not the whole grid
-            kept = [(kinds, g) for kinds, g in kept if any(k == "equal" or k.startswith("one-hot") for k in kinds)]
-        return kept
+            wanted = ("equal", "one-hot")
+        return [(kinds, gamma) for kinds, gamma in self.preferences if any(kind.startswith(wanted) for kind in kinds)]
 
     def _points(self, merged: Merged, method: Method) -> list[Point]:
         points = []
         for kinds, gamma in self._preferences_of(merged, method):
             scores = evaluate_model(merged.at(gamma), self.evaluation, workers=self.models.workers)
-            points.append(
-                Point(
-                    kinds=kinds,
-                    gamma=_rounded(gamma) if merged.preference_aware else None,
-                    accuracy=[round(scores.accuracy[name], 4) for name in self.evaluation],
-                    entropy=[round(scores.entropy[name], 4) for name in self.evaluation],
-                )
-            )
+            rounded = _rounded(gamma) if merged.preference_aware else None
+            accuracy = [round(value, 4) for value in scores.accuracy.values()]
+            entropy = [round(value, 4) for value in scores.entropy.values()]
+            points.append(Point(kinds=kinds, gamma=rounded, accuracy=accuracy, entropy=entropy))
         return points
 
     def _unseen(self, merged: Merged, method: Method) -> dict[str, UnseenScore]:
@@ -218,9 +202,8 @@ class Comparison:
         gammas = [gamma for _, gamma in self._preferences_of(merged, method)]
         workers = self.models.workers
         for name, (unlabelled, labelled) in self.unseen.items():
-            choice = choose_for_unseen(
-                merged.at, gammas, unlabelled.images, unlabelled.head, workers=workers, progress=False
-            )
+            images, head = unlabelled.images, unlabelled.head
+            choice = choose_for_unseen(merged.at, gammas, images, head, workers=workers, progress=False)
             scores = evaluate_model(merged.at(choice.gamma), {name: labelled}, workers=workers)
             scored[name] = UnseenScore(
                 accuracy=round(scores.average, 4),
@@ -228,6 +211,35 @@ class Comparison:
                 gamma=_rounded(choice.gamma) if merged.preference_aware else None,
             )
         return scored
+
+
+def seconds_left(runs: Mapping[str, float], waiting: Sequence[str], done: Sequence[tuple[str, float]]) -> float | None:
+    """Return the seconds that waiting methods will probably take, judged by those done.
+
+    Quick ones apart; None while nothing like what waits was done. ``runs``: of each method, see :func:`count_runs`.
+    ``done``: methods and their seconds.
+    """
+    left = 0.0
+    for learns in (True, False):
+        weight = sum(runs[key] for key in waiting if METHODS[key].learns == learns)
+        alike = [(runs[key], seconds) for key, seconds in done if METHODS[key].learns == learns]
+        if weight and alike:
+            left += weight * sum(seconds for _, seconds in alike) / sum(count for count, _ in alike)
+        elif weight and learns:
+            return None
+    return left
+
+
+def count_runs(
+    method: Method, settings: MethodSettings, preferences: Sequence[tuple[list[str], Tensor]], effort: int
+) -> float:
+    """Return how many runs of itself a method takes, roughly."""
+    tasks = len(preferences[0][1])
+    runs = min(effort, len(method.choices(tasks, settings)))
+    if method.runs_per_preference:
+        # the equal one was run when the setting was chosen
+        runs += len(preferences) - 1 if tasks <= 2 else tasks
+    return float(runs)
 
 
 def compare(
@@ -246,10 +258,7 @@ def compare(
 
     A result is ``METHOD-seed-SEED.json``. A failed one is tried again. ``on_done`` is called with each new result, how
     many are done, how many there are, and the seconds that are probably left (None while nothing like the work that
-    waits has been done).
-
-    Raises:
-        UserError: an unknown method, or files that cannot be read. Interrupted: Ctrl-C while a method learns.
+    waits has been done). Raises as :meth:`Comparison.run`, and UserError for an unknown method.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -260,9 +269,9 @@ def compare(
     waiting = [job for job in jobs if job not in finished]
     preferences = evaluated_preferences(models.task_names, grid or default_grid(len(models.task_names)))
     runs = {key: count_runs(METHODS[key], models.method, preferences, effort) for _, key in waiting}
-    left = TimeLeft(runs, waiting)
+    done: list[tuple[str, float]] = []
     comparison: Comparison | None = None
-    for seed, key in waiting:
+    for number, (seed, key) in enumerate(waiting, start=1):
         if comparison is None or comparison.models.method.seed != seed:
             comparison = Comparison(models.with_seed(seed), effort, grid, progress=progress, choices=choices or {})
         working = folder / f".{key}-seed-{seed}"
@@ -274,7 +283,9 @@ def compare(
         if result.status != "failed":
             shutil.rmtree(working, ignore_errors=True)
         finished[seed, key] = result
-        left.done(key, None if result.status == "skipped" else time.monotonic() - start)
+        if result.status != "skipped":
+            done.append((key, time.monotonic() - start))
         if on_done is not None:
-            on_done(result, len(finished), len(jobs), left.seconds())
+            left = seconds_left(runs, [later for _, later in waiting[number:]], done)
+            on_done(result, len(finished), len(jobs), left)
     return [finished[job] for job in jobs]

@@ -13,6 +13,7 @@ import pmkernels
 from pareto_merging.data.sources import labelled_batches
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
+from pareto_merging.methods.per_task import image_of, to_model
 from pareto_merging.model.fold import merge
 from pareto_merging.model.state import pareto_state
 from pareto_merging.system.modes import eval_mode
@@ -34,18 +35,15 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, rounded to four decimals."""
-        return {
-            **{key: {k: round(v, 4) for k, v in values.items()} for key, values in asdict(self).items()},
-            "average": round(self.average, 4),
-        }
+        figures = {key: {k: round(v, 4) for k, v in values.items()} for key, values in asdict(self).items()}
+        return {**figures, "average": round(self.average, 4)}
 
 
 @torch.no_grad()
 def evaluate_model(encoder: nn.Module, tasks: Mapping[str, Task], batch_size: int = 256, workers: int = 0) -> Scores:
     """Measure one encoder on each task, in eval mode (the mode is restored).
 
-    Raises:
-        UserError: images without a label, or a label beyond the head's classes.
+    Raises UserError for images without a label, or a label beyond the head's classes.
     """
     accuracy, entropy, mean_entropy = {}, {}, {}
     for name, task in tasks.items():
@@ -55,10 +53,9 @@ def evaluate_model(encoder: nn.Module, tasks: Mapping[str, Task], batch_size: in
             labels = labels.to(logits.device)
             foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
             if len(foreign):
-                raise UserError(
-                    f"task {name}: expected a label in [0, {logits.shape[-1]}) for every evaluation image, got "
-                    f"{int(foreign[0])} (a folder needs one sub-folder per class, a file `labels`)"
-                )
+                wanted = f"a label in [0, {logits.shape[-1]}) for every evaluation image"
+                hint = "a folder needs one sub-folder per class, a file `labels`"
+                raise UserError(f"task {name}: expected {wanted}, got {int(foreign[0])} ({hint})")
             correct += int((logits.argmax(dim=-1) == labels).sum())
             total += len(labels)
             nats += float(pmkernels.softmax_entropy(logits).double().sum())
@@ -94,10 +91,7 @@ def evaluate_preferences(
 def mean_entropy(
     encoder: nn.Module, images: Dataset[Any], head: nn.Module, batch_size: int = 256, workers: int = 0
 ) -> float:
-    """Return the mean entropy (nats) of encoder and head's predictions on ``images``, in eval mode.
-
-    Labels are not looked at. Raises ValueError for no images, UserError for logits that are not finite.
-    """
+    """Return the mean entropy (nats) of encoder and head's predictions on ``images``; otherwise as :func:`predict`."""
     nats, total = 0.0, 0
     for logits in _unlabelled_logits(encoder, images, head, batch_size, workers):
         nats += float(pmkernels.softmax_entropy(logits).double().sum())
@@ -132,10 +126,8 @@ def agreement(
     unlabelled = Unlabelled(images)
     numbers = not (predictions.is_floating_point() or predictions.is_complex() or predictions.dtype == torch.bool)
     if predictions.shape != (len(unlabelled),) or not numbers:
-        raise ValueError(
-            f"predictions: expected whole numbers [{len(unlabelled)}], got {list(predictions.shape)} "
-            f"{predictions.dtype}"
-        )
+        what = f"{list(predictions.shape)} {predictions.dtype}"
+        raise ValueError(f"predictions: expected whole numbers [{len(unlabelled)}], got {what}")
     same = predict(encoder, unlabelled, head, batch_size, workers) == predictions.cpu()
     return 100.0 * int(same.sum()) / len(same)
 
@@ -152,8 +144,7 @@ class Unlabelled(Dataset[Tensor]):
         return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Tensor:
-        item = self.images[index]
-        return item[0] if isinstance(item, tuple | list) else item
+        return image_of(self.images[index])
 
 
 def _unlabelled_logits(
@@ -165,10 +156,8 @@ def _unlabelled_logits(
 
 def _logits(encoder: nn.Module, images: Tensor, head: nn.Module, what: str) -> Tensor:
     """Return one batch's logits in eval mode, on the encoder's device. UserError if they are not finite."""
-    tensor = next((p for p in encoder.parameters() if p.is_floating_point()), torch.zeros(()))
-    images = images.to(tensor.device, tensor.dtype if images.is_floating_point() else None)
     with eval_mode(encoder, head):
-        logits: Tensor = head(encoder(images))
+        logits: Tensor = head(encoder(to_model(images, encoder)))
     if not bool(torch.isfinite(logits).all()):
         raise UserError(f"{what}: expected finite logits, got NaN or inf (are the images finite?)")
     return logits

@@ -3,8 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import moocore
 import numpy as np
@@ -19,10 +18,6 @@ class Spread:
     mean: float | None
     sd: float | None
     values: list[float | None]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,6 @@ class Indicators:
     spacing: float | None
     igd_plus: float | None
     alignment: Alignment | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
 
 
 def hypervolume(points: ArrayLike, reference: Sequence[float]) -> float:
@@ -117,13 +108,9 @@ def union_front(sets: Iterable[ArrayLike]) -> NDArray[np.float64]:
 def alignment(gammas: ArrayLike, accuracies: ArrayLike) -> Alignment:
     """Measure how well accuracies [n, K] follow the preferences [n, K] they were made for.
 
-    Returns:
-        ``cosine``: the mean over the models of cos(γ, accuracies), None without models or where a row is zero;
-        ``spearman``: K numbers, Spearman's rank correlation of γ_k and accuracy_k over the models, None where one of
-        them is constant, as it is for K = 1 or n < 2.
-
-    Raises:
-        ValueError: other shapes, NaN or inf.
+    ``cosine``: the mean over the models of cos(γ, accuracies), None without models or where a row is zero.
+    ``spearman``: K numbers, Spearman's rank correlation of γ_k and accuracy_k over the models, None where one of them
+    is constant, as it is for K = 1 or n < 2. Raises ValueError for other shapes, NaN or inf.
     """
     wanted = _finite(gammas, name="gammas")
     got = _finite(accuracies, wanted.shape[1], "accuracies", rows=len(wanted))
@@ -137,15 +124,12 @@ def alignment(gammas: ArrayLike, accuracies: ArrayLike) -> Alignment:
 def indicators(
     points: ArrayLike, reference: Sequence[float], gammas: ArrayLike | None = None, union: ArrayLike | None = None
 ) -> Indicators:
-    """Return all indicators of n ≥ 1 points [n, K] to be maximised.
+    """Return all indicators of n ≥ 1 points [n, K] to be maximised. Raises ValueError for other shapes, NaN or inf.
 
     Args:
         points: the objectives of n models. reference: the reference point [K] of the hypervolume.
         gammas: the preference [n, K] of each model; None leaves ``alignment`` None.
         union: the front [m, K] that IGD⁺ measures to (see :func:`union_front`); None leaves ``igd_plus`` None.
-
-    Raises:
-        ValueError: other shapes, NaN or inf.
     """
     values = _finite(points, least=1)
     corner = np.asarray(reference, dtype=float)

@@ -3,16 +3,16 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pareto_merging.measure import figures
-from pareto_merging.measure.answer import answer, cell
 from pareto_merging.measure.evaluation import Scores
+from pareto_merging.measure.figures.chosen import compare_pictures
+from pareto_merging.measure.figures.sets import Set
 from pareto_merging.measure.metrics import Indicators
 from pareto_merging.measure.results import Measured, Result
-from pareto_merging.measure.summary import MethodSummary, summarize
+from pareto_merging.measure.summary import MethodSummary, answer, cell, summarize
 from pareto_merging.methods.interface import Choice
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.system.files import write_json, write_text
@@ -64,24 +64,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plain JSON of ``compare.json``."""
-        rest = ("tasks", "evaluated_tasks", "reference_point", "answer")
-        return {
-            "format": REPORT_FORMAT,
-            **self.about,
-            **{name: getattr(self, name) for name in rest},
-            "methods": {key: entry.to_json() for key, entry in self.methods.items()},
-            "choices": self.choices,
-        }
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Report":
-        """Return the report of :meth:`to_json`."""
-        own = ("tasks", "evaluated_tasks", "reference_point", "answer", "choices")
-        return Report(
-            about={key: entry for key, entry in value.items() if key not in (*own, "methods", "format")},
-            methods={key: MethodSummary.from_json(entry) for key, entry in value["methods"].items()},
-            **{key: value[key] for key in own},
-        )
+        methods = {key: entry.to_json() for key, entry in self.methods.items()}
+        rest = {key: value for key, value in vars(self).items() if key != "about"}
+        return {"format": REPORT_FORMAT, **self.about, **rest, "methods": methods}
 
 
 def summary_rows(summary: Mapping[str, MethodSummary]) -> list[list[str]]:
@@ -101,14 +86,6 @@ def summary_rows(summary: Mapping[str, MethodSummary]) -> list[list[str]]:
 def head() -> list[str]:
     """Return the columns of :func:`summary_rows`."""
     return ["method", "needs", "keeps", *(title for _, title, _, _ in COLUMNS)]
-
-
-def task_rows(summary: Mapping[str, MethodSummary], tasks: Sequence[str]) -> list[list[str]]:
-    """Return one row per method: accuracy on each task at the equal preference.
-
-    Upper bounds have each task's own model there.
-    """
-    return [[entry.title, *(cell(entry.per_task[name]) for name in tasks)] for entry in summary.values() if entry.seeds]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -162,14 +139,12 @@ def draw(folder: Path, tasks: Sequence[str], evaluated: Sequence[str], done: Seq
     shown = [result for result in done if result.seed == done[0].seed]
     # a preference-aware upper bound has one model per task
     bounds = [result for result in shown if result.is_bound and result.preference_aware]
-    individuals = {
-        task: (result.point(f"one-hot:{task}") or result.points[0]).accuracy for result in bounds for task in tasks
-    }
-    sets = [figures.Set(result.title, result.accuracies, result.gammas) for result in shown if result not in bounds]
+    individuals = {t: (r.point(f"one-hot:{t}") or r.points[0]).accuracy for r in bounds for t in tasks}
+    sets = [Set(result.title, result.accuracies, result.gammas) for result in shown if result not in bounds]
     # pictures show the first preference-aware set at large: Pareto Merging, where it is there
     order = [METHODS["pareto"].title, METHODS["pareto++"].title, METHODS["pareto-data-free"].title]
     sets.sort(key=lambda one: order.index(one.name) if one.name in order else len(order))
-    return figures.compare_pictures(folder, list(tasks), sets, individuals or None) if sets else []
+    return compare_pictures(folder, list(tasks), sets, individuals or None) if sets else []
 
 
 def _markdown(report: Report, pictures: Sequence[str]) -> str:
@@ -177,13 +152,15 @@ def _markdown(report: Report, pictures: Sequence[str]) -> str:
     parts = ["# Which merging method?\n", *(f"- {line}" for line in report.answer)]
     if report.reference_point is not None:
         chance = ", ".join(f"{value:.3g}" for value in report.reference_point)
-        parts += [
-            "",
-            markdown_table(head(), summary_rows(summary)),
-            f"Reference point: {chance} % (chance). {EXPLANATION}",
+        parts += ["", markdown_table(head(), summary_rows(summary))]
+        parts += [f"Reference point: {chance} % (chance). {EXPLANATION}"]
+        # upper bounds have each task's own model there
+        rows = [
+            [entry.title, *(cell(entry.per_task[name]) for name in evaluated)]
+            for entry in summary.values()
+            if entry.seeds
         ]
-        parts += ["", "## Each task at the equal preference\n"]
-        parts += [markdown_table(["method", *evaluated], task_rows(summary, evaluated))]
+        parts += ["", "## Each task at the equal preference\n", markdown_table(["method", *evaluated], rows)]
     unseen = next((list(entry.unseen) for entry in summary.values() if entry.unseen), [])
     if unseen:
         parts += ["## Tasks without a fine-tuned model\n"]
@@ -229,7 +206,7 @@ class Evaluation:
                 {"gamma": [round(value, 6) for value in gamma], **scores.to_json()}
                 for gamma, scores in zip(self.gammas, self.scores, strict=True)
             ],
-            "indicators": self.indicators.to_json(),
+            "indicators": asdict(self.indicators),
         }
 
 
@@ -249,7 +226,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> list[Path]:
     if evaluated != tasks:
         return written
     points = [list(scores.accuracy.values()) for scores in evaluation.scores]
-    return written + figures.compare_pictures(folder, tasks, [figures.Set("Pareto Merging", points, evaluation.gammas)])
+    return written + compare_pictures(folder, tasks, [Set("Pareto Merging", points, evaluation.gammas)])
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -17,10 +17,6 @@ FORMAT = "pareto-comparison-result"
 class Stored(BaseModel, extra="allow"):
     """What stands in a file, in the order of its keys. Those that are unknown here are kept."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON of what was given and nothing else."""
-        return self.model_dump(exclude_unset=True)
-
 
 class Point(Stored):
     """One model of a method on the held-out images.
@@ -38,7 +34,7 @@ class Point(Stored):
 
 
 class UnseenScore(Stored):
-    """The model chosen for a task without a checkpoint: accuracy (%), entropy (nats) and γ, None for the only one."""
+    """The model chosen for a task without a checkpoint. Accuracy (%), entropy (nats) and γ, None for the only one."""
 
     accuracy: float
     entropy: float
@@ -82,15 +78,14 @@ class Result(Stored):
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plain JSON of the result's file."""
-        return {"format": FORMAT, **super().to_json()}
+        """Return the plain JSON of the result's file: what was given, and no default."""
+        return {"format": FORMAT, **self.model_dump(exclude_unset=True)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Result":
         """Return the result of :meth:`to_json`; titles, facts, entropies and times may be left out.
 
-        Raises:
-            KeyError, TypeError, ValidationError: another value.
+        Raises KeyError, TypeError or ValidationError for another value.
         """
         kind = Measured if value["status"] == "done" else Result
         return kind.model_validate({"title": value["method"], **value})

@@ -1,14 +1,15 @@
-"""A comparison's figures for each method, over its seeds."""
+"""A comparison's figures for each method, over its seeds, and the answer in plain sentences."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from pareto_merging.measure.metrics import Spread, hypervolume, indicators, spread, union_front
 from pareto_merging.measure.results import Measured, Result
+from pareto_merging.methods.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,6 @@ class MethodSummary:
     per_task: dict[str, Spread] = field(default_factory=dict)
     unseen: dict[str, Spread] = field(default_factory=dict)
 
-    def mean(self, figure: str) -> float | None:
-        """Return the mean of a figure; None where it is not defined."""
-        return self.figures[figure].mean if figure in self.figures else None
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, the figures beside the rest."""
         value: dict[str, Any] = {"title": self.title, "is_bound": self.is_bound, "seeds": self.seeds}
@@ -43,25 +40,23 @@ class MethodSummary:
             value |= {"reasons": self.reasons, "failed": self.failed}
         if self.seeds:
             value["preference_aware"] = self.preference_aware
-            value |= {name: figure.to_json() for name, figure in self.figures.items()}
-            value["per_task"] = {name: figure.to_json() for name, figure in self.per_task.items()}
+            value |= {name: asdict(figure) for name, figure in self.figures.items()}
+            value["per_task"] = {name: asdict(figure) for name, figure in self.per_task.items()}
         if self.unseen:
-            value["unseen"] = {name: figure.to_json() for name, figure in self.unseen.items()}
+            value["unseen"] = {name: asdict(figure) for name, figure in self.unseen.items()}
         return value
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "MethodSummary":
         """Return the summary of :meth:`to_json`."""
-        flat = ("title", "is_bound", "seeds", "reasons", "failed", "preference_aware")
+        flat, by_task = ("title", "is_bound", "seeds", "reasons", "failed", "preference_aware"), ("per_task", "unseen")
         about = {key: value[key] for key in flat if key in value}
-        by_task = ("per_task", "unseen")
         figures = {key: entry for key, entry in value.items() if key not in (*flat, *by_task)}
-        per_task, unseen = (_spreads(value.get(key, {})) for key in by_task)
-        return MethodSummary(**about, figures=_spreads(figures), per_task=per_task, unseen=unseen)
-
-
-def _spreads(value: Mapping[str, Any]) -> dict[str, Spread]:
-    return {name: Spread(**entry) for name, entry in value.items()}
+        tables = {"figures": figures, **{key: value.get(key, {}) for key in by_task}}
+        spreads: dict[str, Any] = {
+            key: {name: Spread(**entry) for name, entry in table.items()} for key, table in tables.items()
+        }
+        return MethodSummary(**about, **spreads)
 
 
 def summarize(results: Sequence[Result]) -> dict[str, MethodSummary]:
@@ -73,11 +68,11 @@ def summarize(results: Sequence[Result]) -> dict[str, MethodSummary]:
     left out.
     """
     done = [result for result in results if isinstance(result, Measured)]
-    unions: dict[int, ArrayLike] = {}
-    for seed in {result.seed for result in results}:
-        fronts = [result.accuracies for result in done if result.seed == seed and not result.is_bound]
-        if fronts:
-            unions[seed] = union_front(fronts)
+    fronts: dict[int, list[ArrayLike]] = {}
+    for result in done:
+        if not result.is_bound:
+            fronts.setdefault(result.seed, []).append(result.accuracies)
+    unions = {seed: union_front(own) for seed, own in fronts.items()}
     return {
         key: _summary([result for result in results if result.method == key], unions)
         for key in dict.fromkeys(result.method for result in results)
@@ -114,10 +109,7 @@ def _accuracy(result: Measured, task: str, *kinds: str) -> float | None:
 
 
 def _own(result: Measured, kind: str) -> float | None:
-    """Return the mean accuracy of the tasks, each at its own preference of a kind.
-
-    None where one was not measured.
-    """
+    """Return the mean accuracy of the tasks, each at its own preference of a kind. None where one was not measured."""
     own = [_accuracy(result, task, f"{kind}:{task}") for task in result.tasks]
     measured = [accuracy for accuracy in own if accuracy is not None]
     return math.fsum(measured) / len(measured) if len(measured) == len(own) else None
@@ -159,3 +151,61 @@ def _front_figures(result: Measured, union: ArrayLike | None) -> dict[str, float
         "cosine": alignment.cosine if alignment else None,
         "spearman": math.fsum(correlations) / len(correlations) if correlations else None,
     }
+
+
+def cell(value: Spread | None, factor: float = 1, digits: int = 1) -> str:
+    """Return ``86.9 ± 1.0`` of a spread; a dash where there is none."""
+    if value is None or value.mean is None:
+        return "–"
+    text = f"{factor * value.mean:.{digits}f}"
+    return text if value.sd is None else f"{text} ± {factor * value.sd:.{max(digits, 1)}f}"
+
+
+def answer(summary: Mapping[str, MethodSummary]) -> list[str]:
+    """Return the sentences of a comparison: which method for which use. None if no method gave a model."""
+    merged = {key: entry for key, entry in summary.items() if entry.seeds and not entry.is_bound}
+    # a title not in METHODS is somebody else's method
+    listed = {key: METHODS[key] for key in merged if key in METHODS}
+    # one task has one preference
+    aware = [key for key, entry in merged.items() if entry.preference_aware and len(entry.per_task) > 1]
+
+    def mean(key: str, figure: str) -> float:
+        """Return the mean of a figure, less than any where it is not defined."""
+        value = merged[key].figures[figure].mean if figure in merged[key].figures else None
+        return -math.inf if value is None else value
+
+    def best(among: Collection[str], figure: str) -> str | None:
+        known = [key for key in among if mean(key, figure) > -math.inf]
+        return max(known, key=lambda key: mean(key, figure), default=None)
+
+    def named(key: str, figure: str, factor: float = 1) -> str:
+        return f"{merged[key].title} ({cell(merged[key].figures[figure], factor)} %)"
+
+    def level(among: Collection[str], first: str, figure: str) -> str:
+        """Return which others have the same mean, in brackets."""
+        same = [merged[key].title for key in among if key != first and mean(key, figure) == mean(first, figure)]
+        more = f" and {len(same) - 3} more" if len(same) > 3 else ""
+        return f" (as {'does' if len(same) == 1 else 'do'} {', '.join(same[:3])}{more})" if same else ""
+
+    lines = []
+    if (first := best(merged, "equal")) is not None:
+        level_with = level(merged, first, "equal")
+        lines.append(f"One model for everybody: {named(first, 'equal')} has the highest average accuracy{level_with}.")
+        free = best([key for key, method in listed.items() if method.needs == "weights"], "equal")
+        if free is not None and free != first:
+            lines.append(f"From the weights alone: {named(free, 'equal')}.")
+    front, own = best(aware, "hypervolume"), best(aware, "one_hot")
+    if front is not None:
+        volume, level_with = named(front, "hypervolume", 100), level(aware, front, "hypervolume")
+        lines.append(f"A model per preference: {volume} dominates the largest volume{level_with}.")
+        single = best([key for key in merged if not merged[key].preference_aware], "hypervolume")
+        if single is not None and mean(single, "hypervolume") > mean(front, "hypervolume"):
+            lines.append(f"Yet {named(single, 'hypervolume', 100)}, one model for every preference, dominates more.")
+        kept = [key for key, method in listed.items() if method.stores in ("1 model", "1 model + low rank")]
+        small = best(kept, "hypervolume")
+        if front in listed and front not in kept and small is not None:
+            volume = named(small, "hypervolume", 100)
+            lines.append(f"It keeps {listed[front].stores}; of those that keep one: {volume}.")
+    if own is not None and own != front:
+        lines.append(f"Each user caring for one task alone: {named(own, 'one_hot')} at one-hot preferences.")
+    return lines

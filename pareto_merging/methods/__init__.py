@@ -4,8 +4,8 @@
 method needs beyond them (``tasks``: unlabelled images and heads, ``training``: labelled ones, hyper-parameters) are
 keyword arguments of the same names everywhere. ``merged.model(gamma)`` is a plain module of the pretrained class.
 
-Each file ends in its ``METHOD`` (or ``VARIANTS``): the name, what it needs, what there is to choose. ``FILES`` lists all,
-and :mod:`pareto_merging.methods.registry` loads them, where another can be added from outside.
+Each file ends in its ``METHOD`` (or ``VARIANTS``): the name, what it needs, what there is to choose. ``FILES`` lists
+all, and :mod:`pareto_merging.methods.registry` loads them, where another can be added from outside.
 """
 
 # the file of each method by its name, in the order of tables; help names them all and must not wait for PyTorch

@@ -14,27 +14,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, TypeAlias, Unpack
 
-import torch
 from torch import nn
 
 from pareto_merging.data.tasks import Task
-from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import (
-    Choice,
-    Copies,
-    Merged,
-    Method,
-    Problem,
-    Run,
-    learning,
-    learning_rates,
-    one_model,
-    with_density,
-)
-from pareto_merging.model.fold import merge as merge_at
-from pareto_merging.model.learned import get_lambda, lambda_names
-from pareto_merging.model.parametrize import parametrize
+from pareto_merging.methods import pareto
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, Run, learning, learning_rates
 
 Preset: TypeAlias = Literal["official", "fusionbench"]
 
@@ -49,12 +34,12 @@ FIXED: dict[str, Any] = {
     "objective": "entropy",
     "scalarization": "linear",
     "preferences_per_step": 1,
+    "learn_lambda": True,
     "low_rank": "none",
     "core": "tensor",
     "cosine": 0.0,
     "tensor_norm": 0.0,
     "information_maximisation": 0.0,
-    "learn_lambda": True,
 }
 
 
@@ -63,19 +48,12 @@ def settings(
 ) -> MethodSettings:
     """Return the settings of ``preset``, with ``changes`` (steps, seed, learning_rate …).
 
-    Args:
-        task_wise: one λ for each task's whole model instead of one per tensor. plus: AdaMerging++.
+    ``task_wise``: one λ for each task's whole model instead of one per tensor. ``plus``: AdaMerging++.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset: expected {' or '.join(PRESETS)}, got {preset!r}")
-    values = {
-        "preference": "equal",
-        "granularity": "model" if task_wise else "tensor",
-        "preprocess": "ties" if plus else "none",
-        **PRESETS[preset],
-        **changes,
-    }
-    return MethodSettings.model_validate({**values, **FIXED})
+    kind = {"granularity": "model" if task_wise else "tensor", "preprocess": "ties" if plus else "none"}
+    return MethodSettings.model_validate({"preference": "equal", **kind, **PRESETS[preset], **changes, **FIXED})
 
 
 def merge(
@@ -97,36 +75,25 @@ def merge(
     method = settings() if method is None else method
     changes = {**FIXED, **({"preference": "equal"} if method.preference == "dirichlet" else {})}
     method = method.model_copy(update=changes)
-    model = parametrize(pretrained, finetuned, **method.model_arguments(), digests=run.get("folder") is not None)
-    learn_pareto_set(model, tasks, method, **run)
-    lam = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))
-    with torch.no_grad():
-        # without a low-rank term the preference changes nothing
-        merged = merge_at(model, [1.0 / len(tasks)] * len(tasks))
-    return one_model(merged, finetuned, **{"lambda": lam})
+    # digests are for a checkpoint: there is no Pareto set file
+    digests = run.get("folder") is not None
+    learned = pareto.merge(pretrained, finetuned, tasks=tasks, method=method, digests=digests, **run)
+    # without a low-rank term the preference changes nothing
+    merged = learned.model()
+    return Merged(learned.task_names, lambda gamma: merged, facts=learned.facts)
 
 
 def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", **kind: bool) -> MethodSettings:
-    """Return AdaMerging's settings for a problem.
-
-    Its preset, and what the problem's own settings say of any method.
-    """
-    base = problem.method
-    shared: dict[str, Any] = {
-        "seed": base.seed,
-        "init_lambda": base.init_lambda,
-        "buffers": base.buffers,
-        "density": base.density,
-        "checkpoint_every": base.checkpoint_every,
-        "collapse_threshold": base.collapse_threshold,
-    }
-    if base.steps is not None:
-        shared["steps"] = base.steps
+    """Return AdaMerging's settings for a problem. Its preset, and what the problem's own say of any method."""
+    names = ("seed", "init_lambda", "buffers", "density", "checkpoint_every", "collapse_threshold", "steps")
+    shared = {name: getattr(problem.method, name) for name in names}
+    if shared["steps"] is None:
+        del shared["steps"]
     return settings(preset, **kind, **{**shared, **choice})
 
 
 def _variant(key: str, title: str, **kind: Any) -> Method:
-    choices = with_density(learning_rates(1e-3)) if kind.get("plus") else learning_rates(1e-3)
+    choices = pareto.with_density(learning_rates(1e-3)) if kind.get("plus") else learning_rates(1e-3)
     return Method(key, title, "images", learning(merge, partial(settings_of, **kind)), choices, learns=True)
 
 

@@ -31,8 +31,7 @@ def merge(
     """
     method = adamerging.settings() if method is None else method
     known: dict[tuple[float, ...], nn.Module] = {}
-    result = Merged(task_names(finetuned), lambda gamma: nn.Identity(), preference_aware=True)
-    result.facts |= {"runs": 0, "seconds": 0.0}
+    facts = {"runs": 0, "seconds": 0.0}
 
     def at(gamma: Tensor) -> nn.Module:
         key = tuple(round(value, 6) for value in gamma.tolist())
@@ -43,12 +42,11 @@ def merge(
                 own["folder"] = folder / "-".join(f"{value:.6g}" for value in key)
             fixed = method.model_copy(update={"preference": "fixed", "gamma": tuple(gamma.tolist())})
             known[key] = adamerging.merge(pretrained, finetuned, tasks=tasks, method=fixed, **own).model()
-            result.facts["runs"] += 1
-            result.facts["seconds"] += time.perf_counter() - start
+            facts["runs"] += 1
+            facts["seconds"] += time.perf_counter() - start
         return known[key]
 
-    result.at = at
-    return result
+    return Merged(task_names(finetuned), at, preference_aware=True, facts=facts)
 
 
 METHOD = Method(

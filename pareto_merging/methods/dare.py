@@ -16,11 +16,9 @@ from pareto_merging.model.preprocessing import check_density, dare_generator, da
 def merge(
     pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 0.3, density: float = 0.5, seed: int = 0
 ) -> Merged:
-    """Return task arithmetic on randomly thinned task vectors; no data.
+    """Return task arithmetic, λ = ``coefficient``, on randomly thinned task vectors; no data.
 
-    Args:
-        coefficient: λ. density: 1 − p, the share of entries kept, in (0, 1]. seed: of the draws; the same seed gives
-            the same model on every device.
+    ``density``: 1 − p, the share of entries kept, in (0, 1]. ``seed``: of the draws, the same on every device.
     """
     check_density(density)
     draws: list[torch.Generator] = []
@@ -30,8 +28,7 @@ def merge(
             draws[:] = [dare_generator(seed, name, task) for task in range(len(taus))]
         total = torch.zeros_like(base)
         for tau, generator in zip(taus, draws, strict=True):
-            mask = dare_mask(len(tau), density, generator)
-            total.addcmul_(tau, mask.to(tau), value=1 / density)
+            total.addcmul_(tau, dare_mask(len(tau), density, generator).to(tau), value=1 / density)
         return base + coefficient * total
 
     return one_model(merge_tensors(pretrained, finetuned, piece), finetuned)

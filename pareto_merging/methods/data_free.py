@@ -28,8 +28,7 @@ def merge(
 
 
 def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
-    rate = method.learning_rate
-    return [{}, {"learning_rate": 10 * rate}, {"concentration": 1.0}, {"mu": 10 * method.mu}]
+    return [{}, {"learning_rate": 10 * method.learning_rate}, {"concentration": 1.0}, {"mu": 10 * method.mu}]
 
 
 def _run(problem: Problem, choice: Choice) -> Merged:

@@ -52,8 +52,7 @@ def merge(
     working copy are gone.
 
     Args:
-        tasks: by task name, unlabelled images and the frozen head. images, seed: see :func:`diagonal_fisher`.
-        labels: over which y the gradient is squared, see :func:`diagonal_fisher`.
+        tasks: by task name, unlabelled images and the frozen head. labels, images, seed: see :func:`diagonal_fisher`.
         floor: added to each F_k (after the division); 0 leaves it out, and where all F_k are 0 the average is taken.
         normalize: divide F_k by its L2 norm over all parameters, so that no task outweighs the others by its scale
             (an F_k of 0 everywhere stays).
@@ -64,9 +63,8 @@ def merge(
     """
     floor = check_number("floor", floor)
     _check_labels(labels)
-    numerator, denominator, norms = _sums(
-        pretrained, finetuned, tasks, floor, normalize, labels=labels, images=images, seed=seed, progress=progress
-    )
+    how = {"labels": labels, "images": images, "seed": seed, "progress": progress}
+    numerator, denominator, norms = _sums(pretrained, finetuned, tasks, floor, normalize, **how)
 
     def piece(name: str, place: int, base: Tensor, taus: Tensor) -> Tensor:
         average = base + taus.mean(dim=0)
@@ -231,12 +229,8 @@ def _check_labels(labels: Any) -> None:
 
 
 def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
-    return [
-        {"normalize": True, "floor": 1e-6},
-        {"normalize": False, "floor": 1e-6},
-        {"normalize": True, "floor": 1e-4},
-        {"normalize": True, "floor": 1e-8},
-    ]
+    settings = ((True, 1e-6), (False, 1e-6), (True, 1e-4), (True, 1e-8))
+    return [{"normalize": normalize, "floor": floor} for normalize, floor in settings]
 
 
 METHOD = Method("fisher", "Fisher merging", "images", on_images(merge), _choices)

@@ -15,9 +15,8 @@ from pareto_merging.model.stored import copy_of
 def merge(pretrained: nn.Module, finetuned: Copies) -> Merged:
     """Give for each γ a copy of the fine-tuned model that it wants most.
 
-    Bit by bit, in the dtype of ``pretrained``: weights that are stored in a wider one are rounded once.
-
-    Raises ValueError as :func:`parametrize`, and ``at`` for numbers that are not finite.
+    Bit by bit, in the dtype of ``pretrained``: weights that are stored in a wider one are rounded once. Raises
+    ValueError as :func:`parametrize`, and ``at`` for numbers that are not finite.
     """
     copies, _ = check_copies(pretrained, finetuned)
 

@@ -39,11 +39,7 @@ class Merged:
     pareto: nn.Module | None = None
 
     def model(self, gamma: Preference | None = None) -> nn.Module:
-        """Return the plain model at a preference, by default the equal one. [K], or by task name.
-
-        Raises:
-            ValueError: not a preference (see :func:`check_preference`).
-        """
+        """Return the plain model at a preference that :func:`check_preference` takes, by default the equal one."""
         if gamma is None:
             return self.at(equal_preference(len(self.task_names)))
         return self.at(check_preference(gamma, self.task_names, per_item=False))
@@ -93,11 +89,6 @@ Runner: TypeAlias = Callable[[Problem, Choice], Merged]
 Choices: TypeAlias = Callable[[int, MethodSettings], list[Choice]]
 
 
-def no_choice(tasks: int, method: MethodSettings) -> list[Choice]:
-    """Return the one choice of a method without hyper-parameters."""
-    return [{}]
-
-
 @dataclass(frozen=True)
 class Method:
     """One row of a comparison.
@@ -115,7 +106,7 @@ class Method:
     title: str
     needs: Needs
     run: Runner
-    choices: Choices = no_choice
+    choices: Choices = lambda tasks, method: [{}]
     stores: Stores = "1 model"
     is_bound: bool = False
     runs_per_preference: bool = False
@@ -132,9 +123,7 @@ def check_needs(method: Method, problem: Problem) -> None:
 
 def task_names(finetuned: Copies) -> tuple[str, ...]:
     """Return the tasks' names as :func:`parametrize` gives them: the keys, or ``task_1`` … ``task_K``."""
-    if isinstance(finetuned, Mapping):
-        return tuple(finetuned)
-    return tuple(f"task_{k + 1}" for k in range(len(finetuned)))
+    return tuple(finetuned if isinstance(finetuned, Mapping) else (f"task_{k + 1}" for k in range(len(finetuned))))
 
 
 def one_model(model: nn.Module, finetuned: Copies, **facts: Any) -> Merged:
@@ -169,13 +158,11 @@ def learning(
     return run
 
 
+def among(name: str, *values: float) -> Choices:
+    """Return the choice among values of one hyper-parameter, the published one first."""
+    return lambda tasks, method: [{name: value} for value in values]
+
+
 def learning_rates(published: float) -> Choices:
     """Return the choice among four learning rates, the published one first."""
-    return lambda tasks, method: [{"learning_rate": published * factor} for factor in (1, 10, 30, 3)]
-
-
-def with_density(choices: Choices) -> Choices:
-    """Return ``choices`` with TIES's published density first, and 0.5 for the others."""
-    return lambda tasks, method: [
-        {**choice, **({"density": 0.5} if number else {})} for number, choice in enumerate(choices(tasks, method))
-    ]
+    return among("learning_rate", *(published * factor for factor in (1, 10, 30, 3)))

@@ -8,7 +8,7 @@ learning + preference" is one such run per γ.
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,8 @@ from torch.nn import functional as F
 from pareto_merging.data.sources import labelled_stream
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError, UserError
-from pareto_merging.methods.interface import (
-    Choice,
-    Copies,
-    Merged,
-    Method,
-    Problem,
-    learning_rates,
-    one_model,
-    task_names,
-)
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, learning_rates, task_names
+from pareto_merging.methods.per_task import to_model
 from pareto_merging.model.copies import named_tensors
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 from pareto_merging.preferences import Preference, check_preference, equal_preference
@@ -47,11 +39,11 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> Merged:
-    """Train a copy of ``pretrained`` on all tasks together.
+    """Train a copy of ``pretrained`` on all tasks together. Of ``finetuned`` only the task names are used.
 
-    Of ``finetuned`` only the task names are used. AdamW with a linear warm-up over a tenth of the steps and a cosine
-    decay; dropout off and batch-norm statistics fixed. Weights are trained in float32 (float64 where ``pretrained``
-    is), from the pretrained ones as stored, and rounded to the dtype of ``pretrained`` once at the end.
+    AdamW with a linear warm-up over a tenth of the steps and a cosine decay; dropout off and batch-norm statistics
+    fixed. Weights are trained in float32 (float64 where ``pretrained`` is), from the pretrained ones as stored, and
+    rounded to the dtype of ``pretrained`` once at the end.
 
     Args:
         training: by task name, labelled images and the frozen head. steps, batch_size: per step, a batch of every task.
@@ -69,23 +61,31 @@ def merge(
     model = copy_of(pretrained)
     with _wide(model, PretrainedWeights(pretrained)) as parameters:
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-        tasks = []
-        for index, (name, weight) in enumerate(zip(names, weights.tolist(), strict=True)):
-            batches = labelled_stream(training[name].images, batch_size, steps, (seed, 3, index))
-            tasks.append(_Training(name, training[name].head, weight, batches))
-        heads = [task.head for task in tasks]
+        streams = [
+            labelled_stream(training[name].images, batch_size, steps, (seed, 3, index))
+            for index, name in enumerate(names)
+        ]
+        heads = [training[name].head for name in names]
         with eval_mode(model, *heads), progress_bar("multi-task training", steps, enabled=progress) as advance:
             for step in range(1, steps + 1):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * _schedule(step, steps)
-                losses = [task.backward(model, parameters, step) for task in tasks]
+                losses = []
+                for name, weight, batches in zip(names, weights.tolist(), streams, strict=True):
+                    loss = weight * _loss(training[name], name, model, *next(batches))
+                    losses.append(float(loss.detach()))
+                    if not math.isfinite(losses[-1]):
+                        what = f"task {name}: the loss of multi-task training is {losses[-1]}"
+                        raise TrainingError(f"step {step}, {what}", name, step, "the loss")
+                    # a head's own parameters must get no gradient
+                    loss.backward(inputs=parameters)
                 optimizer.step()
                 optimizer.zero_grad()
                 advance(step, f"loss {math.fsum(losses):.4f}")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise TrainingError(f"step {steps}: {name} is not finite after multi-task training", None, steps, name)
-    return one_model(model, finetuned)
+    return Merged(names, lambda gamma: model)
 
 
 @contextlib.contextmanager
@@ -102,34 +102,15 @@ def _wide(model: nn.Module, as_stored: PretrainedWeights) -> Iterator[list[Tenso
         tensor.data = tensor.data.to(dtype)
 
 
-@dataclass
-class _Training:
-    """One task of a run: its frozen head, its weight γ_k, its labelled batches."""
-
-    name: str
-    head: nn.Module
-    weight: float
-    batches: Iterator[tuple[Tensor, Tensor]]
-
-    def backward(self, model: nn.Module, parameters: list[Tensor], step: int) -> float:
-        """Add the gradient of γ_k CE_k on the next batch, and return that loss."""
-        loss = self.weight * self._loss(model, *next(self.batches), parameters[0])
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            what = f"the loss of multi-task training is {value}"
-            raise TrainingError(f"step {step}, task {self.name}: {what}", self.name, step, "the loss")
-        # a head's own parameters must get no gradient
-        loss.backward(inputs=parameters)
-        return value
-
-    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor, like: Tensor) -> Tensor:
-        logits = self.head(model(images.to(like.device, like.dtype if images.is_floating_point() else None)))
-        labels = labels.to(logits.device)
-        foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
-        if len(foreign):
-            expected = f"a label in [0, {logits.shape[-1]}) for every training image"
-            raise UserError(f"task {self.name}: expected {expected}, got {int(foreign[0])}")
-        return F.cross_entropy(logits.float(), labels)
+def _loss(task: Task, name: str, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of one task's batch."""
+    logits = task.head(model(to_model(images, model)))
+    labels = labels.to(logits.device)
+    foreign = labels[(labels < 0) | (labels >= logits.shape[-1])]
+    if len(foreign):
+        expected = f"a label in [0, {logits.shape[-1]}) for every training image"
+        raise UserError(f"task {name}: expected {expected}, got {int(foreign[0])}")
+    return F.cross_entropy(logits.float(), labels)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -138,15 +119,10 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _run(problem: Problem, choice: Choice) -> Merged:
-    return merge(
-        problem.pretrained,
-        problem.finetuned,
-        training=problem.training or {},
-        batch_size=problem.method.batch_size,
-        seed=problem.method.seed,
-        progress=problem.progress,
-        **{"steps": problem.method.steps_for(len(problem.task_names)), **choice},
-    )
+    method, training = problem.method, problem.training or {}
+    own: dict[str, Any] = {"batch_size": method.batch_size, "seed": method.seed, "progress": problem.progress}
+    choice = {"steps": method.steps_for(len(problem.task_names)), **choice}
+    return merge(problem.pretrained, problem.finetuned, training=training, **own, **choice)
 
 
 METHOD = Method("multitask", "Multi-task training", "labels", _run, learning_rates(1e-4), is_bound=True, learns=True)

@@ -13,22 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import (
-    Choice,
-    Copies,
-    Merged,
-    Method,
-    Problem,
-    Run,
-    learning,
-    task_names,
-    with_density,
-)
+from pareto_merging.methods.interface import Choice, Choices, Copies, Merged, Method, Problem, Run, learning, task_names
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
@@ -42,6 +32,7 @@ def merge(
     tasks: Mapping[str, Task] | None,
     method: MethodSettings | None = None,
     preprocess: Preprocess | None = None,
+    digests: bool = True,
     **run: Unpack[Run],
 ) -> Merged:
     """Learn a model for every preference in one run; ``result.pareto`` is the Pareto model.
@@ -49,20 +40,17 @@ def merge(
     Args:
         tasks: by task name, unlabelled images and the frozen head; None for the data-free objective.
         method: by default the preset ``icml2025``. preprocess: of the task vectors, instead of ``method.preprocess``.
+        digests: of the weights, see :func:`parametrize`.
         run: ``folder`` and ``resume``, where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = MethodSettings.model_validate({}) if method is None else method
     if isinstance(preprocess, str):
         method, preprocess = method.model_copy(update={"preprocess": preprocess}), None
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
-    model = parametrize(pretrained, finetuned, **arguments)
+    model = parametrize(pretrained, finetuned, **arguments, digests=digests)
     learn_pareto_set(model, tasks, method, **run)
-
-    def at(gamma: Tensor) -> nn.Module:
-        return merge_at(model, gamma)
-
     facts = {"lambda": dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))}
-    return Merged(task_names(finetuned), at, preference_aware=method.low_rank != "none", facts=facts, pareto=model)
+    return Merged(task_names(finetuned), partial(merge_at, model), method.low_rank != "none", facts, pareto=model)
 
 
 def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSettings:
@@ -82,20 +70,18 @@ def choices(tasks: int, method: MethodSettings) -> list[Choice]:
     ]
 
 
+def with_density(choices: Choices) -> Choices:
+    """Return ``choices`` with TIES's published density first, and 0.5 for the others."""
+    return lambda tasks, method: [
+        {**choice, **({"density": 0.5} if number else {})} for number, choice in enumerate(choices(tasks, method))
+    ]
+
+
 METHOD = Method(
-    "pareto",
-    "Pareto Merging",
-    "images",
-    learning(merge, settings_of),
-    choices,
-    stores="1 model + low rank",
-    learns=True,
+    "pareto", "Pareto Merging", "images", learning(merge, settings_of), choices, "1 model + low rank", learns=True
 )
-PLUS = replace(
+_PLUS = learning(merge, partial(settings_of, preprocess="ties"))
+VARIANTS = (
     METHOD,
-    key="pareto++",
-    title="Pareto Merging++",
-    run=learning(merge, partial(settings_of, preprocess="ties")),
-    choices=with_density(choices),
+    replace(METHOD, key="pareto++", title="Pareto Merging++", run=_PLUS, choices=with_density(choices)),
 )
-VARIANTS = (METHOD, PLUS)

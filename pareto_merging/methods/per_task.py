@@ -25,7 +25,7 @@ def each_finetuned(
     """
     model = copy_of(pretrained)
     copies, tensors = check_copies(model, finetuned)
-    check_tasks(tasks, task_names(finetuned))
+    _check_tasks(tasks, task_names(finetuned))
     for task, weights in copies.items():
         with torch.no_grad():
             for names, tensor in tensors:
@@ -33,7 +33,7 @@ def each_finetuned(
         yield task, model, tensors
 
 
-def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
+def _check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
     """Raise ValueError unless ``tasks`` has images and a head for ``names`` and nothing else."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"tasks: expected a mapping from task name to Task, got {type(tasks).__name__}")
@@ -52,8 +52,7 @@ def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
 def chosen_images(dataset: Dataset[Any], images: int, seed: int, name: str) -> list[int]:
     """Return the indices of the first ``images`` (or all) of a seeded permutation."""
     check_count("images", images)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}")
+    check_count("seed", seed, least=0)
     size = len(dataset)  # type: ignore[arg-type]
     if not size:
         raise ValueError(f"{name}: expected images, got none")
@@ -72,10 +71,10 @@ def to_model(images: Tensor, model: nn.Module) -> Tensor:
     return images.to(first.device, first.dtype if images.is_floating_point() else None)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def check_number(name: str, value: Any, highest: float = math.inf) -> float:

@@ -20,8 +20,7 @@ def register(method: Method) -> Method:
 def run(name: str, problem: Problem, **choice: Any) -> Merged:
     """Run method ``name`` on a problem, with its published values where ``choice`` gives none.
 
-    Raises:
-        KeyError: no such method. ValueError: what the method needs is not there.
+    Raises KeyError for no such method, ValueError where what the method needs is not there.
     """
     method = METHODS[name]
     check_needs(method, problem)

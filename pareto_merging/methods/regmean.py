@@ -19,7 +19,7 @@ that the model makes: see :class:`GramRecorder`.
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images, one_model
+from pareto_merging.methods.interface import Copies, Merged, Method, among, on_images, one_model
 from pareto_merging.methods.per_task import check_count, check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.copies import check_copies
@@ -62,7 +61,7 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> Merged:
-    """Return the RegMean-merged model.
+    """Return the RegMean-merged model; ``linear_maps`` of its facts names what was merged as linear maps.
 
     Beside the models (pretrained, K copies, result) there are the Grams, one [D, D] in float32 per linear map with D
     inputs, of the task in hand and of all tasks; Σ_k G_k (W_k − W̄), as large as the linear maps in float32; and, until
@@ -74,16 +73,14 @@ def merge(
             error, or leave it to rounding.
         images: how many of each task, the first of a permutation seeded with ``seed``; all if there are fewer.
 
-    Returns:
-        With the names of the parameters that were merged as linear maps among its facts (``linear_maps``).
-
     Raises:
         ValueError: as :func:`parametrize`; tasks that do not match the copies or have no images; a singular Σ_k G_k.
         UserError: inputs of a linear map that are not finite, naming the task.
     """
     alpha, ridge = check_number("alpha", alpha, 1.0), check_number("ridge", ridge)
     check_count("batch_size", batch_size)
-    grams, changes = _sums(pretrained, finetuned, tasks, alpha, images, batch_size, seed, progress)
+    how = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
+    grams, changes = _sums(pretrained, finetuned, tasks, alpha, **how)
     for name in list(changes):
         _solve(name, grams, changes[name], ridge)
 
@@ -95,14 +92,7 @@ def merge(
 
 
 def _sums(
-    pretrained: nn.Module,
-    finetuned: Copies,
-    tasks: Mapping[str, Task],
-    alpha: float,
-    images: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    pretrained: nn.Module, finetuned: Copies, tasks: Mapping[str, Task], alpha: float, **how: Any
 ) -> tuple[dict[Rows, Tensor], dict[str, Tensor]]:
     """Return Σ_k G_k of each map, and Σ_k (W_k − W̄)·G_k of each parameter. The latter in its own layout."""
     grams: dict[Rows, Tensor] = {}
@@ -110,7 +100,8 @@ def _sums(
     copies, _ = check_copies(pretrained, finetuned)
     for task, model, tensors in each_finetuned(pretrained, finetuned, tasks):
         group = {names[0]: names for names, _ in tensors}
-        of_task = _task_grams(model, tensors, tasks[task], task, images, batch_size, seed, progress)
+        parameters = {names[0]: tensor for names, tensor in tensors if isinstance(tensor, nn.Parameter)}
+        of_task = _task_grams(model, GramRecorder(parameters), tasks[task].images, f"task {task}", **how)
         for rows in list(of_task):
             gram = of_task.pop(rows)
             if not bool(torch.isfinite(gram).all()):
@@ -121,8 +112,7 @@ def _sums(
             average = torch.zeros(values[0].shape, dtype=torch.float64, device=gram.device)
             for value in values:
                 average += value.detach().to(average)
-            own = values[list(copies).index(task)].detach().to(average)
-            difference = own - average.div_(len(values))
+            difference = values[list(copies).index(task)].detach().to(average) - average.div_(len(values))
             if rows.name not in changes:
                 changes[rows.name] = torch.zeros(average.shape, dtype=gram.dtype, device=gram.device)
             if rows.right:
@@ -130,33 +120,19 @@ def _sums(
             else:
                 part = slice(rows.start, rows.stop)
                 changes[rows.name][part] += (difference[part] @ gram.double()).to(gram.dtype)
-            if rows in grams:
-                grams[rows] += gram
-            else:
-                grams[rows] = gram
+            grams[rows] = grams[rows].add_(gram) if rows in grams else gram
     return grams, changes
 
 
+@torch.no_grad()
 def _task_grams(
-    model: nn.Module,
-    tensors: Sequence[tuple[Sequence[str], Tensor]],
-    task: Task,
-    name: str,
-    images: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    model: nn.Module, recorder: "GramRecorder", dataset: Any, name: str, batch_size: int, progress: bool, **which: int
 ) -> dict[Rows, Tensor]:
-    indices = chosen_images(task.images, images, seed, f"task {name}")
-    recorder = GramRecorder({names[0]: tensor for names, tensor in tensors if isinstance(tensor, nn.Parameter)})
-    with (
-        torch.no_grad(),
-        eval_mode(model),
-        progress_bar(f"Grams of task {name}", len(indices), enabled=progress) as advance,
-    ):
+    indices = chosen_images(dataset, name=name, **which)
+    with eval_mode(model), progress_bar(f"Grams of {name}", len(indices), enabled=progress) as advance:
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
-            batch = to_model(torch.stack([image_of(task.images[index]) for index in chosen]), model)
+            batch = to_model(torch.stack([image_of(dataset[index]) for index in chosen]), model)
             with recorder:
                 model(batch)
             advance(start + len(chosen), "")
@@ -199,8 +175,7 @@ class GramRecorder(TorchFunctionMode):
     not; nor does ``x @ P`` where there is an F.linear. An attention whose queries, keys and values come from several
     tensors has one Gram each; where it also has uses with a single one, each kind is averaged over its rows first.
 
-    Args:
-        parameters: by the name that their Grams shall have; those not of two dimensions are left out.
+    ``parameters``: by the name that their Grams shall have; those not of two dimensions are left out.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -220,13 +195,7 @@ class GramRecorder(TorchFunctionMode):
         self._grams, self._counts = {}, {}
         return means
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
@@ -238,7 +207,7 @@ class GramRecorder(TorchFunctionMode):
             self._record(weight, x, right=True)
         return func(*args, **kwargs)
 
-    def _attention(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _attention(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         bound = _ATTENTION.bind(*args, **kwargs)
         given = bound.arguments
         query, key, value = given["query"], given["key"], given["value"]
@@ -246,13 +215,9 @@ class GramRecorder(TorchFunctionMode):
             for part, x in (("q", query), ("k", key), ("v", value)):
                 self._record(given[f"{part}_proj_weight"], x)
         elif (packed := given["in_proj_weight"]) is not None:
-            size = len(packed) // 3
-            if query is key and key is value:
-                parts = [(query, 0, 3)]
-            elif key is value:
-                parts = [(query, 0, 1), (key, 1, 3)]
-            else:
-                parts = [(query, 0, 1), (key, 1, 2), (value, 2, 3)]
+            size, parts = len(packed) // 3, [(query, 0, 1), (key, 1, 2), (value, 2, 3)]
+            if key is value:
+                parts = [(query, 0, 3)] if query is key else [(query, 0, 1), (key, 1, 3)]
             for x, start, stop in parts:
                 self._record(packed, x, start * size, stop * size)
         # the output projection's input comes out of an attention whose output projection does nothing
@@ -278,8 +243,4 @@ class GramRecorder(TorchFunctionMode):
         self._counts[rows] = self._counts.get(rows, 0) + len(flat)
 
 
-def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
-    return [{"alpha": alpha} for alpha in (0.9, 0.5, 1.0, 0.1)]
-
-
-METHOD = Method("regmean", "RegMean", "images", on_images(merge), _choices)
+METHOD = Method("regmean", "RegMean", "images", on_images(merge), among("alpha", 0.9, 0.5, 1.0, 0.1))

@@ -12,10 +12,7 @@ from pareto_merging.methods.streaming import merge_tensors
 
 
 def merge(pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 0.3) -> Merged:
-    """Add the sum of the task vectors, times ``coefficient``, to W0; no data.
-
-    ``coefficient``: λ, one number for all tasks and tensors.
-    """
+    """Add the sum of the task vectors, times ``coefficient``, to W0; no data. It is λ, for all tasks and tensors."""
     model = merge_tensors(pretrained, finetuned, lambda name, place, base, taus: base + coefficient * taus.sum(dim=0))
     return one_model(model, finetuned)
 

@@ -7,8 +7,7 @@ average; at λ = K·c the equal γ is task arithmetic with coefficient c.
 
 from torch import Tensor, nn
 
-from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_weights, task_names
+from pareto_merging.methods.interface import Copies, Merged, Method, among, on_weights, task_names
 from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.copies import check_copies
 
@@ -26,15 +25,7 @@ def merge(pretrained: nn.Module, finetuned: Copies, *, coefficient: float = 1.0)
     return Merged(task_names(finetuned), at, preference_aware=True)
 
 
-def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
-    return [{"coefficient": c} for c in (1.0, 1.5, 0.75, 2.0)]
-
-
+CHOICES = among("coefficient", 1.0, 1.5, 0.75, 2.0)
 METHOD = Method(
-    "task-arithmetic-preference",
-    "Task arithmetic + preference",
-    "weights",
-    on_weights(merge),
-    _choices,
-    stores="all models",
+    "task-arithmetic-preference", "Task arithmetic + preference", "weights", on_weights(merge), CHOICES, "all models"
 )

@@ -13,9 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from pareto_merging.errors import UserError
-from pareto_merging.measure import figures
 from pareto_merging.measure.comparison import Comparison
 from pareto_merging.measure.evaluation import evaluate_preferences
+from pareto_merging.measure.figures.fronts import fronts
+from pareto_merging.measure.figures.sets import Set
 from pareto_merging.measure.metrics import hypervolume, non_dominated, spearman
 from pareto_merging.measure.results import Measured, Point
 from pareto_merging.methods.registry import METHODS
@@ -119,7 +120,8 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool) -> dict[str, Any]
     points = {results[key].title: results[key].points[0].accuracy for key in MERGED_MODELS}
     individuals = {name: _own(results["individual"], name).accuracy for name in pairs.evaluation}
     accuracies, gammas = ([row[key] for row in front] for key in ("accuracy", "gamma"))
-    figures.two_task_front(folder / "front.png", TWO_TASKS, accuracies, gammas, points, individuals)
+    sets = [Set("Pareto Merging", accuracies, gammas), *(Set(name, [point]) for name, point in points.items())]
+    fronts(folder / "front.png", TWO_TASKS, sets, individuals)
     save_pareto_set(model, folder / SET_NAME, preset=eight.method.preset)
     return {
         "format": FORMAT,

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pareto_merging.measure.figures import Set
+from pareto_merging.measure.figures.sets import Set
 
 LATTICE = [[a / 7, b / 7, (7 - a - b) / 7] for a in range(8) for b in range(8 - a)]
 

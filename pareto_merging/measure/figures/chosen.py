@@ -6,7 +6,7 @@ from pathlib import Path
 from pareto_merging.measure.figures.fronts import fronts
 from pareto_merging.measure.figures.parallel import parallel_coordinates
 from pareto_merging.measure.figures.projections import pairwise_projections
-from pareto_merging.measure.figures.sets import Set, checked, fronts_of
+from pareto_merging.measure.figures.sets import Set, checked, first_front
 from pareto_merging.measure.figures.simplex import simplex_scatter
 from pareto_merging.measure.figures.ternary import ternary
 
@@ -22,10 +22,7 @@ def compare_pictures(
     None for K = 1 or without sets; ``front.png`` for K = 2; ``ternary.png`` (of the first set with preferences, if
     there is one), ``simplex.png`` and ``parallel.png`` for K = 3; ``parallel.png`` and ``projections.png`` from K = 4.
 
-    Args:
-        task_names: K names. sets: accuracies [n, K], gammas [n, K] or None. individuals: fine-tuned model -> accuracies
-            [K].
-    Raises ValueError as :func:`.checked`.
+    ``individuals``: fine-tuned model -> accuracies [K]. Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, at_least=1) if sets else []
     if not methods or len(task_names) == 1:
@@ -35,8 +32,8 @@ def compare_pictures(
         return [folder / "front.png"]
     written = []
     if len(task_names) == 3:
-        first = next(iter(fronts_of(methods)), None)
-        if first is not None and first.gammas is not None:
+        first = first_front(methods)
+        if first is not None:
             written.append(folder / "ternary.png")
             ternary(written[-1], task_names, first.gammas.tolist(), first.accuracies.tolist(), first.name)
         written.append(folder / "simplex.png")

@@ -10,28 +10,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, checked, checked_individuals, fronts_of
+from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, checked, checked_individuals, first_front
 from pareto_merging.measure.metrics import non_dominated
 
 _INDIVIDUAL_MARKERS = ("x", "+", "1", "2", "3", "4")
-
-
-def two_task_front(
-    path: Path,
-    task_names: Sequence[str],
-    front: Sequence[Sequence[float]],
-    gammas: Sequence[Sequence[float]],
-    points: Mapping[str, Sequence[float]],
-    individuals: Mapping[str, Sequence[float]],
-) -> None:
-    """Draw a two-task Pareto set among other models, as ``fronts`` does.
-
-    Args:
-        task_names: two names. front: [n, 2] accuracies in percent. gammas: [n, 2]. points: merged model -> two
-            accuracies. individuals: fine-tuned model -> its two accuracies.
-    """
-    sets = [Set("Pareto Merging", front, gammas), *(Set(name, [point]) for name, point in points.items())]
-    fronts(path, task_names, sets, individuals)
 
 
 def fronts(
@@ -41,11 +23,7 @@ def fronts(
 
     A set with preferences is a line in the order of γ₁; solutions that another of the same set dominates are hollow.
     The enlarged panel holds the first set with preferences and the models near it; its title counts the others.
-
-    Args:
-        task_names: two names. sets: accuracies [n, 2], gammas [n, 2] or None. individuals: task -> accuracies [2] of
-            the model fine-tuned on it.
-    Raises ValueError as :func:`.checked`.
+    ``individuals``: task -> accuracies [2] of the model fine-tuned on it. Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, exactly=2)
     alone = checked_individuals(individuals, 2)
@@ -76,10 +54,9 @@ def fronts(
         near.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         near.set_title("enlarged" + (f" ({outside} outside)" if outside else ""))
         corner, opposite = np.maximum(low, limits[0] + 0.5), np.minimum(high, limits[1] - 0.5)
-        whole.add_patch(
-            Rectangle((corner[0], corner[1]), *(opposite - corner), fill=False, edgecolor=look.GREY, linewidth=0.7)
-        )
-        _name_ends(near, next(iter(fronts_of(methods)), None))
+        line: look.Style = {"fill": False, "edgecolor": look.GREY, "linewidth": 0.7}
+        whole.add_patch(Rectangle((corner[0], corner[1]), *(opposite - corner), **line))
+        _name_ends(near, first_front(methods))
         look.legend_below(figure, handles, labels)
 
 
@@ -111,7 +88,7 @@ def _enlarged(methods: Sequence[CheckedSet]) -> tuple[look.Array, look.Array, in
     points, from it. Without such a set all models are in the box.
     """
     points = np.concatenate([method.accuracies for method in methods])
-    first = next(iter(fronts_of(methods)), None)
+    first = first_front(methods)
     inside = np.ones(len(points), dtype=bool)
     if first is not None:
         low, high = first.accuracies.min(axis=0), first.accuracies.max(axis=0)
@@ -125,19 +102,14 @@ def _enlarged(methods: Sequence[CheckedSet]) -> tuple[look.Array, look.Array, in
 
 def _name_ends(axes: Axes, method: CheckedFront | None) -> None:
     """Write γ₁ beside the first and the last solution of a set."""
-    if method is None or method.gammas is None:
+    if method is None:
         return
     order = np.argsort(method.gammas[:, 0], kind="stable")
     ends = sorted({int(order[0]), int(order[-1])}, key=lambda row: -method.accuracies[row, 1])
-    for row, above in zip(ends, (True, False), strict=False):
-        axes.annotate(
-            f"γ₁ = {round(method.gammas[row, 0], 3):g}",
-            method.accuracies[row],
-            textcoords="offset points",
-            xytext=(0, 5) if above else (5, 0),
-            horizontalalignment="center" if above else "left",
-            verticalalignment="bottom" if above else "center",
-            color=method.coloured_mark(1)["color"],
-            path_effects=[withStroke(linewidth=2, foreground="white")],
-            zorder=6,
-        )
+    above: look.Style = {"xytext": (0, 5), "horizontalalignment": "center", "verticalalignment": "bottom"}
+    beside: look.Style = {"xytext": (5, 0), "horizontalalignment": "left", "verticalalignment": "center"}
+    style: look.Style = {"color": method.coloured_mark(1)["color"], "textcoords": "offset points", "zorder": 6}
+    style["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+    for row, where in zip(ends, (above, beside), strict=False):
+        text = f"γ₁ = {round(method.gammas[row, 0], 3):g}"
+        axes.annotate(text, method.accuracies[row], **where, **style)

@@ -30,16 +30,9 @@ ONE_PANEL, SEVERAL_PANELS = 3.4, 7.0
 DPI = 300
 
 # Okabe and Ito's palette
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#777777",
-    "#111111",
-)
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+VERMILION, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
+GREY, BLACK = "#777777", "#111111"
 # Lengths without a common factor: 6 · 17 pairs before one comes again. Blue, orange and purple come first because no
 # mixture of the three looks like one of them.
 COLOURS = (BLUE, ORANGE, PURPLE, GREEN, VERMILION, SKY)
@@ -55,29 +48,20 @@ _SIZES: dict[Any, float] = {"s": 0.9, "D": 0.85, "*": 1.45, _STAR_OF_4: 1.5, _ST
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)), (0, (8, 1.5, 1, 1.5, 1, 1.5)))
 
 _SETTINGS: Any = {
-    "text.usetex": False,
-    "text.parse_math": False,
-    "font.size": 7.5,
+    **dict.fromkeys(("text.usetex", "text.parse_math", "axes.formatter.useoffset"), False),
+    **dict.fromkeys(("axes.grid", "axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
+    **dict.fromkeys(("font.size", "axes.labelsize"), 7.5),
     "axes.titlesize": 8,
-    "axes.labelsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
     "figure.titlesize": 8.5,
-    "axes.formatter.useoffset": False,
     "axes.linewidth": 0.7,
     "axes.axisbelow": True,
-    "axes.grid": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "savefig.dpi": "figure",
     "savefig.bbox": None,
 }
 _LEGEND: Style = {"frameon": False, "columnspacing": 1.2, "handlelength": 2.8, "borderpad": 0.7}
-
-
 # where colour means a preference, methods are black, white and grey, and leave these shapes to the preferences
 FAVOURED_MARKERS, EQUAL_MARKER = ("o", "^", "s"), "D"
 GREY_MARKERS = tuple(m for m in MARKERS if m not in (*FAVOURED_MARKERS, EQUAL_MARKER))

@@ -9,15 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import (
-    CheckedFront,
-    Set,
-    balance,
-    checked,
-    checked_individuals,
-    favoured_task,
-    fronts_of,
-)
+from pareto_merging.measure.figures.sets import CheckedFront, Set, checked, checked_individuals, first_front
 
 # more methods than this want the width of the page
 MANY = 8
@@ -32,14 +24,11 @@ def parallel_coordinates(
     favours most and marked on that task's axis; the one nearest to the equal preference is thick and black. Every other
     model is one broken line; a further set with preferences shows its solution nearest to the equal preference.
 
-    Args:
-        task_names: K names. sets: accuracies [n, K], gammas [n, K] or None. individuals: model -> accuracies [K]; on
-            each axis the best of them is marked.
-    Raises ValueError as :func:`.checked`.
+    ``individuals``: model -> accuracies [K]; each axis marks the best. Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, at_least=3)
     alone = checked_individuals(individuals, len(task_names))
-    first = next(iter(fronts_of(methods)), None)
+    first = first_front(methods)
     # many methods want the width of the page, or their legend would be longer than the picture
     width = look.ONE_PANEL if len(methods) <= MANY else look.SEVERAL_PANELS
     with look.picture(path, width, 2.6) as figure:
@@ -61,7 +50,7 @@ def parallel_coordinates(
             style: look.Style = {"color": look.GREY, "linewidth": 0.6, "label": method.name, "zorder": 3}
             style |= method.grey_mark(3.4) | {"linestyle": look.LINES[1 + broken % (len(look.LINES) - 1)]}
             handles.append(axes.plot(at, rows.T, **style)[0])
-            labels.append(method.name + ("" if front is None else f" ({balance(front)})"))
+            labels.append(method.name + ("" if front is None else f" ({front.balance()})"))
             values.append(rows)
         if alone:
             best = np.max(list(alone.values()), axis=0)
@@ -70,24 +59,19 @@ def parallel_coordinates(
             handles += axes.plot(at, best, label=labels[-1], zorder=2.5, **style)
             values.append(best)
 
-        _scale(axes, np.concatenate([np.ravel(value) for value in values]), tasks=len(at))
+        shown = np.concatenate([np.ravel(value) for value in values])
+        room = max(0.06 * np.ptp(shown), 0.5)
+        axes.set(xlim=(-0.4, len(at) - 0.6), ylim=(shown.min() - room, shown.max() + room), ylabel="accuracy (%)")
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(axis="x", alpha=0.8)
+        axes.grid(axis="y")
         if first is not None:
             for task in range(len(task_names)):
                 axes.plot(task, -0.04, transform=axes.get_xaxis_transform(), clip_on=False, **_task_mark(task, 4.2))
         _name_axes(axes, task_names, pad=11 if first is not None else 3)
-        figure.set_size_inches(
-            width, 2.6 + max(t.get_window_extent().height for t in axes.get_xticklabels()) / look.DPI
-        )
+        names = max(label.get_window_extent().height for label in axes.get_xticklabels())
+        figure.set_size_inches(width, 2.6 + names / look.DPI)
         look.legend_below(figure, handles, labels)
-
-
-def _scale(axes: Axes, shown: look.Array, tasks: int) -> None:
-    """Give the axes of all tasks one scale that holds what is shown."""
-    room = max(0.06 * np.ptp(shown), 0.5)
-    axes.set(xlim=(-0.4, tasks - 0.6), ylim=(shown.min() - room, shown.max() + room), ylabel="accuracy (%)")
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.grid(axis="x", alpha=0.8)
-    axes.grid(axis="y")
 
 
 def _task_mark(task: int, size: float) -> look.Style:
@@ -100,8 +84,7 @@ def _draw_solutions(axes: Axes, method: CheckedFront) -> tuple[list[Artist], lis
     """Draw the lines of a set with preferences; return what the legend shows for them."""
     at = np.arange(method.accuracies.shape[1])
     even = method.balanced()
-    for row, (gamma, accuracy) in enumerate(zip(method.gammas, method.accuracies, strict=True)):
-        task = favoured_task(gamma)
+    for row, (task, accuracy) in enumerate(zip(method.favoured(), method.accuracies, strict=True)):
         if row == even or task is None:
             continue
         colour = look.COLOURS[task % len(look.COLOURS)]
@@ -109,9 +92,9 @@ def _draw_solutions(axes: Axes, method: CheckedFront) -> tuple[list[Artist], lis
         axes.plot(task, accuracy[task], zorder=3.6, **_task_mark(task, 3.4))
     thick = axes.plot(at, method.accuracies[even], color="black", linewidth=1.8, label=method.name, zorder=5)
     if len(method.accuracies) == 1:
-        return [*thick], [f"{method.name}, {balance(method)}"]
+        return [*thick], [f"{method.name}, {method.balance()}"]
     thin = look.key(**_task_mark(0, 3.4) | {"linestyle": "-", "linewidth": 0.7})
-    return [thin, *thick], [f"{method.name}, favoured task marked", f"{method.name}, {balance(method)}"]
+    return [thin, *thick], [f"{method.name}, favoured task marked", f"{method.name}, {method.balance()}"]
 
 
 def _name_axes(axes: Axes, task_names: Sequence[str], pad: float) -> None:
@@ -122,8 +105,6 @@ def _name_axes(axes: Axes, task_names: Sequence[str], pad: float) -> None:
     axes.set_xticks(range(len(names)), [look.wrapped(name, characters) if level else name for name in names])
     axes.tick_params(axis="x", length=0, pad=pad)
     upright = len(names) > 12 or max(len(name) for name in names) > 16
-    for label in axes.get_xticklabels():
-        if upright and not level:
-            label.set(rotation=90, va="top", ha="center")
-        elif not level:
-            label.set(rotation=45, va="top", ha="right", rotation_mode="anchor")
+    slanting = {"rotation": 45, "va": "top", "ha": "right", "rotation_mode": "anchor"}
+    for label in () if level else axes.get_xticklabels():
+        label.set(**({"rotation": 90, "va": "top", "ha": "center"} if upright else slanting))

@@ -12,13 +12,9 @@ from pareto_merging.measure.figures.sets import CheckedFront, CheckedSet, Set, c
 def pairwise_projections(
     path: Path, task_names: Sequence[str], sets: Sequence[Set], pairs: Sequence[tuple[int, int]] | None = None
 ) -> None:
-    """Draw methods on K ≥ 3 tasks, projected on pairs of tasks, a panel each.
+    """Draw methods on K ≥ 3 tasks, projected on pairs of tasks, a panel each. Figure 5 of the paper is such a picture.
 
-    Figure 5 of the paper is such a picture.
-
-    Args:
-        task_names: K names. sets: accuracies [n, K], gammas [n, K] or None. pairs: two different tasks each; by default
-            (0, 1), (2, 3), … and, where K is odd, the last task with the first.
+    ``pairs``: two different tasks each; by default (0, 1), (2, 3), … and, where K is odd, the last task with the first.
     Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, at_least=3)
@@ -43,9 +39,8 @@ def pairwise_projections(
                 axis.set_major_locator(MaxNLocator(4))
         for axes in panels[len(pairs) :]:
             axes.remove()
-        look.legend_below(
-            figure, [look.key(**_dots(method)) for method in methods], [method.name for method in methods]
-        )
+        handles = [look.key(**_dots(method)) for method in methods]
+        look.legend_below(figure, handles, [method.name for method in methods])
 
 
 def _dots(method: CheckedSet) -> look.Style:

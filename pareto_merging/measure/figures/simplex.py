@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import CheckedFront, Set, checked, favoured_task, fronts_of
+from pareto_merging.measure.figures.sets import CheckedFront, Set, checked, first_front
 from pareto_merging.measure.figures.ternary import CORNERS, draw_triangle
 
 
@@ -16,14 +16,10 @@ def simplex_scatter(path: Path, task_names: Sequence[str], sets: Sequence[Set]) 
     """Draw the accuracies of three tasks in three pairwise projections.
 
     A solution of the first set with preferences has the colour of its preference in the triangle below, and the shape
-    of the task with the largest weight. All other models are black, white and grey.
-
-    Args:
-        task_names: three names. sets: accuracies [n, 3], gammas [n, 3] or None.
-    Raises ValueError as :func:`.checked`.
+    of the task with the largest weight. All others are black, white and grey. Raises ValueError as :func:`.checked`.
     """
     methods = checked(task_names, sets, exactly=3)
-    first = next(iter(fronts_of(methods)), None)
+    first = first_front(methods)
     others = [method for method in methods if method is not first]
     with look.picture(path, look.SEVERAL_PANELS, 2.5) as figure:
         grid = figure.add_gridspec(2, 3)
@@ -65,21 +61,12 @@ def _mixed(gammas: look.Array) -> look.Array:
 
 
 def _draw_preferences(axes: Axes, method: CheckedFront, x: int, y: int) -> None:
-    favoured = [favoured_task(gamma) for gamma in method.gammas]
     for task, marker in (*enumerate(look.FAVOURED_MARKERS), (None, look.EQUAL_MARKER)):
-        rows = [row for row, value in enumerate(favoured) if value == task]
+        rows = [row for row, value in enumerate(method.favoured()) if value == task]
         if rows:
-            axes.scatter(
-                method.accuracies[rows, x],
-                method.accuracies[rows, y],
-                c=_mixed(method.gammas[rows]),
-                marker=marker,
-                s=15,
-                edgecolor="black",
-                linewidth=0.35,
-                label=method.name,
-                zorder=4,
-            )
+            style: look.Style = {"s": 15, "edgecolor": "black", "linewidth": 0.35, "zorder": 4, "label": method.name}
+            style |= {"c": _mixed(method.gammas[rows]), "marker": marker}
+            axes.scatter(method.accuracies[rows, x], method.accuracies[rows, y], **style)
 
 
 def _colour_triangle(axes: Axes, task_names: Sequence[str], method: CheckedFront) -> None:
@@ -92,7 +79,7 @@ def _colour_triangle(axes: Axes, task_names: Sequence[str], method: CheckedFront
     draw_triangle(axes, task_names, f"{look.short(method.name, 24)}: preference")
     for place, marker, colour in zip(CORNERS, look.FAVOURED_MARKERS, look.COLOURS, strict=False):
         axes.plot(*place, marker=marker, color=colour, markeredgecolor="black", markersize=5, clip_on=False, zorder=5)
-    if any(favoured_task(gamma) is None for gamma in method.gammas):
+    if None in method.favoured():
         equal = np.full(3, 1 / 3)
         style: look.Style = {"color": _mixed(equal), "markeredgecolor": "black", "markersize": 5}
         axes.plot(*(equal @ CORNERS), look.EQUAL_MARKER, zorder=5, **style)

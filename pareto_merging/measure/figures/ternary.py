@@ -10,7 +10,7 @@ from matplotlib.patches import Polygon
 from matplotlib.ticker import MaxNLocator
 
 from pareto_merging.measure.figures import look
-from pareto_merging.measure.figures.sets import Set, checked, fronts_of
+from pareto_merging.measure.figures.sets import CheckedFront, Set, checked
 
 # preferences of the tasks at the corners of a triangle
 CORNERS = np.array([[0.5, 0.75**0.5], [0.0, 0.0], [1.0, 0.0]])
@@ -28,11 +28,10 @@ def ternary(
     Filled contours between the sampled preferences, which are dots. Where these are at most three or all on one line,
     there are only dots, coloured by accuracy. Every triangle has its own scale.
 
-    Args:
-        task_names: three names. gammas: [n, 3]. accuracies: [n, 3] in percent.
-    Raises ValueError as :func:`.checked`.
+    ``gammas``: [n, 3]. ``accuracies``: [n, 3] in percent. Raises ValueError as :func:`.checked`.
     """
-    (method,) = fronts_of(checked(task_names, [Set("", accuracies, gammas)], exactly=3, argument=""))
+    (method,) = checked(task_names, [Set("", accuracies, gammas)], exactly=3, name="")
+    assert isinstance(method, CheckedFront)
     where = method.gammas @ CORNERS
     panels = [*((f"accuracy on {look.short(name, 28)}", method.accuracies[:, k]) for k, name in enumerate(task_names))]
     panels.append(("average accuracy", method.accuracies.mean(axis=1)))
@@ -51,16 +50,9 @@ def draw_triangle(axes: Axes, task_names: Sequence[str], title: str) -> None:
     """Draw the simplex's outline with the tasks' names at its corners and a title."""
     axes.set_title(title, pad=15)
     axes.add_patch(Polygon(CORNERS, fill=False, edgecolor="black", linewidth=0.7, zorder=3))
-    for (x, y), name, side in zip(CORNERS, task_names, ("bottom", "top", "top"), strict=True):
-        up = 5 if side == "bottom" else -5
-        axes.annotate(
-            look.short(name),
-            (x, y),
-            textcoords="offset points",
-            xytext=(0, up),
-            horizontalalignment="center",
-            verticalalignment=side,
-        )
+    for (x, y), name, side, up in zip(CORNERS, task_names, ("bottom", "top", "top"), (5, -5, -5), strict=True):
+        style: look.Style = {"textcoords": "offset points", "xytext": (0, up)}
+        axes.annotate(look.short(name), (x, y), horizontalalignment="center", verticalalignment=side, **style)
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 0.88), aspect="equal")
     axes.axis("off")
 
@@ -73,10 +65,8 @@ def _surface(axes: Axes, where: look.Array, values: look.Array) -> Any:
     places = np.unique(where.round(6), axis=0)
     flatness = np.linalg.svd(places - places.mean(axis=0), compute_uv=False)
     if len(places) <= 3 or flatness[1] < 1e-3 * flatness[0]:
-        style: look.Style = {"s": 28, "edgecolor": "black", "linewidth": 0.6, "zorder": 4}
-        return axes.scatter(
-            where[:, 0], where[:, 1], c=values, cmap="cividis", vmin=low, vmax=high, clip_on=False, **style
-        )
+        style: look.Style = {"s": 28, "edgecolor": "black", "linewidth": 0.6, "zorder": 4, "clip_on": False}
+        return axes.scatter(where[:, 0], where[:, 1], c=values, cmap="cividis", vmin=low, vmax=high, **style)
     levels = [low, high] if constant else MaxNLocator(12).tick_values(low, high)
     filled = axes.tricontourf(where[:, 0], where[:, 1], values, levels=levels, cmap="cividis")
     axes.plot(*where.T, "o", color="black", markersize=2.2, markeredgecolor="white", markeredgewidth=0.4, zorder=4)

@@ -10,7 +10,7 @@ import torch
 import pmkernels
 from benchmarks.common import layer_case
 from benchmarks.common.layer_case import LIMIT
-from benchmarks.suites import layers, layers_summary
+from benchmarks.suites import layers
 from pmkernels import linear
 
 
@@ -37,9 +37,9 @@ def test_every_variant_of_every_point_runs_and_is_right(rehearsal: dict[str, Any
 
 
 def test_a_rehearsal_predicts_nothing_and_is_drawn(rehearsal: dict[str, Any], tmp_path: Path) -> None:
-    text = layers_summary.markdown(rehearsal)
+    text = layers.markdown(rehearsal)
     assert text.count("(–)") == len(rehearsal["crossovers"]) == 6
-    written = layers_summary.draw(rehearsal, tmp_path / "pictures")
+    written = layers.draw(rehearsal, tmp_path / "pictures")
     assert [path.name for path in written] == [f"layers-{op}.png" for op in ("forward", "dx", "weight-gradient")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
@@ -60,8 +60,8 @@ def test_a_wrong_forward_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((row.ms is None) == (row.variant != LIMIT) for row in rows)
     report = {"rank": 16, "rates": None, "skipped": [], "rows": [asdict(row) for row in rows]}
     report["crossovers"] = layers.crossovers(report["rows"], None, "default")
-    assert "4 outputs were wrong and have no time" in layers_summary.markdown({**report, "crossovers": []})
-    assert layers_summary.ratios(report) == []
+    assert "4 outputs were wrong and have no time" in layers.markdown({**report, "crossovers": []})
+    assert layers.ratios(report) == []
     assert report["crossovers"][0]["measured"] is None
 
 
@@ -87,11 +87,11 @@ def test_points_that_do_not_fit_are_skipped_and_counted(monkeypatch: pytest.Monk
     report = layers.run(quick=True)
     assert {row["rows"] for row in report["rows"]} == {1}
     assert report["skipped"] == [{"layer": "tiny", "tasks": 2, "rows": 15}]
-    assert "1 do not fit in memory" in layers_summary.markdown(report)
+    assert "1 do not fit in memory" in layers.markdown(report)
     monkeypatch.setattr(layers, "free_memory", lambda device: enough - 1)
     report = layers.run(quick=True)
     assert report["rows"] == [] and len(report["skipped"]) == 2
-    assert "No point" in layers_summary.markdown(report)
+    assert "No point" in layers.markdown(report)
 
 
 def test_where_streamed_overtakes_for_good() -> None:
@@ -117,7 +117,7 @@ def test_the_worst_choice_and_the_crossover_are_reported() -> None:
     ]
     gpu = "nvidia-h200"
     report: dict[str, Any] = {"rank": 16, "gpu": gpu, "rates": gpu, "rows": rows, "skipped": []}
-    found = layers_summary.ratios(report)
+    found = layers.ratios(report)
     assert [entry["rows"] for entry in found][:2] == [1, 512]
     assert [round(entry["ratio"], 3) for entry in found] == [1.5, 1.05, 1.0, 1.0]
     assert found[0]["best"] == "fused" and found[1]["best"] == "streamed"
@@ -126,7 +126,7 @@ def test_the_worst_choice_and_the_crossover_are_reported() -> None:
     assert entry["measured"] == 512
     assert entry["predicted"] in (64, 512, 16384), "at one row nothing is cheaper than reading everything once"
     report["crossovers"] += [{**entry, "op": op} for op in ("dx", "weight gradient")]
-    text = layers_summary.markdown(report)
+    text = layers.markdown(report)
     assert "| forward | 4 | 3 | 1.50× | 7B projection, K = 8, M = 1 | streamed | fused |" in text
     assert f"| 7B projection | 8 | 512 ({entry['predicted']}) |" in text
     assert "| 7B projection | 8 | 512 | 100.0 | 4.00× | 2.00× | 1.00× | 2.10× |" in text

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.linalg import LinAlgError
 
 from pareto_merging.errors import Interrupted, UserError
-from pareto_merging.measure.comparison import Comparison, compare, default_grid, evaluated_preferences, result_name
+from pareto_merging.measure.comparison import (
+    Comparison,
+    compare,
+    default_grid,
+    evaluated_preferences,
+    result_name,
+    seconds_left,
+)
 from pareto_merging.methods.interface import Merged
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.run.workspace import Workspace
@@ -163,3 +170,16 @@ def test_what_a_method_lacks_is_said() -> None:
     assert (found["status"], "got none of upright" in found["reason"]) == ("skipped", True)
     assert compared.run("ties").to_json()["status"] == "done"
     assert compared.run("pareto-data-free").to_json()["status"] == "done"
+
+
+def test_time_left_is_not_guessed_from_other_work() -> None:
+    runs = {"weight-averaging": 1, "dare": 4, "adamerging": 4, "pareto": 4, "multitask": 4}
+    waiting, done = ["dare", "adamerging", "pareto", "multitask"], [("weight-averaging", 0.5)]
+    assert seconds_left(runs, waiting, done) is None, "nothing that learns was seen yet"
+    waiting.remove("adamerging")
+    done.append(("adamerging", 100.0))
+    assert seconds_left(runs, waiting, done) == pytest.approx(4 * 0.5 + 8 * 25)
+    waiting.remove("multitask")
+    assert seconds_left(runs, waiting, done) == pytest.approx(4 * 0.5 + 4 * 25)
+    done += [("pareto", 300.0), ("dare", 3.0)]
+    assert seconds_left(runs, [], done) == 0

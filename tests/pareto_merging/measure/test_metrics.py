@@ -166,7 +166,7 @@ def test_alignment_of_one_task_one_model_or_none() -> None:
 
 def test_indicators() -> None:
     points = [[90, 40], [40, 90], [40, 90], [30, 30]]
-    assert indicators(points, [10, 20]).to_json() == {
+    assert asdict(indicators(points, [10, 20])) == {
         "reference_point": [10, 20],
         "hypervolume": pytest.approx(1600 + 2100 - 600),
         "non_dominated_points": 3,
@@ -179,7 +179,7 @@ def test_indicators() -> None:
     found = indicators(np.array(points), np.array([10, 20]), gammas, [[90, 90], [95, 40]])
     assert found.igd_plus == pytest.approx((50 + 5) / 2)
     assert found.alignment == alignment(gammas, points)
-    assert json.loads(json.dumps(found.to_json())) == found.to_json()
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)
     one = indicators([[55.5]], [50], [[1.0]], [[60]])
     assert (one.hypervolume, one.spacing, one.points) == (5.5, None, 1)
     assert one.igd_plus == pytest.approx(4.5)
@@ -199,7 +199,7 @@ def test_spread() -> None:
     assert spread([None]) == Spread(None, None, [None])
     assert spread([]) == Spread(None, None, [])
     found = spread(np.array([1.0, 2.0], dtype=np.float32))  # type: ignore[arg-type]
-    assert Spread(**json.loads(json.dumps(found.to_json()))) == found
+    assert Spread(**json.loads(json.dumps(asdict(found)))) == found
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="values: expected finite numbers or None, got"):
             spread([1.0, value])

@@ -93,7 +93,7 @@ def test_json_is_strict_and_whole(written: tuple[Path, Report]) -> None:
         raise AssertionError(name)
 
     stored = json.loads((folder / "compare.json").read_text(), parse_constant=refuse)
-    assert stored == report.to_json() == Report.from_json(stored).to_json()
+    assert stored == report.to_json()
     assert stored["methods"] == {key: entry.to_json() for key, entry in summarize(results()).items()}
     assert stored["choices"]["weight-averaging"] == {"0": {"coefficient": 0.3}, "1": {"coefficient": 0.3}}
     assert stored["settings"] == {"effort": 1}

@@ -9,7 +9,8 @@ from matplotlib.text import Text
 from PIL import Image
 from support.pictures import WRITTEN, a_model, individuals, legend_texts, legends, many, task_names, texts
 
-from pareto_merging.measure.figures import Set, compare_pictures
+from pareto_merging.measure.figures.chosen import compare_pictures
+from pareto_merging.measure.figures.sets import Set
 
 
 @pytest.mark.parametrize("tasks", WRITTEN)

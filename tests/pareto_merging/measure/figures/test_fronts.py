@@ -10,19 +10,14 @@ from matplotlib.lines import Line2D
 from PIL import Image
 from support.pictures import a_model, a_set, drawn, many, projected, texts
 
-from pareto_merging.measure.figures import Set, fronts, two_task_front
+from pareto_merging.measure.figures.fronts import fronts
+from pareto_merging.measure.figures.sets import Set
 
 
 def test_front(tmp_path: Path, saved: list[Figure]) -> None:
     path = tmp_path / "deep" / "front.png"
-    two_task_front(
-        path,
-        ("MNIST", "DTD"),
-        [[50, 90], [80, 60]],
-        [[0, 1], [1, 0]],
-        {"AdaMerging": [60, 60]},
-        {"MNIST": [95, 10], "DTD": [10, 95]},
-    )
+    sets = [Set("Pareto Merging", [[50, 90], [80, 60]], [[0, 1], [1, 0]]), Set("AdaMerging", [[60, 60]])]
+    fronts(path, ("MNIST", "DTD"), sets, {"MNIST": [95, 10], "DTD": [10, 95]})
     with Image.open(path) as picture:
         assert picture.width > picture.height > 400
     seen = texts(saved[0])

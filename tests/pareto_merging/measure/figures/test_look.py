@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from support.pictures import WIDTHS, a_model, a_set, legend_texts, legends, many, task_names, texts
 
-from pareto_merging.measure.figures import Set, compare_pictures
+from pareto_merging.measure.figures.chosen import compare_pictures
+from pareto_merging.measure.figures.sets import Set
 
 
 @pytest.mark.filterwarnings("error")

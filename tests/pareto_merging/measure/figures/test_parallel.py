@@ -7,7 +7,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from support.pictures import drawn, legend_texts, task_names
 
-from pareto_merging.measure.figures import Set, parallel_coordinates
+from pareto_merging.measure.figures.parallel import parallel_coordinates
+from pareto_merging.measure.figures.sets import Set
 
 
 def test_parallel_coordinates_hold_the_data(tmp_path: Path, saved: list[Figure]) -> None:

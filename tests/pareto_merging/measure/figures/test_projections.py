@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from support.pictures import drawn, legend_texts, many, projected, task_names
 
-from pareto_merging.measure.figures import pairwise_projections
+from pareto_merging.measure.figures.projections import pairwise_projections
 
 
 @pytest.mark.parametrize(

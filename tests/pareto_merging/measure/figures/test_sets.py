@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 from support.pictures import a_model, a_set, task_names
 
-from pareto_merging.measure.figures import (
-    Set,
-    compare_pictures,
-    fronts,
-    pairwise_projections,
-    parallel_coordinates,
-    simplex_scatter,
-    ternary,
-)
+from pareto_merging.measure.figures.chosen import compare_pictures
+from pareto_merging.measure.figures.fronts import fronts
+from pareto_merging.measure.figures.parallel import parallel_coordinates
+from pareto_merging.measure.figures.projections import pairwise_projections
+from pareto_merging.measure.figures.sets import Set
+from pareto_merging.measure.figures.simplex import simplex_scatter
+from pareto_merging.measure.figures.ternary import ternary
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from support.pictures import LATTICE, a_model, a_set, drawn, legend_texts, projected
 
-from pareto_merging.measure.figures import Set, simplex_scatter
+from pareto_merging.measure.figures.sets import Set
+from pareto_merging.measure.figures.simplex import simplex_scatter
 
 
 def test_simplex_scatter_holds_the_data(tmp_path: Path, saved: list[Figure]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from support.pictures import LATTICE, texts
 
-from pareto_merging.measure.figures import ternary
+from pareto_merging.measure.figures.ternary import ternary
 
 
 def test_ternary_holds_the_data(tmp_path: Path, saved: list[Figure]) -> None:
