@@ -177,10 +177,12 @@ def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoi
         if located.settings is None:
             return Checkpoint(text, contents, names)
         settings, described = located.settings, contents.description
+        # open_clip's word comes after a configuration's, and before what the names of pickled modules tell
+        quick_gelu = described.quick_gelu if described.root is None else None
         description = replace(
             described,
             heads=settings.heads if described.heads is None else described.heads,
-            quick_gelu=settings.quick_gelu if described.quick_gelu is None else described.quick_gelu,
+            quick_gelu=settings.quick_gelu if quick_gelu is None else quick_gelu,
         )
         checkpoint = Checkpoint(text, contents._replace(description=description), names)
         if settings.preprocess_cfg and checkpoint.architecture is not None:

@@ -70,8 +70,9 @@ class Format:
 
     Attributes:
         name: for :attr:`.checkpoint.Checkpoint.format`. recognises: whether a file is one, by its path and its first
-            bytes. open: reads what is known without the tensors. describe: what it says of them, from what ``open``
-            returned and the name of the source for messages.
+            bytes. open: reads what is known without the tensors; its ``metadata``, if it has any, may say a head's
+            ``logit_scale``. describe: what it says of them, from what ``open`` returned and the name of the source for
+            messages.
     """
 
     name: str

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
-from pareto_merging.checkpoints.formats import SAFETENSORS, format_of
-from pareto_merging.checkpoints.heads import is_head, open_head
-from pareto_merging.checkpoints.safetensors import SafetensorsFile, write_tensors
+from pareto_merging.checkpoints.formats import format_of
+from pareto_merging.checkpoints.heads import is_head, metadata_of, open_head
+from pareto_merging.checkpoints.modules import ArchivedTensors
+from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.progress import progress_bar
 
@@ -84,12 +85,11 @@ def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
         return None
     if is_head(path):
         return *open_head(path), {"source": path.name}
-    if format_of(path) is not SAFETENSORS:
+    format = format_of(path)
+    file = None if format.open is ArchivedTensors else format.open(path)
+    if file is None or set(file.shapes) != {"weight"} or "logit_scale" not in metadata_of(file):
         return None
-    file = SafetensorsFile(path)
-    if set(file.shapes) != {"weight"} or "logit_scale" not in file.metadata:
-        return None
-    return *open_head(path), {"source": file.metadata.get("source", path.name)}
+    return *open_head(path), {"source": metadata_of(file).get("source", path.name)}
 
 
 def _check_target(target: Path, files: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ from pareto_merging.checkpoints.contents import Contents, Layout, NamedTensors
 from pareto_merging.checkpoints.formats import open_tensors
 from pareto_merging.checkpoints.shards import Shards
 from pareto_merging.errors import UserError
+from pareto_merging.system.register import add_member
 
 LAYOUTS: dict[str, Layout] = {}
 _OTHER_FOLDERS = {
@@ -19,12 +20,9 @@ _OTHER_FOLDERS = {
 }
 
 
-def register(layout: Layout) -> Layout:
-    """Add a layout, asked before those that are there; ValueError if its name is taken."""
-    if layout.name in LAYOUTS:
-        raise ValueError(f"layout: expected a new name, got {layout.name!r}, which is taken")
-    LAYOUTS[layout.name] = layout
-    return layout
+def register(layout: Layout, *, replace: bool = False) -> Layout:
+    """Add a layout, asked before those that are there. Raises ValueError as :func:`.register.add_member`."""
+    return add_member(LAYOUTS, "layout", layout.name, layout, replace=replace)
 
 
 register(open_clip.LAYOUT)

@@ -14,6 +14,7 @@ from pareto_merging.checkpoints.records import Record
 from pareto_merging.checkpoints.safetensors import SafetensorsFile
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import parse_json
+from pareto_merging.system.register import add_member
 
 # of a converted file's header
 ORIGIN = ("source", "source_format")
@@ -93,15 +94,13 @@ def _describe_safetensors(tensors: SafetensorsFile, source: str) -> Description:
 FORMATS: dict[str, Format] = {}
 
 
-def register(format: Format) -> Format:
-    """Add a format, asked before those that are there; ValueError if its name is taken."""
-    if format.name in FORMATS:
-        raise ValueError(f"format: expected a new name, got {format.name!r}, which is taken")
-    FORMATS[format.name] = format
-    return format
+def register(format: Format, *, replace: bool = False) -> Format:
+    """Add a format, asked before those that are there. Raises ValueError as :func:`.register.add_member`."""
+    # what a zip archive turns out to be has its own name
+    return add_member(FORMATS, "format", format.name, format, replace=replace, reserved=["torchscript"])
 
 
-SAFETENSORS = register(Format("safetensors", _is_safetensors, SafetensorsFile, _describe_safetensors))
+register(Format("safetensors", _is_safetensors, SafetensorsFile, _describe_safetensors))
 register(Format("legacy", _is_legacy, ArchivedTensors, _describe_archive))
 # a TorchScript archive is a zip as well
 register(Format("zip", _is_zip, ArchivedTensors, _describe_archive))

@@ -1,40 +1,46 @@
-"""Class embeddings and scales of zero-shot heads are read from safetensors or pickled modules."""
+"""Class embeddings and scales of zero-shot heads are read from files of any format or pickled modules."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints.archives import open_archive
-from pareto_merging.checkpoints.contents import WEIGHT_DTYPES
-from pareto_merging.checkpoints.formats import SAFETENSORS, format_of
-from pareto_merging.checkpoints.modules import walk_modules
+from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, NamedTensors
+from pareto_merging.checkpoints.formats import format_of
+from pareto_merging.checkpoints.modules import ArchivedTensors, walk_modules
 from pareto_merging.checkpoints.records import Record, StoredTensor
-from pareto_merging.checkpoints.safetensors import SafetensorsFile
 from pareto_merging.errors import UserError
 
 
 def open_head(source: str | Path, name: str = "weight") -> tuple[Tensor, float]:
     """Read a zero-shot head as (weight [classes, dim], logit scale).
 
-    A safetensors file holds tensor ``weight`` (or ``name``, the task's) and ``logit_scale`` in its metadata (100 where
-    it says none). A pickled head of the task-vectors release (``head_<Dataset>Val.pt``) has class embeddings times
+    A safetensors file, or one of a registered format, holds tensor ``weight`` (or ``name``, the task's) and
+    ``logit_scale`` in its metadata (100 where it says none). A pickled head of the task-vectors release (``head_<Dataset>Val.pt``) has class embeddings times
     exp(logit_scale) as rows, normalises its input and has no bias: its rows come with length 1, in float32.
 
     Raises:
         UserError: no such file or tensor, not a matrix of finite numbers, or no head of that release.
     """
     path = Path(source)
-    return _stored_head(path, name) if format_of(path) is SAFETENSORS else _pickled_head(path)
+    format = format_of(path)
+    return _pickled_head(path) if format.open is ArchivedTensors else _stored_head(path, format.open(path), name)
 
 
-def _stored_head(path: Path, name: str) -> tuple[Tensor, float]:
-    file = SafetensorsFile(path)
+def metadata_of(tensors: NamedTensors) -> Mapping[str, Any]:
+    """Return the metadata of an opened file. It is empty for a format that has none."""
+    return getattr(tensors, "metadata", {})
+
+
+def _stored_head(path: Path, file: NamedTensors, name: str) -> tuple[Tensor, float]:
     own_name = name if name in file.shapes else "weight"
     if own_name not in file.shapes:
         names = ", ".join(sorted(file.shapes)) or "none"
         raise UserError(f"{path}: expected a tensor named weight or {name}, got {names}")
-    weight, scale = file.read(own_name), file.metadata.get("logit_scale", "100")
+    weight, scale = file.read(own_name), metadata_of(file).get("logit_scale", "100")
     try:
         if "logit_scale" in file.shapes:
             raise ValueError("logit_scale: expected it in the metadata, got a tensor")
@@ -85,7 +91,7 @@ def _pickled_head(path: Path) -> tuple[Tensor, float]:
 def is_head(path: Path) -> bool:
     """Return whether a file is a pickled ClassificationHead. False stands for what cannot be read at all, too."""
     try:
-        root = None if format_of(path) is SAFETENSORS else open_archive(path).root
+        root = open_archive(path).root if format_of(path).open is ArchivedTensors else None
     except UserError:
         return False
     return isinstance(root, Record) and root.type.name.rpartition(".")[2] == "ClassificationHead"

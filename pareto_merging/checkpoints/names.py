@@ -24,6 +24,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pareto_merging.errors import UserError
+from pareto_merging.system.register import add_member
 
 
 @dataclass(frozen=True)
@@ -308,12 +309,9 @@ def _behind(pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
 NAMINGS: dict[str, Naming] = {}
 
 
-def register(naming: Naming) -> Naming:
-    """Add a scheme, asked before those that are there; ValueError if its name is taken."""
-    if naming.name in NAMINGS:
-        raise ValueError(f"naming: expected a new name, got {naming.name!r}, which is taken")
-    NAMINGS[naming.name] = naming
-    return naming
+def register(naming: Naming, *, replace: bool = False) -> Naming:
+    """Add a scheme, asked before those that are there. Raises ValueError as :func:`.register.add_member`."""
+    return add_member(NAMINGS, "naming", naming.name, naming, replace=replace)
 
 
 register(Naming("huggingface", _hugging_face_towers))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from pareto_merging.system.register import add_member
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -84,14 +86,12 @@ class ObjectiveKind:
 OBJECTIVES: dict[str, ObjectiveKind] = {}
 
 
-def register(kind: ObjectiveKind) -> ObjectiveKind:
-    """Add an objective to the table. ValueError if its name is taken, or for other ``needs`` than those two."""
+def register(kind: ObjectiveKind, *, replace: bool = False) -> ObjectiveKind:
+    """Add an objective to the table. ValueError as :func:`.register.add_member`, or for other ``needs`` than those two.
+    """
     if kind.needs not in ("images", "weights"):
         raise ValueError(f"objective: expected needs to be images or weights, got {kind.needs!r}")
-    if kind.name in OBJECTIVES:
-        raise ValueError(f"objective: expected a new name, got {kind.name!r}, which is taken")
-    OBJECTIVES[kind.name] = kind
-    return kind
+    return add_member(OBJECTIVES, "objective", kind.name, kind, replace=replace)
 
 
 register(ObjectiveKind("entropy", "pareto_merging.learn.entropy:make"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
+from pareto_merging.system.register import add_member
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -33,11 +35,9 @@ def linear(objectives: Tensor, gamma: Tensor) -> Tensor:
 SCALARIZATIONS: dict[str, Scalarization] = {}
 
 
-def register(name: str, function: Scalarization) -> None:
-    """Add a scalarisation to the table; ValueError if its name is taken."""
-    if name in SCALARIZATIONS:
-        raise ValueError(f"scalarization: expected a new name, got {name!r}, which is taken")
-    SCALARIZATIONS[name] = function
+def register(name: str, function: Scalarization, *, replace: bool = False) -> None:
+    """Add a scalarisation to the table. Raises ValueError as :func:`.register.add_member`."""
+    add_member(SCALARIZATIONS, "scalarization", name, function, replace=replace)
 
 
 register("smooth-tchebycheff", smooth_tchebycheff)

@@ -5,16 +5,14 @@ from typing import Any
 
 from pareto_merging.methods import FILES
 from pareto_merging.methods.interface import Merged, Method, Problem, check_needs
+from pareto_merging.system.register import add_member
 
 METHODS: dict[str, Method] = {}
 
 
-def register(method: Method) -> Method:
-    """Add a method to the table; ValueError if its key is taken."""
-    if method.key in METHODS:
-        raise ValueError(f"method: expected a new key, got {method.key!r}, which is taken")
-    METHODS[method.key] = method
-    return method
+def register(method: Method, *, replace: bool = False) -> Method:
+    """Add a method to the table by its key. Raises ValueError as :func:`.register.add_member`."""
+    return add_member(METHODS, "method", method.key, method, replace=replace)
 
 
 def run(name: str, problem: Problem, **choice: Any) -> Merged:

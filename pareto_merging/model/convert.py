@@ -12,6 +12,7 @@ from torch import nn
 from pareto_merging.model.layer import ParetoModule, merged_property, pareto_modules
 from pareto_merging.model.parameters import PARTS, part_name
 from pareto_merging.model.state import ParetoState, pareto_states
+from pareto_merging.system.register import add_member
 
 Fits: TypeAlias = Callable[[nn.Module, Sequence[str]], bool]
 
@@ -43,14 +44,17 @@ def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
 LAYERS: dict[type[nn.Module], tuple[type[ParetoModule], Fits]] = {}
 
 
-def register(original: type[nn.Module], pareto: type[ParetoModule], fits: Fits) -> None:
+def register(original: type[nn.Module], pareto: type[ParetoModule], fits: Fits, *, replace: bool = False) -> None:
     """Give modules of exactly the class ``original`` the Pareto form ``pareto`` from now on.
 
     Args:
         fits: whether the form can have those parameters of that module merged; where not, and for every class that is
             not registered, the module keeps its own forward and reads merged tensors.
+
+    Raises:
+        ValueError: as :func:`.register.add_member`.
     """
-    LAYERS[original] = (pareto, fits)
+    add_member(LAYERS, "layer", original, (pareto, fits), replace=replace)
 
 
 def convert(module: nn.Module, names: Sequence[str], state: ParetoState, has_parts: bool = False) -> ParetoModule:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import pareto_merging as pm
 from pareto_merging.checkpoints import folders, formats, names
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.checkpoints.contents import Description, Format
+from pareto_merging.checkpoints.heads import open_head
 from pareto_merging.checkpoints.hugging_face import LAYOUT
 from pareto_merging.checkpoints.names import NAMINGS
 from pareto_merging.errors import UserError
@@ -136,6 +138,29 @@ def test_a_format_of_ones_own_is_taken_everywhere(toy: None, tmp_path: Path) -> 
     assert_same(converted, expected_tower("", 1))
 
 
+def test_a_head_in_a_format_of_ones_own(toy: None, tmp_path: Path) -> None:
+    """What the format has as ``metadata`` is read as a safetensors file's is."""
+    path, rows = tmp_path / "head.toy", torch.randn(4, 6)
+    path.write_text(f'TOY{{"weight": [4, 6], "other": [4, 6]}}\n{rows.flatten().tolist()}\n{[0.0] * 24}')
+    weight, scale = open_head(path)
+    assert torch.equal(weight, rows) and scale == 100.0
+    torch.testing.assert_close(pm.read_head(path, "other").weight, torch.zeros(4, 6))
+    with pytest.raises(UserError, match=r"head\.toy: expected a tensor named weight or b, got a"):
+        path.write_text(f'TOY{{"a": [4, 6]}}\n{[0.0] * 24}')
+        open_head(path, "b")
+
+    class WithScale(ToyTensors):
+        metadata: ClassVar = {"logit_scale": "41.5", "source": "theirs"}
+
+    path.write_text(f'TOY{{"weight": [4, 6]}}\n{rows.flatten().tolist()}')
+    formats.register(replace(TOY, open=WithScale), replace=True)
+    assert open_head(path)[1] == 41.5
+    assert run("convert", path, tmp_path / "head.safetensors", "--quiet") == 0
+    weight, scale = open_head(tmp_path / "head.safetensors")
+    assert torch.equal(weight, rows) and scale == 41.5
+    assert formats.open_tensors(tmp_path / "head.safetensors").metadata["source"] == "theirs"
+
+
 def test_what_a_format_says_of_its_tensors_is_compared_with_them(toy: None, tmp_path: Path) -> None:
     path = write_toy(tmp_path / "a.toy", 0)
     said = Description(heads=clip.HEADS, quick_gelu=True, no_text="none")
@@ -154,6 +179,7 @@ def test_a_name_is_taken_once(toy: None) -> None:
         (formats.register, TOY),
         (folders.register, LAYOUT),
         (names.register, NAMINGS["open_clip"]),
+        (formats.register, replace(TOY, name="torchscript")),
     ):
         with pytest.raises(ValueError, match=r"expected a new name, got '.+', which is taken"):
             register(member)

@@ -129,6 +129,16 @@ def test_a_name_of_open_clip(name: str, quick_gelu: bool, tag: list[dict[str, An
     assert f"tiny/{name}" in checkpoint.source
 
 
+def test_open_clips_word_on_a_tag_goes_before_the_modules_of_its_archive(
+    tag: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = open_clip_files.torchscript_archive(tmp_path / "tiny.pt", 3)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda cfg: str(archive))
+    assert open_checkpoint(archive).quick_gelu is True
+    assert open_checkpoint("open_clip:tiny/some_data_e32").quick_gelu is False
+    assert open_checkpoint("open_clip:tiny/openai").quick_gelu is True
+
+
 @pytest.mark.parametrize("source", ["open_clip:tiny/other", "open_clip:tini/openai", "open_clip:tiny", "open_clip:"])
 def test_a_name_that_open_clip_does_not_know(source: str, tag: list[dict[str, Any]]) -> None:
     with pytest.raises(UserError, match=r"open_clip") as raised:

@@ -263,7 +263,7 @@ def test_a_method_of_ones_own(dummy: Method, tiny_vit: nn.Module) -> None:
     average = state_of(registry.run("weight-averaging", given).model())
     for name, value in state_of(result.model()).items():
         torch.testing.assert_close(value, average[name])
-    with pytest.raises(ValueError, match="method: expected a new key, got 'halfway', which is taken"):
+    with pytest.raises(ValueError, match="method: expected a new name, got 'halfway', which is taken"):
         register(dummy)
 
 

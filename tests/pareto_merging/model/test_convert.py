@@ -158,5 +158,9 @@ def test_a_layer_of_ones_own_is_registered_from_outside(copies: Copies) -> None:
         assert type(merge(model, [0.5, 0.5])[0]) is nn.Conv1d
         grouped = nn.Sequential(nn.Conv1d(2, 4, 1, groups=2))
         assert type(parametrize(grouped, copies(grouped, 2))[0]) is not Doubled
+        with pytest.raises(ValueError, match=r"layer: expected a new class, got <class '.*Conv1d'>, which is taken"):
+            register(nn.Conv1d, ParetoModule, lambda module, names: True)
+        register(nn.Conv1d, Doubled, lambda module, names: False, replace=True)
+        assert type(parametrize(net, copies(net, 2))[0]) is not Doubled
     finally:
         del LAYERS[nn.Conv1d]
