@@ -7,7 +7,7 @@ to its length: shapes and configurations may come from anybody.
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -73,16 +73,15 @@ def from_shapes(
     positions = _shape(sizes, "positional_embedding", 2)[0]
     grid = math.isqrt(positions - 1)
     if grid == 0 or grid**2 != positions - 1:
-        raise UserError(
-            f"positional_embedding: expected one row and those of a square grid of patches, got {positions} rows"
-        )
+        expected = "one row and those of a square grid of patches"
+        raise UserError(f"positional_embedding: expected {expected}, got {positions} rows")
     dim = _shape(sizes, "proj", 2)[1] if "proj" in sizes else None
     layers, mlp_width = _layers(sizes), _shape(sizes, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
     architecture = Architecture(grid * patch, patch, width, layers, 1, mlp_width, dim, quick_gelu)
     _compare_shapes(sizes, expected_shapes(architecture))
     if heads is None:
-        known = (key.heads for key in _known() if _depth_and_widths(key) == _depth_and_widths(architecture))
-        heads = next(known, None) or _default_heads(width)
+        alike = (key for key in _known() if (key.layers, key.width, key.mlp_width) == (layers, width, mlp_width))
+        heads = next((key.heads for key in alike), None) or _default_heads(width)
     check_heads(heads, width)
     return replace(architecture, heads=heads)
 
@@ -103,14 +102,11 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def text_from_shapes(shapes: Mapping[str, Sequence[int]], *, heads: int | None = None) -> TextArchitecture:
-    """Return the text transformer whose tensors have these shapes. Names are open_clip CLIP's, all that are not
-    ``visual.``.
+    """Return the text transformer whose tensors have these shapes. UserError as :func:`from_shapes`.
 
     Args:
-        heads: default: one for every 64 features, as all of open_clip's have.
-
-    Raises:
-        UserError: as :func:`from_shapes`.
+        shapes: open_clip's names of a CLIP, all that are not ``visual.``. heads: default: one for every 64 features, as
+            all of open_clip's have.
     """
     sizes = _checked_shapes(shapes)
     vocabulary, width = _shape(sizes, "token_embedding.weight", 2)
@@ -158,27 +154,28 @@ def _layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _block_shapes(layers: int, width: int, mlp_width: int) -> dict[str, tuple[int, ...]]:
-    out_features = {"attn.in_proj": 3 * width, "mlp.c_fc": mlp_width}
     block: dict[str, tuple[int, ...]] = {}
     for name in sorted(BLOCK_NAMES):
-        layer, kind = re.sub(r"[._](weight|bias)$", "", name), name.endswith("weight")
-        out = out_features.get(layer, width)
-        is_matrix = kind and not layer.startswith("ln_")
+        layer = re.sub(r"[._](weight|bias)$", "", name)
+        out = {"attn.in_proj": 3 * width, "mlp.c_fc": mlp_width}.get(layer, width)
+        is_matrix = name.endswith("weight") and not layer.startswith("ln_")
         block[name] = (out, mlp_width if layer == "mlp.c_proj" else width) if is_matrix else (out,)
     return {f"transformer.resblocks.{i}.{name}": shape for i in range(layers) for name, shape in block.items()}
 
 
 def _compare_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
-    if missing:
-        raise UserError(
-            f"checkpoint: expected the tensors of a plain CLIP transformer, got none named {listed(missing)}"
-        )
-    if extra:
-        raise UserError(f"checkpoint: expected the tensors of a plain CLIP transformer, got also {listed(extra)}")
+    compare_names(shapes, expected, "checkpoint: expected the tensors of a plain CLIP transformer")
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise UserError(f"{name}: expected shape {list(shape)}, got {list(shapes[name])}")
+
+
+def compare_names(names: Collection[str], expected: Collection[str], what: str) -> None:
+    """Raise UserError unless the names are those that are expected. ``what`` is the beginning of its message."""
+    present = set(names)
+    for got, others in (("none named", set(expected) - present), ("also", present - set(expected))):
+        if others:
+            raise UserError(f"{what}, got {got} {listed(others)}")
 
 
 def _default_heads(width: int) -> int:
@@ -194,33 +191,28 @@ def check_heads(heads: int, width: int) -> None:
 
 
 def description_of(architecture: Architecture) -> dict[str, Any]:
-    """Return plain JSON that :func:`.encoders.build` takes. It is open_clip's model name where this is exactly that
-    model's vision transformer, else the arguments of VisionTransformer (``output_dim`` null without a projection).
+    """Return plain JSON that :func:`.encoders.build` takes; ``quick_gelu`` None is written as False.
 
-    ``quick_gelu`` None is written as False.
+    It is open_clip's model name where this is exactly that model's vision transformer, else the arguments of
+    VisionTransformer (``output_dim`` null without a projection).
     """
     quick_gelu = bool(architecture.quick_gelu)
-    name = _known().get(_without_gelu(architecture))
+    name = _known().get(replace(architecture, quick_gelu=None))
     if name is not None:
         return {"architecture": name, "quick_gelu": quick_gelu}
-    arguments = {
-        "image_size": architecture.image_size,
-        "patch_size": architecture.patch_size,
-        "width": architecture.width,
-        "layers": architecture.layers,
-        "heads": architecture.heads,
-        "mlp_ratio": mlp_ratio_of(architecture.width, architecture.mlp_width),
-        "output_dim": architecture.output_dim,
-    }
+    ratio = mlp_ratio_of(architecture.width, architecture.mlp_width)
+    arguments = {key: ratio if key == "mlp_ratio" else getattr(architecture, key) for key in _ARGUMENTS}
     return {"arguments": arguments, "quick_gelu": quick_gelu}
 
 
-# what may stand in a configuration without changing what the encoder computes from images
-_HARMLESS = {
+_ARGUMENTS = ("image_size", "patch_size", "width", "layers", "heads", "mlp_ratio", "output_dim")
+# what is read of a configuration, and what may stand in it without changing what the encoder computes from images
+_EXPRESSED = {
+    *(*_ARGUMENTS, "head_width"),
     *("patch_dropout", "pos_embed_type", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads"),
     *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
 }
-OPEN_CLIP_VISION_DEFAULTS = {
+OPEN_CLIP_DEFAULTS = {
     "layers": 12,
     "width": 768,
     "patch_size": 16,
@@ -228,7 +220,6 @@ OPEN_CLIP_VISION_DEFAULTS = {
     "image_size": 224,
     "mlp_ratio": 4.0,
 }
-_SIZES = {"image_size", "patch_size", "width", "layers", "heads", "head_width", "mlp_ratio", "output_dim"}
 
 
 def from_description(description: Mapping[str, Any]) -> Architecture:
@@ -243,7 +234,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
         raise UserError(f"encoder: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
     if isinstance(description.get("architecture"), str):
         config = encoders.model_config(description["architecture"])
-        settings = {**OPEN_CLIP_VISION_DEFAULTS, **config["vision_cfg"]}
+        settings = {**OPEN_CLIP_DEFAULTS, **config["vision_cfg"]}
         quick_gelu = quick_gelu or bool(config.get("quick_gelu", False))
         settings["output_dim"] = config["embed_dim"]
         source = f"encoder {description['architecture']}"
@@ -254,7 +245,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
         raise UserError(f"encoder: expected architecture or arguments, got {listed(map(str, description))}")
     plain = {"pool_type": "tok", "block_type": "default"}
     for key, value in settings.items():
-        if key not in _SIZES | _HARMLESS and value is not None and value is not False and value != plain.get(key):
+        if key not in _EXPRESSED and value is not None and value is not False and value != plain.get(key):
             raise UserError(f"{source}: expected what a plain CLIP can express, got {key}={str(value)[:80]}")
     sizes = {key: checked_square(settings.get(key), f"{source}: {key}") for key in ("image_size", "patch_size")}
     sizes |= {key: checked_size(settings.get(key), f"{source}: {key}") for key in ("width", "layers")}
@@ -272,7 +263,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
     return Architecture(**sizes, heads=heads, mlp_width=mlp_width, output_dim=dim, quick_gelu=quick_gelu)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _known() -> dict[Architecture, str]:
     """Return architectures with ``quick_gelu`` None -> the name of open_clip's model."""
     import open_clip
@@ -282,19 +273,12 @@ def _known() -> dict[Architecture, str]:
         # ViT-B-32 and not ViT-B-32-quickgelu or a model with another text tower
         if re.fullmatch(r"ViT-[A-Za-z]+-\d+(-plus|-alt)?(-\d+)?", name):
             try:
-                known.setdefault(_without_gelu(from_description({"architecture": name})), name)
+                architecture = from_description({"architecture": name})
+                known.setdefault(replace(architecture, quick_gelu=None), name)
             except UserError:
                 # layer scale and the like
                 continue
     return known
-
-
-def _without_gelu(architecture: Architecture) -> Architecture:
-    return replace(architecture, quick_gelu=None)
-
-
-def _depth_and_widths(architecture: Architecture) -> tuple[int, int, int]:
-    return architecture.layers, architecture.width, architecture.mlp_width
 
 
 def mlp_ratio_of(width: int, mlp_width: int) -> float:
@@ -312,27 +296,22 @@ def checked_size(value: object, what: str) -> int:
 
 def checked_square(value: object, what: str) -> int:
     """Return the side of a square, given as one number or two. Raises UserError for any other."""
-    if isinstance(value, list | tuple):
-        if len(value) != 2 or value[0] != value[1]:
-            raise UserError(f"{what}: expected a square, got {str(value)[:80]}")
-        value = value[0]
-    return checked_size(value, what)
+    if not isinstance(value, list | tuple):
+        return checked_size(value, what)
+    if len(value) != 2 or value[0] != value[1]:
+        raise UserError(f"{what}: expected a square, got {str(value)[:80]}")
+    return checked_size(value[0], what)
 
 
 def check_towers(architecture: Architecture, text: TextArchitecture) -> None:
     """Raise UserError unless both towers end in the same dimension."""
-    if architecture.output_dim != text.output_dim:
-        raise UserError(
-            f"text: expected a projection to {architecture.output_dim} features as the images', got {text.output_dim}"
-        )
+    dim = architecture.output_dim
+    if dim != text.output_dim:
+        raise UserError(f"text: expected a projection to {dim} features as the images', got {text.output_dim}")
 
 
 def check_claims(actual: Architecture, claimed: Architecture) -> None:
-    """Compare what the tensors are with what a description claims. A projection may be left out.
-
-    Raises:
-        UserError: names the first claim that differs.
-    """
+    """Raise UserError for the first claim that the tensors contradict. A projection may be left out of them."""
     for key, value in asdict(actual).items():
         other = getattr(claimed, key)
         if value is not None and other is not None and value != other:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,15 +43,12 @@ class Archive:
     """A checkpoint's pickle as data, and its tensors by request.
 
     Attributes:
-        kind: the container. root: what :func:`pareto_merging.checkpoints.pickles.read_pickle` made of the pickle.
+        kind: zip, torchscript or legacy. root: what :func:`.pickles.read_pickle` made of the pickle.
     """
 
-    def __init__(
-        self, path: Path, kind: Literal["zip", "torchscript", "legacy"], root: Any, entries: dict[str, _Entry]
-    ) -> None:
+    def __init__(self, path: Path, kind: str, root: Any, entries: dict[str, _Entry]) -> None:
         self.path, self.kind, self.root = path, kind, root
-        self._entries = entries
-        self._stamp = file_stamp(path)
+        self._entries, self._stamp = entries, file_stamp(path)
         self._verified: set[str] = set()
 
     def tensor(self, stored: StoredTensor) -> Tensor:
@@ -71,13 +68,9 @@ class Archive:
         item = stored.dtype.itemsize
         with _opened(self.path) as file:
             raw = self._bytes(file, stored.storage.key, entry, stored.offset * item, span * item)
-        flat = raw.view(stored.dtype)
-        tensor = torch.as_strided(flat, stored.shape, stored.stride)
-        return (
-            tensor
-            if tensor.is_contiguous() and span == numbers
-            else tensor.clone(memory_format=torch.contiguous_format)
-        )
+        tensor = torch.as_strided(raw.view(stored.dtype), stored.shape, stored.stride)
+        is_whole = tensor.is_contiguous() and span == numbers
+        return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
 
     def _bytes(self, file: BinaryIO, key: str, entry: _Entry, offset: int, size: int) -> Tensor:
         """Read ``size`` bytes at ``offset`` of an entry. Its checksum is compared in the same pass, the first time."""
@@ -98,12 +91,9 @@ class Archive:
             if low < high:
                 view[low - offset : high - offset] = chunk[low - position : high - position]
             position += len(chunk)
-        if check:
-            if checksum != entry.checksum:
-                raise UserError(
-                    f"{self.path}: expected storage {key} as it was written, got another checksum (damaged)"
-                )
-            self._verified.add(key)
+        if check and checksum != entry.checksum:
+            raise UserError(f"{self.path}: expected storage {key} as it was written, got another checksum (damaged)")
+        self._verified.add(key)
         return target
 
 
@@ -119,9 +109,7 @@ def open_archive(path: Path) -> Archive:
         if not start:
             raise UserError(f"{path}: expected a checkpoint, got an empty file")
         file.seek(0)
-        if start == b"PK\x03\x04":
-            return _open_zip(path, file)
-        return _open_legacy(path, file)
+        return _open_zip(path, file) if start == b"PK\x03\x04" else _open_legacy(path, file)
 
 
 @contextlib.contextmanager
@@ -140,10 +128,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _check_size(path: Path, storage: Storage, entry: _Entry | None) -> _Entry:
     expected = storage.size * storage.dtype.itemsize
-    if entry is None:
-        raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got none")
-    if entry.size != expected:
-        raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got {entry.size}")
+    if entry is None or entry.size != expected:
+        got = "none" if entry is None else entry.size
+        raise UserError(f"{path}: expected {expected} bytes in storage {storage.key}, got {got}")
     return entry
 
 
@@ -179,9 +166,8 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
     if stream.read(1):
         raise UserError(f"{path}: expected one pickle in data.pkl, got more behind it")
     prefix = f"{root}data/"
-    entries = {
-        name.removeprefix(prefix): entry(name) for name in names if name.startswith(prefix) and not name.endswith("/")
-    }
+    keys = [name.removeprefix(prefix) for name in names if name.startswith(prefix) and not name.endswith("/")]
+    entries = {key: entry(f"{prefix}{key}") for key in keys}
     for key, storage in storages.items():
         # before there is memory for any of them
         _check_size(path, storage, entries.get(key))
@@ -200,10 +186,8 @@ def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
     if end >= 76 and tail[end - 20 : end - 16] == b"PK\x06\x07":
         count, length = struct.unpack("<QQ", tail[end - 44 : end - 28])
     if length > min(size, _MAX_DIRECTORY) or count > _MAX_ENTRIES:
-        raise UserError(
-            f"{path}: expected a directory of at most {_MAX_DIRECTORY} bytes and {_MAX_ENTRIES} files, got {length} "
-            f"bytes and {count} files"
-        )
+        most = f"{_MAX_DIRECTORY} bytes and {_MAX_ENTRIES} files"
+        raise UserError(f"{path}: expected a directory of at most {most}, got {length} bytes and {count} files")
     file.seek(0)
 
 
@@ -229,9 +213,8 @@ def _check_overlap(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
     last = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         if info.header_offset < last or info.header_offset + 30 + info.compress_size > size:
-            raise UserError(
-                f"{path}: expected files side by side in the archive, got {info.filename[:80]!r} over another"
-            )
+            name = info.filename[:80]
+            raise UserError(f"{path}: expected files side by side in the archive, got {name!r} over another")
         last = info.header_offset + 30 + info.compress_size
 
 
@@ -265,9 +248,9 @@ def _small(path: Path, file: BinaryIO, entry: _Entry, name: str, limit: int = 64
 
 def _open_legacy(path: Path, file: BinaryIO) -> Archive:
     source = str(path)
-    head = file.read(2)
+    head = file.read(1)
     file.seek(0)
-    if head[:1] != b"\x80":
+    if head != b"\x80":
         raise UserError(f"{path}: expected a checkpoint that torch or safetensors wrote, got another file")
     if read_pickle(file, source) != _LEGACY_MAGIC:
         raise UserError(f"{path}: expected a checkpoint that torch.save wrote, got another pickle")
@@ -283,8 +266,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> Archive:
         raise UserError(f"{path}: expected a list of storages, got {type(keys).__name__}")
     if len(set(keys)) != len(keys):
         raise UserError(f"{path}: expected each storage once, got one twice")
-    size = path.stat().st_size
-    position = file.tell()
+    size, position = path.stat().st_size, file.tell()
     entries = {}
     for key in keys:
         file.seek(position)
@@ -294,16 +276,13 @@ def _open_legacy(path: Path, file: BinaryIO) -> Archive:
         if key not in storages:
             raise UserError(f"{path}: expected a type for storage {key[:40]}, got none")
         length = int.from_bytes(header, "little") * storages[key].dtype.itemsize
-        if position + 8 + length > size:
-            left = size - position - 8
-            raise UserError(
-                f"{path}: expected {length} bytes in storage {key[:40]}, got {left} to the end of the file (cut off?)"
-            )
-        entries[key] = _Entry(position + 8, length, None)
-        _check_size(path, storages[key], entries[key])
-        position += 8 + length
+        position += 8
+        if position + length > size:
+            got = f"{size - position} to the end of the file (cut off?)"
+            raise UserError(f"{path}: expected {length} bytes in storage {key[:40]}, got {got}")
+        entries[key] = _check_size(path, storages[key], _Entry(position, length, None))
+        position += length
     if position != size:
-        raise UserError(
-            f"{path}: expected the end of the file behind the last storage, got {size - position} bytes more"
-        )
+        more = size - position
+        raise UserError(f"{path}: expected the end of the file behind the last storage, got {more} bytes more")
     return Archive(path, "legacy", root, entries)

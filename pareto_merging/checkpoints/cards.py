@@ -11,6 +11,7 @@ from pareto_merging.checkpoints import architecture as shapes
 from pareto_merging.checkpoints import encoders
 
 Library = Literal["transformers", "open_clip", "safetensors"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,7 @@ class Source:
     """One checkpoint that was merged.
 
     Attributes:
-        name: for people. origin: a path or a Hub id. digest: of its weights, hexadecimal. hub_id: ``owner/name`` where
-            it is on the Hub.
+        name: for people. origin: a path or a Hub id. digest: of its weights, hexadecimal. hub_id: ``owner/name``.
     """
 
     name: str
@@ -43,22 +43,28 @@ def model_card(
     preprocessing: Mapping[str, Any] | None = None,
     file_name: str = "",
 ) -> str:
-    """Return a README.md for the Hugging Face Hub. Its front matter is what the hub accepts; it says what the model is,
-    what it was made of and how it is loaded.
+    """Return a README.md for the Hub: what a model is, what it was made of and how it is loaded.
 
     Args:
-        encoder: as :mod:`pareto_merging.checkpoints.encoders` describes it. has_text: it is a whole CLIP.
-        preference: task -> weight. method: how it was merged, in words. rank: of the low-rank part.
-        lambda_grouping: for what there is a learned λ each (tensor, block, …). version: of this package.
         library: what loads it; ``safetensors``: one file of the vision tower, called ``file_name``, whose images are
             made as ``preprocessing`` says.
+        encoder: as :mod:`.checkpoints.encoders` describes it. has_text: it is a whole CLIP.
+        preference: task -> weight. method: how it was merged, in words. rank: of the low-rank part.
+        lambda_grouping: for what there is a learned λ each (tensor, block, …). version: of this package.
 
     Names may hold anything: they are escaped.
     """
     what = "A CLIP whose vision encoder was" if has_text else "The vision encoder of a CLIP,"
     made_by = "[Pareto Merging](https://arxiv.org/abs/2408.12105)"
+    base_models = [source.hub_id for source in sources if _HUB_ID.fullmatch(source.hub_id)]
+    front = {
+        "library_name": "open_clip" if library == "safetensors" else library,
+        "pipeline_tag": "zero-shot-image-classification" if has_text else "image-feature-extraction",
+        "tags": ["merge", "pareto-merging", "clip"],
+        **({"base_model": list(dict.fromkeys(base_models)), "base_model_relation": "merge"} if base_models else {}),
+    }
     parts = [
-        _front_matter(library, has_text, sources),
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=False)}---\n",
         f"# {_escaped(title)}\n",
         f"{what} merged from fine-tuned copies for one preference over their tasks, with {made_by}.\n",
     ]
@@ -78,30 +84,17 @@ def model_card(
     if library == "safetensors":
         code = _code_for_one_file(encoder, preprocessing or encoders.default_preprocessing(encoder), file_name)
     else:
-        code = {"transformers": _code_for_transformers, "open_clip": _code_for_open_clip}[library](encoder, has_text)
+        code = (_code_for_transformers if library == "transformers" else _code_for_open_clip)(encoder, has_text)
     parts.append(f"## Loading it\n\n```python\n{code}```\n")
     parts.append("## Licence\n\nThat of the checkpoints it was merged from: see theirs.\n")
     return "\n".join(parts)
 
 
-def _front_matter(library: Library, has_text: bool, sources: Sequence[Source]) -> str:
-    base_models = [source.hub_id for source in sources if _is_hub_id(source.hub_id)]
-    front = {
-        "library_name": "open_clip" if library == "safetensors" else library,
-        "pipeline_tag": "zero-shot-image-classification" if has_text else "image-feature-extraction",
-        "tags": ["merge", "pareto-merging", "clip"],
-        **({"base_model": list(dict.fromkeys(base_models)), "base_model_relation": "merge"} if base_models else {}),
-    }
-    return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=False) + "---\n"
-
-
 def _code_for_one_file(encoder: Mapping[str, Any], preprocessing: Mapping[str, Any], file_name: str) -> str:
+    ours, build = "from pareto_merging import encoders\n", f"encoders.build({dict(encoder)!r})"
     if "architecture" in encoder:
-        quick_gelu = shapes.from_description(encoder).quick_gelu
-        ours, name = "", str(encoder["architecture"])
-        build = f"open_clip.create_model({name!r}, force_quick_gelu={quick_gelu}).visual"
-    else:
-        ours, build = "from pareto_merging import encoders\n", f"encoders.build({dict(encoder)!r})"
+        ours, quick_gelu = "", shapes.from_description(encoder).quick_gelu
+        build = f"open_clip.create_model({str(encoder['architecture'])!r}, force_quick_gelu={quick_gelu}).visual"
     size, mean, std = (preprocessing[key] for key in ("size", "mean", "std"))
     return f"""\
 import open_clip
@@ -168,10 +161,6 @@ def _code_for_open_clip(encoder: Mapping[str, Any], has_text: bool) -> str:
         return code
     quick_gelu = shapes.from_description(encoder).quick_gelu
     return code + _INSIDE.format(name=str(encoder["architecture"]), quick_gelu=quick_gelu)
-
-
-def _is_hub_id(value: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}", value) is not None
 
 
 def _escaped(value: str) -> str:

@@ -13,8 +13,7 @@ content, not by its name. :mod:`.formats`, :mod:`.folders` and :mod:`.names` hav
 ``register``. No file can run code, and none is believed before its sizes have been compared.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,13 @@ from torch import Tensor
 
 from pareto_merging.checkpoints import hub
 from pareto_merging.checkpoints.architecture import Architecture, description_of, from_shapes
-from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, NamedTensors
+from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, check_preprocessing
 from pareto_merging.checkpoints.folders import layout_of, open_folder
 from pareto_merging.checkpoints.formats import open_file
 from pareto_merging.checkpoints.modules import attention_heads, normalisation, uses_quick_gelu
 from pareto_merging.checkpoints.names import Piece, Towers, find_towers, is_plain_vision, listed
 from pareto_merging.checkpoints.open_clip import preprocessing_from_open_clip, text_is_not_clips
-from pareto_merging.checkpoints.preprocessing import check_preprocessing
-from pareto_merging.checkpoints.tensors import TensorMapping
+from pareto_merging.checkpoints.tensors import NamedTensors, TensorMapping
 from pareto_merging.errors import UserError
 
 
@@ -104,19 +102,16 @@ class Checkpoint(CheckpointTensors):
 
     def __init__(self, source: str, contents: Contents, names: Collection[str] = ()) -> None:
         tensors, description = contents.tensors, contents.description
-        if names and set(tensors.shapes) == set(names):
-            towers = Towers({name: Piece((name,)) for name in tensors.shapes}, {}, "")
-        else:
-            with _named(source):
-                towers = find_towers(tensors.shapes)
+        own = {name: Piece((name,)) for name in tensors.shapes}
+        towers = Towers(own, {}, "") if names and own.keys() == set(names) else find_towers(own)
         super().__init__(source, tensors, towers.vision)
-        self.no_text = ""
-        self.text = CheckpointTensors(source, tensors, towers.text)
-        self.leave_out_text(description.no_text)
+        text = CheckpointTensors(source, tensors, towers.text)
+        self.no_text = description.no_text if text else ""
+        # it would be exported as what it is not
+        self.text = CheckpointTensors(source, tensors, {}) if self.no_text else text
         self.format, self.path, self.text_heads = contents.kind, contents.path, description.text_heads
-        self.weights = list(tensors.files)
+        self.weights, self.origin = list(tensors.files), dict(description.origin)
         self.files = [*self.weights, *contents.beside]
-        self.origin = dict(description.origin)
         self.architecture: Architecture | None = None
         self.encoder: dict[str, Any] | None = None
         root, self.quick_gelu, self.heads = description.root, description.quick_gelu, description.heads
@@ -125,37 +120,18 @@ class Checkpoint(CheckpointTensors):
         if self.heads is None:
             self.heads = attention_heads(root, towers.prefix, source)
         preprocessing = normalisation(root) if description.preprocessing is None else description.preprocessing
-        with _named(source):
-            self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
-            if names and (description.says_nothing or not is_plain_vision(towers.vision)):
-                # its user describes it, and it may be an encoder of another kind
-                return
-            architecture = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)
-            if description.check is not None:
-                description.check(architecture)
+        self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
+        if names and (description.says_nothing or not is_plain_vision(towers.vision)):
+            # its user describes it, and it may be an encoder of another kind
+            return
+        architecture = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)
+        if description.check is not None:
+            description.check(architecture)
         self.architecture = architecture
         self.encoder = {**description_of(architecture), "quick_gelu": self.quick_gelu}
-        if self.preprocessing is not None and self.preprocessing["size"] != architecture.image_size:
-            size = self.preprocessing["size"]
-            raise UserError(
-                f"{source}: expected images of {architecture.image_size} pixels as its positions have, got {size}"
-            )
-
-    def leave_out_text(self, reason: str) -> None:
-        """Leave out the text tower if there is a reason. It would be exported as what it is not."""
-        if reason and self.text:
-            self.text, self.no_text = CheckpointTensors(self.source, self._tensors, {}), reason
-
-
-@contextlib.contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Put the source in front of a UserError that does not name it."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(source):
-            raise
-        raise UserError(f"{source}: {error}") from error
+        size, own_size = architecture.image_size, (self.preprocessing or {}).get("size", architecture.image_size)
+        if size != own_size:
+            raise UserError(f"{source}: expected images of {size} pixels as its positions have, got {own_size}")
 
 
 def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoint:
@@ -169,24 +145,27 @@ def open_checkpoint(source: str | Path, names: Collection[str] = ()) -> Checkpoi
         ForbiddenGlobal: a pickle that names what could run code.
     """
     text = str(source)
-    with _named(text):
-        located = hub.locate(source)
-        path = located.path
+    try:
+        path, settings = hub.locate(source)
         layout = layout_of(path)
         contents = open_file(path, text) if layout is None else open_folder(layout, path, text)
-        if located.settings is None:
+        if settings is None:
             return Checkpoint(text, contents, names)
-        settings, described = located.settings, contents.description
+        described = contents.description
         # open_clip's word comes after a configuration's, and before what the names of pickled modules tell
         quick_gelu = described.quick_gelu if described.root is None else None
         description = replace(
             described,
             heads=settings.heads if described.heads is None else described.heads,
             quick_gelu=settings.quick_gelu if quick_gelu is None else quick_gelu,
+            no_text=described.no_text or text_is_not_clips(settings.text_cfg),
         )
         checkpoint = Checkpoint(text, contents._replace(description=description), names)
         if settings.preprocess_cfg and checkpoint.architecture is not None:
             size = checkpoint.architecture.image_size
             checkpoint.preprocessing = preprocessing_from_open_clip(settings.preprocess_cfg, size, text)
-        checkpoint.leave_out_text(text_is_not_clips(settings.text_cfg))
         return checkpoint
+    except UserError as error:
+        if str(error).startswith(text):
+            raise
+        raise UserError(f"{text}: {error}") from error

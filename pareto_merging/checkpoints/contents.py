@@ -3,23 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from pareto_merging.checkpoints.architecture import Architecture
-from pareto_merging.checkpoints.tensors import Tensors
+from pareto_merging.checkpoints.architecture import Architecture, checked_size
+from pareto_merging.checkpoints.tensors import NamedTensors
+from pareto_merging.errors import UserError
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # of a folder's weights, in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class NamedTensors(Tensors, Protocol):
-    """Named tensors of one or more files."""
-
-    @property
-    def files(self) -> Sequence[Path]: ...
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -98,3 +93,18 @@ class Layout:
     recognises: Callable[[Path], bool]
     holds: Callable[[Path], bool]
     describe: Callable[[Path, str], Description]
+
+
+def check_preprocessing(preprocessing: Mapping[str, Any], source: str = "preprocessing") -> dict[str, Any]:
+    """Return ``size``, ``mean`` and ``std`` and nothing else. Raises UserError if ``preprocessing`` is not ours."""
+    checked: dict[str, Any] = {"size": checked_size(preprocessing.get("size"), f"{source}: size")}
+    for key in ("mean", "std"):
+        given = preprocessing.get(key)
+        values = list(given) if isinstance(given, list | tuple) else []
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        in_range = all(abs(number) < 1e6 and (key == "mean" or number > 0) for number in numbers)
+        if not len(values) == len(numbers) == 3 or not in_range:
+            kind = "positive number" if key == "std" else "number"
+            raise UserError(f"{source}: {key}: expected a {kind} for each of three channels, got {str(given)[:80]}")
+        checked[key] = [float(number) for number in numbers]
+    return checked

@@ -1,6 +1,4 @@
-"""A checkpoint of any format becomes one plain safetensors file. It holds the vision encoder in open_clip's names, and
-what is known of it.
-"""
+"""A checkpoint of any format becomes one plain safetensors file with what is known of it, in open_clip's names."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
-from pareto_merging.checkpoints.formats import format_of
-from pareto_merging.checkpoints.heads import is_head, metadata_of, open_head
-from pareto_merging.checkpoints.modules import ArchivedTensors
+from pareto_merging.checkpoints.heads import find_head
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.progress import progress_bar
@@ -29,8 +25,7 @@ def convert_checkpoint(
     tensor, which is compared when it is read again.
 
     Args:
-        source: as for :func:`pareto_merging.checkpoints.checkpoint.open_checkpoint`. dtype: of the numbers written;
-            default: as they are.
+        source: as for :func:`.checkpoint.open_checkpoint`. dtype: of the numbers written; default: as they are.
 
     Returns:
         What was found: ``kind`` (encoder or head), ``format``, ``tensors``, ``numbers``, ``encoder``, ``text``…
@@ -39,13 +34,12 @@ def convert_checkpoint(
         UserError: the checkpoint cannot be read, or is not a CLIP vision transformer; then nothing is written.
     """
     path = Path(source)
-    head = _open_head(path)
+    head = find_head(path)
     if head is not None:
         _check_target(target, [path])
         weight, scale, origin = head
         weight = _rounded(weight, dtype, f"{source}: weight")
-        metadata: dict[str, Any] = {"logit_scale": repr(scale), **origin}
-        write_tensors(target, {"weight": weight}, metadata)
+        write_tensors(target, {"weight": weight}, {"logit_scale": repr(scale), "source": origin})
         facts = {"kind": "head", "classes": weight.shape[0], "dim": weight.shape[1], "logit_scale": scale}
         return {"source": str(source), "target": str(target), **facts}
     checkpoint = open_checkpoint(source)
@@ -79,19 +73,6 @@ def convert_checkpoint(
     }
 
 
-def _open_head(path: Path) -> tuple[Tensor, float, dict[str, str]] | None:
-    """Read a zero-shot head's weight, its scale and what it was made from. None stands for what is no head."""
-    if not path.is_file():
-        return None
-    if is_head(path):
-        return *open_head(path), {"source": path.name}
-    format = format_of(path)
-    file = None if format.open is ArchivedTensors else format.open(path)
-    if file is None or set(file.shapes) != {"weight"} or "logit_scale" not in metadata_of(file):
-        return None
-    return *open_head(path), {"source": metadata_of(file).get("source", path.name)}
-
-
 def _check_target(target: Path, files: Sequence[Path]) -> None:
     if target.exists() and any(target.samefile(file) for file in files):
         raise UserError(f"{target}: expected another file than the one that is read")
@@ -107,14 +88,11 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 def say(facts: Mapping[str, Any]) -> str:
     """Say in one or two lines what :func:`convert_checkpoint` did."""
     if facts["kind"] == "head":
-        return (
-            f"{facts['target']}: a zero-shot head of {facts['classes']} classes, {facts['dim']} features, "
-            f"logit scale {facts['logit_scale']:.4g}"
-        )
+        what = "a zero-shot head of {classes} classes, {dim} features, logit scale {logit_scale:.4g}"
+        return f"{facts['target']}: {what.format(**facts)}"
     encoder = facts["encoder"]
-    name = encoder.get("architecture") or "{width}-wide, {layers} layers, {image_size} px".format(
-        **encoder["arguments"]
-    )
+    name = encoder.get("architecture")
+    name = name or "{width}-wide, {layers} layers, {image_size} px".format(**encoder["arguments"])
     gelu = {True: "QuickGELU", False: "GELU", None: "GELU or QuickGELU (the checkpoint does not say)"}
     lines = [f"{facts['target']}: {name}, {gelu[encoder['quick_gelu']]}, {facts['numbers']:,} numbers"]
     if not facts["projection"]:

@@ -11,8 +11,7 @@ from pareto_merging.errors import UserError
 
 
 def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
-    """Return what :func:`build` needs, as plain JSON. ``architecture``: an open_clip model name, or a JSON file of
-    arguments.
+    """Return what :func:`build` needs, as plain JSON, of an open_clip model name or a JSON file of arguments.
 
     Raises:
         UserError: an unknown name (close ones are listed) or an unreadable file.
@@ -24,9 +23,8 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path}: expected a JSON file of VisionTransformer's arguments, got {error.strerror}"
-        ) from error
+        what = f"expected a JSON file of VisionTransformer's arguments, got {error.strerror}"
+        raise UserError(f"{path}: {what}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(arguments, dict):
@@ -35,11 +33,10 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-    """Build the encoder of :func:`describe` with random weights, in eval mode. It maps images [n, 3, H, W] to features
-    [n, dim].
+    """Build the encoder of :func:`describe` with random weights, in eval mode.
 
-    Raises:
-        UserError: the description names no architecture, or arguments that VisionTransformer does not take.
+    It maps images [n, 3, H, W] to features [n, dim]. UserError: the description names no architecture, or arguments
+    that VisionTransformer does not take.
     """
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
     from open_clip.transformer import QuickGELU, VisionTransformer
@@ -47,9 +44,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     quick_gelu = has_quick_gelu(description)
     if "architecture" in description:
         config = model_config(description["architecture"])
-        tower: nn.Module = _build_vision_tower(
-            config["embed_dim"], CLIPVisionCfg(**config["vision_cfg"]), quick_gelu=quick_gelu
-        )
+        vision = CLIPVisionCfg(**config["vision_cfg"])
+        tower: nn.Module = _build_vision_tower(config["embed_dim"], vision, quick_gelu=quick_gelu)
         return tower.eval()
     if "arguments" not in description:
         raise UserError(f"encoder: expected architecture or arguments, got {sorted(description)}")
@@ -88,25 +84,19 @@ def _checked(arguments: Any) -> dict[str, Any]:
 
 
 def has_quick_gelu(description: Mapping[str, Any]) -> bool:
-    """Return whether the encoder of :func:`describe` has QuickGELU. It says so, or open_clip's model of that name has
-    it.
-    """
+    """Return whether an encoder is described with QuickGELU, or open_clip's model of its name has it."""
     named = "architecture" in description and model_config(description["architecture"]).get("quick_gelu", False)
     return bool(description.get("quick_gelu") or named)
 
 
 def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how CLIP makes an encoder's input of images. That is ``size``, and ``mean`` and ``std`` of three channels.
+    """Return how CLIP makes an encoder's input of images: ``size``, and ``mean`` and ``std`` of three channels.
 
     Resized to ``size`` pixels along the shorter side (bicubic), cropped to the middle, 0..1, normalised.
     """
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    return {
-        "size": image_size(description),
-        "mean": list(OPENAI_DATASET_MEAN),
-        "std": list(OPENAI_DATASET_STD),
-    }
+    return {"size": image_size(description), "mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
 
 
 def image_size(description: Mapping[str, Any]) -> int:
@@ -119,9 +109,7 @@ def image_size(description: Mapping[str, Any]) -> int:
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Return open_clip's configuration of a model by name. Raises UserError, with names that are near, for an unknown
-    one.
-    """
+    """Return open_clip's configuration of a model. Raises UserError, with names that are near, for an unknown one."""
     import difflib
 
     import open_clip
@@ -129,8 +117,7 @@ def model_config(name: str) -> dict[str, Any]:
     # other schemas (hf-hub:…) would go to the network
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None or "vision_cfg" not in config:
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3))
-        raise UserError(
-            f"encoder: expected an open_clip model name, got {name[:80]!r}" + (f"; near: {close}" if close else "")
-        )
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
+        got = repr(name[:80]) + (f"; near: {', '.join(close)}" if close else "")
+        raise UserError(f"encoder: expected an open_clip model name, got {got}")
     return dict(config)

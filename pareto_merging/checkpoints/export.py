@@ -5,6 +5,7 @@ whole and on the disk. Its configuration, without which nothing loads it, is wri
 to write what it reads.
 """
 
+import functools
 import json
 import os
 import re
@@ -23,11 +24,6 @@ from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vis
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import new_folder, write_bytes
-
-HUGGING_FACE_WEIGHTS, OPEN_CLIP_WEIGHTS = "model.safetensors", "open_clip_model.safetensors"
-# not a name that open_clip prefers: it is half a model
-OPEN_CLIP_VISUAL = "visual.safetensors"
-PREPROCESSOR, CARD = "preprocessor_config.json", "README.md"
 
 
 def export_hugging_face(
@@ -51,7 +47,7 @@ def export_hugging_face(
         tensors: the vision tower in open_clip's names (without ``visual.``); each is read once, and kept: one model
             of memory.
         folder: the new folder; what is above it is created.
-        encoder, preprocessing: as :mod:`pareto_merging.checkpoints.encoders` describes them.
+        encoder, preprocessing: as :mod:`.checkpoints.encoders` describes them.
         text: everything else of a whole CLIP in open_clip's names; nothing where there is no text tower.
         text_heads: its attention heads; default: one for every 64 features.
         card: the README.md; default: a short :func:`model_card`.
@@ -76,17 +72,15 @@ def export_hugging_face(
     for name, tensor in text.items():
         stored.update(hugging_face_text(name, tensor))
     dtype = _common_dtype(stored)
-    config = (
-        hugging_face.hugging_face_vision_config(vision, dtype)
-        if text_tower is None
-        else hugging_face.hugging_face_clip_config(vision, text_tower, dtype)
-    )
+    config = hugging_face.hugging_face_vision_config(vision, dtype)
+    if text_tower is not None:
+        config = hugging_face.hugging_face_clip_config(vision, text_tower, dtype)
     files = {
-        PREPROCESSOR: _json(preprocessor),
-        CARD: (card or model_card("transformers", encoder=encoder, has_text=bool(text))).encode(),
+        "preprocessor_config.json": _json(preprocessor),
+        "README.md": (card or model_card("transformers", encoder=encoder, has_text=bool(text))).encode(),
         hugging_face.CONFIG: _json(config),
     }
-    _write_folder(target, {HUGGING_FACE_WEIGHTS: stored}, files, extra_files or {})
+    _write_folder(target, "model.safetensors", stored, files, extra_files or {})
     return Path(folder)
 
 
@@ -127,11 +121,12 @@ def export_open_clip(
     stored.update(text)
     config = {"model_cfg": open_clip.open_clip_model_config(vision, text_tower), "preprocess_cfg": preprocess_cfg}
     files = {
-        CARD: (card or model_card("open_clip", encoder=encoder, has_text=bool(text))).encode(),
+        "README.md": (card or model_card("open_clip", encoder=encoder, has_text=bool(text))).encode(),
         open_clip.CONFIG: _json(config),
     }
-    weights = OPEN_CLIP_WEIGHTS if text else OPEN_CLIP_VISUAL
-    _write_folder(target, {weights: stored}, files, extra_files or {})
+    # half a model does not get a name that open_clip prefers
+    weights = "open_clip_model.safetensors" if text else "visual.safetensors"
+    _write_folder(target, weights, stored, files, extra_files or {})
     return Path(folder)
 
 
@@ -147,11 +142,7 @@ def _text_side(
 
 def _checked(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors one by one, each read once and checked against the encoder's."""
-    missing, extra = expected.keys() - set(tensors), set(tensors) - expected.keys()
-    if missing:
-        raise UserError(f"tensors: expected those of the encoder, got none named {listed(missing)}")
-    if extra:
-        raise UserError(f"tensors: expected those of the encoder, got also {listed(extra)}")
+    shapes.compare_names(tensors, expected, "tensors: expected those of the encoder")
     for name, shape in expected.items():
         tensor = _plain(name, tensors[name])
         if tuple(tensor.shape) != shape:
@@ -169,10 +160,7 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """Return the smallest dtype that holds every matrix and vector. transformers makes all of a model one dtype."""
     # a logit_scale in float32 must not make a float16 model twice as large
     dtypes = sorted({tensor.dtype for tensor in tensors.values() if tensor.dim()}, key=str)
-    common = dtypes[0]
-    for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
-    return common
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _target(folder: Path, overwrite: bool) -> Path:
@@ -186,30 +174,25 @@ def _target(folder: Path, overwrite: bool) -> Path:
         raise UserError(f"{folder}: expected a new folder, got an existing one (overwrite replaces it)")
     # replacing deletes: a home folder, or one with somebody's other files in it, is not a model
     entries = {entry.name: entry for entry in os.scandir(target)}
-    is_model = not entries.keys().isdisjoint((hugging_face.CONFIG, open_clip.CONFIG))
-    is_model = is_model and any(name.endswith(".safetensors") for name in entries)
-    has_folders = any(not entry.is_file(follow_symlinks=False) for entry in entries.values())
-    if entries and (not is_model or has_folders):
+    is_described = not entries.keys().isdisjoint((hugging_face.CONFIG, open_clip.CONFIG))
+    is_model = is_described and any(name.endswith(".safetensors") for name in entries)
+    if entries and not (is_model and all(entry.is_file(follow_symlinks=False) for entry in entries.values())):
         raise UserError(f"{folder}: expected a model folder to replace, got one with other things in it")
     return target
 
 
 def _write_folder(
-    target: Path,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    files: Mapping[str, bytes],
-    extra_files: Mapping[str, bytes],
+    target: Path, weights: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes], extra: Mapping[str, bytes]
 ) -> None:
     """Write weights, extra files, then ``files`` in their order. The last is the one without which nothing loads."""
-    for name in extra_files:
-        if name in {*weights, *files} or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+    for name in extra:
+        if name in {weights, *files} or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
             raise UserError(f"extra_files: expected plain names of other files, got {listed([name])}")
         if name.endswith((".safetensors", ".bin", ".pt", ".pth")):
             raise UserError(f"extra_files: expected no weights, got {name}")
     with new_folder(target) as temporary:
-        for name, tensors in weights.items():
-            write_tensors(temporary / name, tensors, {"format": "pt"})
-        for name, content in {**extra_files, **files}.items():
+        write_tensors(temporary / weights, tensors, {"format": "pt"})
+        for name, content in {**extra, **files}.items():
             write_bytes(temporary / name, content)
 
 

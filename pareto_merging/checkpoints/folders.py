@@ -6,9 +6,9 @@ A user's own is added with :func:`register`; nothing else lists the layouts.
 from pathlib import Path
 
 from pareto_merging.checkpoints import hugging_face, open_clip
-from pareto_merging.checkpoints.contents import Contents, Layout, NamedTensors
+from pareto_merging.checkpoints.contents import Contents, Layout
 from pareto_merging.checkpoints.formats import open_tensors
-from pareto_merging.checkpoints.shards import Shards
+from pareto_merging.checkpoints.tensors import NamedTensors, Shards
 from pareto_merging.errors import UserError
 from pareto_merging.system.register import add_member
 

@@ -8,16 +8,15 @@ from functools import partial
 from pathlib import Path
 
 from pareto_merging.checkpoints.architecture import check_claims, from_description
-from pareto_merging.checkpoints.contents import Contents, Description, Format, NamedTensors
+from pareto_merging.checkpoints.contents import Contents, Description, Format
 from pareto_merging.checkpoints.modules import ArchivedTensors, uses_quick_gelu
 from pareto_merging.checkpoints.records import Record
 from pareto_merging.checkpoints.safetensors import SafetensorsFile
+from pareto_merging.checkpoints.tensors import NamedTensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import parse_json
 from pareto_merging.system.register import add_member
 
-# of a converted file's header
-ORIGIN = ("source", "source_format")
 _START_BYTES = 512
 _KNOWN_STARTS = (
     (b"version https://git-lfs", "a pointer of git-LFS and not the file itself (run git lfs pull)"),
@@ -38,9 +37,8 @@ def known_as(start: bytes) -> str:
     if start[4:9] == b"\0\0\0\0{":
         # safetensors: the length before its header may be any bytes
         return ""
-    text = start.lstrip().lower()
     for mark, what in _KNOWN_STARTS:
-        if text.startswith(mark) or start.startswith(mark):
+        if start.lstrip().lower().startswith(mark) or start.startswith(mark):
             return what
     if start[257:262] == b"ustar":
         return "a tar archive (unpack it first)"
@@ -49,17 +47,13 @@ def known_as(start: bytes) -> str:
     return "" if start else "an empty file"
 
 
-def _is_zip(path: Path, start: bytes) -> bool:
-    return start[:4] == b"PK\x03\x04"
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    # a length, and then a JSON mapping
+    return (path.suffix == ".safetensors" or start[8:9] == b"{") and not known_as(start)
 
 
 def _is_legacy(path: Path, start: bytes) -> bool:
-    # safetensors: a length, and then a JSON mapping
     return start[:1] == b"\x80" and start[8:9] != b"{"
-
-
-def _is_safetensors(path: Path, start: bytes) -> bool:
-    return (path.suffix == ".safetensors" or start[8:9] == b"{") and not known_as(start)
 
 
 def _describe_archive(tensors: ArchivedTensors, source: str) -> Description:
@@ -75,12 +69,10 @@ def _describe_archive(tensors: ArchivedTensors, source: str) -> Description:
 def _describe_safetensors(tensors: SafetensorsFile, source: str) -> Description:
     """Read what our own files say in their header."""
     metadata = tensors.metadata
-    parsed = {
-        key: parse_json(metadata[key].encode(), f"{tensors.path}: {key}")
-        for key in ("encoder", "preprocessing")
-        if key in metadata
-    }
-    origin = {key: metadata[key] for key in ORIGIN if "checksums" in metadata and key in metadata}
+    keys = [key for key in ("encoder", "preprocessing") if key in metadata]
+    parsed = {key: parse_json(metadata[key].encode(), f"{tensors.path}: {key}") for key in keys}
+    # of a converted file
+    origin = {key: metadata[key] for key in ("source", "source_format") if "checksums" in metadata and key in metadata}
     description = Description(preprocessing=parsed.get("preprocessing"), origin=origin)
     if not parsed.get("encoder"):
         return description
@@ -103,7 +95,7 @@ def register(format: Format, *, replace: bool = False) -> Format:
 register(Format("safetensors", _is_safetensors, SafetensorsFile, _describe_safetensors))
 register(Format("legacy", _is_legacy, ArchivedTensors, _describe_archive))
 # a TorchScript archive is a zip as well
-register(Format("zip", _is_zip, ArchivedTensors, _describe_archive))
+register(Format("zip", lambda path, start: start[:4] == b"PK\x03\x04", ArchivedTensors, _describe_archive))
 
 
 def format_of(path: Path) -> Format:
@@ -121,10 +113,8 @@ def format_of(path: Path) -> Format:
     for format in reversed(FORMATS.values()):
         if format.recognises(path, start):
             return format
-    what = known_as(start)
-    if what:
-        raise UserError(f"{path}: expected a checkpoint, got {what}")
-    raise UserError(f"{path}: expected a checkpoint that torch or safetensors wrote, got another file")
+    expected = "a checkpoint" if known_as(start) else "a checkpoint that torch or safetensors wrote"
+    raise UserError(f"{path}: expected {expected}, got {known_as(start) or 'another file'}")
 
 
 def open_tensors(path: Path) -> NamedTensors:

@@ -15,7 +15,7 @@ from pareto_merging.checkpoints.contents import WEIGHTS
 from pareto_merging.checkpoints.hugging_face import CONFIG, PREPROCESSORS
 from pareto_merging.checkpoints.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from pareto_merging.checkpoints.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
-from pareto_merging.checkpoints.shards import shard_names
+from pareto_merging.checkpoints.tensors import shard_names
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import read_json
 
@@ -32,13 +32,6 @@ class TagSettings(NamedTuple):
     quick_gelu: bool
     preprocess_cfg: dict[str, Any]
     text_cfg: dict[str, Any]
-
-
-class Located(NamedTuple):
-    """A file or folder on this machine, and what open_clip says of its tag."""
-
-    path: Path
-    settings: TagSettings | None = None
 
 
 def remote(source: str | Path) -> str | None:
@@ -64,8 +57,8 @@ def hub_id(source: str | Path) -> str:
     return text.removeprefix(_HUB).partition("@")[0] if text.startswith(_HUB) else ""
 
 
-def locate(source: str | Path) -> Located:
-    """Find the checkpoint on this machine, downloaded first where it has to be.
+def locate(source: str | Path) -> tuple[Path, TagSettings | None]:
+    """Find the file or folder on this machine, downloaded first where it has to be, and what open_clip says of a tag.
 
     Args:
         source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub (``hf:owner/name``
@@ -77,17 +70,14 @@ def locate(source: str | Path) -> Located:
     text, elsewhere = str(source), remote(source)
     path = Path(os.path.expanduser(source))
     if (elsewhere is None or elsewhere != text) and path.exists():
-        return Located(path)
+        return path, None
     if elsewhere is not None:
-        return _open_clip(text) if text.startswith(_OPEN_CLIP) else Located(_hub(elsewhere.removeprefix(_HUB)))
+        return _open_clip(text) if text.startswith(_OPEN_CLIP) else (_hub(elsewhere.removeprefix(_HUB)), None)
     if path.is_symlink():
-        raise UserError(
-            f"{text[:200]}: expected a checkpoint, got a link to {os.readlink(path)[:200]}, which is missing"
-        )
-    raise UserError(
-        f"{text[:200] or 'a checkpoint'}: expected a file, a folder, a hub id (owner/name) or open_clip:NAME/TAG, got "
-        "no such thing"
-    )
+        target = os.readlink(path)[:200]
+        raise UserError(f"{text[:200]}: expected a checkpoint, got a link to {target}, which is missing")
+    expected = "expected a file, a folder, a hub id (owner/name) or open_clip:NAME/TAG"
+    raise UserError(f"{text[:200] or 'a checkpoint'}: {expected}, got no such thing")
 
 
 def _hub(source: str) -> Path:
@@ -104,27 +94,21 @@ def _hub(source: str) -> Path:
     preprocessors = [repository.file(optional, commit) for optional in PREPROCESSORS] if is_hugging_face else []
     if first.name == CONFIG and not any(preprocessors):
         repository.file(OPEN_CLIP_CONFIG, commit)
-    orders = [WEIGHTS, OPEN_CLIP_WEIGHTS] if is_hugging_face else [OPEN_CLIP_WEIGHTS, WEIGHTS]
-    for weights in (*orders[0], *orders[1]):
+    for weights in (*WEIGHTS, *OPEN_CLIP_WEIGHTS) if is_hugging_face else (*OPEN_CLIP_WEIGHTS, *WEIGHTS):
         path = repository.file(weights, commit)
         if path is None:
             continue
         if weights in OPEN_CLIP_WEIGHTS:
             repository.file(OPEN_CLIP_CONFIG, commit)
-        if weights.endswith(".index.json"):
-            for shard in shard_names(path):
-                if repository.file(shard, commit) is None:
-                    raise UserError(
-                        f"{source}: expected {shard} as {weights} says, got none on the hub or in its cache"
-                    )
+        for shard in shard_names(path) if weights.endswith(".index.json") else ():
+            if repository.file(shard, commit) is None:
+                raise UserError(f"{source}: expected {shard} as {weights} says, got none on the hub or in its cache")
         return folder
     raise UserError(f"{source}: expected weights ({', '.join(WEIGHTS)}) on the hub or in its cache, got none")
 
 
 def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return small files of a checkpoint's folder, those of a hub repository downloaded first. What is not there is
-    left out.
-    """
+    """Return those small files of a checkpoint's folder that are there, downloaded first if it is the hub's."""
     name = hub_id(source)
     if name:
         repository = _Repository(name)
@@ -135,9 +119,7 @@ def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 class _Repository:
-    """A repository of the hub, read through its cache. The cache alone is read where the hub is not asked or does not
-    answer.
-    """
+    """A repository of the hub, read through its cache, or from that alone where the hub does not answer."""
 
     def __init__(self, name: str) -> None:
         from huggingface_hub import is_offline_mode
@@ -148,9 +130,7 @@ class _Repository:
         self.answers = not self.is_offline and _answers(name)
 
     def file(self, name: str, revision: str | None) -> Path | None:
-        """Return one file, or None if the repository (or, offline, the cache) has none. Raises UserError if that is not
-        known.
-        """
+        """Return one file, or None if the repository (or, offline, the cache) has none. UserError if nothing tells."""
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -169,17 +149,14 @@ class _Repository:
             raise UserError(f"{self.name}: {what}") from error
 
     def _no_answer(self, name: str) -> UserError:
-        return UserError(
-            f"{self.name}: expected {name} from the Hugging Face Hub (no folder has that name), got no answer "
-            "(HF_HUB_OFFLINE=1 takes its cache as it is)"
-        )
+        expected = f"expected {name} from the Hugging Face Hub (no folder has that name)"
+        return UserError(f"{self.name}: {expected}, got no answer (HF_HUB_OFFLINE=1 takes its cache as it is)")
 
     def cached(self, names: Sequence[str]) -> Path:
         """Return the first of some files that is in the cache. Raises UserError if none is."""
         from huggingface_hub import try_to_load_from_cache
 
-        for name in names:
-            path = try_to_load_from_cache(self.name, name)
+        for path in (try_to_load_from_cache(self.name, name) for name in names):
             if isinstance(path, str):
                 return Path(path)
         if self.is_offline:
@@ -209,28 +186,25 @@ def _line(error: Exception) -> str:
     return " ".join((text or [type(error).__name__])[0].split())[:200]
 
 
-def _open_clip(source: str) -> Located:
+def _open_clip(source: str) -> tuple[Path, TagSettings]:
     import open_clip
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     name, _, tag = source.removeprefix(_OPEN_CLIP).rpartition("/")
-    if not name and tag in open_clip.list_models():
+    models = open_clip.list_models()
+    if not name and tag in models:
         name, tag = tag, ""
-    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    config = open_clip.get_model_config(name) if name in models else None
     if config is None:
-        near = ", ".join(difflib.get_close_matches(name or tag, open_clip.list_models(), n=3, cutoff=0.3))
-        raise UserError(
-            f"{source[:200]}: expected open_clip:NAME/TAG with one of open_clip's models, got {(name or tag)[:80]!r}"
-            + (f"; near: {near}" if near else "")
-        )
+        close = difflib.get_close_matches(name or tag, models, n=3, cutoff=0.3)
+        got = repr((name or tag)[:80]) + (f"; near: {', '.join(close)}" if close else "")
+        raise UserError(f"{source[:200]}: expected open_clip:NAME/TAG with one of open_clip's models, got {got}")
     pretrained = get_pretrained_cfg(name, tag)
     if not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(name)
         close = difflib.get_close_matches(tag, tags, n=3, cutoff=0.3) or tags[:5]
-        such = f"; such as: {', '.join(close)}" if close else ""
-        raise UserError(
-            f"{source[:200]}: expected open_clip:{name}/TAG, one of its {len(tags)} tags, got {tag[:80]!r}{such}"
-        )
+        got = repr(tag[:80]) + (f"; such as: {', '.join(close)}" if close else "")
+        raise UserError(f"{source[:200]}: expected open_clip:{name}/TAG, one of its {len(tags)} tags, got {got}")
     hub_id, file_name = os.path.split(pretrained.get("hf_hub") or "")
     try:
         repository = _Repository(hub_id) if hub_id else None
@@ -254,4 +228,4 @@ def _open_clip(source: str) -> Located:
         preprocess_cfg={key: pretrained[key] for key in keys if pretrained.get(key) is not None},
         text_cfg=config.get("text_cfg", {}),
     )
-    return Located(path, settings)
+    return path, settings

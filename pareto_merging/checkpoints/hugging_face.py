@@ -9,17 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pareto_merging.checkpoints import architecture as shapes
 from pareto_merging.checkpoints import open_clip
-from pareto_merging.checkpoints.architecture import (
-    Architecture,
-    TextArchitecture,
-    check_heads,
-    check_towers,
-    checked_size,
-    checked_square,
-)
-from pareto_merging.checkpoints.contents import WEIGHTS, Description, Layout
-from pareto_merging.checkpoints.preprocessing import CLIP_MEAN, CLIP_STD, check_preprocessing
+from pareto_merging.checkpoints.architecture import Architecture, TextArchitecture
+from pareto_merging.checkpoints.contents import CLIP_MEAN, CLIP_STD, WEIGHTS, Description, Layout, check_preprocessing
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import read_json
 
@@ -31,27 +24,22 @@ _EPS = 1e-5
 # PIL's number
 _BICUBIC = 3
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
-_VISION_DEFAULTS = {
+_DEFAULTS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": _EPS}
+_VISION_DEFAULTS = _DEFAULTS | {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "projection_dim": 512,
-    "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "num_channels": 3,
     "image_size": 224,
     "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": _EPS,
 }
-_TEXT_DEFAULTS = {
+_TEXT_DEFAULTS = _DEFAULTS | {
     "vocab_size": 49408,
     "eos_token_id": 49407,
     "hidden_size": 512,
     "intermediate_size": 2048,
-    "num_hidden_layers": 12,
     "num_attention_heads": 8,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": _EPS,
 }
 
 
@@ -65,11 +53,9 @@ class HuggingFaceSettings(NamedTuple):
 def from_hugging_face_config(config: Mapping[str, Any], source: str = "config.json") -> HuggingFaceSettings:
     """Return the vision tower's heads and activation from a config.json. Keys may be missing, as in transformers.
 
-    Args:
-        config: of ``model_type`` clip_vision_model, or clip (with ``vision_config`` inside). source: for messages.
-
     Raises:
-        UserError: another kind of model, activation or layer norm, or values of the wrong type.
+        UserError: another ``model_type`` than clip_vision_model or clip (with ``vision_config`` inside), another
+            activation or layer norm, or values of the wrong type.
     """
     return _settings(_vision_config(config, source), source)
 
@@ -87,23 +73,17 @@ def from_hugging_face_text_config(config: Mapping[str, Any], source: str = "conf
     inner = _inner(config, "text_config", _TEXT_DEFAULTS, source)
     text = _settings(inner, f"{source}: text_config")
     # where transformers takes the features: at the largest token (2, by its own convention) or at this one
-    last = checked_size(inner["vocab_size"], f"{source}: text_config: vocab_size") - 1
+    last = shapes.checked_size(inner["vocab_size"], f"{source}: text_config: vocab_size") - 1
     if inner["eos_token_id"] not in (2, last):
-        raise UserError(
-            f"{source}: text_config: eos_token_id: expected {last}, the last token, whose features open_clip takes, "
-            f"got {str(inner['eos_token_id'])[:80]}"
-        )
+        expected, got = f"{last}, the last token, whose features open_clip takes", str(inner["eos_token_id"])[:80]
+        raise UserError(f"{source}: text_config: eos_token_id: expected {expected}, got {got}")
     if text.quick_gelu != vision.quick_gelu:
         raise UserError(f"{source}: expected one hidden_act for both towers, got two")
     return text
 
 
 def check_hugging_face_config(config: Mapping[str, Any], architecture: Architecture, source: str) -> None:
-    """Compare what a config.json claims of the vision tower with what the tensors are.
-
-    Raises:
-        UserError: names the first claim that differs, or as :func:`from_hugging_face_config`.
-    """
+    """Raise UserError for the first claim of a config.json that the vision tower's tensors contradict."""
     vision = _vision_config(config, source)
     settings = _settings(vision, source)
     claims = {
@@ -117,7 +97,7 @@ def check_hugging_face_config(config: Mapping[str, Any], architecture: Architect
         **({} if architecture.output_dim is None else {"projection_dim": architecture.output_dim}),
     }
     for key, actual in claims.items():
-        if checked_size(vision[key], f"{source}: {key}") != actual:
+        if shapes.checked_size(vision[key], f"{source}: {key}") != actual:
             raise UserError(f"{source}: {key}: expected {actual} as the tensors have, got {vision[key]}")
     if architecture.quick_gelu not in (None, settings.quick_gelu):
         expected = "quick_gelu" if architecture.quick_gelu else "gelu"
@@ -147,8 +127,8 @@ def _inner(config: Mapping[str, Any], key: str, defaults: Mapping[str, Any], sou
 
 
 def _settings(config: Mapping[str, Any], source: str) -> HuggingFaceSettings:
-    heads = checked_size(config["num_attention_heads"], f"{source}: num_attention_heads")
-    check_heads(heads, checked_size(config["hidden_size"], f"{source}: hidden_size"))
+    heads = shapes.checked_size(config["num_attention_heads"], f"{source}: num_attention_heads")
+    shapes.check_heads(heads, shapes.checked_size(config["hidden_size"], f"{source}: hidden_size"))
     activation, eps, channels = config["hidden_act"], config["layer_norm_eps"], config.get("num_channels", 3)
     if activation not in ("quick_gelu", "gelu"):
         raise UserError(f"{source}: hidden_act: expected quick_gelu or gelu, got {str(activation)[:80]!r}")
@@ -161,9 +141,9 @@ def _settings(config: Mapping[str, Any], source: str) -> HuggingFaceSettings:
 
 def hugging_face_vision_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """Return the config.json of a CLIPVisionModelWithProjection. Without a projection it is a CLIPVisionModel's."""
-    kind = "CLIPVisionModel" if architecture.output_dim is None else "CLIPVisionModelWithProjection"
+    dim = architecture.output_dim
     return {
-        "architectures": [kind],
+        "architectures": ["CLIPVisionModel" if dim is None else "CLIPVisionModelWithProjection"],
         "model_type": "clip_vision_model",
         "hidden_size": architecture.width,
         "intermediate_size": architecture.mlp_width,
@@ -172,7 +152,7 @@ def hugging_face_vision_config(architecture: Architecture, dtype: torch.dtype) -
         "num_channels": 3,
         "image_size": architecture.image_size,
         "patch_size": architecture.patch_size,
-        "projection_dim": architecture.width if architecture.output_dim is None else architecture.output_dim,
+        "projection_dim": architecture.width if dim is None else dim,
         "hidden_act": "quick_gelu" if architecture.quick_gelu else "gelu",
         "layer_norm_eps": _EPS,
         "attention_dropout": 0.0,
@@ -204,7 +184,7 @@ def hugging_face_text_config(text: TextArchitecture, quick_gelu: bool, dtype: to
 
 def hugging_face_clip_config(architecture: Architecture, text: TextArchitecture, dtype: torch.dtype) -> dict[str, Any]:
     """Return the config.json of a whole CLIPModel. Raises UserError if the towers do not end alike."""
-    check_towers(architecture, text)
+    shapes.check_towers(architecture, text)
     vision = hugging_face_vision_config(architecture, dtype)
     del vision["architectures"]
     return {
@@ -280,8 +260,8 @@ def preprocessing_from_hugging_face(
             raise UserError(f"{source}: size: expected shortest_edge, got {str(dict(size))[:80]}")
         size = size["shortest_edge"]
     if isinstance(crop, Mapping):
-        crop = checked_square([crop.get("height"), crop.get("width")], f"{source}: crop_size")
-    if checked_size(crop, f"{source}: crop_size") != checked_size(size, f"{source}: size"):
+        crop = shapes.checked_square([crop.get("height"), crop.get("width")], f"{source}: crop_size")
+    if shapes.checked_size(crop, f"{source}: crop_size") != shapes.checked_size(size, f"{source}: size"):
         raise UserError(f"{source}: crop_size: expected {size} as size has, got {crop}")
     mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
     return check_preprocessing({"size": size, "mean": mean, "std": std}, source)
@@ -289,10 +269,8 @@ def preprocessing_from_hugging_face(
 
 def is_folder(folder: Path) -> bool:
     """Return whether transformers loads a folder. open_clip's configuration may lie beside its own."""
-    if not (folder / CONFIG).is_file():
-        return False
-    if not (folder / open_clip.CONFIG).is_file():
-        return True
+    if not (folder / CONFIG).is_file() or not (folder / open_clip.CONFIG).is_file():
+        return (folder / CONFIG).is_file()
     # repositories for both, or for timm and open_clip
     if "model_type" not in read_json(folder / CONFIG):
         return False

@@ -24,18 +24,15 @@ def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
     Raises:
         UserError: there are none, or more than any model has.
     """
-    value = root
+    value, tensors = root, {}
     if isinstance(value, dict):
-        inner = [value[key] for key in _INNER if isinstance(value.get(key), dict | Record)]
-        value = inner[0] if inner else value
+        value = next((value[key] for key in _INNER if isinstance(value.get(key), dict | Record)), value)
     if isinstance(value, Record):
         tensors = _module_tensors(value, source)
     elif isinstance(value, dict):
         tensors = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
         if any(len(name) > _MAX_NAME for name in tensors):
             raise UserError(f"{source}: expected names of at most {_MAX_NAME} letters, got a longer one")
-    else:
-        tensors = {}
     if not tensors:
         kind = str(value.type)[:80] if isinstance(value, Record) else f"a {type(value).__name__}"
         what = "a tensor alone" if isinstance(value, StoredTensor) else f"{kind} without tensors"
@@ -64,13 +61,17 @@ class ArchivedTensors:
 
 
 def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
-    """Yield every module of a pickled module by name, its own first (name ``""``)."""
-    waiting: list[tuple[str, Any]] = [("", root)]
+    """Yield every module of a pickled module by name, its own first (name ``""``). What is no module has none."""
+    waiting = [("", root)] if isinstance(root, Record) else []
     count = entries = 0
     while waiting:
         name, record = waiting.pop()
         entries += sum(len(part) for part in (record.state, *record.state.values()) if isinstance(part, dict))
-        children = _children(record) if entries <= _MAX_ENTRIES else {}
+        modules = record.state.get("_modules")
+        # a scripted module has its children among its attributes
+        inside = modules if isinstance(modules, dict) else record.state if record.type.is_script else {}
+        items = inside.items() if entries <= _MAX_ENTRIES else ()
+        children = {key: child for key, child in items if isinstance(child, Record)}
         count += len(children)
         if count > _MAX_MODULES or entries > _MAX_ENTRIES or len(name) > _MAX_NAME:
             raise UserError(f"{source}: expected at most {_MAX_MODULES} modules, got more (or one inside itself)")
@@ -78,33 +79,19 @@ def walk_modules(root: Any, source: str) -> Iterator[tuple[str, Record]]:
         waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children.items())]
 
 
-def _children(record: Record) -> dict[str, Record]:
-    modules = record.state.get("_modules")
-    # a scripted module has its children among its attributes
-    inside = modules if isinstance(modules, dict) else record.state if _is_script(record) else {}
-    return {key: child for key, child in inside.items() if isinstance(child, Record)}
-
-
-def _is_script(record: Record) -> bool:
-    return record.type.module.partition(".")[0] == "__torch__"
-
-
 def _module_tensors(root: Record, source: str) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     skipped_items = letters = 0
     for prefix, record in walk_modules(root, source):
-        groups = [record.state.get("_parameters"), record.state.get("_buffers")]
-        if _is_script(record):
-            groups = [record.state]
-        skipped = _set_items(record.state.get("_non_persistent_buffers_set"))
+        state = record.state
+        groups = [state] if record.type.is_script else [state.get("_parameters"), state.get("_buffers")]
+        skipped = _set_items(state.get("_non_persistent_buffers_set"))
         skipped_items += len(skipped)
         if skipped_items > _MAX_ENTRIES:
             raise UserError(f"{source}: expected the buffers of a model, got more than {_MAX_ENTRIES}")
         names = {name for name in skipped if isinstance(name, str)}
         for group in groups:
-            if not isinstance(group, dict):
-                continue
-            for key, value in group.items():
+            for key, value in group.items() if isinstance(group, dict) else ():
                 if not isinstance(value, StoredTensor) or key in names:
                     continue
                 letters += len(prefix) + len(key)
@@ -125,13 +112,13 @@ def _set_items(record: Any) -> list[Any]:
     return record.items + (first if isinstance(first, list) else [])
 
 
+def _modules_below(root: Any, prefix: str, source: str) -> Iterator[Record]:
+    return (record for name, record in walk_modules(root, source) if name.startswith(prefix))
+
+
 def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
     """Return whether the modules below ``prefix`` have QuickGELU or GELU. None stands for neither, or no module."""
-    if not isinstance(root, Record):
-        return None
-    names = {
-        record.type.name.rpartition(".")[2] for name, record in walk_modules(root, source) if name.startswith(prefix)
-    }
+    names = {record.type.name.rpartition(".")[2] for record in _modules_below(root, prefix, source)}
     # open_clip's and transformers' own classes, and torch's
     if names & {"QuickGELU", "QuickGELUActivation"}:
         return True
@@ -140,13 +127,8 @@ def uses_quick_gelu(root: Any, prefix: str, source: str) -> bool | None:
 
 def attention_heads(root: Any, prefix: str, source: str) -> int | None:
     """Return ``num_heads`` of the first attention below ``prefix``. None stands for no module that says it."""
-    if not isinstance(root, Record):
-        return None
-    for name, record in walk_modules(root, source):
-        heads = record.state.get("num_heads")
-        if name.startswith(prefix) and type(heads) is int:
-            return heads
-    return None
+    heads = (record.state.get("num_heads") for record in _modules_below(root, prefix, source))
+    return next((number for number in heads if type(number) is int), None)
 
 
 def normalisation(root: Any) -> dict[str, Any] | None:

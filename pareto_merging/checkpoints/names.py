@@ -27,8 +27,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.system.register import add_member
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """How one open_clip tensor is made of a file's tensors.
 
     Attributes:
@@ -38,10 +37,6 @@ class Piece:
 
     sources: tuple[str, ...]
     transpose: bool = False
-
-    def behind(self, prefix: str) -> "Piece":
-        """Return the piece of a file that has ``prefix`` before each of these names."""
-        return Piece(tuple(f"{prefix}{source}" for source in self.sources), self.transpose)
 
 
 class Towers(NamedTuple):
@@ -85,27 +80,40 @@ _JOINED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for l
 # what one transformer block holds, in open_clip's names
 BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})
 
-_VISION = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    **_both({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
-}
-_TEXT = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    **_both({"ln_final": "final_layer_norm"}),
-}
+
+class _Side(NamedTuple):
+    """One side of a CLIP: open_clip's names -> Hugging Face's behind ``prefix``, and those that stand outside."""
+
+    prefix: str
+    top: dict[str, str]
+    outside: dict[str, str]
+
+
+_VISION = _Side(
+    "vision_model.",
+    {
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        **_both({"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}),
+    },
+    {"proj": "visual_projection.weight"},
+)
+_TEXT = _Side(
+    "text_model.",
+    {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        **_both({"ln_final": "final_layer_norm"}),
+    },
+    {"text_projection": "text_projection.weight", "logit_scale": "logit_scale"},
+)
 # versions of transformers before 4.31 saved it
 _BUFFER = "embeddings.position_ids"
-_VISION_PREFIX, _TEXT_PREFIX = "vision_model.", "text_model."
 
-_TOP_NAMES = frozenset({*_VISION, "proj"})
+_TOP_NAMES = frozenset({*_VISION.top, "proj"})
 _OPEN_CLIP_TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
-_MARKS = ("class_embedding", "conv1.weight")
-# what programs put before Hugging Face's names
-_OUTER = ("", "module.", "model.")
 
 # at most four digits: a name from a file must not make anything large, here or later
 _OPEN_CLIP_BLOCK = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]{0,3})\.(.+)", re.DOTALL)
@@ -133,43 +141,42 @@ def vision_pieces(names: Collection[str]) -> dict[str, Piece]:
             without ``vision_model.`` (transformers 4 and 5). Names of the text side are passed over.
 
     Returns:
-        A piece for every vision tensor that is there (whether all are, the shapes tell); without ``proj`` where there
-        is no ``visual_projection.weight``. Empty if the names are not those of a Hugging Face vision model.
+        A piece for every vision tensor that is there (whether all are, the shapes tell). Empty if the names are not
+        those of a Hugging Face vision model.
 
     Raises:
         UserError: a name that CLIP does not have, or a layer without one of q, k and v.
     """
-    prefix = _vision_prefix(names)
-    if prefix is None:
+    prefix = _VISION.prefix if any(name.startswith(_VISION.prefix) for name in names) else ""
+    # without a prefix, encoder.layers alone could be a text model's
+    own = {_VISION.top[name] for name in ("class_embedding", "conv1.weight", "ln_pre.weight", "ln_pre.bias")}
+    if not prefix and own.isdisjoint(names):
         return {}
-    pieces, unknown = _pieces(names, prefix, _VISION)
-    if "visual_projection.weight" in names:
-        pieces["proj"] = Piece(("visual_projection.weight",), transpose=True)
-    unknown -= {"visual_projection.weight", "logit_scale", "text_projection.weight"}
-    unknown = {name for name in unknown if not name.startswith(_TEXT_PREFIX)}
+    pieces, unknown = _pieces(names, prefix, _VISION.top)
+    unknown -= {*_VISION.outside.values(), *_TEXT.outside.values()}
+    unknown = {name for name in unknown if not name.startswith(_TEXT.prefix)}
     if unknown:
         raise UserError(f"checkpoint: expected the tensors of Hugging Face's CLIP, got also {listed(unknown)}")
-    return pieces
+    return pieces | _outside_pieces(names, _VISION)
 
 
 def text_pieces(names: Collection[str]) -> dict[str, Piece]:
     """Return the text side of a Hugging Face CLIP, as :func:`vision_pieces`. It is empty where there is none.
 
     ``text_projection`` and ``logit_scale`` are there where the file has them.
-
-    Raises:
-        UserError: a name behind ``text_model.`` that CLIP does not have, or a layer without one of q, k and v.
     """
-    if not any(name.startswith(_TEXT_PREFIX) for name in names):
+    own = [name for name in names if name.startswith(_TEXT.prefix)]
+    if not own:
         return {}
-    pieces, unknown = _pieces([name for name in names if name.startswith(_TEXT_PREFIX)], _TEXT_PREFIX, _TEXT)
+    pieces, unknown = _pieces(own, _TEXT.prefix, _TEXT.top)
     if unknown:
         raise UserError(f"checkpoint: expected the text tensors of Hugging Face's CLIP, got also {listed(unknown)}")
-    if "text_projection.weight" in names:
-        pieces["text_projection"] = Piece(("text_projection.weight",), transpose=True)
-    if "logit_scale" in names:
-        pieces["logit_scale"] = Piece(("logit_scale",))
-    return pieces
+    return pieces | _outside_pieces(names, _TEXT)
+
+
+def _outside_pieces(names: Collection[str], side: _Side) -> dict[str, Piece]:
+    present = [(ours, theirs) for ours, theirs in side.outside.items() if theirs in names]
+    return {ours: Piece((theirs,), transpose=ours != "logit_scale") for ours, theirs in present}
 
 
 def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -178,10 +185,7 @@ def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor
     ``attn.in_proj_*`` ([3·width, …]) becomes three; ``proj`` [width, dim] becomes ``visual_projection.weight``
     [dim, width]. Raises UserError for a name that a plain CLIP vision transformer does not have.
     """
-    if name == "proj":
-        yield "visual_projection.weight", tensor.t()
-    else:
-        yield from _hugging_face(name, tensor, _VISION_PREFIX, _VISION)
+    return _hugging_face(name, tensor, _VISION)
 
 
 def hugging_face_text(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -190,20 +194,7 @@ def hugging_face_text(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]
     ``text_projection`` [width, dim] becomes ``text_projection.weight`` [dim, width]; ``logit_scale`` has no dimension
     there (some of open_clip's have one).
     """
-    if name == "text_projection":
-        yield "text_projection.weight", tensor.t()
-    elif name == "logit_scale":
-        yield "logit_scale", tensor.reshape(())
-    else:
-        yield from _hugging_face(name, tensor, _TEXT_PREFIX, _TEXT)
-
-
-def _vision_prefix(names: Collection[str]) -> str | None:
-    if any(name.startswith(_VISION_PREFIX) for name in names):
-        return _VISION_PREFIX
-    # without a prefix, encoder.layers alone could be a text model's
-    own = {_VISION["class_embedding"], _VISION["conv1.weight"], _VISION["ln_pre.weight"], _VISION["ln_pre.bias"]}
-    return "" if not own.isdisjoint(names) else None
+    return _hugging_face(name, tensor, _TEXT)
 
 
 def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tuple[dict[str, Piece], set[str]]:
@@ -216,11 +207,10 @@ def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tupl
     for name in names:
         if name == f"{prefix}{_BUFFER}":
             continue
+        match = _HUGGING_FACE_BLOCK.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if name in top_of:
             pieces[top_of[name]] = Piece((name,))
-            continue
-        match = _HUGGING_FACE_BLOCK.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
-        if match and match[2] in block_of:
+        elif match and match[2] in block_of:
             pieces[f"transformer.resblocks.{match[1]}.{block_of[match[2]]}"] = Piece((name,))
         elif match and match[2] in joined_of:
             joined = joined_of[match[2]]
@@ -235,17 +225,19 @@ def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tupl
     return pieces, unknown
 
 
-def _hugging_face(name: str, tensor: Tensor, prefix: str, top: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _hugging_face(name: str, tensor: Tensor, side: _Side) -> Iterator[tuple[str, Tensor]]:
     block = block_and_rest(name)
-    if name in top:
-        yield f"{prefix}{top[name]}", tensor
+    if name in side.outside:
+        yield side.outside[name], tensor.reshape(()) if name == "logit_scale" else tensor.t()
+    elif name in side.top:
+        yield f"{side.prefix}{side.top[name]}", tensor
     elif block and block[1] in _BLOCK:
-        yield f"{prefix}encoder.layers.{block[0]}.{_BLOCK[block[1]]}", tensor
+        yield f"{side.prefix}encoder.layers.{block[0]}.{_BLOCK[block[1]]}", tensor
     elif block and block[1] in _JOINED:
         if tensor.dim() == 0 or tensor.shape[0] % 3:
             raise UserError(f"{listed([name])}: expected q, k and v along dimension 0, got {list(tensor.shape)}")
         for part, theirs in zip(tensor.chunk(3), _JOINED[block[1]], strict=True):
-            yield f"{prefix}encoder.layers.{block[0]}.{theirs}", part
+            yield f"{side.prefix}encoder.layers.{block[0]}.{theirs}", part
     else:
         raise UserError(f"checkpoint: expected the tensors of a plain CLIP, got also {listed([name])}")
 
@@ -258,7 +250,7 @@ def is_plain_vision(names: Collection[str]) -> bool:
 
 def _open_clip_towers(names: Collection[str]) -> Towers | None:
     """Find open_clip's towers, or OpenAI's, behind any prefix. Two tensors tell a vision tower."""
-    mark, other = _MARKS
+    mark, other = "class_embedding", "conv1.weight"
     ends = [name.removesuffix(mark) for name in names if name == mark or name.endswith(f".{mark}")]
     present = set(names)
     prefixes = [prefix for prefix in ends if f"{prefix}{other}" in present]
@@ -272,10 +264,8 @@ def _open_clip_towers(names: Collection[str]) -> Towers | None:
 
 
 def _open_clip_text(names: Collection[str], vision_prefix: str) -> dict[str, Piece]:
-    """Find the text tower beside the vision tower. It is empty if it is not whole: the task-vectors release drops its
-    blocks.
-    """
-    if not (vision_prefix == "visual." or vision_prefix.endswith(".visual.")):
+    """Find the text tower beside the vision tower. It is empty if it is not whole, as in the task-vectors release."""
+    if not f".{vision_prefix}".endswith(".visual."):
         return {}
     outer = vision_prefix.removesuffix("visual.")
     text: dict[str, Piece] = {}
@@ -294,7 +284,8 @@ def _open_clip_text(names: Collection[str], vision_prefix: str) -> dict[str, Pie
 
 
 def _hugging_face_towers(names: Collection[str]) -> Towers | None:
-    for prefix in _OUTER:
+    # what programs put before Hugging Face's names
+    for prefix in ("", "module.", "model."):
         inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         vision = vision_pieces(inner)
         if vision:
@@ -303,7 +294,8 @@ def _hugging_face_towers(names: Collection[str]) -> Towers | None:
 
 
 def _behind(pieces: Mapping[str, Piece], prefix: str) -> dict[str, Piece]:
-    return {name: piece.behind(prefix) for name, piece in pieces.items()}
+    sources = {name: tuple(f"{prefix}{source}" for source in piece.sources) for name, piece in pieces.items()}
+    return {name: Piece(sources[name], piece.transpose) for name, piece in pieces.items()}
 
 
 NAMINGS: dict[str, Naming] = {}
@@ -319,16 +311,10 @@ register(Naming("open_clip", _open_clip_towers))
 
 
 def find_towers(names: Collection[str]) -> Towers:
-    """Return the towers that the first naming scheme to know these names finds.
-
-    Raises:
-        UserError: none knows them, or one knows them and they are not whole.
-    """
+    """Return the towers that the first naming scheme to know these names finds. UserError: none does, or not whole."""
     for naming in reversed(NAMINGS.values()):
         towers = naming.towers(names)
         if towers is not None:
             return towers
-    raise UserError(
-        "expected a CLIP vision transformer (class_embedding, conv1.weight, transformer.resblocks…; or "
-        f"vision_model…), got {listed(names)}"
-    )
+    expected = "a CLIP vision transformer (class_embedding, conv1.weight, transformer.resblocks…; or vision_model…)"
+    raise UserError(f"expected {expected}, got {listed(names)}")

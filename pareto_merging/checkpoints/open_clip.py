@@ -6,19 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pareto_merging.checkpoints.architecture import (
-    OPEN_CLIP_VISION_DEFAULTS,
-    Architecture,
-    TextArchitecture,
-    check_claims,
-    check_towers,
-    from_description,
-    mlp_ratio_of,
-)
+from pareto_merging.checkpoints import architecture as shapes
+from pareto_merging.checkpoints.architecture import Architecture, TextArchitecture
+from pareto_merging.checkpoints.contents import CLIP_MEAN, CLIP_STD, Description, Layout, check_preprocessing
 from pareto_merging.checkpoints.contents import WEIGHTS as OTHER_WEIGHTS
-from pareto_merging.checkpoints.contents import Description, Layout
 from pareto_merging.checkpoints.names import listed
-from pareto_merging.checkpoints.preprocessing import CLIP_MEAN, CLIP_STD, check_preprocessing
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import read_json
 
@@ -31,14 +23,11 @@ WEIGHTS = (
     # a vision tower alone, as our own export writes it
     "visual.safetensors",
 )
-_TEXT_SIZES = ("context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio")
+_TEXT_SIZES = ("context_length", "vocab_size", "width", "layers", "heads")
 
 
 def open_clip_model_config(architecture: Architecture, text: TextArchitecture | None = None) -> dict[str, Any]:
-    """Return the ``model_cfg`` of an open_clip_config.json.
-
-    Args:
-        text: None where there is no text tower: open_clip then builds the smallest one, with random weights.
+    """Return the ``model_cfg`` of an open_clip_config.json. Without ``text`` it has the smallest text tower there is.
 
     Raises:
         UserError: no projection (open_clip's CLIP has one), or towers that do not end in the same dimension.
@@ -47,7 +36,7 @@ def open_clip_model_config(architecture: Architecture, text: TextArchitecture | 
         raise UserError("encoder: expected a projection for open_clip, got none")
     if text is None:
         text = TextArchitecture(77, 49408, 64, 1, 1, 64, architecture.output_dim)
-    check_towers(architecture, text)
+    shapes.check_towers(architecture, text)
     return {
         "embed_dim": architecture.output_dim,
         "quick_gelu": bool(architecture.quick_gelu),
@@ -57,34 +46,13 @@ def open_clip_model_config(architecture: Architecture, text: TextArchitecture | 
             "width": architecture.width,
             "layers": architecture.layers,
             "head_width": architecture.width // architecture.heads,
-            "mlp_ratio": mlp_ratio_of(architecture.width, architecture.mlp_width),
+            "mlp_ratio": shapes.mlp_ratio_of(architecture.width, architecture.mlp_width),
         },
         "text_cfg": {
-            "context_length": text.context_length,
-            "vocab_size": text.vocab_size,
-            "width": text.width,
-            "layers": text.layers,
-            "heads": text.heads,
-            "mlp_ratio": mlp_ratio_of(text.width, text.mlp_width),
+            **{key: getattr(text, key) for key in _TEXT_SIZES},
+            "mlp_ratio": shapes.mlp_ratio_of(text.width, text.mlp_width),
         },
     }
-
-
-def from_open_clip_config(config: Mapping[str, Any], source: str = "open_clip_config.json") -> Architecture:
-    """Return the vision transformer that an open_clip_config.json describes.
-
-    Raises:
-        UserError: no ``model_cfg`` with a ``vision_cfg``, or one that a plain CLIP cannot express.
-    """
-    model = config.get("model_cfg")
-    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
-    if not isinstance(model, Mapping) or not isinstance(vision, Mapping):
-        raise UserError(f"{source}: expected a model_cfg with a vision_cfg, got none")
-    quick_gelu = model.get("quick_gelu", False)
-    if not isinstance(quick_gelu, bool):
-        raise UserError(f"{source}: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
-    settings = {**OPEN_CLIP_VISION_DEFAULTS, **vision, "output_dim": model.get("embed_dim")}
-    return from_description({"arguments": settings, "quick_gelu": quick_gelu})
 
 
 def open_clip_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,10 +72,10 @@ def open_clip_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def preprocessing_from_open_clip(
     config: Mapping[str, Any], image_size: int, source: str = "open_clip_config.json"
 ) -> dict[str, Any]:
-    """Return ``size``, ``mean`` and ``std`` of a ``preprocess_cfg``.
+    """Return ``size``, ``mean`` and ``std`` of a ``preprocess_cfg``. A missing key is as open_clip has it.
 
     Args:
-        image_size: the model's, which open_clip takes whatever ``size`` says; a missing key is as open_clip has it.
+        image_size: the model's, which open_clip takes whatever ``size`` says.
 
     Raises:
         UserError: anything but bicubic resizing of the shorter side, or values of the wrong type.
@@ -118,13 +86,8 @@ def preprocessing_from_open_clip(
         # open_clip passes over null
         if config.get(key) not in (None, expected):
             raise UserError(f"{source}: {key}: expected {expected}, got {str(config[key])[:80]}")
-    mean, std = config.get("mean"), config.get("std")
-    preprocessing = {
-        "size": image_size,
-        "mean": CLIP_MEAN if mean is None else mean,
-        "std": CLIP_STD if std is None else std,
-    }
-    return check_preprocessing(preprocessing, source)
+    given = {key: config[key] for key in ("mean", "std") if config.get(key) is not None}
+    return check_preprocessing({"size": image_size, "mean": CLIP_MEAN, "std": CLIP_STD, **given}, source)
 
 
 def text_is_not_clips(config: Any) -> str:
@@ -132,37 +95,42 @@ def text_is_not_clips(config: Any) -> str:
     from open_clip.model import CLIPTextCfg
 
     plain = asdict(CLIPTextCfg())
+    settings = config.items() if isinstance(config, Mapping) else ()
     others = [
         f"{key} {str(value)[:40]}"
-        for key, value in (config.items() if isinstance(config, Mapping) else ())
-        if key not in _TEXT_SIZES and value not in (None, False, plain.get(key))
+        for key, value in settings
+        if key not in (*_TEXT_SIZES, "mlp_ratio") and value not in (None, False, plain.get(key))
     ]
     return f"text_cfg: expected a text tower as CLIP's, got {listed(others)}" if others else ""
-
-
-def is_folder(folder: Path) -> bool:
-    """Return whether a folder has open_clip's configuration."""
-    return (folder / CONFIG).is_file()
-
-
-def holds(path: Path) -> bool:
-    """Return whether a file of weights has open_clip's name and lies beside its configuration."""
-    return path.name in WEIGHTS and is_folder(path.parent)
 
 
 def describe_folder(folder: Path, source: str) -> Description:
     """Return what a folder's configuration says. Raises UserError: it is broken, or no plain CLIP's."""
     where = f"{source}: {CONFIG}"
     config = read_json(folder / CONFIG)
-    claimed = from_open_clip_config(config, where)
-    preprocess, preprocessing = config.get("preprocess_cfg"), None
-    if preprocess is not None:
-        preprocessing = preprocessing_from_open_clip(preprocess, claimed.image_size, where)
-    text = config["model_cfg"].get("text_cfg")
+    model = config.get("model_cfg")
+    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(vision, Mapping):
+        raise UserError(f"{where}: expected a model_cfg with a vision_cfg, got none")
+    quick_gelu = model.get("quick_gelu", False)
+    if not isinstance(quick_gelu, bool):
+        raise UserError(f"{where}: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
+    arguments = {**shapes.OPEN_CLIP_DEFAULTS, **vision, "output_dim": model.get("embed_dim")}
+    claimed = shapes.from_description({"arguments": arguments, "quick_gelu": quick_gelu})
+    given = config.get("preprocess_cfg")
+    preprocessing = None if given is None else preprocessing_from_open_clip(given, claimed.image_size, where)
+    text = model.get("text_cfg")
     text = text if isinstance(text, Mapping) else {}
     heads = text.get("heads") if type(text.get("heads")) is int else None
-    check = partial(check_claims, claimed=claimed)
+    check = partial(shapes.check_claims, claimed=claimed)
     return Description(claimed.heads, claimed.quick_gelu, preprocessing, check, heads, text_is_not_clips(text))
 
 
-LAYOUT = Layout("open_clip", (CONFIG,), (*WEIGHTS, *OTHER_WEIGHTS), is_folder, holds, describe_folder)
+LAYOUT = Layout(
+    "open_clip",
+    (CONFIG,),
+    (*WEIGHTS, *OTHER_WEIGHTS),
+    recognises=lambda folder: (folder / CONFIG).is_file(),
+    holds=lambda path: path.name in WEIGHTS and (path.parent / CONFIG).is_file(),
+    describe=describe_folder,
+)

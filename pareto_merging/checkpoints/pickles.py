@@ -13,18 +13,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from pareto_merging.checkpoints.records import CALLS, Broken, Record, Storage, StoredTensor, is_size, string_items
-from pareto_merging.checkpoints.references import (
-    NAMES_TODAY,
-    ForbiddenGlobal,
-    Global,
-    is_allowed,
-    is_inert,
-    is_name,
-    is_storage,
-    reference,
-    storage_dtype,
-)
+from pareto_merging.checkpoints import references
+from pareto_merging.checkpoints.records import CALLS, Broken, Record, Storage, StoredTensor, is_size, set_items
+from pareto_merging.checkpoints.references import ForbiddenGlobal, Global
 from pareto_merging.errors import UserError
 
 # far beyond any checkpoint's: a ViT-L/14 with its optimiser stays below 1 MB and 100,000 opcodes
@@ -45,7 +36,24 @@ def read_pickle(stream: BinaryIO, source: str, storages: dict[str, Storage] | No
         ForbiddenGlobal: it names something that could run code, or calls what is no class; the text names it.
         UserError: it is broken, longer than any checkpoint's, or uses what no checkpoint needs.
     """
-    return _Machine(stream, source, {} if storages is None else storages).run()
+    machine = _Machine(stream, source, {} if storages is None else storages)
+    try:
+        for _ in range(MAX_OPCODES):
+            code = machine.take(1)[0]
+            if code == 0x2E:
+                return machine.pop()
+            if code not in _OPERATIONS:
+                raise Broken(f"no pickle opcode 0x{code:02x}")
+            _OPERATIONS[code](machine)
+        raise Broken(f"more than {MAX_OPCODES} opcodes")
+    except Broken as error:
+        raise UserError(f"{source}: expected a checkpoint's pickle, got {error}") from None
+    except UserError:
+        raise
+    except (ValueError, struct.error, OverflowError) as error:
+        # a number or a text that cannot be decoded
+        what = " ".join(str(error).split())[:120]
+        raise UserError(f"{source}: expected a checkpoint's pickle, got broken data ({what})") from None
 
 
 class _Machine:
@@ -56,26 +64,6 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.used = self.copied = 0
-
-    def run(self) -> Any:
-        try:
-            for _ in range(MAX_OPCODES):
-                code = self.take(1)[0]
-                if code == 0x2E:
-                    return self.pop()
-                operation = _OPERATIONS.get(code)
-                if operation is None:
-                    raise Broken(f"no pickle opcode 0x{code:02x}")
-                operation(self)
-            raise Broken(f"more than {MAX_OPCODES} opcodes")
-        except Broken as error:
-            raise UserError(f"{self.source}: expected a checkpoint's pickle, got {error}") from None
-        except UserError:
-            raise
-        except (ValueError, struct.error, OverflowError) as error:
-            # a number or a text that cannot be decoded
-            what = " ".join(str(error).split())[:120]
-            raise UserError(f"{self.source}: expected a checkpoint's pickle, got broken data ({what})") from None
 
     def take(self, count: int) -> bytes:
         self.used += count
@@ -109,15 +97,17 @@ class _Machine:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def pop(self) -> Any:
-        if not self.stack or self.stack[-1] is _MARK:
-            raise Broken("an empty stack")
-        return self.stack.pop()
-
     def top(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
             raise Broken("an empty stack")
         return self.stack[-1]
+
+    def pop(self) -> Any:
+        self.top()
+        return self.stack.pop()
+
+    def pops(self, count: int) -> list[Any]:
+        return [self.pop() for _ in range(count)][::-1]
 
     def since_mark(self) -> list[Any]:
         values: list[Any] = []
@@ -145,10 +135,7 @@ class _Machine:
         if isinstance(target, Record):
             target.items += zip(pairs[::2], pairs[1::2], strict=True)
         elif isinstance(target, dict):
-            for key, value in string_items(pairs):
-                if key in target:
-                    raise Broken(f"the key {key[:80]!r} twice")
-                target[key] = value
+            set_items(target, pairs)
         else:
             raise Broken("items for what is no dictionary")
 
@@ -164,16 +151,18 @@ class _Machine:
     def global_(self, module: Any, name: Any) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise Broken("the name of a class that is no text")
-        named = reference(module, name)
-        if not (is_name(module) and is_name(name)) or not (named in CALLS or is_allowed(named)):
+        # cut to a length that can be shown
+        named = Global(module[: references.MAX_NAME + 1], name[: references.MAX_NAME + 1])
+        is_named = references.is_name(module) and references.is_name(name)
+        if not is_named or not (named in CALLS or references.is_allowed(named)):
             raise self.forbidden(named, "names")
         return named
 
     def forbidden(self, named: Global, what: str) -> ForbiddenGlobal:
-        shown = str(named) if is_name(str(named)) else repr(str(named)[:120])
-        if named.module in NAMES_TODAY and is_name(str(named)):
+        shown = str(named) if references.is_name(str(named)) else repr(str(named)[:120])
+        if named.module in references.NAMES_TODAY and references.is_name(str(named)):
             # protocols up to 2 write Python 2's names, and os is spelled by the system's own module
-            shown += f" ({NAMES_TODAY[named.module]}.{named.name})"
+            shown += f" ({references.NAMES_TODAY[named.module]}.{named.name})"
         return ForbiddenGlobal(f"{self.source}: refused: its pickle {what} {shown}, which could run code; nothing ran")
 
     def call(self, function: Any, arguments: Any) -> Any:
@@ -181,21 +170,12 @@ class _Machine:
             raise Broken("a call of what is no class")
         if not isinstance(arguments, tuple):
             raise Broken(f"a call of {str(function)[:120]} without a tuple of arguments")
-        handler = CALLS.get(function)
-        if handler is not None:
+        if function in CALLS:
             self.charge(arguments, *arguments)
-            return handler(arguments)
-        return self.instance(function, arguments)
-
-    def instance(self, cls: Any, arguments: Any) -> Record:
-        if not isinstance(cls, Global):
-            raise Broken("an object of what is no class")
-        if not isinstance(arguments, tuple):
-            raise Broken(f"an object of {str(cls)[:120]} without a tuple of arguments")
-        is_script = cls.module.partition(".")[0] == "__torch__"
-        if not (cls.is_class or is_script or is_inert(cls)):
-            raise self.forbidden(cls, "calls")
-        return Record(cls, arguments)
+            return CALLS[function](arguments)
+        if not (function.is_class or function.is_script or function in references.INERT):
+            raise self.forbidden(function, "calls")
+        return Record(function, arguments)
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -214,8 +194,8 @@ class _Machine:
     def persistent(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
             _, kind, key, _, size = identity[:5]
-            dtype = storage_dtype(kind)
-            if dtype is None and isinstance(kind, Global) and is_storage(kind):
+            dtype = references.storage_dtype(kind)
+            if dtype is None and isinstance(kind, Global) and references.is_storage(kind):
                 return Record(kind)
             if dtype is None:
                 raise Broken(f"a storage of type {kind if isinstance(kind, Global) else type(kind).__name__}")
@@ -254,9 +234,7 @@ def _text_line(machine: _Machine) -> str:
 
 def _int_line(machine: _Machine) -> int | bool:
     text = machine.line()
-    if text in ("00", "01"):
-        return text == "01"
-    return int(text.removesuffix("L"))
+    return text == "01" if text in ("00", "01") else int(text.removesuffix("L"))
 
 
 def _long(machine: _Machine, form: str) -> int:
@@ -267,29 +245,6 @@ def _text(machine: _Machine, form: str, encoding: str = "utf-8") -> str:
     return machine.take(machine.number(form)).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
 
 
-def _tuple(count: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
-        values = [machine.pop() for _ in range(count)]
-        machine.push(tuple(reversed(values)))
-
-    return operation
-
-
-def _reduce(machine: _Machine) -> None:
-    arguments, function = machine.pop(), machine.pop()
-    machine.push(machine.call(function, arguments))
-
-
-def _new_object(machine: _Machine) -> None:
-    arguments, cls = machine.pop(), machine.pop()
-    machine.push(machine.call(cls, arguments))
-
-
-def _new_object_ex(machine: _Machine) -> None:
-    machine.pop()
-    _new_object(machine)
-
-
 def _obj(machine: _Machine) -> None:
     values = machine.since_mark()
     if not values:
@@ -297,37 +252,10 @@ def _obj(machine: _Machine) -> None:
     machine.push(machine.call(values[0], tuple(values[1:])))
 
 
-def _inst(machine: _Machine) -> None:
-    module, name = machine.line(), machine.line()
-    cls = machine.global_(module, name)
-    machine.push(machine.call(cls, tuple(machine.since_mark())))
-
-
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.pop(), machine.pop()
-    machine.push(machine.global_(module, name))
-
-
 def _dict(machine: _Machine) -> None:
     values = machine.since_mark()
     machine.push({})
     machine.set_items(values)
-
-
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.pop(), machine.pop()
-    machine.set_items([key, value])
-
-
-def _append(machine: _Machine) -> None:
-    value = machine.pop()
-    machine.append([value])
-
-
-def _frozenset(machine: _Machine) -> None:
-    record = Record(Global("builtins", "frozenset"))
-    record.items += machine.since_mark()
-    machine.push(record)
 
 
 _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
@@ -362,20 +290,20 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     0x96: lambda m: m.push(m.take(m.number("<Q"))),
     ord("]"): lambda m: m.push([]),
     ord("l"): lambda m: m.push(m.since_mark()),
-    ord("a"): _append,
+    ord("a"): lambda m: m.append(m.pops(1)),
     ord("e"): lambda m: m.append(m.since_mark()),
     ord(")"): lambda m: m.push(()),
     ord("t"): lambda m: m.push(tuple(m.since_mark())),
-    0x85: _tuple(1),
-    0x86: _tuple(2),
-    0x87: _tuple(3),
+    0x85: lambda m: m.push(tuple(m.pops(1))),
+    0x86: lambda m: m.push(tuple(m.pops(2))),
+    0x87: lambda m: m.push(tuple(m.pops(3))),
     ord("}"): lambda m: m.push({}),
     ord("d"): _dict,
-    ord("s"): _set_item,
+    ord("s"): lambda m: m.set_items(m.pops(2)),
     ord("u"): lambda m: m.set_items(m.since_mark()),
     0x8F: lambda m: m.push(Record(Global("builtins", "set"))),
     0x90: lambda m: m.append(m.since_mark()),
-    0x91: _frozenset,
+    0x91: lambda m: m.push(Record(Global("builtins", "frozenset"), items=m.since_mark())),
     ord("p"): lambda m: m.put(int(m.line())),
     ord("q"): lambda m: m.put(m.number("<B")),
     ord("r"): lambda m: m.put(m.number("<I")),
@@ -384,13 +312,14 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("h"): lambda m: m.get(m.number("<B")),
     ord("j"): lambda m: m.get(m.number("<I")),
     ord("c"): lambda m: m.push(m.global_(m.line(), m.line())),
-    0x93: _stack_global,
-    ord("R"): _reduce,
+    0x93: lambda m: m.push(m.global_(*m.pops(2))),
+    ord("R"): lambda m: m.push(m.call(*m.pops(2))),
     ord("b"): lambda m: m.build(),
-    ord("i"): _inst,
+    ord("i"): lambda m: m.push(m.call(m.global_(m.line(), m.line()), tuple(m.since_mark()))),
     ord("o"): _obj,
-    0x81: _new_object,
-    0x92: _new_object_ex,
+    0x81: lambda m: m.push(m.call(*m.pops(2))),
+    # the third is a mapping of arguments by name, which nothing here looks at
+    0x92: lambda m: m.push(m.call(*m.pops(3)[:2])),
     ord("P"): lambda m: m.push(m.persistent(m.line())),
     ord("Q"): lambda m: m.push(m.persistent(m.pop())),
     0x82: lambda m: m.extension("<B"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,14 @@ from pareto_merging.checkpoints.references import DTYPES, OTHER_DTYPES, Global
 MAX_DIMENSIONS = 16
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Record:
     """An object of the file, with its class, its arguments, its attributes and its items."""
 
-    __slots__ = ("arguments", "items", "state", "type")
-
-    def __init__(self, type_: Global, arguments: tuple[Any, ...] = ()) -> None:
-        self.type = type_
-        self.arguments = arguments
-        self.state: dict[str, Any] = {}
-        self.items: list[Any] = []
+    type: Global
+    arguments: tuple[Any, ...] = ()
+    state: dict[str, Any] = field(default_factory=dict)
+    items: list[Any] = field(default_factory=list)
 
 
 class Storage(NamedTuple):
@@ -51,10 +50,14 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**50
 
 
-def string_items(pairs: list[Any]) -> list[tuple[str, Any]]:
-    """Return the items whose keys are text, of keys and values in turns."""
-    # no checkpoint needs others, and hashing what a stranger made can take for ever
-    return [(key, value) for key, value in zip(pairs[::2], pairs[1::2], strict=True) if type(key) is str]
+def set_items(target: dict[str, Any], pairs: list[Any]) -> None:
+    """Set those items of a dictionary whose keys are text, of keys and values in turns."""
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        # no checkpoint needs other keys, and hashing what a stranger made can take for ever
+        if type(key) is str:
+            if key in target:
+                raise Broken(f"the key {key[:80]!r} twice")
+            target[key] = value
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
@@ -95,16 +98,12 @@ def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> StoredTensor | Record:
 
 def _rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
     # a tensor with attributes of Python's: (function, class, its arguments, attributes)
-    function = (
-        CALLS.get((arguments[0].module, arguments[0].name))
-        if len(arguments) == 4 and isinstance(arguments[0], Global)
-        else None
-    )
-    if function is None or not str(arguments[0]).startswith("torch._utils._rebuild_"):
+    function = arguments[0] if len(arguments) == 4 and isinstance(arguments[0], Global) else None
+    if function not in CALLS or not str(function).startswith("torch._utils._rebuild_"):
         raise Broken("a call of torch._tensor._rebuild_from_type_v2 of what rebuilds no tensor")
     if not isinstance(arguments[2], tuple):
         raise Broken("a tensor that is rebuilt without a tuple of arguments")
-    return function(arguments[2])
+    return CALLS[function](arguments[2])
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor | Record:
@@ -115,14 +114,10 @@ def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor | Record:
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
     ordered: dict[str, Any] = {}
-    if arguments and isinstance(arguments[0], list):
-        for pair in arguments[0]:
-            if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise Broken("a dictionary that is no list of pairs")
-            for key, value in string_items(list(pair)):
-                if key in ordered:
-                    raise Broken(f"the key {key[:80]!r} twice")
-                ordered[key] = value
+    for pair in arguments[0] if arguments and isinstance(arguments[0], list) else ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Broken("a dictionary that is no list of pairs")
+        set_items(ordered, list(pair))
     return ordered
 
 

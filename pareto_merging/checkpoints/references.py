@@ -27,6 +27,11 @@ class Global(NamedTuple):
         """Return whether it is named like a class. Then an inert record can stand for an instance."""
         return self.name.rpartition(".")[2].lstrip("_")[:1].isupper()
 
+    @property
+    def is_script(self) -> bool:
+        """Return whether it is a class of TorchScript's."""
+        return self.module.partition(".")[0] == "__torch__"
+
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -51,7 +56,7 @@ OTHER_DTYPES = {
 _BUILTINS = ("builtins", "__builtin__")
 _PLAIN_TYPES = ("set", "frozenset", "list", "tuple", "dict", "int", "float", "bool", "str", "bytes", "complex", "slice")
 # of forbidden families, what checkpoints hold as data; nothing of it is ever called
-_INERT = {
+INERT = {
     *((module, name) for module in _BUILTINS for name in (*_PLAIN_TYPES, "object", "bytearray", "range")),
     *(
         (module, name)
@@ -83,41 +88,24 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 MAX_NAME = 256
 
 
-def reference(module: str, name: str) -> Global:
-    """Return a reference, cut to a length that can be shown."""
-    return Global(module[: MAX_NAME + 1], name[: MAX_NAME + 1])
-
-
 def is_name(text: str) -> bool:
     """Return whether a text is a dotted name of Python's, and not too long."""
     return len(text) <= MAX_NAME and _NAME.fullmatch(text) is not None
 
 
-def is_inert(named: Global) -> bool:
-    """Return whether checkpoints hold a reference as data although its family is forbidden."""
-    return named in _INERT
-
-
 def is_allowed(named: Global) -> bool:
     """Return whether a pickle may name this. What could run code if it were called may not be named."""
     module, name = named
-    if named in _INERT or storage_dtype(named) or (module == "torch" and name in DTYPES):
+    package = module.partition(".")[0]
+    # storages and dtypes of numbers that no weights of ours are, too
+    if named in INERT or is_storage(named) or (module == "torch" and name in {*DTYPES, *OTHER_DTYPES}):
         return True
-    if module == "__torch__" or module.startswith("__torch__."):
-        return True
-    if is_storage(named) or (module == "torch" and name in OTHER_DTYPES):
-        # of numbers that no weights of ours are
-        return True
-    if _within(module, _INERT_FAMILIES) and named.is_class and "." not in name:
+    in_family = any(f"{module}.".startswith(f"{family}.") for family in _INERT_FAMILIES)
+    if named.is_script or (in_family and named.is_class and "." not in name):
         return True
     if module in _REFERENCES and name.isidentifier() and not name.startswith("__"):
         return True
-    is_forbidden = module.partition(".")[0] in _FORBIDDEN or "__" in name
-    return not (is_forbidden or (module + ".").startswith("__builtins__."))
-
-
-def _within(module: str, families: tuple[str, ...]) -> bool:
-    return any(module == family or module.startswith(f"{family}.") for family in families)
+    return not (package in _FORBIDDEN or package == "__builtins__" or "__" in name)
 
 
 def storage_dtype(kind: Any) -> torch.dtype | None:

@@ -18,18 +18,9 @@ from pareto_merging.system.files import atomic_path, file_stamp, parse_json
 
 _MAX_HEADER, _MAX_TENSORS = 2**24, 2**17
 CHECKSUMS = "checksums"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES = {**_FLOATS, **_INTEGERS, "BOOL": torch.bool}
 
 
 class SafetensorsFile:
@@ -43,9 +34,8 @@ class SafetensorsFile:
         """Read the header. Raises UserError: missing, broken, a name twice, or a type of number that is not ours."""
         self.path, self.files = path, [path]
         # the library checks the header: types, offsets without gaps, the length of the file
-        with _opened(path, any_name=True) as file:
+        with _opened(path, any_name=True) as file, path.open("rb") as raw:
             self.metadata = dict(file.metadata() or {})
-        with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
             header = parse_json(raw.read(size), str(path))
         header.pop("__metadata__", None)
@@ -70,9 +60,9 @@ class SafetensorsFile:
         dtype, shape = self.dtypes[name], self.shapes[name]
         raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         array: Any = raw.numpy()
+        view, position = memoryview(array), 0
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._starts[name])
-            view, position = memoryview(array), 0
             while position < len(view):
                 count = file.readinto(view[position:])
                 if not count:
@@ -102,13 +92,6 @@ def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[st
     return sums
 
 
-def _checksum_text(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return what :func:`read_checksums` reads. It holds the CRC-32 of each tensor, and under the name ``""`` that of
-    the other metadata.
-    """
-    return json.dumps({"": _header_checksum(metadata), **{name: checksum(tensors[name]) for name in sorted(tensors)}})
-
-
 def _header_checksum(metadata: Mapping[str, str]) -> int:
     rest = sorted((key, value) for key, value in metadata.items() if key != CHECKSUMS)
     return zlib.crc32(json.dumps(rest, ensure_ascii=True).encode())
@@ -129,11 +112,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
     """Return name -> (shape, dtype such as F16) from the header alone. Raises UserError as :func:`read_tensors`."""
     with _opened(path) as file:
-        return {
-            name: (part.get_shape(), part.get_dtype())
-            for name in file.keys()  # noqa: SIM118 (no mapping)
-            for part in (file.get_slice(name),)
-        }
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -171,10 +151,8 @@ def _opened(path: Path, device: str | torch.device = "cpu", *, any_name: bool = 
             yield file
     except (SafetensorError, OSError) as error:
         what = str(error)[:200]
-        cut = any(
-            part in what for part in ("not fully covered", "InvalidHeaderLength", "header too small", "too large")
-        )
-        what += " (a download that was cut off?)" if cut else ""
+        if any(part in what for part in ("not fully covered", "InvalidHeaderLength", "header too small", "too large")):
+            what += " (a download that was cut off?)"
         raise UserError(f"{path}: expected a safetensors file, got {what}") from error
 
 
@@ -187,7 +165,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in metadata.items()}
     # a file's name need not be text
     header = {k: v.encode("utf-8", "replace").decode() for k, v in header.items()}
-    header[CHECKSUMS] = _checksum_text(stored, header)
+    # of each tensor, and under the name "" of the other metadata
+    sums = {"": _header_checksum(header), **{name: checksum(stored[name]) for name in sorted(stored)}}
+    header[CHECKSUMS] = json.dumps(sums)
     with atomic_path(path) as temporary:
         try:
             save_file(stored, temporary, metadata=header)

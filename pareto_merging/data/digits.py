@@ -34,6 +34,8 @@ from pareto_merging.system.devices import one_thread
 from pareto_merging.system.files import atomic_path, write_text
 
 StateDict = dict[str, Tensor]
+# images [n, 3, 8, 8], their labels [n], and class vectors [10, d] for all of them
+_Part = tuple[Tensor, Tensor, Tensor]
 
 CLASSES = 10
 SIDE = 8
@@ -91,16 +93,9 @@ _VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 TASKS: tuple[str, ...] = tuple(_VIEWS)
 
 
-def _check(kind: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {kind} {value!r}; expected one of {', '.join(allowed)}")
-
-
 @cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return grey images [1797, 8, 8] in 0..1, labels [1797], and each split's row numbers. Splits are stratified and
-    disjoint.
-    """
+    """Return grey images [1797, 8, 8] in 0..1, labels [1797], and each split's rows, stratified and disjoint."""
     digits = load_digits()
     rows = np.arange(len(digits.target))
     training, rest = train_test_split(rows, train_size=SPLIT_SIZES["training"], stratify=digits.target, random_state=0)
@@ -119,8 +114,9 @@ def images(task: str, split: str) -> tuple[Tensor, Tensor]:
     Every task sees the same digits in a split, each through its own view; no digit is in two splits. The result is
     cached and shared between callers: do not write into it.
     """
-    _check("task", task, TASKS)
-    _check("split", split, SPLITS)
+    for kind, value, allowed in (("task", task, TASKS), ("split", split, SPLITS)):
+        if value not in allowed:
+            raise ValueError(f"unknown {kind} {value!r}; expected one of {', '.join(allowed)}")
     grey, labels, parts = _digits()
     mean, std = grey.mean(), grey.std()
     rows = parts[split]
@@ -136,9 +132,7 @@ def normalisation() -> tuple[float, float]:
 
 
 def _worded(seed: int, offset: float) -> dict[str, Tensor]:
-    """Return task -> unit class vectors [10, output_dim]. They are the shared ones moved by ``offset`` along the task's
-    own.
-    """
+    """Return task -> unit class vectors [10, output_dim]: the shared ones moved by ``offset`` along the task's own."""
     generator = torch.Generator().manual_seed(1000 + seed)
     shape = (CLASSES, ENCODER["output_dim"])
     shared = F.normalize(torch.randn(shape, generator=generator), dim=1)
@@ -164,32 +158,25 @@ def _random_encoder(seed: int) -> VisionTransformer:
 
 
 def _train(
-    start: StateDict | None,
-    x: Tensor,
-    y: Tensor,
-    class_vectors: Tensor,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    progress: Callable[[], None] | None,
+    start: StateDict | None, parts: Sequence[_Part], how: dict[str, Any], seed: int, advance: Callable[[], object]
 ) -> StateDict:
-    """Train all encoder weights by cross-entropy. x is [n, 3, 8, 8], y [n], and each row has class vectors [n, 10, d].
+    """Train all encoder weights by cross-entropy, as ``how`` says. ``advance`` is called after each step.
 
     Starts from ``start``, or from random weights. The result is rounded to float16 (and held as float32), so that
     what is measured or fine-tuned further is bit for bit what the files hold.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, steps = torch.Generator().manual_seed(seed), how["steps"]
+    x, y = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    class_vectors = torch.cat([vectors.expand(len(labels), -1, -1) for _, labels, vectors in parts])
     encoder = _random_encoder(seed)
     if start is not None:
         encoder.load_state_dict(start)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=how["lr"], weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     for _ in range(steps):
-        rows = torch.randint(len(y), (batch,), generator=generator)
+        rows = torch.randint(len(y), (how["batch"],), generator=generator)
         features = F.normalize(encoder(x[rows]), dim=-1)
         logits = LOGIT_SCALE * torch.einsum("nd,ncd->nc", features, class_vectors[rows])
         loss = F.cross_entropy(logits, y[rows])
@@ -197,36 +184,8 @@ def _train(
         loss.backward()
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress()
+        advance()
     return {name: value.half().float() for name, value in encoder.state_dict().items()}
-
-
-def pretrain(seed: int, progress: Callable[[], None] | None = None) -> StateDict:
-    """Train the generalist on all tasks' training splits. Its weights are returned as float32 with float16 precision.
-
-    It learns class vectors with only ``PRETRAINING_OFFSET`` of each task's offset, which makes it a sound reader of
-    every view and a weak zero-shot classifier. ``progress`` is called after each step.
-    """
-    parts = [images(task, "training") for task in TASKS]
-    vectors = _worded(seed, PRETRAINING_OFFSET)
-    x = torch.cat([part[0] for part in parts])
-    y = torch.cat([part[1] for part in parts])
-    per_row = torch.cat([vectors[task].expand(len(part[1]), -1, -1) for task, part in zip(TASKS, parts, strict=True)])
-    return _train(None, x, y, per_row, **PRETRAINING, seed=100 * seed + 1, progress=progress)
-
-
-def finetune(
-    task: str, pretrained_state: StateDict, seed: int, progress: Callable[[], None] | None = None
-) -> StateDict:
-    """Fine-tune a copy of the generalist on one task's training split, its head frozen.
-
-    The result is float32 with float16 precision. ``progress`` is called after each step.
-    """
-    x, y = images(task, "training")
-    per_row = heads(seed)[task].expand(len(y), -1, -1)
-    task_seed = 100 * seed + 10 + TASKS.index(task)
-    return _train(pretrained_state, x, y, per_row, **FINETUNING, seed=task_seed, progress=progress)
 
 
 @torch.no_grad()
@@ -237,13 +196,9 @@ def _accuracy(encoder: VisionTransformer, task: str, split: str, head: Tensor) -
     return ((encoder(x) @ head.T).argmax(1) == y).float().mean().item()
 
 
-def _write_weights(path: Path, state: StateDict, metadata: dict[str, str] | None = None) -> None:
+def _write(path: Path, state: StateDict, dtype: torch.dtype, metadata: dict[str, str] | None = None) -> None:
     with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
-
-
-def _half(state: StateDict) -> StateDict:
-    return {name: value.half().contiguous() for name, value in state.items()}
+        save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, temporary, metadata=metadata)
 
 
 def make(out: Path, seed: int = 0) -> None:
@@ -253,40 +208,41 @@ def make(out: Path, seed: int = 0) -> None:
     ``heads.safetensors`` (float32 [10, output_dim] per task, with ``logit_scale`` in the metadata). Accuracies are
     printed on the way.
     """
-    out = Path(out)
-    task_heads = heads(seed)
+    task_heads, encoder = heads(seed), _random_encoder(seed)
     write_text(out / "encoder.json", json.dumps(ENCODER, indent=2) + "\n")
-    _write_weights(out / "heads.safetensors", task_heads, {"logit_scale": str(LOGIT_SCALE)})
+    _write(out / "heads.safetensors", task_heads, torch.float32, {"logit_scale": str(LOGIT_SCALE)})
 
-    encoder = _random_encoder(seed)
-    scores: list[tuple[float, float]] = []
-
-    def report(state: StateDict, who: str, task: str) -> tuple[float, float]:
-        encoder.load_state_dict(state)
-        training, evaluation = (
-            _accuracy(encoder, task, split, task_heads[task]) for split in ("training", "evaluation")
-        )
+    def report(who: str, task: str, accuracies: Sequence[float]) -> Sequence[float]:
+        training, evaluation = accuracies
         tqdm.write(f"{who:<10} {task:<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
-        return training, evaluation
+        return accuracies
 
-    def report_mean(who: str) -> None:
-        training, evaluation = (sum(column) / len(column) for column in zip(*scores, strict=True))
-        tqdm.write(f"{who:<10} {'average':<10} training {training:6.1%}  evaluation {evaluation:6.1%}")
+    def measure(state: StateDict, who: str, task: str) -> Sequence[float]:
+        encoder.load_state_dict(state)
+        splits = ("training", "evaluation")
+        return report(who, task, [_accuracy(encoder, task, split, task_heads[task]) for split in splits])
 
+    def report_mean(who: str, scores: Sequence[Sequence[float]]) -> None:
+        report(who, "average", [sum(column) / len(column) for column in zip(*scores, strict=True)])
+
+    parts = {task: images(task, "training") for task in TASKS}
+    # only a part of each task's offset makes a sound reader of every view and a weak zero-shot classifier
+    vectors = _worded(seed, PRETRAINING_OFFSET)
     total = PRETRAINING["steps"] + len(TASKS) * FINETUNING["steps"]
     with one_thread(), tqdm(total=total, unit="step", disable=None) as bar:
         bar.set_description("generalist")
-        pretrained = pretrain(seed, bar.update)
-        _write_weights(out / "pretrained.safetensors", _half(pretrained))
-        scores = [report(pretrained, "generalist", task) for task in TASKS]
-        report_mean("generalist")
+        every = [(*parts[task], vectors[task]) for task in TASKS]
+        pretrained = _train(None, every, PRETRAINING, 100 * seed + 1, bar.update)
+        _write(out / "pretrained.safetensors", pretrained, torch.float16)
+        report_mean("generalist", [measure(pretrained, "generalist", task) for task in TASKS])
         scores = []
-        for task in TASKS:
+        for number, task in enumerate(TASKS):
             bar.set_description(task)
-            finetuned = finetune(task, pretrained, seed, bar.update)
-            _write_weights(out / f"finetuned_{task}.safetensors", _half(finetuned))
-            scores.append(report(finetuned, "individual", task))
-        report_mean("individual")
+            own = [(*parts[task], task_heads[task])]
+            finetuned = _train(pretrained, own, FINETUNING, 100 * seed + 10 + number, bar.update)
+            _write(out / f"finetuned_{task}.safetensors", finetuned, torch.float16)
+            scores.append(measure(finetuned, "individual", task))
+        report_mean("individual", scores)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

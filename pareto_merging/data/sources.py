@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pareto_merging.checkpoints.safetensors import read_tensors
-from pareto_merging.errors import UserError
+from pareto_merging.errors import UserError, user_errors
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -22,9 +22,8 @@ class TensorImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         if images.ndim < 2 or not len(images) or not images.is_floating_point():
-            raise ValueError(
-                f"images: expected floating-point [n, …] with n at least 1, got {list(images.shape)} {images.dtype}"
-            )
+            got = f"{list(images.shape)} {images.dtype}"
+            raise ValueError(f"images: expected floating-point [n, …] with n at least 1, got {got}")
         self.images = images
         self.labels = torch.full((len(images),), -1) if labels is None else labels.long()
         if self.labels.shape != (len(images),):
@@ -96,10 +95,8 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
         import pareto_merging.data.digits as digits
 
         task, _, split = source.removeprefix("digits:").partition("/")
-        try:
+        with user_errors(source):
             return TensorImages(*digits.images(task, split))
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from error
     path, image_size = Path(source), int(preprocessing["size"])
     if path.suffix == ".safetensors":
         tensors = read_tensors(path)
@@ -111,10 +108,8 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
             raise UserError(f"{path}: expected {expected}, got {list(images.shape)} {images.dtype}")
         if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
             raise UserError(f"{path}: expected whole numbers as labels, got {labels.dtype}")
-        try:
+        with user_errors(str(path)):
             return TensorImages(images.float(), labels)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
     if not path.is_dir():
         got = "another file" if path.exists() else "nothing there"
         raise UserError(f"{path}: expected a folder of images or a .safetensors file, got {got}")
@@ -125,8 +120,7 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
 
 
 def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list[int]:
-    """Return the indices of one batch of an endless stream of seeded permutations. Batch ``step`` counts from 0; there
-    are ``size`` items.
+    """Return the indices of batch ``step`` (from 0) of an endless stream of seeded permutations of ``size`` items.
 
     A function of its arguments alone, so that a resumed run sees the very batches it would have seen.
     """
@@ -188,10 +182,7 @@ def _images(items: Any) -> Tensor:
     """Return the images of a fetched batch. Items are images or (image, label) pairs."""
     if isinstance(items, tuple):
         return items[0]
-    first = items[0]
-    if isinstance(first, tuple | list):
-        return torch.stack([item[0] for item in items])
-    return torch.stack(list(items))
+    return torch.stack([item[0] if isinstance(items[0], tuple | list) else item for item in items])
 
 
 def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -212,7 +203,5 @@ def labelled_stream(
 def _labelled(items: Any) -> tuple[Tensor, Tensor]:
     if isinstance(items, tuple):
         return items[0], items[1]
-    if not isinstance(items[0], tuple | list):
-        images = torch.stack(list(items))
-        return images, torch.full((len(images),), -1)
-    return torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])
+    labels = [int(item[1]) if isinstance(item, tuple | list) else -1 for item in items]
+    return _images(items), torch.tensor(labels)

@@ -87,8 +87,7 @@ OBJECTIVES: dict[str, ObjectiveKind] = {}
 
 
 def register(kind: ObjectiveKind, *, replace: bool = False) -> ObjectiveKind:
-    """Add an objective to the table. ValueError as :func:`.register.add_member`, or for other ``needs`` than those two.
-    """
+    """Add an objective to the table. ValueError as :func:`.register.add_member`, or for ``needs`` of another kind."""
     if kind.needs not in ("images", "weights"):
         raise ValueError(f"objective: expected needs to be images or weights, got {kind.needs!r}")
     return add_member(OBJECTIVES, "objective", kind.name, kind, replace=replace)

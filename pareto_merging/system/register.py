@@ -8,7 +8,13 @@ Member = TypeVar("Member")
 
 
 def add_member(
-    table: dict[Key, Member], what: str, name: Key, member: Member, *, replace: bool = False, reserved: Collection[str] = ()
+    table: dict[Key, Member],
+    what: str,
+    name: Key,
+    member: Member,
+    *,
+    replace: bool = False,
+    reserved: Collection[str] = (),
 ) -> Member:
     """Add a member to the table of ``what`` and return it. ``replace`` lets it take another's place.
 

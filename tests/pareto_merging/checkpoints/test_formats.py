@@ -145,8 +145,8 @@ def test_a_head_in_a_format_of_ones_own(toy: None, tmp_path: Path) -> None:
     weight, scale = open_head(path)
     assert torch.equal(weight, rows) and scale == 100.0
     torch.testing.assert_close(pm.read_head(path, "other").weight, torch.zeros(4, 6))
+    path.write_text(f'TOY{{"a": [4, 6]}}\n{[0.0] * 24}')
     with pytest.raises(UserError, match=r"head\.toy: expected a tensor named weight or b, got a"):
-        path.write_text(f'TOY{{"a": [4, 6]}}\n{[0.0] * 24}')
         open_head(path, "b")
 
     class WithScale(ToyTensors):
