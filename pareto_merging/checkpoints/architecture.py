@@ -81,9 +81,8 @@ def from_shapes(
     _compare_shapes(sizes, expected_shapes(architecture))
     if heads is None:
         alike = (key for key in _known() if (key.layers, key.width, key.mlp_width) == (layers, width, mlp_width))
-        heads = next((key.heads for key in alike), None) or _default_heads(width)
-    check_heads(heads, width)
-    return replace(architecture, heads=heads)
+        heads = next((key.heads for key in alike), None)
+    return replace(architecture, heads=_heads(heads, width))
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -123,9 +122,7 @@ def text_from_shapes(shapes: Mapping[str, Sequence[int]], *, heads: int | None =
         **_block_shapes(layers, width, mlp_width),
     }
     _compare_shapes(sizes, expected)
-    heads = _default_heads(width) if heads is None else heads
-    check_heads(heads, width)
-    return TextArchitecture(context, vocabulary, width, layers, heads, mlp_width, dim)
+    return TextArchitecture(context, vocabulary, width, layers, _heads(heads, width), mlp_width, dim)
 
 
 def _checked_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -178,10 +175,12 @@ def compare_names(names: Collection[str], expected: Collection[str], what: str) 
             raise UserError(f"{what}, got {got} {listed(others)}")
 
 
-def _default_heads(width: int) -> int:
-    if width % 64:
+def _heads(heads: int | None, width: int) -> int:
+    if heads is None and width % 64:
         raise UserError(f"heads: expected the number of attention heads for a width of {width}, got none")
-    return width // 64
+    heads = width // 64 if heads is None else heads
+    check_heads(heads, width)
+    return heads
 
 
 def check_heads(heads: int, width: int) -> None:

@@ -108,6 +108,8 @@ def open_archive(path: Path) -> Archive:
         start = file.read(4)
         if not start:
             raise UserError(f"{path}: expected a checkpoint, got an empty file")
+        if start != b"PK\x03\x04" and start[:1] != b"\x80":
+            raise UserError(f"{path}: expected a checkpoint that torch or safetensors wrote, got another file")
         file.seek(0)
         return _open_zip(path, file) if start == b"PK\x03\x04" else _open_legacy(path, file)
 
@@ -150,8 +152,12 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
         raise UserError(f"{path}: expected a checkpoint, got an archive of files (unpack it first)")
     if len(roots) != 1:
         raise UserError(f"{path}: expected a checkpoint (one NAME/data.pkl in the archive), got {len(roots)}")
-    root = roots[0]
-    _check_overlap(path, infos, size)
+    root, last = roots[0], 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < last or info.header_offset + 30 + info.compress_size > size:
+            name = info.filename[:80]
+            raise UserError(f"{path}: expected files side by side in the archive, got {name!r} over another")
+        last = info.header_offset + 30 + info.compress_size
 
     def entry(name: str) -> _Entry:
         return _zip_entry(path, file, names[name])
@@ -159,8 +165,7 @@ def _open_zip(path: Path, file: BinaryIO) -> Archive:
     order = f"{root}byteorder"
     if order in names and _small(path, file, entry(order), order) != b"little":
         raise UserError(f"{path}: expected little-endian numbers, got a big-endian archive")
-    text = _small(path, file, entry(f"{root}data.pkl"), "data.pkl", MAX_BYTES)
-    stream = io.BytesIO(text)
+    stream = io.BytesIO(_small(path, file, entry(f"{root}data.pkl"), "data.pkl", MAX_BYTES))
     storages: dict[str, Storage] = {}
     value = read_pickle(stream, str(path), storages)
     if stream.read(1):
@@ -182,7 +187,7 @@ def _check_directory(path: Path, file: BinaryIO, size: int) -> None:
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) - end < 22:
         raise UserError(f"{path}: expected a whole zip archive, got one without a directory (truncated)")
-    count, length = struct.unpack("<H", tail[end + 10 : end + 12])[0], struct.unpack("<L", tail[end + 12 : end + 16])[0]
+    count, length = struct.unpack("<HL", tail[end + 10 : end + 16])
     if end >= 76 and tail[end - 20 : end - 16] == b"PK\x06\x07":
         count, length = struct.unpack("<QQ", tail[end - 44 : end - 28])
     if length > min(size, _MAX_DIRECTORY) or count > _MAX_ENTRIES:
@@ -209,15 +214,6 @@ def _check_names(path: Path, infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.
     return names
 
 
-def _check_overlap(path: Path, infos: list[zipfile.ZipInfo], size: int) -> None:
-    last = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        if info.header_offset < last or info.header_offset + 30 + info.compress_size > size:
-            name = info.filename[:80]
-            raise UserError(f"{path}: expected files side by side in the archive, got {name!r} over another")
-        last = info.header_offset + 30 + info.compress_size
-
-
 def _zip_entry(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
     name = info.filename[:80]
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -228,12 +224,13 @@ def _zip_entry(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> _Entry:
         raise UserError(f"{path}: expected a header before {name!r}, got none (damaged)")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-    name_bytes = file.read(name_length)
-    if name_bytes != info.orig_filename.encode(encoding, "replace") or struct.unpack("<H", header[8:10])[0] != 0:
+    if (
+        file.read(name_length) != info.orig_filename.encode(encoding, "replace")
+        or struct.unpack("<H", header[8:10])[0] != 0
+    ):
         raise UserError(f"{path}: expected the header of {name!r}, got another (damaged)")
     # torch can be told to write no checksums (set_crc32_options); it writes zeros then
-    checksum = info.CRC or None
-    return _Entry(info.header_offset + 30 + name_length + extra_length, info.file_size, checksum)
+    return _Entry(info.header_offset + 30 + name_length + extra_length, info.file_size, info.CRC or None)
 
 
 def _small(path: Path, file: BinaryIO, entry: _Entry, name: str, limit: int = 64) -> bytes:
@@ -248,10 +245,6 @@ def _small(path: Path, file: BinaryIO, entry: _Entry, name: str, limit: int = 64
 
 def _open_legacy(path: Path, file: BinaryIO) -> Archive:
     source = str(path)
-    head = file.read(1)
-    file.seek(0)
-    if head != b"\x80":
-        raise UserError(f"{path}: expected a checkpoint that torch or safetensors wrote, got another file")
     if read_pickle(file, source) != _LEGACY_MAGIC:
         raise UserError(f"{path}: expected a checkpoint that torch.save wrote, got another pickle")
     if read_pickle(file, source) != _LEGACY_PROTOCOL:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pareto_merging.checkpoints import hub
 from pareto_merging.checkpoints.architecture import Architecture, description_of, from_shapes
-from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, check_preprocessing
+from pareto_merging.checkpoints.contents import WEIGHT_DTYPES, Contents, Description, check_preprocessing
 from pareto_merging.checkpoints.folders import layout_of, open_folder
 from pareto_merging.checkpoints.formats import open_file
 from pareto_merging.checkpoints.modules import attention_heads, normalisation, uses_quick_gelu
@@ -121,7 +121,8 @@ class Checkpoint(CheckpointTensors):
             self.heads = attention_heads(root, towers.prefix, source)
         preprocessing = normalisation(root) if description.preprocessing is None else description.preprocessing
         self.preprocessing = None if preprocessing is None else check_preprocessing(preprocessing)
-        if names and (description.says_nothing or not is_plain_vision(towers.vision)):
+        nothing = Description(origin=description.origin, root=root, kind=description.kind)
+        if names and (description == nothing or not is_plain_vision(towers.vision)):
             # its user describes it, and it may be an encoder of another kind
             return
         architecture = from_shapes(self.shapes, heads=self.heads, quick_gelu=self.quick_gelu)

@@ -38,11 +38,6 @@ class Description:
     root: Any = None
     kind: str = ""
 
-    @property
-    def says_nothing(self) -> bool:
-        """Return whether nothing is said of the encoder and its text tower."""
-        return self == Description(origin=self.origin, root=self.root, kind=self.kind)
-
 
 class Contents(NamedTuple):
     """A checkpoint as its format or folder layout opened it.

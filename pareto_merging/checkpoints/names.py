@@ -1,19 +1,7 @@
 """Names of a CLIP's tensors, by a table of naming schemes. No file is opened here.
 
-Hugging Face's are known in both directions:
-
-=========================  ==========================================================================
-open_clip (vision)         Hugging Face, behind ``vision_model.``
-=========================  ==========================================================================
-class_embedding            embeddings.class_embedding
-positional_embedding       embeddings.position_embedding.weight
-conv1.weight               embeddings.patch_embedding.weight
-ln_pre, ln_post            pre_layrnorm, post_layernorm
-transformer.resblocks.N    encoder.layers.N: in_proj is q_proj, k_proj and v_proj joined along dimension 0
-proj                       visual_projection.weight, transposed and without the prefix
-=========================  ==========================================================================
-
-The text tower has the same blocks behind ``text_model.``; its ``text_projection`` is transposed as well.
+Hugging Face's are known in both directions: in_proj is its q_proj, k_proj and v_proj joined along dimension 0, and what
+projects to the common space is transposed.
 """
 
 import re

@@ -13,9 +13,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from pareto_merging.checkpoints import references
-from pareto_merging.checkpoints.records import CALLS, Broken, Record, Storage, StoredTensor, is_size, set_items
-from pareto_merging.checkpoints.references import ForbiddenGlobal, Global
+from pareto_merging.checkpoints import records
+from pareto_merging.checkpoints.records import Broken, ForbiddenGlobal, Global, Record, Storage, StoredTensor
 from pareto_merging.errors import UserError
 
 # far beyond any checkpoint's: a ViT-L/14 with its optimiser stays below 1 MB and 100,000 opcodes
@@ -135,7 +134,7 @@ class _Machine:
         if isinstance(target, Record):
             target.items += zip(pairs[::2], pairs[1::2], strict=True)
         elif isinstance(target, dict):
-            set_items(target, pairs)
+            records.set_items(target, pairs)
         else:
             raise Broken("items for what is no dictionary")
 
@@ -152,17 +151,17 @@ class _Machine:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise Broken("the name of a class that is no text")
         # cut to a length that can be shown
-        named = Global(module[: references.MAX_NAME + 1], name[: references.MAX_NAME + 1])
-        is_named = references.is_name(module) and references.is_name(name)
-        if not is_named or not (named in CALLS or references.is_allowed(named)):
+        named = Global(module[: records.MAX_NAME + 1], name[: records.MAX_NAME + 1])
+        is_named = records.is_name(module) and records.is_name(name)
+        if not is_named or not (named in records.CALLS or records.is_allowed(named)):
             raise self.forbidden(named, "names")
         return named
 
     def forbidden(self, named: Global, what: str) -> ForbiddenGlobal:
-        shown = str(named) if references.is_name(str(named)) else repr(str(named)[:120])
-        if named.module in references.NAMES_TODAY and references.is_name(str(named)):
+        shown = str(named) if records.is_name(str(named)) else repr(str(named)[:120])
+        if named.module in records.NAMES_TODAY and records.is_name(str(named)):
             # protocols up to 2 write Python 2's names, and os is spelled by the system's own module
-            shown += f" ({references.NAMES_TODAY[named.module]}.{named.name})"
+            shown += f" ({records.NAMES_TODAY[named.module]}.{named.name})"
         return ForbiddenGlobal(f"{self.source}: refused: its pickle {what} {shown}, which could run code; nothing ran")
 
     def call(self, function: Any, arguments: Any) -> Any:
@@ -170,10 +169,10 @@ class _Machine:
             raise Broken("a call of what is no class")
         if not isinstance(arguments, tuple):
             raise Broken(f"a call of {str(function)[:120]} without a tuple of arguments")
-        if function in CALLS:
+        if function in records.CALLS:
             self.charge(arguments, *arguments)
-            return CALLS[function](arguments)
-        if not (function.is_class or function.is_script or function in references.INERT):
+            return records.CALLS[function](arguments)
+        if not (function.is_class or function.is_script or function in records.INERT):
             raise self.forbidden(function, "calls")
         return Record(function, arguments)
 
@@ -194,18 +193,17 @@ class _Machine:
     def persistent(self, identity: Any) -> Any:
         if isinstance(identity, tuple) and len(identity) in (5, 6) and identity[0] == "storage":
             _, kind, key, _, size = identity[:5]
-            dtype = references.storage_dtype(kind)
-            if dtype is None and isinstance(kind, Global) and references.is_storage(kind):
-                return Record(kind)
-            if dtype is None:
+            if not isinstance(kind, Global) or not records.is_storage(kind):
                 raise Broken(f"a storage of type {kind if isinstance(kind, Global) else type(kind).__name__}")
+            if kind.name not in records.STORAGES:
+                return Record(kind)
             if not isinstance(key, str) or not re.fullmatch(r"[0-9]{1,20}", key, re.ASCII):
                 raise Broken(f"a storage with the key {key[:80] if isinstance(key, str) else type(key).__name__!r}")
-            if not is_size(size):
+            if not records.is_size(size):
                 raise Broken("a storage of no size")
             if len(identity) == 6 and identity[5] is not None:
                 raise Broken("a view of a storage (torch before 0.4)")
-            storage = Storage(key, dtype, size)
+            storage = Storage(key, records.STORAGES[kind.name], size)
             if self.storages.setdefault(key, storage) != storage:
                 raise Broken(f"two sizes or types for storage {key}")
             return storage

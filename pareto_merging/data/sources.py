@@ -139,7 +139,8 @@ class BatchStream:
     def __init__(
         self, dataset: Dataset[Any], batch: int, first_step: int, last_step: int, seed: Sequence[int], workers: int = 0
     ) -> None:
-        order = _batches(dataset, batch, range(first_step, last_step), tuple(seed))
+        size: int = len(dataset)  # type: ignore[arg-type]
+        order = (batch_indices(size, batch, step, seed) for step in range(first_step, last_step))
         self._iterator = iter(_loader(dataset, workers, batch_sampler=order, collate_fn=_images))
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -173,11 +174,6 @@ def _from_workers() -> Iterator[None]:
         raise UserError(text.rpartition("UserError: ")[2]) from None
 
 
-def _batches(dataset: Dataset[Any], batch: int, steps: range, seed: Sequence[int]) -> Iterator[list[int]]:
-    size = len(dataset)  # type: ignore[arg-type]
-    return (batch_indices(size, batch, step, seed) for step in steps)
-
-
 def _images(items: Any) -> Tensor:
     """Return the images of a fetched batch. Items are images or (image, label) pairs."""
     if isinstance(items, tuple):
@@ -195,7 +191,8 @@ def labelled_stream(
     dataset: Dataset[Any], batch: int, steps: int, seed: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the first ``steps`` batches of :func:`batch_indices`. Each is (images [batch, …], labels int64 [batch])."""
-    order = _batches(dataset, batch, range(steps), seed)
+    size: int = len(dataset)  # type: ignore[arg-type]
+    order = (batch_indices(size, batch, step, seed) for step in range(steps))
     with _from_workers():
         yield from _loader(dataset, 0, batch_sampler=order, collate_fn=_labelled)
 

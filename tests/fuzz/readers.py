@@ -64,8 +64,7 @@ READERS: dict[str, Callable[[Path], Answer]] = {
 
 def check_inert(root: Any) -> None:
     """Raises AssertionError unless ``root`` is made of plain data and the machine's own records, all the way down."""
-    from pareto_merging.checkpoints.records import Record, Storage, StoredTensor
-    from pareto_merging.checkpoints.references import Global
+    from pareto_merging.checkpoints.records import Global, Record, Storage, StoredTensor
 
     plain = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype)
     seen: set[int] = set()

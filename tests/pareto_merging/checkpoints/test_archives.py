@@ -12,7 +12,7 @@ from support import clip, open_clip_files
 from support.checkpoint_cases import FORMATS, assert_same, expected_tower
 
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
-from pareto_merging.checkpoints.references import ForbiddenGlobal
+from pareto_merging.checkpoints.records import ForbiddenGlobal
 from pareto_merging.errors import UserError
 
 pytest.importorskip("open_clip")
