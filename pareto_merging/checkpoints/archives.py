@@ -52,11 +52,7 @@ class Archive:
         self._verified: set[str] = set()
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """Read one tensor into memory of its own, contiguous.
-
-        Raises:
-            UserError: its storage is missing, of another size, fails its checksum, or the file has changed since.
-        """
+        """Read one tensor, contiguous and in memory of its own. UserError: missing, damaged, or the file changed."""
         entry = _check_size(self.path, stored.storage, self._entries.get(stored.storage.key))
         if file_stamp(self.path) != self._stamp:
             raise UserError(f"{self.path}: expected the file as it was when it was opened, got a changed one")

@@ -20,7 +20,7 @@ from torch import Tensor
 from pareto_merging.checkpoints import architecture as shapes
 from pareto_merging.checkpoints import hugging_face, open_clip
 from pareto_merging.checkpoints.cards import model_card
-from pareto_merging.checkpoints.names import hugging_face_text, hugging_face_vision, listed
+from pareto_merging.checkpoints.names import TEXT, VISION, hugging_face_tensors, listed
 from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import new_folder, write_bytes
@@ -68,9 +68,9 @@ def export_hugging_face(
     preprocessor = hugging_face.hugging_face_preprocessing(preprocessing)
     stored: dict[str, Tensor] = {}
     for name, tensor in _checked(tensors, shapes.expected_shapes(vision)):
-        stored.update(hugging_face_vision(name, tensor))
+        stored.update(hugging_face_tensors(VISION, name, tensor))
     for name, tensor in text.items():
-        stored.update(hugging_face_text(name, tensor))
+        stored.update(hugging_face_tensors(TEXT, name, tensor))
     dtype = _common_dtype(stored)
     config = hugging_face.hugging_face_vision_config(vision, dtype)
     if text_tower is not None:

@@ -42,7 +42,7 @@ def known_as(start: bytes) -> str:
             return what
     if start[257:262] == b"ustar":
         return "a tar archive (unpack it first)"
-    if start[:1] in b"{[" and start[:1]:
+    if start.startswith((b"{", b"[")):
         return "a JSON file (of a folder of weights, give the folder)"
     return "" if start else "an empty file"
 

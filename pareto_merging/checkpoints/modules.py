@@ -19,11 +19,7 @@ _INNER = ("state_dict", "model_state_dict", "model")
 
 
 def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a pickled module or state dict by name. It may be inside a training checkpoint.
-
-    Raises:
-        UserError: there are none, or more than any model has.
-    """
+    """Return the tensors of a pickled module or state dict, alone or in a training checkpoint. UserError: none."""
     value, tensors = root, {}
     if isinstance(value, dict):
         value = next((value[key] for key in _INNER if isinstance(value.get(key), dict | Record)), value)
@@ -136,9 +132,7 @@ def normalisation(root: Any) -> dict[str, Any] | None:
     compose = root.state.get("val_preprocess") if isinstance(root, Record) else None
     steps = compose.state.get("transforms") if isinstance(compose, Record) else None
     transforms: dict[str, Any] = {}
-    for step in steps if isinstance(steps, list) else []:
-        if not isinstance(step, Record):
-            continue
+    for step in (step for step in steps if isinstance(step, Record)) if isinstance(steps, list) else ():
         if step.type.name == "Normalize":
             transforms |= {key: step.state.get(key) for key in ("mean", "std")}
         elif step.type.name == "CenterCrop":

@@ -6,7 +6,6 @@ projects to the common space is transposed.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,8 +39,7 @@ class Towers(NamedTuple):
     prefix: str
 
 
-@dataclass(frozen=True)
-class Naming:
+class Naming(NamedTuple):
     """One naming scheme. ``towers`` makes towers of a file's names, or None if they are others'."""
 
     name: str
@@ -69,7 +67,7 @@ _JOINED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for l
 BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One side of a CLIP: open_clip's names -> Hugging Face's behind ``prefix``, and those that stand outside."""
 
     prefix: str
@@ -77,7 +75,7 @@ class _Side(NamedTuple):
     outside: dict[str, str]
 
 
-_VISION = _Side(
+VISION = Side(
     "vision_model.",
     {
         "class_embedding": "embeddings.class_embedding",
@@ -87,7 +85,7 @@ _VISION = _Side(
     },
     {"proj": "visual_projection.weight"},
 )
-_TEXT = _Side(
+TEXT = Side(
     "text_model.",
     {
         "token_embedding.weight": "embeddings.token_embedding.weight",
@@ -99,7 +97,7 @@ _TEXT = _Side(
 # versions of transformers before 4.31 saved it
 _BUFFER = "embeddings.position_ids"
 
-_TOP_NAMES = frozenset({*_VISION.top, "proj"})
+_TOP_NAMES = frozenset({*VISION.top, "proj"})
 _OPEN_CLIP_TEXT = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "text_projection")
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
@@ -135,17 +133,17 @@ def vision_pieces(names: Collection[str]) -> dict[str, Piece]:
     Raises:
         UserError: a name that CLIP does not have, or a layer without one of q, k and v.
     """
-    prefix = _VISION.prefix if any(name.startswith(_VISION.prefix) for name in names) else ""
+    prefix = VISION.prefix if any(name.startswith(VISION.prefix) for name in names) else ""
     # without a prefix, encoder.layers alone could be a text model's
-    own = {_VISION.top[name] for name in ("class_embedding", "conv1.weight", "ln_pre.weight", "ln_pre.bias")}
+    own = {VISION.top[name] for name in ("class_embedding", "conv1.weight", "ln_pre.weight", "ln_pre.bias")}
     if not prefix and own.isdisjoint(names):
         return {}
-    pieces, unknown = _pieces(names, prefix, _VISION.top)
-    unknown -= {*_VISION.outside.values(), *_TEXT.outside.values()}
-    unknown = {name for name in unknown if not name.startswith(_TEXT.prefix)}
+    pieces, unknown = _pieces(names, prefix, VISION.top)
+    unknown -= {*VISION.outside.values(), *TEXT.outside.values()}
+    unknown = {name for name in unknown if not name.startswith(TEXT.prefix)}
     if unknown:
         raise UserError(f"checkpoint: expected the tensors of Hugging Face's CLIP, got also {listed(unknown)}")
-    return pieces | _outside_pieces(names, _VISION)
+    return pieces | _outside_pieces(names, VISION)
 
 
 def text_pieces(names: Collection[str]) -> dict[str, Piece]:
@@ -153,36 +151,18 @@ def text_pieces(names: Collection[str]) -> dict[str, Piece]:
 
     ``text_projection`` and ``logit_scale`` are there where the file has them.
     """
-    own = [name for name in names if name.startswith(_TEXT.prefix)]
+    own = [name for name in names if name.startswith(TEXT.prefix)]
     if not own:
         return {}
-    pieces, unknown = _pieces(own, _TEXT.prefix, _TEXT.top)
+    pieces, unknown = _pieces(own, TEXT.prefix, TEXT.top)
     if unknown:
         raise UserError(f"checkpoint: expected the text tensors of Hugging Face's CLIP, got also {listed(unknown)}")
-    return pieces | _outside_pieces(names, _TEXT)
+    return pieces | _outside_pieces(names, TEXT)
 
 
-def _outside_pieces(names: Collection[str], side: _Side) -> dict[str, Piece]:
+def _outside_pieces(names: Collection[str], side: Side) -> dict[str, Piece]:
     present = [(ours, theirs) for ours, theirs in side.outside.items() if theirs in names]
     return {ours: Piece((theirs,), transpose=ours != "logit_scale") for ours, theirs in present}
-
-
-def hugging_face_vision(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield one open_clip vision tensor as Hugging Face's, behind ``vision_model.``. These are views of ``tensor``.
-
-    ``attn.in_proj_*`` ([3·width, …]) becomes three; ``proj`` [width, dim] becomes ``visual_projection.weight``
-    [dim, width]. Raises UserError for a name that a plain CLIP vision transformer does not have.
-    """
-    return _hugging_face(name, tensor, _VISION)
-
-
-def hugging_face_text(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield one tensor of open_clip's text side as Hugging Face's, as :func:`hugging_face_vision`.
-
-    ``text_projection`` [width, dim] becomes ``text_projection.weight`` [dim, width]; ``logit_scale`` has no dimension
-    there (some of open_clip's have one).
-    """
-    return _hugging_face(name, tensor, _TEXT)
 
 
 def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tuple[dict[str, Piece], set[str]]:
@@ -213,7 +193,12 @@ def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tupl
     return pieces, unknown
 
 
-def _hugging_face(name: str, tensor: Tensor, side: _Side) -> Iterator[tuple[str, Tensor]]:
+def hugging_face_tensors(side: Side, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield one tensor of a side, in open_clip's names without ``visual.``, as Hugging Face's: views of ``tensor``.
+
+    ``attn.in_proj_*`` ([3·width, …]) becomes three; a projection [width, dim] becomes [dim, width]; ``logit_scale`` has
+    no dimension there (some of open_clip's have one). Raises UserError for a name that a plain CLIP does not have.
+    """
     block = block_and_rest(name)
     if name in side.outside:
         yield side.outside[name], tensor.reshape(()) if name == "logit_scale" else tensor.t()

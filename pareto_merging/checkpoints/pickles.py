@@ -93,6 +93,22 @@ class _Machine:
             raise Broken("a negative length")
         return value
 
+    def text_line(self) -> str:
+        text = self.line().strip()
+        if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0] or "\\" in text:
+            raise Broken("a text without quotes, or with escapes")
+        return text[1:-1]
+
+    def int_line(self) -> int | bool:
+        text = self.line()
+        return text == "01" if text in ("00", "01") else int(text.removesuffix("L"))
+
+    def data(self, form: str) -> bytes:
+        return self.take(self.number(form))
+
+    def text(self, form: str, encoding: str = "utf-8") -> str:
+        return self.data(form).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
@@ -138,6 +154,11 @@ class _Machine:
         else:
             raise Broken("items for what is no dictionary")
 
+    def dictionary(self) -> None:
+        values = self.since_mark()
+        self.push({})
+        self.set_items(values)
+
     def append(self, values: list[Any]) -> None:
         target = self.top()
         if isinstance(target, Record):
@@ -175,6 +196,12 @@ class _Machine:
         if not (function.is_class or function.is_script or function in records.INERT):
             raise self.forbidden(function, "calls")
         return Record(function, arguments)
+
+    def object(self) -> Any:
+        values = self.since_mark()
+        if not values:
+            raise Broken("an object without a class")
+        return self.call(values[0], tuple(values[1:]))
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -223,39 +250,6 @@ class _Machine:
         raise self.forbidden(Global(*known) if known else Global("copyreg", f"extension_{code}"), "names")
 
 
-def _text_line(machine: _Machine) -> str:
-    text = machine.line().strip()
-    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0] or "\\" in text:
-        raise Broken("a text without quotes, or with escapes")
-    return text[1:-1]
-
-
-def _int_line(machine: _Machine) -> int | bool:
-    text = machine.line()
-    return text == "01" if text in ("00", "01") else int(text.removesuffix("L"))
-
-
-def _long(machine: _Machine, form: str) -> int:
-    return int.from_bytes(machine.take(machine.number(form)), "little", signed=True)
-
-
-def _text(machine: _Machine, form: str, encoding: str = "utf-8") -> str:
-    return machine.take(machine.number(form)).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
-
-
-def _obj(machine: _Machine) -> None:
-    values = machine.since_mark()
-    if not values:
-        raise Broken("an object without a class")
-    machine.push(machine.call(values[0], tuple(values[1:])))
-
-
-def _dict(machine: _Machine) -> None:
-    values = machine.since_mark()
-    machine.push({})
-    machine.set_items(values)
-
-
 _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     0x80: lambda m: m.take(1),  # type: ignore[dict-item]  # PROTO
     0x95: lambda m: m.take(8),  # type: ignore[dict-item]  # FRAME
@@ -265,27 +259,27 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("2"): lambda m: m.push(m.top()),
     ord("F"): lambda m: m.push(float(m.line())),
     ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
-    ord("I"): lambda m: m.push(_int_line(m)),
-    ord("L"): lambda m: m.push(_int_line(m)),
+    ord("I"): lambda m: m.push(m.int_line()),
+    ord("L"): lambda m: m.push(m.int_line()),
     ord("J"): lambda m: m.push(struct.unpack("<i", m.take(4))[0]),
     ord("K"): lambda m: m.push(m.number("<B")),
     ord("M"): lambda m: m.push(m.number("<H")),
-    0x8A: lambda m: m.push(_long(m, "<B")),
-    0x8B: lambda m: m.push(_long(m, "<i")),
+    0x8A: lambda m: m.push(int.from_bytes(m.data("<B"), "little", signed=True)),
+    0x8B: lambda m: m.push(int.from_bytes(m.data("<i"), "little", signed=True)),
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
-    ord("S"): lambda m: m.push(_text_line(m)),
-    ord("T"): lambda m: m.push(_text(m, "<i", "latin-1")),
-    ord("U"): lambda m: m.push(_text(m, "<B", "latin-1")),
+    ord("S"): lambda m: m.push(m.text_line()),
+    ord("T"): lambda m: m.push(m.text("<i", "latin-1")),
+    ord("U"): lambda m: m.push(m.text("<B", "latin-1")),
     ord("V"): lambda m: m.push(m.line("raw-unicode-escape")),
-    ord("X"): lambda m: m.push(_text(m, "<I")),
-    0x8C: lambda m: m.push(_text(m, "<B")),
-    0x8D: lambda m: m.push(_text(m, "<Q")),
-    ord("B"): lambda m: m.push(m.take(m.number("<I"))),
-    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
-    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
-    0x96: lambda m: m.push(m.take(m.number("<Q"))),
+    ord("X"): lambda m: m.push(m.text("<I")),
+    0x8C: lambda m: m.push(m.text("<B")),
+    0x8D: lambda m: m.push(m.text("<Q")),
+    ord("B"): lambda m: m.push(m.data("<I")),
+    ord("C"): lambda m: m.push(m.data("<B")),
+    0x8E: lambda m: m.push(m.data("<Q")),
+    0x96: lambda m: m.push(m.data("<Q")),
     ord("]"): lambda m: m.push([]),
     ord("l"): lambda m: m.push(m.since_mark()),
     ord("a"): lambda m: m.append(m.pops(1)),
@@ -296,7 +290,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     0x86: lambda m: m.push(tuple(m.pops(2))),
     0x87: lambda m: m.push(tuple(m.pops(3))),
     ord("}"): lambda m: m.push({}),
-    ord("d"): _dict,
+    ord("d"): lambda m: m.dictionary(),
     ord("s"): lambda m: m.set_items(m.pops(2)),
     ord("u"): lambda m: m.set_items(m.since_mark()),
     0x8F: lambda m: m.push(Record(Global("builtins", "set"))),
@@ -314,7 +308,7 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("R"): lambda m: m.push(m.call(*m.pops(2))),
     ord("b"): lambda m: m.build(),
     ord("i"): lambda m: m.push(m.call(m.global_(m.line(), m.line()), tuple(m.since_mark()))),
-    ord("o"): _obj,
+    ord("o"): lambda m: m.push(m.object()),
     0x81: lambda m: m.push(m.call(*m.pops(2))),
     # the third is a mapping of arguments by name, which nothing here looks at
     0x92: lambda m: m.push(m.call(*m.pops(3)[:2])),

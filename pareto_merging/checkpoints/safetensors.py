@@ -74,11 +74,7 @@ class SafetensorsFile:
 
 
 def read_checksums(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> dict[str, int]:
-    """Return the checksums that our own files keep of their tensors. It is empty for others' files.
-
-    Raises:
-        UserError: of other tensors, or the header's own does not fit: it is damaged.
-    """
+    """Return the checksums that our own files keep of their tensors; others' have none. UserError: damaged."""
     text = metadata.get(CHECKSUMS)
     if text is None:
         if "source_format" in metadata:
@@ -117,11 +113,7 @@ def read_shapes(path: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is missing, unreadable or not safetensors; pickles (``.pt``, ``.bin``) are never opened.
-    """
+    """Read all tensors of a safetensors file. UserError: missing, broken or another format; no pickle is opened."""
     with _opened(path, device) as file:
         sums = read_checksums(path, file.metadata() or {}, list(file.keys()))
         tensors = {}

@@ -1,6 +1,7 @@
 """Names of Hugging Face's CLIP and open_clip's: what real transformers saves computes the same in real open_clip."""
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints import names as naming_schemes
 from pareto_merging.checkpoints.names import (
     BLOCK_NAMES,
     NAMINGS,
@@ -16,8 +18,7 @@ from pareto_merging.checkpoints.names import (
     Piece,
     Towers,
     find_towers,
-    hugging_face_text,
-    hugging_face_vision,
+    hugging_face_tensors,
     register,
     text_pieces,
     vision_pieces,
@@ -26,6 +27,9 @@ from pareto_merging.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 open_clip = pytest.importorskip("open_clip")
+
+hugging_face_vision = partial(hugging_face_tensors, naming_schemes.VISION)
+hugging_face_text = partial(hugging_face_tensors, naming_schemes.TEXT)
 
 VISION = {
     "hidden_size": 32,
