@@ -13,9 +13,9 @@ from pareto_merging.version import VERSION
 if TYPE_CHECKING:
     from pareto_merging.checkpoints import encoders as encoders
     from pareto_merging.checkpoints.checkpoint import open_checkpoint as open_checkpoint
-    from pareto_merging.data.heads import ZeroShotHead as ZeroShotHead
-    from pareto_merging.data.heads import read_head as read_head
     from pareto_merging.data.tasks import Task as Task
+    from pareto_merging.data.tasks import ZeroShotHead as ZeroShotHead
+    from pareto_merging.data.tasks import read_head as read_head
     from pareto_merging.errors import Interrupted as Interrupted
     from pareto_merging.errors import TrainingError as TrainingError
     from pareto_merging.errors import UserError as UserError
@@ -61,7 +61,7 @@ _HOMES = {
     "Task": "data.tasks.Task",
     "TrainingError": "errors.TrainingError",
     "UserError": "errors.UserError",
-    "ZeroShotHead": "data.heads.ZeroShotHead",
+    "ZeroShotHead": "data.tasks.ZeroShotHead",
     "evaluate_model": "measure.evaluation.evaluate_model",
     "evaluate_preferences": "measure.evaluation.evaluate_preferences",
     "fold": "model.fold.fold",
@@ -78,7 +78,7 @@ _HOMES = {
     "open_checkpoint": "checkpoints.checkpoint.open_checkpoint",
     "parametrize": "model.parametrize.parametrize",
     "preference": "model.state.preference",
-    "read_head": "data.heads.read_head",
+    "read_head": "data.tasks.read_head",
     "remember_stored": "model.stored.remember_stored",
     "save_folded": "model.files.save_folded",
     "save_pareto_set": "model.files.save_pareto_set",

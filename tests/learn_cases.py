@@ -6,9 +6,8 @@ import torch
 from helpers import noisy_copy
 from torch import Tensor, nn
 
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parametrize import parametrize

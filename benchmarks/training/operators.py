@@ -17,8 +17,8 @@ from benchmarks.common.arguments import command_parser
 from benchmarks.common.towers import Tower
 from benchmarks.training.models import FineTuned
 from pareto_merging import MethodSettings, Task
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
+from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.learn.gradient import Execution, TasksAtOnce
 from pareto_merging.learn.learner import Learner
 from pareto_merging.model.parametrize import parametrize

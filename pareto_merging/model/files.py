@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes, read_tensors, write_tensors
-from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights

@@ -6,9 +6,8 @@ from typing import Any
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import Checkpoint
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import FolderImages
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.run.config import EncoderConfig
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import open_images
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead, read_head
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.parametrize import parametrize

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints import encoders
-from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.model.files import load_heads, read_folded_header
 from pareto_merging.model.state import pareto_state

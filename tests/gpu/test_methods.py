@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods.interface import Problem
 from pareto_merging.methods.registry import METHODS, run

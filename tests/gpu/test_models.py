@@ -8,9 +8,8 @@ from helpers import randomize
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.fold import fold, merge

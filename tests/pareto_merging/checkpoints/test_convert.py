@@ -20,7 +20,7 @@ from torch import Tensor
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
 from pareto_merging.checkpoints.convert import convert_checkpoint
-from pareto_merging.data.heads import read_head
+from pareto_merging.data.tasks import read_head
 from pareto_merging.errors import UserError
 
 pytest.importorskip("open_clip")

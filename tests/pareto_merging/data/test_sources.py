@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pareto_merging.data.heads import ZeroShotHead, read_head
 from pareto_merging.data.sources import BatchStream, TensorImages, batch_indices, labelled_batches, open_images
+from pareto_merging.data.tasks import ZeroShotHead, read_head
 from pareto_merging.errors import UserError
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pareto_merging as pm
-from pareto_merging.data.heads import ZeroShotHead
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.learn import gradient
 from pareto_merging.learn.entropy import entropy_terms
 from pareto_merging.learn.gradient import Execution, GradientOfStep, TasksAtOnce, pareto_gradient

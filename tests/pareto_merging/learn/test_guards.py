@@ -14,7 +14,7 @@ from learn_cases import learned, same, short_run, task_set
 from torch import Tensor, nn
 
 from pareto_merging.checkpoints.safetensors import read_tensors
-from pareto_merging.data.heads import ZeroShotHead
+from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
 from pareto_merging.learn.log import LOG_NAME

@@ -9,8 +9,7 @@ from helpers import randomize
 from learn_cases import learned, same, short_run, task_set
 from torch import Tensor, nn
 
-from pareto_merging.data.heads import ZeroShotHead
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.entropy import entropy_terms
 from pareto_merging.learn.gradient import pareto_gradient

@@ -9,9 +9,8 @@ from helpers import noisy_copy, randomize
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.measure.choose import choose_for_unseen
 from pareto_merging.measure.evaluation import agreement, evaluate_model, evaluate_preferences, mean_entropy, predict

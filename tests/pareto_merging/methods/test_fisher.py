@@ -9,9 +9,8 @@ import torch
 from helpers import noisy_copy
 from torch import Tensor, nn
 
-from pareto_merging.data.heads import ZeroShotHead
 from pareto_merging.data.sources import TensorImages, batch_indices
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.errors import UserError
 from pareto_merging.methods import fisher, weight_averaging
 

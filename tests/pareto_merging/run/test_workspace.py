@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pareto_merging as pm
 from pareto_merging.checkpoints import checkpoint
 from pareto_merging.checkpoints.checkpoint import open_checkpoint
-from pareto_merging.data.heads import read_head
+from pareto_merging.data.tasks import read_head
 from pareto_merging.measure.evaluation import evaluate_model
 from pareto_merging.model.files import read_header
 from pareto_merging.run.config import RunConfig, read_config
