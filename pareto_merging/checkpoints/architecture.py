@@ -211,14 +211,8 @@ _EXPRESSED = {
     *("patch_dropout", "pos_embed_type", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads"),
     *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
 }
-OPEN_CLIP_DEFAULTS = {
-    "layers": 12,
-    "width": 768,
-    "patch_size": 16,
-    "head_width": 64,
-    "image_size": 224,
-    "mlp_ratio": 4.0,
-}
+# of open_clip's CLIPVisionCfg
+VISION_DEFAULTS = {"layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "image_size": 224, "mlp_ratio": 4.0}
 
 
 def from_description(description: Mapping[str, Any]) -> Architecture:
@@ -233,7 +227,7 @@ def from_description(description: Mapping[str, Any]) -> Architecture:
         raise UserError(f"encoder: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
     if isinstance(description.get("architecture"), str):
         config = encoders.model_config(description["architecture"])
-        settings = {**OPEN_CLIP_DEFAULTS, **config["vision_cfg"]}
+        settings = {**VISION_DEFAULTS, **config["vision_cfg"]}
         quick_gelu = quick_gelu or bool(config.get("quick_gelu", False))
         settings["output_dim"] = config["embed_dim"]
         source = f"encoder {description['architecture']}"

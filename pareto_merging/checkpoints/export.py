@@ -25,6 +25,8 @@ from pareto_merging.checkpoints.safetensors import write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.system.files import new_folder, write_bytes
 
+_JSON: dict[str, Any] = {"indent": 2, "allow_nan": False, "ensure_ascii": False}
+
 
 def export_hugging_face(
     tensors: Mapping[str, Tensor],
@@ -75,11 +77,8 @@ def export_hugging_face(
     config = hugging_face.hugging_face_vision_config(vision, dtype)
     if text_tower is not None:
         config = hugging_face.hugging_face_clip_config(vision, text_tower, dtype)
-    files = {
-        "preprocessor_config.json": _json(preprocessor),
-        "README.md": (card or model_card("transformers", encoder=encoder, has_text=bool(text))).encode(),
-        hugging_face.CONFIG: _json(config),
-    }
+    card = card or model_card("transformers", encoder=encoder, has_text=bool(text))
+    files = {"preprocessor_config.json": preprocessor, "README.md": card, hugging_face.CONFIG: config}
     _write_folder(target, "model.safetensors", stored, files, extra_files or {})
     return Path(folder)
 
@@ -120,13 +119,10 @@ def export_open_clip(
         vision = replace(vision, output_dim=vision.width)
     stored.update(text)
     config = {"model_cfg": open_clip.open_clip_model_config(vision, text_tower), "preprocess_cfg": preprocess_cfg}
-    files = {
-        "README.md": (card or model_card("open_clip", encoder=encoder, has_text=bool(text))).encode(),
-        open_clip.CONFIG: _json(config),
-    }
+    card = card or model_card("open_clip", encoder=encoder, has_text=bool(text))
     # half a model does not get a name that open_clip prefers
     weights = "open_clip_model.safetensors" if text else "visual.safetensors"
-    _write_folder(target, weights, stored, files, extra_files or {})
+    _write_folder(target, weights, stored, {"README.md": card, open_clip.CONFIG: config}, extra_files or {})
     return Path(folder)
 
 
@@ -182,9 +178,9 @@ def _target(folder: Path, overwrite: bool) -> Path:
 
 
 def _write_folder(
-    target: Path, weights: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes], extra: Mapping[str, bytes]
+    target: Path, weights: str, tensors: Mapping[str, Tensor], files: Mapping[str, Any], extra: Mapping[str, bytes]
 ) -> None:
-    """Write weights, extra files, then ``files`` in their order. The last is the one without which nothing loads."""
+    """Write weights, extra files, then ``files``: text, or JSON. The last is the one without which nothing loads."""
     for name in extra:
         if name in {weights, *files} or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
             raise UserError(f"extra_files: expected plain names of other files, got {listed([name])}")
@@ -192,9 +188,8 @@ def _write_folder(
             raise UserError(f"extra_files: expected no weights, got {name}")
     with new_folder(target) as temporary:
         write_tensors(temporary / weights, tensors, {"format": "pt"})
-        for name, content in {**extra, **files}.items():
-            write_bytes(temporary / name, content)
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+        for name, extra_content in extra.items():
+            write_bytes(temporary / name, extra_content)
+        for name, value in files.items():
+            content = value if isinstance(value, str) else json.dumps(value, **_JSON) + "\n"
+            write_bytes(temporary / name, content.encode())

@@ -25,22 +25,11 @@ _EPS = 1e-5
 _BICUBIC = 3
 _PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _DEFAULTS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": _EPS}
-_VISION_DEFAULTS = _DEFAULTS | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 512,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-}
-_TEXT_DEFAULTS = _DEFAULTS | {
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-}
+_VISION_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_attention_heads": 12}
+_IMAGE_SIZES = {"num_channels": 3, "image_size": 224, "patch_size": 32}
+_VISION_DEFAULTS = _DEFAULTS | _VISION_SIZES | _IMAGE_SIZES
+_TEXT_SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_TEXT_DEFAULTS = _DEFAULTS | _TEXT_SIZES | {"vocab_size": 49408, "eos_token_id": 49407}
 
 
 class HuggingFaceSettings(NamedTuple):

@@ -53,15 +53,8 @@ def _both(layers: Mapping[str, str]) -> dict[str, str]:
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in _KINDS}
 
 
-_BLOCK = _both(
-    {
-        "ln_1": "layer_norm1",
-        "attn.out_proj": "self_attn.out_proj",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-)
+_NORMS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+_BLOCK = _both({**_NORMS, "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"})
 _JOINED = {f"attn.in_proj_{kind}": tuple(f"self_attn.{letter}_proj.{kind}" for letter in "qkv") for kind in _KINDS}
 # what one transformer block holds, in open_clip's names
 BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})

@@ -58,15 +58,8 @@ def open_clip_model_config(architecture: Architecture, text: TextArchitecture | 
 def open_clip_preprocessing(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``preprocess_cfg`` of an open_clip_config.json. Raises UserError if ``preprocessing`` is not ours."""
     size, mean, std = check_preprocessing(preprocessing).values()
-    return {
-        "size": size,
-        "mode": "RGB",
-        "mean": mean,
-        "std": std,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-        "fill_color": 0,
-    }
+    resizing = {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+    return {"size": size, "mode": "RGB", "mean": mean, "std": std, **resizing}
 
 
 def preprocessing_from_open_clip(
@@ -115,7 +108,7 @@ def describe_folder(folder: Path, source: str) -> Description:
     quick_gelu = model.get("quick_gelu", False)
     if not isinstance(quick_gelu, bool):
         raise UserError(f"{where}: quick_gelu: expected true or false, got {str(quick_gelu)[:80]}")
-    arguments = {**shapes.OPEN_CLIP_DEFAULTS, **vision, "output_dim": model.get("embed_dim")}
+    arguments = {**shapes.VISION_DEFAULTS, **vision, "output_dim": model.get("embed_dim")}
     claimed = shapes.from_description({"arguments": arguments, "quick_gelu": quick_gelu})
     given = config.get("preprocess_cfg")
     preprocessing = None if given is None else preprocessing_from_open_clip(given, claimed.image_size, where)

@@ -38,19 +38,10 @@ class Global(NamedTuple):
         return self.module.partition(".")[0] == "__torch__"
 
 
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}
+_FLOATS = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16}
+_INTEGERS = {"LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16}
+_BYTES = {"CharStorage": torch.int8, "ByteStorage": torch.uint8, "UntypedStorage": torch.uint8}
+STORAGES = _FLOATS | _INTEGERS | _BYTES | {"BFloat16Storage": torch.bfloat16, "BoolStorage": torch.bool}
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 

@@ -130,9 +130,8 @@ def _opened(path: Path, device: str | torch.device = "cpu", *, any_name: bool = 
         what = "a folder" if path.is_dir() else "no such file"
         raise UserError(f"{path}: expected a safetensors file, got {what}")
     if not any_name and path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):
-        raise UserError(
-            f"{path}: expected safetensors, got {path.suffix} (a pickle, which could run code, is not opened)"
-        )
+        got = f"{path.suffix} (a pickle, which could run code, is not opened)"
+        raise UserError(f"{path}: expected safetensors, got {got}")
     try:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")

@@ -43,15 +43,8 @@ SPLITS = ("training", "merging", "evaluation")
 SPLIT_SIZES = {"training": 797, "merging": 400, "evaluation": 600}
 
 # Four patches of 4 x 4 pixels and the class token: five tokens keep a step on a CPU in the tens of milliseconds.
-ENCODER: dict[str, Any] = {
-    "image_size": SIDE,
-    "patch_size": 4,
-    "width": 96,
-    "layers": 4,
-    "heads": 3,
-    "mlp_ratio": 4.0,
-    "output_dim": 16,
-}
+_BLOCKS = {"width": 96, "layers": 4, "heads": 3, "mlp_ratio": 4.0}
+ENCODER: dict[str, Any] = {"image_size": SIDE, "patch_size": 4, **_BLOCKS, "output_dim": 16}
 LOGIT_SCALE: float = 20.0
 
 # Length of a task's own offset relative to the (unit) shared class vectors, in the heads and in pretraining. The wider
@@ -252,12 +245,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Train the digits suite (one generalist, eight fine-tuned encoders, eight heads) and write it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).resolve().parent / "digits_suite",
-        help="folder to write the suite into; made if missing, files of an earlier run are replaced",
-    )
+    folder = Path(__file__).resolve().parent / "digits_suite"
+    what = "folder to write the suite into; made if missing, files of an earlier run are replaced"
+    parser.add_argument("--out", type=Path, default=folder, help=what)
     parser.add_argument("--seed", type=int, default=0, help="seed of the heads and of all training")
     arguments = parser.parse_args(argv)
     make(arguments.out, arguments.seed)
