@@ -91,12 +91,10 @@ def say(facts: Mapping[str, Any]) -> str:
         what = "a zero-shot head of {classes} classes, {dim} features, logit scale {logit_scale:.4g}"
         return f"{facts['target']}: {what.format(**facts)}"
     encoder = facts["encoder"]
-    name = encoder.get("architecture")
-    name = name or "{width}-wide, {layers} layers, {image_size} px".format(**encoder["arguments"])
+    sizes = "{width}-wide, {layers} layers, {image_size} px"
+    name = encoder.get("architecture") or sizes.format(**encoder["arguments"])
     gelu = {True: "QuickGELU", False: "GELU", None: "GELU or QuickGELU (the checkpoint does not say)"}
     lines = [f"{facts['target']}: {name}, {gelu[encoder['quick_gelu']]}, {facts['numbers']:,} numbers"]
-    if not facts["projection"]:
-        lines.append("no projection in it: the pretrained model's is used")
-    if facts["text_tower"]:
-        lines.append("its text tower was left out")
+    lines += [] if facts["projection"] else ["no projection in it: the pretrained model's is used"]
+    lines += ["its text tower was left out"] if facts["text_tower"] else []
     return "; ".join(lines)

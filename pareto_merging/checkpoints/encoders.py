@@ -35,8 +35,9 @@ def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
 def build(description: Mapping[str, Any]) -> nn.Module:
     """Build the encoder of :func:`describe` with random weights, in eval mode.
 
-    It maps images [n, 3, H, W] to features [n, dim]. UserError: the description names no architecture, or arguments
-    that VisionTransformer does not take.
+    It maps images [n, 3, H, W] to features [n, dim].
+
+    Raises UserError: the description names no architecture, or arguments that VisionTransformer does not take.
     """
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
     from open_clip.transformer import QuickGELU, VisionTransformer

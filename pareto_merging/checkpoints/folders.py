@@ -32,7 +32,7 @@ register(hugging_face.LAYOUT)
 def layout_of(path: Path) -> Layout | None:
     """Return the layout of a folder, or of the folder that describes a file. None stands for a file by itself.
 
-    UserError: a folder without a configuration that is known, or with a broken one.
+    Raises UserError: a folder without a configuration that is known, or with a broken one.
     """
     is_folder = path.is_dir()
     for layout in reversed(LAYOUTS.values()):
@@ -50,7 +50,7 @@ def layout_of(path: Path) -> Layout | None:
 def open_folder(layout: Layout, path: Path, source: str) -> Contents:
     """Open a folder, or one file of its weights, by its layout. ``source`` is what messages call it.
 
-    UserError: no weights, broken ones, or a configuration that is not a CLIP's.
+    Raises UserError: no weights, broken ones, or a configuration that is not a CLIP's.
     """
     folder, names = (path, layout.weights) if path.is_dir() else (path.parent, (path.name,))
     description = layout.describe(folder, source)

@@ -24,8 +24,7 @@ def open_head(source: str | Path, name: str = "weight") -> tuple[Tensor, float]:
     (``head_<Dataset>Val.pt``) has class embeddings times exp(logit_scale) as rows, normalises its input and has no
     bias: its rows come with length 1, in float32.
 
-    Raises:
-        UserError: no such file or tensor, not a matrix of finite numbers, or no head of that release.
+    Raises UserError: no such file or tensor, not a matrix of finite numbers, or no head of that release.
     """
     path = Path(source)
     format = format_of(path)

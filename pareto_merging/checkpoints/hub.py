@@ -64,8 +64,7 @@ def locate(source: str | Path) -> tuple[Path, TagSettings | None]:
         source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub (``hf:owner/name``
             where a folder has that name), or ``open_clip:NAME/TAG``. A ``Path`` is never looked for elsewhere.
 
-    Raises:
-        UserError: nothing there, or it cannot be had (offline, private, unknown).
+    Raises UserError: nothing there, or it cannot be had (offline, private, unknown).
     """
     text, elsewhere = str(source), remote(source)
     path = Path(os.path.expanduser(source))

@@ -42,9 +42,8 @@ class HuggingFaceSettings(NamedTuple):
 def from_hugging_face_config(config: Mapping[str, Any], source: str = "config.json") -> HuggingFaceSettings:
     """Return the vision tower's heads and activation from a config.json. Keys may be missing, as in transformers.
 
-    Raises:
-        UserError: another ``model_type`` than clip_vision_model or clip (with ``vision_config`` inside), another
-            activation or layer norm, or values of the wrong type.
+    Raises UserError: another ``model_type`` than clip_vision_model or clip (with ``vision_config`` inside), another
+    activation or layer norm, or values of the wrong type.
     """
     return _settings(_vision_config(config, source), source)
 
@@ -52,9 +51,8 @@ def from_hugging_face_config(config: Mapping[str, Any], source: str = "config.js
 def from_hugging_face_text_config(config: Mapping[str, Any], source: str = "config.json") -> HuggingFaceSettings:
     """Return the text tower's heads and activation from a config.json of ``model_type`` clip.
 
-    Raises:
-        UserError: as :func:`from_hugging_face_config`, or an activation other than the vision tower's (open_clip's CLIP
-            has one for both), or an end of text that is not the last of the vocabulary.
+    Raises UserError: as :func:`from_hugging_face_config`, or an activation other than the vision tower's (open_clip's
+    CLIP has one for both), or an end of text that is not the last of the vocabulary.
     """
     vision = from_hugging_face_config(config, source)
     if config["model_type"] != "clip":
@@ -221,9 +219,8 @@ def preprocessing_from_hugging_face(
     Sizes may be numbers (before transformers 4.23) or mappings; what is missing is as CLIPImageProcessor has it.
     ``do_convert_rgb`` does not matter: our images are always RGB. None where nothing in it is about images.
 
-    Raises:
-        UserError: anything but bicubic resizing of the shorter side, a central crop of the same size, 1/255 and
-            normalisation.
+    Raises UserError: anything but bicubic resizing of the shorter side, a central crop of the same size, 1/255 and
+    normalisation.
     """
     if isinstance(config, Mapping) and isinstance(config.get("image_processor"), Mapping):
         config = config["image_processor"]

@@ -29,8 +29,7 @@ _TEXT_SIZES = ("context_length", "vocab_size", "width", "layers", "heads")
 def open_clip_model_config(architecture: Architecture, text: TextArchitecture | None = None) -> dict[str, Any]:
     """Return the ``model_cfg`` of an open_clip_config.json. Without ``text`` it has the smallest text tower there is.
 
-    Raises:
-        UserError: no projection (open_clip's CLIP has one), or towers that do not end in the same dimension.
+    Raises UserError: no projection (open_clip's CLIP has one), or towers that do not end in the same dimension.
     """
     if architecture.output_dim is None:
         raise UserError("encoder: expected a projection for open_clip, got none")

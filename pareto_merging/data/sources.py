@@ -52,17 +52,13 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         # classes 0 … 10 in the order of their numbers
         numbered = all(name.isdecimal() for name in names)
         self.classes = sorted(names, key=lambda name: (int(name) if numbered else 0, name))
-        self.files = sorted(
-            path
-            for path in root.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        )
+        images = [path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+        parts = {path: path.relative_to(root).parts for path in images}
+        self.files = sorted(path for path in images if not any(part.startswith(".") for part in parts[path]))
         if not self.files:
             raise UserError(f"{root}: expected images ({', '.join(IMAGE_SUFFIXES)}), got none")
         index = {name: number for number, name in enumerate(self.classes)}
-        self.labels = [index.get(path.relative_to(root).parts[0], -1) for path in self.files]
+        self.labels = [index.get(parts[path][0], -1) for path in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
