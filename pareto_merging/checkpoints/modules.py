@@ -132,7 +132,8 @@ def normalisation(root: Any) -> dict[str, Any] | None:
     compose = root.state.get("val_preprocess") if isinstance(root, Record) else None
     steps = compose.state.get("transforms") if isinstance(compose, Record) else None
     transforms: dict[str, Any] = {}
-    for step in (step for step in steps if isinstance(step, Record)) if isinstance(steps, list) else ():
+    records = [step for step in steps if isinstance(step, Record)] if isinstance(steps, list) else []
+    for step in records:
         if step.type.name == "Normalize":
             transforms |= {key: step.state.get(key) for key in ("mean", "std")}
         elif step.type.name == "CenterCrop":
