@@ -43,7 +43,7 @@ def model_card(
     preprocessing: Mapping[str, Any] | None = None,
     file_name: str = "",
 ) -> str:
-    """Return a README.md for the Hub: what a model is, what it was made of and how it is loaded.
+    """Return a README.md for the Hub. It says what a model is, what it was made of and how it is loaded.
 
     Args:
         library: what loads it; ``safetensors``: one file of the vision tower, called ``file_name``, whose images are

@@ -1,4 +1,4 @@
-"""A checkpoint of any format becomes one plain safetensors file with what is known of it, in open_clip's names."""
+"""A checkpoint of any format becomes one plain safetensors file. It has open_clip's names and what is known of it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -11,7 +11,7 @@ from pareto_merging.errors import UserError
 
 
 def describe(architecture: str, quick_gelu: bool = False) -> dict[str, Any]:
-    """Return what :func:`build` needs, as plain JSON, of an open_clip model name or a JSON file of arguments.
+    """Return what :func:`build` needs of an open_clip model name or a JSON file of arguments.
 
     Raises:
         UserError: an unknown name (close ones are listed) or an unreadable file.
@@ -85,13 +85,13 @@ def _checked(arguments: Any) -> dict[str, Any]:
 
 
 def has_quick_gelu(description: Mapping[str, Any]) -> bool:
-    """Return whether an encoder is described with QuickGELU, or open_clip's model of its name has it."""
+    """Return whether an encoder has QuickGELU, by its description or open_clip's model of its name."""
     named = "architecture" in description and model_config(description["architecture"]).get("quick_gelu", False)
     return bool(description.get("quick_gelu") or named)
 
 
 def default_preprocessing(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how CLIP makes an encoder's input of images: ``size``, and ``mean`` and ``std`` of three channels.
+    """Return ``size``, ``mean`` and ``std`` of three channels: how CLIP makes an encoder's images.
 
     Resized to ``size`` pixels along the shorter side (bicubic), cropped to the middle, 0..1, normalised.
     """

@@ -1,4 +1,4 @@
-"""Class embeddings and scales of zero-shot heads are read from files of any format, or from pickled modules."""
+"""Class embeddings and scales of zero-shot heads are read from any format, or pickled modules."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -58,7 +58,7 @@ def hub_id(source: str | Path) -> str:
 
 
 def locate(source: str | Path) -> tuple[Path, TagSettings | None]:
-    """Find the file or folder on this machine, downloaded first where it has to be, and what open_clip says of a tag.
+    """Find the file or folder on this machine, and open_clip's word on a tag. What is not here is downloaded first.
 
     Args:
         source: a file, a folder, ``owner/name`` or ``owner/name@revision`` on the Hugging Face Hub (``hf:owner/name``
@@ -107,7 +107,7 @@ def _hub(source: str) -> Path:
 
 
 def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return those small files of a checkpoint's folder that are there, downloaded first if it is the hub's."""
+    """Return those small files of a checkpoint's folder that are there. The hub's are downloaded first."""
     name = hub_id(source)
     if name:
         repository = _Repository(name)
@@ -118,7 +118,7 @@ def beside(source: str, folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 class _Repository:
-    """A repository of the hub, read through its cache, or from that alone where the hub does not answer."""
+    """A repository of the hub, read through its cache. Where the hub does not answer, that alone is read."""
 
     def __init__(self, name: str) -> None:
         from huggingface_hub import is_offline_mode

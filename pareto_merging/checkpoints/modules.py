@@ -19,7 +19,7 @@ _INNER = ("state_dict", "model_state_dict", "model")
 
 
 def find_tensors(root: Any, source: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a pickled module or state dict, alone or in a training checkpoint. UserError: none."""
+    """Return the tensors of a pickled module, state dict or training checkpoint by name. Raises UserError: none."""
     value, tensors = root, {}
     if isinstance(value, dict):
         value = next((value[key] for key in _INNER if isinstance(value.get(key), dict | Record)), value)

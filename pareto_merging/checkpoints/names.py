@@ -61,7 +61,7 @@ BLOCK_NAMES = frozenset({*_BLOCK, *_JOINED})
 
 
 class Side(NamedTuple):
-    """One side of a CLIP: open_clip's names -> Hugging Face's behind ``prefix``, and those that stand outside."""
+    """One side of a CLIP. Maps open_clip's names to Hugging Face's, behind ``prefix`` (``top``) or outside of it."""
 
     prefix: str
     top: dict[str, str]
@@ -187,7 +187,7 @@ def _pieces(names: Collection[str], prefix: str, top: Mapping[str, str]) -> tupl
 
 
 def hugging_face_tensors(side: Side, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield one tensor of a side, in open_clip's names without ``visual.``, as Hugging Face's: views of ``tensor``.
+    """Yield one tensor of a side, named as open_clip does without ``visual.``, as Hugging Face's. All are views.
 
     ``attn.in_proj_*`` ([3·width, …]) becomes three; a projection [width, dim] becomes [dim, width]; ``logit_scale`` has
     no dimension there (some of open_clip's have one). Raises UserError for a name that a plain CLIP does not have.

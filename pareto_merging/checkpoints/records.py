@@ -1,4 +1,4 @@
-"""What pickles are read as: references that stand for data, records, tensors, and what torch's functions would make."""
+"""What pickles are read as: references, records, tensors, and what torch's functions would make."""
 
 import math
 import re
@@ -148,7 +148,7 @@ def is_size(value: Any) -> bool:
 
 
 def set_items(target: dict[str, Any], pairs: list[Any]) -> None:
-    """Set those items of a dictionary whose keys are text, of keys and values in turns."""
+    """Set items of a dictionary whose keys are text, given keys and values in turns."""
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
         # no checkpoint needs other keys, and hashing what a stranger made can take for ever
         if type(key) is str:

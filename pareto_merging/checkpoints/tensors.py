@@ -1,4 +1,4 @@
-"""Named tensors that are read when asked for: a protocol, a mapping, and those of several files."""
+"""Named tensors, read when asked for: a protocol, a mapping, and those of several files."""
 
 import re
 from abc import abstractmethod

@@ -88,7 +88,7 @@ TASKS: tuple[str, ...] = tuple(_VIEWS)
 
 @cache
 def _digits() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return grey images [1797, 8, 8] in 0..1, labels [1797], and each split's rows, stratified and disjoint."""
+    """Return grey images [1797, 8, 8] in 0..1, labels [1797], and each split's rows. Splits are stratified."""
     digits = load_digits()
     rows = np.arange(len(digits.target))
     training, rest = train_test_split(rows, train_size=SPLIT_SIZES["training"], stratify=digits.target, random_state=0)
@@ -125,7 +125,7 @@ def normalisation() -> tuple[float, float]:
 
 
 def _worded(seed: int, offset: float) -> dict[str, Tensor]:
-    """Return task -> unit class vectors [10, output_dim]: the shared ones moved by ``offset`` along the task's own."""
+    """Return task -> unit class vectors [10, output_dim]. ``offset`` moves the shared ones along the task's own."""
     generator = torch.Generator().manual_seed(1000 + seed)
     shape = (CLASSES, ENCODER["output_dim"])
     shared = F.normalize(torch.randn(shape, generator=generator), dim=1)

@@ -116,7 +116,7 @@ def open_images(source: str, preprocessing: Mapping[str, Any]) -> Dataset[Any]:
 
 
 def batch_indices(size: int, batch: int, step: int, seed: Sequence[int]) -> list[int]:
-    """Return the indices of batch ``step`` (from 0) of an endless stream of seeded permutations of ``size`` items.
+    """Return the indices of batch ``step``, from 0, of endless seeded permutations of ``size`` items.
 
     A function of its arguments alone, so that a resumed run sees the very batches it would have seen.
     """
