@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pareto_merging.learn.settings import MethodSettings as MethodSettings
     from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
     from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
-    from pareto_merging.model.attention import ParetoAttention as ParetoAttention
     from pareto_merging.model.files import load_folded as load_folded
     from pareto_merging.model.files import load_heads as load_heads
     from pareto_merging.model.files import load_pareto_set as load_pareto_set
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
     from pareto_merging.model.files import save_pareto_set as save_pareto_set
     from pareto_merging.model.fold import fold as fold
     from pareto_merging.model.fold import merge as merge
+    from pareto_merging.model.forms import ParetoAttention as ParetoAttention
+    from pareto_merging.model.forms import ParetoLinear as ParetoLinear
     from pareto_merging.model.learned import get_lambda as get_lambda
     from pareto_merging.model.learned import lambda_names as lambda_names
     from pareto_merging.model.learned import learned_parameters as learned_parameters
     from pareto_merging.model.learned import set_lambda as set_lambda
-    from pareto_merging.model.linear import ParetoLinear as ParetoLinear
     from pareto_merging.model.parametrize import parametrize as parametrize
     from pareto_merging.model.state import get_preference as get_preference
     from pareto_merging.model.state import preference as preference
@@ -50,45 +50,30 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
-# public name -> where it is
-_HOMES = {
-    "EvaluationTask": "data.tasks.Task",
-    "Interrupted": "errors.Interrupted",
-    "MergingTask": "data.tasks.Task",
-    "MethodSettings": "learn.settings.MethodSettings",
-    "ParetoAttention": "model.attention.ParetoAttention",
-    "ParetoLinear": "model.linear.ParetoLinear",
-    "Task": "data.tasks.Task",
-    "TrainingError": "errors.TrainingError",
-    "UserError": "errors.UserError",
-    "ZeroShotHead": "data.tasks.ZeroShotHead",
-    "evaluate_model": "measure.evaluation.evaluate_model",
-    "evaluate_preferences": "measure.evaluation.evaluate_preferences",
-    "fold": "model.fold.fold",
-    "get_lambda": "model.learned.get_lambda",
-    "get_preference": "model.state.get_preference",
-    "lambda_names": "model.learned.lambda_names",
-    "learn_pareto_set": "learn.loop.learn_pareto_set",
-    "learned_parameters": "model.learned.learned_parameters",
-    "load_folded": "model.files.load_folded",
-    "load_heads": "model.files.load_heads",
-    "load_models": "run.workspace.load_models",
-    "load_pareto_set": "model.files.load_pareto_set",
-    "merge": "model.fold.merge",
-    "open_checkpoint": "checkpoints.checkpoint.open_checkpoint",
-    "parametrize": "model.parametrize.parametrize",
-    "preference": "model.state.preference",
-    "read_head": "data.tasks.read_head",
-    "remember_stored": "model.stored.remember_stored",
-    "save_folded": "model.files.save_folded",
-    "save_pareto_set": "model.files.save_pareto_set",
-    "set_lambda": "model.learned.set_lambda",
-    "set_preference": "model.state.set_preference",
-    "set_strategy": "model.strategy.set_strategy",
+# module -> its public names
+_NAMES = {
+    "checkpoints.checkpoint": ("open_checkpoint",),
+    "data.tasks": ("Task", "ZeroShotHead", "read_head"),
+    "errors": ("Interrupted", "TrainingError", "UserError"),
+    "learn.loop": ("learn_pareto_set",),
+    "learn.settings": ("MethodSettings",),
+    "measure.evaluation": ("evaluate_model", "evaluate_preferences"),
+    "model.files": ("load_folded", "load_heads", "load_pareto_set", "save_folded", "save_pareto_set"),
+    "model.forms": ("ParetoAttention", "ParetoLinear"),
+    "model.fold": ("fold", "merge"),
+    "model.learned": ("get_lambda", "lambda_names", "learned_parameters", "set_lambda"),
+    "model.parametrize": ("parametrize",),
+    "model.state": ("get_preference", "preference", "set_preference"),
+    "model.stored": ("remember_stored",),
+    "model.strategy": ("set_strategy",),
+    "run.workspace": ("load_models",),
 }
+# public name -> where it is; one class has three
+_HOMES = {name: (home, name) for home, names in _NAMES.items() for name in names}
+_HOMES |= dict.fromkeys(("MergingTask", "EvaluationTask"), _HOMES["Task"])
 
 # modules that are attributes without an import of their own; model cards of exported files import encoders
-_ROOMS = {**{name: name for name in ("data", "errors", "preferences")}, "encoders": "checkpoints.encoders"}
+_ROOMS = {"data": "data", "errors": "errors", "preferences": "preferences", "encoders": "checkpoints.encoders"}
 
 __all__ = sorted(_HOMES)
 
@@ -98,7 +83,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{_ROOMS[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, _, own_name = _HOMES[name].rpartition(".")
+    home, own_name = _HOMES[name]
     value = getattr(importlib.import_module(f"{__name__}.{home}"), own_name)
     globals()[name] = value
     return value

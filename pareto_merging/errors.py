@@ -18,9 +18,8 @@ class UserError(ValueError):
 class TrainingError(RuntimeError):
     """Training stopped on a NaN or inf; names the task, the step and the layer. Exit code 1.
 
-    Attributes:
-        task: the task's name, or None where it is a parameter that is not finite. step: counted from 1.
-        layer: the module or parameter that was found not finite first.
+    ``task`` is None where a parameter is not finite, ``layer`` the module or parameter first found so; steps count from
+    1.
     """
 
     def __init__(self, message: str, task: str | None, step: int, layer: str) -> None:
@@ -29,11 +28,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Training was asked to stop (Ctrl-C); the state is saved. Exit code 130.
-
-    Attributes:
-        step: how many steps are done.
-    """
+    """Training was asked to stop (Ctrl-C) after ``step`` steps; the state is saved. Exit code 130."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)

@@ -1,7 +1,4 @@
-"""Preferences: which are valid, how they are written, sampled and laid out.
-
-A preference γ is a point of the simplex, one weight per task: finite, non-negative, summing to 1.
-"""
+"""Preferences γ, finite, non-negative, summing to 1: which are valid, how they are written, sampled and laid out."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,17 +23,14 @@ def check_preference(gamma: Preference, task_names: Sequence[str], per_item: boo
     By task name, ``{"MNIST": 0.6}`` gives MNIST 0.6 and shares the rest out equally among the tasks not named; naming
     every task leaves nothing to share, so the values must then sum to 1.
 
-    Raises:
-        ValueError: not on the simplex (sum 1 within 1e-4), the wrong length, an unknown task. Nothing is normalised.
+    Raises ValueError off the simplex (sum 1 within 1e-4), for the wrong length or an unknown task; normalises nothing.
     """
     tasks = len(task_names)
     try:
         if isinstance(gamma, Mapping):
             gamma = _from_names(gamma, task_names)
         tensor = gamma if isinstance(gamma, Tensor) else torch.tensor(gamma, dtype=torch.float32, device="cpu")
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"preference: expected {tasks} numbers, got {gamma!r}") from error
-    except ValueError as error:
+    except (TypeError, RuntimeError, ValueError) as error:
         if str(error).startswith("preference:"):
             raise
         raise ValueError(f"preference: expected {tasks} numbers, got {gamma!r}") from error
@@ -44,10 +38,8 @@ def check_preference(gamma: Preference, task_names: Sequence[str], per_item: boo
         raise ValueError(f"preference: expected real numbers, got {tensor.dtype}")
     allowed = f"[{tasks}] or [batch, {tasks}]" if per_item else f"[{tasks}]"
     if tensor.ndim not in ((1, 2) if per_item else (1,)) or tensor.shape[-1] != tasks or not len(tensor):
-        raise ValueError(
-            f"preference: expected shape {allowed}, one weight for each of {', '.join(task_names)}; "
-            f"got {list(tensor.shape)}"
-        )
+        expected = f"{allowed}, one weight for each of {', '.join(task_names)}"
+        raise ValueError(f"preference: expected shape {expected}; got {list(tensor.shape)}")
     tensor = tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)
     values = tensor.detach()
     if not bool(torch.isfinite(values).all()):
@@ -62,8 +54,7 @@ def check_preference(gamma: Preference, task_names: Sequence[str], per_item: boo
 
 
 def _from_names(gamma: Mapping[str, float], task_names: Sequence[str]) -> Tensor:
-    unknown = [name for name in gamma if name not in task_names]
-    if unknown:
+    if unknown := [name for name in gamma if name not in task_names]:
         named = ", ".join(map(str, unknown))
         raise ValueError(f"preference: expected task names among {', '.join(task_names)}; got {named}")
     others = [name for name in task_names if name not in gamma]
@@ -80,30 +71,26 @@ def _show(values: Tensor) -> str:
 
 
 def parse_preference(text: str, task_names: Sequence[str]) -> Tensor:
-    """Read a preference from the command line. ``0.5,0.5``, ``MNIST=0.7`` (names share out the rest), ``equal``.
-
-    Returns float32 [K]. Raises ValueError as :func:`check_preference`.
-    """
+    """Read a preference [K] such as ``0.5,0.5``, ``MNIST=0.7`` or ``equal``. Raises as :func:`check_preference`."""
     text = text.strip()
     if text == "equal":
         return equal_preference(len(task_names))
-    parts = [part.strip() for part in text.split(",")]
     try:
+        given: Preference
         if "=" in text:
-            pairs = [part.partition("=") for part in parts]
-            named = [name.strip() for name, _, _ in pairs]
-            if len(set(named)) != len(named):
+            pairs = [part.partition("=") for part in text.split(",")]
+            names = [name.strip() for name, _, _ in pairs]
+            if len(set(names)) != len(names):
                 raise ValueError(f"preference: expected each task once, got {text!r}")
-            return check_preference(
-                {name.strip(): float(value) for name, _, value in pairs}, task_names, per_item=False
-            )
-        return check_preference([float(part) for part in parts], task_names, per_item=False)
+            given = {name: float(value) for name, (_, _, value) in zip(names, pairs, strict=True)}
+        else:
+            given = [float(part) for part in text.split(",")]
+        return check_preference(given, task_names, per_item=False)
     except ValueError as error:
         if str(error).startswith("preference:"):
             raise
-        raise ValueError(
-            f"preference: expected {len(task_names)} numbers such as 0.5,0.5 or TASK=0.7, got {text!r}"
-        ) from error
+        expected = f"{len(task_names)} numbers such as 0.5,0.5 or TASK=0.7"
+        raise ValueError(f"preference: expected {expected}, got {text!r}") from error
 
 
 _SETS = {
@@ -112,8 +99,6 @@ _SETS = {
     "energy": "energy:POINTS",
     "dirichlet": "dirichlet:POINTS or dirichlet:POINTS:CONCENTRATION",
 }
-
-
 # no task is called as what a text may stand for
 RESERVED_WORDS = ("equal", "one-hot", "priority", *_SETS)
 
@@ -127,8 +112,7 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
     (50 well-spread points), ``dirichlet:20`` (20 uniform draws) and ``dirichlet:20:0.5`` (of concentration 0.5). The
     same text always gives the same preferences.
 
-    Raises:
-        ValueError: as :func:`check_preference`; none; more than 10,000 in all, before any is generated.
+    Raises ValueError as :func:`check_preference`, for none, and for more than 10,000, before any is generated.
     """
     sets = [_counted(part, task_names) for part in map(str.strip, text.split(";")) if part]
     total = sum(count for count, _ in sets)
@@ -137,14 +121,13 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
     if total > MAX_PREFERENCES:
         # an integer of thousands of digits cannot even be printed
         got = f"{total:,}" if total < 10**12 else "more than 10^12"
-        raise ValueError(
-            f"preference: expected at most {MAX_PREFERENCES:,} in all, got {got} for {len(task_names)} tasks"
-        )
+        got = f"{got} for {len(task_names)} tasks"
+        raise ValueError(f"preference: expected at most {MAX_PREFERENCES:,} in all, got {got}")
     return [gamma for _, generate in sets for gamma in generate()]
 
 
 def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], Iterable[Tensor]]]:
-    """Say how many preferences one part of a text stands for. And how to generate them."""
+    """Say how many preferences one part of a text stands for, and how to generate them."""
     tasks = len(task_names)
     if part == "one-hot":
         return tasks, lambda: one_hot_preferences(tasks)
@@ -163,10 +146,10 @@ def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], It
         return math.comb(points + tasks - 1, tasks - 1), lambda: lattice(tasks, points)
     if kind == "energy":
         if tasks > 1 and not tasks <= points <= MAX_ENERGY_POINTS:
-            raise ValueError(
-                f"preference: expected energy:POINTS of at least {tasks} points for {tasks} tasks and at most "
-                f"{MAX_ENERGY_POINTS:,} (more take too long), got {part!r}"
+            expected = (
+                f"at least {tasks} points for {tasks} tasks and at most {MAX_ENERGY_POINTS:,} (more take too long)"
             )
+            raise ValueError(f"preference: expected energy:POINTS of {expected}, got {part!r}")
         return 1 if tasks == 1 else points, lambda: energy(tasks, points)
     try:
         concentration = float(arguments[1]) if len(arguments) == 2 else 1.0
@@ -193,10 +176,7 @@ def one_hot_preferences(tasks: int) -> Tensor:
 
 
 def priority_preferences(tasks: int, weight: float = 0.5) -> Tensor:
-    """Return [K, K]: row k gives task k ``weight`` and shares the rest out equally. [[1]] for one task.
-
-    Raises ValueError for a weight outside [0, 1].
-    """
+    """Return [K, K]: row k gives task k ``weight`` in [0, 1] and shares the rest out equally. [[1]] for one task."""
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: expected a number in [0, 1], got {weight}")
     if tasks == 1:
@@ -212,8 +192,7 @@ def two_task_grid(points: int = 11) -> Tensor:
 
 
 def lattice(tasks: int, partitions: int) -> Tensor:
-    """Return the Das–Dennis simplex lattice (pymoo's), [points, K]. That is every γ whose entries are multiples of
-    1/partitions."""
+    """Return the Das–Dennis simplex lattice (pymoo's), [points, K]: every γ of multiples of 1/partitions."""
     # takes a second to import
     from pymoo.util.ref_dirs import get_reference_directions
 

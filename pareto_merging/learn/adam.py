@@ -1,25 +1,48 @@
-"""Adam over all learned parameters as two long vectors: λ, and the rest.
+"""Adam over all learned parameters as two long vectors, λ and the rest, and gradients as such vectors.
 
 There are hundreds of small ones; the two groups may differ in their rate.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.learn.flat import pieces, widest
 from pareto_merging.learn.settings import OptimiserSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Adam:
-    """The long vectors, Adam's state, and the ways between them and the model's parameters.
+def widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype that holds all of them."""
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
-    Args:
-        learned: name -> parameter, λ (``lam.…``) before the rest. settings: rates and momentum.
-    """
+
+def flattened(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """Return gradients as one tensor [P], zero for None. Its dtype is the widest of the parameters'."""
+    pairs = list(zip(gradients, parameters, strict=True))
+    absent = max((parameter.numel() for gradient, parameter in pairs if gradient is None), default=0)
+    zeros = torch.zeros(absent, dtype=widest(parameters), device=parameters[0].device)
+    return torch.cat([zeros[: p.numel()] if g is None else g.reshape(-1).to(zeros) for g, p in pairs])
+
+
+def flat_gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return d value / d parameters as one tensor [P]. Its dtype is their widest; what has no part in it is zero."""
+    if not value.requires_grad:
+        size = sum(parameter.numel() for parameter in parameters)
+        return torch.zeros(size, dtype=widest(parameters), device=parameters[0].device)
+    return flattened(torch.autograd.grad(value, list(parameters), allow_unused=True), parameters)
+
+
+def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return views of a long vector in the shapes of the tensors ``like``."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+class Adam:
+    """The long vectors, Adam's state, and the ways to the parameters ``learned``, λ (``lam.…``) before the rest."""
 
     def __init__(self, learned: Mapping[str, nn.Parameter], settings: OptimiserSettings) -> None:
         self.learned, self.parameters = dict(learned), list(learned.values())
@@ -29,12 +52,9 @@ class Adam:
         groups = {kind: names for kind, names in groups.items() if names}
         self._groups = list(groups.values())
         self.vectors = [nn.Parameter(self._gathered(learned, names)) for names in self._groups]
-        self.optimizer = torch.optim.Adam(
-            [{"params": [vector], "lr": rates[kind]} for vector, kind in zip(self.vectors, groups, strict=True)],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        moved = [{"params": [vector], "lr": rates[kind]} for vector, kind in zip(self.vectors, groups, strict=True)]
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(moved, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
     def _gathered(self, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """Return the tensors of these names as one long vector."""

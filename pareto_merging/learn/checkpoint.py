@@ -1,7 +1,4 @@
-"""Checkpoints: what a run goes on from.
-
-The learned parameters, Adam's moments, the step, and what they belong to.
-"""
+"""Checkpoints: what a run goes on from, which is what is learned, Adam's moments, the step, and whose they are."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,8 +12,8 @@ from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, 
 from pareto_merging.errors import UserError
 from pareto_merging.learn.adam import MOMENTS
 from pareto_merging.learn.learner import Learner
-from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.pieces import TensorDigest
 from pareto_merging.model.state import pareto_state
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -33,8 +30,7 @@ def save_checkpoint(learner: Learner, folder: Path, step: int) -> None:
 def restore_checkpoint(learner: Learner, folder: Path) -> int:
     """Load the folder's checkpoint and return how many steps it has done. 0 if there is none.
 
-    Raises:
-        UserError: no checkpoint of this run: other settings, weights or heads, damaged, or another file.
+    Raises UserError for one of other settings, weights or heads, a damaged one, or another file.
     """
     path = folder / CHECKPOINT_NAME
     if not path.exists():
@@ -42,11 +38,8 @@ def restore_checkpoint(learner: Learner, folder: Path) -> int:
     metadata = read_metadata(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: expected a training checkpoint, got another safetensors file")
-    differences = list(_differences(path, metadata, _identity(learner)))
-    if differences:
-        raise UserError(
-            f"{path}: expected one of the same settings and weights, but it differs in {', '.join(differences)}"
-        )
+    if differences := ", ".join(_differences(path, metadata, _identity(learner))):
+        raise UserError(f"{path}: expected one of the same settings and weights, but it differs in {differences}")
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else -1
     if not 0 <= step <= learner.total:
         raise UserError(f"{path}: expected a step from 0 to {learner.total}, got {metadata.get('step')!r}")
@@ -55,7 +48,13 @@ def restore_checkpoint(learner: Learner, folder: Path) -> int:
     wanted = {f"parameter.{name}": parameter for name, parameter in everything.items()}
     if step:
         wanted |= {f"{key}.{name}": p for name, p in learner.learned.items() for key in MOMENTS}
-    _check_tensors(path, tensors, wanted)
+    for name, parameter in wanted.items():
+        value = tensors.get(name)
+        if value is None or value.shape != parameter.shape:
+            got = "none" if value is None else str(list(value.shape))
+            raise UserError(f"{path}: expected {name} of shape {list(parameter.shape)}, got {got}")
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{path}: expected finite numbers in {name}, got NaN or inf")
     with torch.no_grad():
         for name, parameter in everything.items():
             parameter.copy_(tensors[f"parameter.{name}"])
@@ -75,13 +74,9 @@ def _identity(learner: Learner) -> dict[str, Any]:
             if isinstance(tensor, Tensor):
                 digest.add(key, tensor)
         heads[name] = digest.hexdigest()
-    return {
-        "settings": settings,
-        "task_names": list(learner.names),
-        "model": json.loads(json.dumps(state.settings)),
-        "digests": state.digests,
-        "heads": heads,
-    }
+    model = json.loads(json.dumps(state.settings))
+    identity = {"settings": settings, "task_names": list(learner.names), "model": model}
+    return {**identity, "digests": state.digests, "heads": heads}
 
 
 def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str, Any]) -> Iterator[str]:
@@ -100,16 +95,6 @@ def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str,
         for key in dict.fromkeys((*now, *saved)):
             if saved.get(key) != now.get(key):
                 yield f"{label}{key} ({_short(saved.get(key))}, now {_short(now.get(key))})"
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    for name, parameter in wanted.items():
-        value = tensors.get(name)
-        if value is None or value.shape != parameter.shape:
-            got = "none" if value is None else str(list(value.shape))
-            raise UserError(f"{path}: expected {name} of shape {list(parameter.shape)}, got {got}")
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{path}: expected finite numbers in {name}, got NaN or inf")
 
 
 def _short(value: Any) -> str:

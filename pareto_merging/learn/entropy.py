@@ -1,6 +1,6 @@
-"""The objective ``entropy``: S_k is the mean entropy of the predictions on task k.
+"""The objective ``entropy``: S_k is the mean entropy of the predictions on task k, on batches without labels.
 
-On batches without labels. Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
+Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
 """
 
 import math
@@ -22,11 +22,10 @@ class Entropy(Objective):
 
     watches = ("entropy", MEAN_PREDICTION)
 
-    def __init__(self, information_maximisation: float = 0.0) -> None:
-        self.information_maximisation = information_maximisation
+    def __init__(self, model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
+        self.information_maximisation = settings.loss.information_maximisation
 
     def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
-        """Return :func:`entropy_terms` of the logits."""
         return entropy_terms(logits, self.information_maximisation)
 
 
@@ -43,8 +42,3 @@ def entropy_terms(logits: Tensor, information_maximisation: float = 0.0) -> Task
     if information_maximisation:
         objective = entropy + information_maximisation * (math.log(logits.shape[-1]) - mean_entropy)
     return TaskTerms(objective, (entropy.detach(), mean_entropy.detach()))
-
-
-def make(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> Entropy:
-    """Return the objective with the reward that the settings name."""
-    return Entropy(settings.loss.information_maximisation)

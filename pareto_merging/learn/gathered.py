@@ -5,6 +5,7 @@ terms are batched over the layers of one shape.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,32 +13,25 @@ import torch
 from torch import Tensor, nn
 
 import pmkernels
-from pareto_merging.learn.flat import flat_gradient, flattened, pieces
-from pareto_merging.model.parameters import LowRankTerm, MergedParameter, merged_parameters
+from pareto_merging.learn.adam import flat_gradient, flattened, pieces
+from pareto_merging.model.parameters import MergedParameter, merged_parameters
 from pareto_merging.model.state import ParetoState, pareto_state
 
 
 class Gathered:
-    """Vectors and factors of one model, and the gradient of its learned parameters through them.
+    """Vectors and factors of one Pareto model, and the gradient of what is ``learned``, P numbers, through them.
 
-    Args:
-        model: a Pareto model. learned: name -> parameter, P numbers in all.
-
-    Attributes:
-        wanted: what a value is differentiated by: the learned parameters, but L = A·C in the place of A and nothing in
-            that of G.
+    ``wanted`` is what a value is differentiated by: the learned parameters, but L = A·C in the place of A and nothing
+    in that of G.
     """
 
     def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = list(learned.values())
+        self.parameters, self.state = list(learned.values()), pareto_state(model)
         self.factors = MergedFactors(model, self.parameters)
-        self.wanted = [
-            self.factors.leaves.get(id(parameter), parameter)
-            for parameter in self.parameters
-            if id(parameter) not in self.factors.cores
-        ]
+        leaves, cores = self.factors.leaves, self.factors.cores
+        self.wanted = [leaves.get(id(p), p) for p in self.parameters if id(p) not in cores]
         members = list(_vectors(model))
-        self.vectors = MergedVectors(pareto_state(model), members, self.wanted) if members else None
+        self.vectors = MergedVectors(self.state, members, self.wanted) if members else None
 
     def refresh(self) -> None:
         """Merge with λ, A, G and γ as they are now."""
@@ -45,11 +39,10 @@ class Gathered:
         if self.vectors is not None:
             self.vectors.refresh()
 
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let the model's layers use what is merged, inside the block."""
-        with self.factors.lent(), contextlib.nullcontext() if self.vectors is None else self.vectors.lent():
-            yield
+    def lent(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model's layers use what is merged, inside the block: views of the vectors, and L with B."""
+        vectors = None if self.vectors is None else self.vectors.by_weight()
+        return self.state.now.changed(factors=self.factors.by_weight, vectors=vectors)
 
     def gradient(self, value: Tensor) -> Tensor:
         """Return d value / d :attr:`wanted` as one flat tensor, which :meth:`finish` makes the parameters'."""
@@ -87,27 +80,21 @@ def _vectors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 class MergedVectors:
     """Every bias, norm and other vector with a λ, merged and differentiated at once.
 
-    ``refresh`` merges them into one leaf tensor z; while :meth:`lent`, the model's layers read views of it, so that
-    autograd finds dS/dz; :meth:`add_d_lambda` makes dλ of that.
-
-    Args:
-        state: the model's. members: W0, τ and λ of each vector. learned: what the flat gradient is of, in its order.
+    ``refresh`` merges them into one leaf tensor z; the model's layers read views of it, so that autograd finds dS/dz;
+    :meth:`add_d_lambda` makes dλ of that. ``members`` are W0, τ and λ of each, ``learned`` what the flat gradient is
+    of.
     """
 
     def __init__(
         self, state: ParetoState, members: Sequence[tuple[Tensor, Tensor, Tensor]], learned: Sequence[Tensor]
     ) -> None:
         self.state = state
-        places: dict[int, int] = {}
-        count = 0
-        for parameter in learned:
-            places[id(parameter)] = count
-            count += parameter.numel()
+        ends = itertools.accumulate((parameter.numel() for parameter in learned), initial=0)
+        places = {id(parameter): start for parameter, start in zip(learned, ends, strict=False)}
         weights, taus, lams = (list(column) for column in zip(*members, strict=True))
         device = weights[0].device
         self.sizes = [weight.numel() for weight in weights]
-        self.keys = [id(weight) for weight in weights]
-        # kept together a second time, and alive, so that the keys stay theirs: a thousandth of the model
+        # kept together a second time, and alive, so that their identities stay theirs: a thousandth of the model
         self._originals = weights
         self.weight = torch.cat([weight.detach() for weight in weights])
         self.task_vectors = torch.cat([tau.detach() for tau in taus], dim=1)
@@ -136,14 +123,9 @@ class MergedVectors:
         strategy = self.state.now.kernel_strategy
         self.leaf.copy_(pmkernels.merge_vectors(self.weight, self.task_vectors, table, self.offsets, strategy=strategy))
 
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let the model's layers use the merged vectors, inside the block."""
-        self.state.now.vectors = dict(zip(self.keys, self.leaf.split(self.sizes), strict=True))
-        try:
-            yield
-        finally:
-            self.state.now.vectors = None
+    def by_weight(self) -> dict[int, Tensor]:
+        """Return views of the merged vectors by the identity of their W0."""
+        return dict(zip(map(id, self._originals), self.leaf.split(self.sizes), strict=True))
 
     def add_d_lambda(self, d_leaf: Tensor, gradient: Tensor) -> None:
         """Add to the flat ``gradient`` [P] what ``d_leaf`` [S] says of the λ, in place."""
@@ -161,11 +143,10 @@ class MergedVectors:
 class MergedFactors:
     """L = A·C(γ) of every low-rank term, put together and differentiated at once.
 
-    A layer needs L and B alone, and dS/dL = dW·B comes from the pass that forms dW. From Σ_k c_k dS_k/dL then follow
-    dA = dL·Cᵀ and dG[:,:,k] = γ_k AᵀdL of all layers of one shape in a few batched products, once for all tasks.
-
-    Attributes:
-        leaves: by the identity of A, the leaf that stands for it. cores: the identities of every G.
+    A layer needs L and B alone, and dS/dL = dW·B comes from the pass that forms dW. From Σ_k c_k dS_k/dL then follow dA
+    = dL·Cᵀ and dG[:,:,k] = γ_k AᵀdL of all layers of one shape in a few batched products, once for all tasks.
+    ``leaves`` and ``by_weight`` have by the identity of A and of W0 the leaf that stands for A; ``cores`` the
+    identities of every G.
     """
 
     def __init__(self, model: nn.Module, learned: Sequence[Tensor]) -> None:
@@ -180,15 +161,15 @@ class MergedFactors:
         self.leaves: dict[int, Tensor] = {}
         self.cores = {id(p.G) for group in self.groups for p in group if p.G is not None}
         self._stacked = [torch.stack([p.A.detach() for p in group if p.A is not None]) for group in self.groups]
-        self._keys: dict[int, Tensor] = {}
+        self.by_weight: dict[int, Tensor] = {}
         for group, stacked in zip(self.groups, self._stacked, strict=True):
             for parameter, factor in zip(group, stacked, strict=True):
                 leaf = factor.detach().requires_grad_()
-                self.leaves[id(parameter.A)] = self._keys[id(parameter.weight)] = leaf
+                self.leaves[id(parameter.A)] = self.by_weight[id(parameter.weight)] = leaf
 
     def _cores(self, group: Sequence[MergedParameter]) -> tuple[Tensor, Tensor]:
         """Return A [L, N, r] and C(γ) [L, r, r] of layers of one shape."""
-        terms = _terms(group)
+        terms = [term for parameter in group if (term := parameter.low_rank()) is not None]
         G = torch.stack([term.G for term in terms])
         return torch.stack([term.A for term in terms]), G @ self.state.now.gamma.to(G)
 
@@ -198,15 +179,6 @@ class MergedFactors:
         for group, stacked in zip(self.groups, self._stacked, strict=True):
             A, core = self._cores(group)
             torch.bmm(A, core, out=stacked)
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Let the model's layers use L and B, inside the block."""
-        self.state.now.factors = self._keys
-        try:
-            yield
-        finally:
-            self.state.now.factors = None
 
     @torch.no_grad()
     def gradients(self, d_leaves: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -222,8 +194,3 @@ class MergedFactors:
                 if parameter.G is not None:
                     result[id(parameter.G)] = of_G
         return result
-
-
-def _terms(group: Sequence[MergedParameter]) -> list[LowRankTerm]:
-    """Return the low-rank terms of layers that have one, at the model's preference."""
-    return [term for parameter in group if (term := parameter.low_rank()) is not None]

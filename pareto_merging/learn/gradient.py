@@ -1,6 +1,7 @@
-"""The gradient of one optimiser step: exact, at the activation memory of one task.
+"""The gradient of one optimiser step, exact, at the activation memory of one task, and the loss's regularisers.
 
-The loss depends on the learned parameters only through S_1 … S_K and the closed-form norm. So for each task: forward,
+The loss (equation 10 of Chen & Kwok, arXiv 2408.12105) depends on the learned parameters only through S_1 … S_K and the
+closed-form norm. So for each task: forward,
 backward, keep that task's small gradient, free its activations (a micro-step); then dL/dS_k from the K numbers S, and
 Σ_k (dL/dS_k)·∇S_k.
 
@@ -10,22 +11,23 @@ whole of it is captured once and replayed, so that Python launches one graph ins
 """
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+import pmkernels
 from pareto_merging.data.tasks import Task
-from pareto_merging.learn.flat import flat_gradient
+from pareto_merging.learn.adam import flat_gradient
 from pareto_merging.learn.gathered import Gathered
 from pareto_merging.learn.objectives import OBJECTIVES, TaskTerms
-from pareto_merging.learn.regularizers import cosine_alignment, tensor_norm
 from pareto_merging.learn.scalarize import scalarize
 from pareto_merging.learn.settings import LossSettings, MethodSettings
 from pareto_merging.model.cache import MergedWeights
+from pareto_merging.model.parameters import LowRankTerm, merged_parameters
 from pareto_merging.model.state import pareto_state
 from pmkernels.autocast import autocast_enabled
 from pmkernels.graphs import capture, warm_up
@@ -36,14 +38,7 @@ TasksAtOnce: TypeAlias = Literal["one", "all"]
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step is computed: nothing of it changes the result but its rounding.
-
-    Attributes:
-        cache: keep merged weights for the K tasks; None: by the model's strategy and memory budget, on the CPU always
-            and on a GPU where half of what is free suffices.
-        cuda_graphs: ``"on"``; ``"off"``; ``"auto"``: on a GPU, unless the model cannot be captured.
-        tasks_at_once: ``"one"``, at the activation memory of one task; ``"all"``: see :func:`learn_pareto_set`.
-    """
+    """How a step is computed, which changes nothing but the result's rounding: see :func:`learn_pareto_set`."""
 
     cache: bool | None = None
     cuda_graphs: CudaGraphs = "auto"
@@ -59,14 +54,49 @@ class Execution:
 
 
 class StepGradient(NamedTuple):
-    """The outcome of one preference, on the device.
-
-    ``loss`` []; of each task S_k and what its objective watches [K, 1 + watched]; the gradient [P].
-    """
+    """The loss [] of one preference; S_k and what is watched of each task [K, 1 + watched]; the gradient [P]."""
 
     loss: Tensor
     terms: Tensor
     gradient: Tensor
+
+
+def cosine_alignment(objectives: Tensor, gamma: Tensor) -> Tensor:
+    """Return cos(S, 1/γ) of objectives [K] and gamma [K], which is subtracted from the loss.
+
+    1/γ is written γ_min/γ, which has the same direction and does not overflow; an entry of γ below 1e-12 counts as
+    1e-12.
+    """
+    gamma = gamma.clamp(min=1e-12)
+    return torch.cosine_similarity(objectives, gamma.amin() / gamma, dim=-1)
+
+
+def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
+    """Return ‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ) of A [*, N, r], C [*, r, r], B [*, D, r] by r×r products."""
+    return ((A.mT @ A @ C) * (C @ (B.mT @ B))).sum(dim=(-2, -1))
+
+
+def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
+    """Return ‖A·(G ×₃ γ)·Bᵀ‖_F over all low-rank layers together, zero where there are none.
+
+    Our reading: the Frobenius norm of the whole personalised part, √Σ_layers ‖·‖², not a sum of the layers' norms.
+    Its gradient at G = 0 is 0. Layers of one shape are computed together, in a few batched products.
+    """
+    shapes: dict[Any, list[LowRankTerm]] = {}
+    for parameter in merged_parameters(model):
+        if (term := parameter.low_rank(gamma)) is not None:
+            key = (term.A.shape, term.G.shape, term.B.shape, term.A.dtype, term.A.device)
+            shapes.setdefault(key, []).append(term)
+    if not shapes:
+        return torch.zeros((), device=gamma.device)
+    wide = pmkernels.reference.accumulate_dtype(gamma, *(term.A for group in shapes.values() for term in group))
+    total = torch.zeros((), dtype=wide, device=gamma.device)
+    for group in shapes.values():
+        A, G, B = (torch.stack(parts).to(wide) for parts in zip(*group, strict=True))
+        total = total + low_rank_square(A, G @ gamma.to(G), B).sum().to(gamma.device)
+    # the gradient of a root is not finite at 0, where this one is 0
+    positive = total > 0
+    return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), total.detach().clamp(min=0))
 
 
 def pareto_gradient(
@@ -77,14 +107,11 @@ def pareto_gradient(
     norm: Callable[[], Tensor] | None = None,
     gathered: Gathered | None = None,
 ) -> StepGradient:
-    """Return the exact gradient of the loss at the activation memory of one task.
+    """Return the exact gradient of the loss by the P numbers of ``parameters``, at the activation memory of one task.
 
-    The loss needs only S_1 … S_K. Nothing here waits for the device. The gradient holds NaN where an objective does.
-
-    Args:
-        objectives: K functions that each run one task's forward. parameters: what to differentiate, P numbers in all.
-        gamma: [K]. norm: ‖A·C·Bᵀ‖ of the model at γ, if the settings use it.
-        gathered: what differentiates by the parameters instead of autograd alone.
+    Each of the K ``objectives`` runs one task's forward; ``norm`` is ‖A·C·Bᵀ‖ of the model at gamma [K], if the
+    settings use it; ``gathered`` differentiates instead of autograd alone. Nothing here waits for the device. The
+    gradient holds NaN where an objective does.
     """
     rows, gradients = [], []
     for objective in objectives:
@@ -131,14 +158,10 @@ _NOTHING = contextlib.nullcontext()
 
 
 class GradientOfStep:
-    """(batch, γ) -> :class:`StepGradient` of a model's learned parameters, in their order.
+    """(batch, γ) -> :class:`StepGradient` of a Pareto model in eval mode by what is ``learned``, in its order.
 
-    Args:
-        model: a Pareto model in eval mode. tasks: by name, in the model's order, where the objective needs images.
-        learned: name -> parameter. settings: objective, scalarisation and regularisers.
-        execution: how it is computed. on_warning: told why a graph could not be captured in ``"auto"``.
-
-    What it returns may be overwritten by the next call.
+    ``tasks`` are by name, in the model's order, where the objective needs images; ``on_warning`` is told why a graph
+    could not be captured in ``"auto"``. What it returns may be overwritten by the next call.
     """
 
     def __init__(
@@ -160,7 +183,11 @@ class GradientOfStep:
         if execution.cuda_graphs == "on" and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: expected auto or off without a CUDA GPU, got 'on' for {self.device}")
         self.heads = [task.head for task in tasks.values()] if kind.needs == "images" else []
-        self._check_heads()
+        for name, head in zip(self.state.task_names, self.heads, strict=False):
+            for part, tensor in (*head.named_parameters(), *head.named_buffers()):
+                if tensor.device != self.device:
+                    expected = f"expected the head of {name} on {self.device}, where the model is"
+                    raise ValueError(f"tasks: {expected}, got {part} on {tensor.device}")
         self.graphs: CudaGraphs = execution.cuda_graphs if self.device.type == "cuda" else "off"
         self.on_warning = on_warning or (lambda text: None)
         self.cache = self._cache(execution.cache)
@@ -170,21 +197,13 @@ class GradientOfStep:
         self.objective = kind(model, tasks, settings)
         self.gathered = Gathered(model, learned) if kind.needs == "images" else None
         self.gamma = torch.zeros(len(self.state.task_names), dtype=torch.float32, device=self.device)
+        self._norm = functools.partial(tensor_norm, model, self.gamma)
         # the images of each task, then what the objective wants beside them
         self._inputs: list[Tensor] = []
         self._shapes: list[Any] = []
         self._graph: Any = None
         self._outputs: StepGradient | None = None
         self._warm = False
-
-    def _check_heads(self) -> None:
-        for name, head in zip(self.state.task_names, self.heads, strict=False):
-            for part, tensor in itertools.chain(head.named_parameters(), head.named_buffers()):
-                if tensor.device != self.device:
-                    raise ValueError(
-                        f"tasks: expected the head of {name} on {self.device}, where the model is, got {part} on "
-                        f"{tensor.device}"
-                    )
 
     def _cache(self, wanted: bool | None) -> MergedWeights | None:
         strategy, budget = self.state.now.strategy, self.state.now.memory_budget
@@ -201,16 +220,13 @@ class GradientOfStep:
     def __call__(self, batch: Sequence[Tensor], gamma: Tensor, targets: Sequence[Tensor] = ()) -> StepGradient:
         """Return the gradient at ``gamma`` [K] for images and targets of each task. They lie on the device."""
         self._place(batch, targets, gamma)
-        if self.graphs == "off":
-            return self._compute()
-        if self._graph is None and self._warm:
+        if self.graphs != "off" and self._graph is None:
+            if not self._warm:
+                self._warm = True
+                return warm_up(self._compute, self.device)
             self._capture()
         if self._graph is None:
-            if self._warm:
-                # it failed just now
-                return self._compute()
-            self._warm = True
-            return warm_up(self._compute, self.device)
+            return self._compute()
         self._graph.replay()
         assert self._outputs is not None
         return self._outputs
@@ -246,23 +262,13 @@ class GradientOfStep:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.on_warning(f"cuda_graphs: going on without, because the model could not be captured: {reason}")
 
-    @contextlib.contextmanager
-    def _lent(self) -> Iterator[None]:
-        """Set the model to this γ and this step's merged weights, inside the block."""
-        state, before = self.state, (self.state.now.gamma, self.state.now.cache)
-        state.now.gamma, state.now.cache = self.gamma, self.cache
-        try:
-            yield
-        finally:
-            state.now.gamma, state.now.cache = before
-
     def _compute(self) -> StepGradient:
         kind = self.device.type
         enabled = autocast_enabled(kind)
         # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
         plain = torch.autocast(kind, enabled=False) if enabled else _NOTHING
         dtype = torch.get_autocast_dtype(kind) if enabled else None
-        with self._lent(), plain:
+        with self.state.now.changed(gamma=self.gamma, cache=self.cache), plain:
             if self.gathered is None:
                 return self._closed_form()
             if self.cache is not None:
@@ -273,25 +279,18 @@ class GradientOfStep:
             with self.gathered.lent():
                 if self.tasks_at_once == "all":
                     return self._all_at_once(self.gathered, dtype)
-                runs = [self._micro_step(k, dtype) for k in range(len(self.heads))]
+                runs = [functools.partial(self._terms, k, dtype) for k in range(len(self.heads))]
                 return pareto_gradient(runs, self.parameters, self.gamma, self.settings, self._norm, self.gathered)
-
-    def _norm(self) -> Tensor:
-        return tensor_norm(self.model, self.gamma)
 
     def _targets(self, task: int) -> Tensor | None:
         place = len(self.heads) + task
         return self._inputs[place] if place < len(self._inputs) else None
 
-    def _micro_step(self, task: int, autocast: torch.dtype | None) -> Callable[[], TaskTerms]:
-        """Return what runs the forward of the batch in hand. ``autocast``: the caller's type, if they have it on."""
-
-        def run() -> TaskTerms:
-            with self._casting(autocast):
-                logits = self.heads[task](self.model(self._inputs[task]))
-            return self.objective.terms(task, logits, self._targets(task))
-
-        return run
+    def _terms(self, task: int, autocast: torch.dtype | None) -> TaskTerms:
+        """Run the forward of the batch in hand. ``autocast``: the caller's type, if they have it on."""
+        with self._casting(autocast):
+            logits = self.heads[task](self.model(self._inputs[task]))
+        return self.objective.terms(task, logits, self._targets(task))
 
     def _casting(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         # nothing cast in an earlier step may be used in a captured one, so nothing is kept

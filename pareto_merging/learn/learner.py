@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 from pareto_merging.data.sources import BatchStream, batch_indices
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError
-from pareto_merging.learn.adam import Adam
-from pareto_merging.learn.flat import pieces
+from pareto_merging.learn.adam import Adam, pieces
 from pareto_merging.learn.gradient import Execution, GradientOfStep, StepGradient
-from pareto_merging.learn.guards import first_nonfinite
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
@@ -45,10 +44,7 @@ class StepFailure(TrainingError):
 
 
 class Learner:
-    """The parameters, what differentiates them and what moves them. :meth:`step` is one optimiser step.
-
-    Args as of :func:`learn_pareto_set`, which they raise the same errors for.
-    """
+    """The parameters, their gradient and Adam. Args, and the errors they raise, as of :func:`learn_pareto_set`."""
 
     def __init__(
         self,
@@ -69,9 +65,9 @@ class Learner:
         self._fixed = None if gamma is None else check_preference(gamma, self.names, per_item=False)
         self.model, self.settings = model, settings
         self.total = settings.steps_for(len(self.names))
-        # λ first: Adam's long vectors and the gradient are in this order
-        order = sorted(everything, key=lambda name: not name.startswith("lam."))
-        self.learned = {n: everything[n] for n in order if settings.optimiser.learn_lambda or not n.startswith("lam.")}
+        # λ first, as Adam's long vectors and the gradient have it
+        learn_lambda = settings.optimiser.learn_lambda
+        self.learned = {name: p for name, p in everything.items() if learn_lambda or not name.startswith("lam.")}
         if not self.learned:
             raise ValueError("model: expected something to learn (λ, or a low-rank term), got a model with neither")
         for name, parameter in everything.items():
@@ -89,10 +85,8 @@ class Learner:
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
         """Yield one list of K batches of images per step, after step ``first``. Empty where none are needed."""
         size = self.settings.sampling.batch_size
-        streams = [
-            BatchStream(task.images, size, first, self.total, self._order(index), workers)
-            for index, task in enumerate(self.tasks.values() if self.needs_images else ())
-        ]
+        tasks = enumerate(self.tasks.values() if self.needs_images else ())
+        streams = [BatchStream(t.images, size, first, self.total, self._order(k), workers) for k, t in tasks]
         for _ in range(first, self.total):
             yield [self._on_device(next(stream)) for stream in streams]
 
@@ -117,21 +111,17 @@ class Learner:
         """Return what the objective wants beside the images of this step. Empty where it wants nothing."""
         if not self.objective.has_targets:
             return []
-        size = self.settings.sampling.batch_size
-        orders = [
-            batch_indices(len(task.images), size, step - 1, self._order(index))  # type: ignore[arg-type]
-            for index, task in enumerate(self.tasks.values())
-        ]
-        return [self.objective.targets(k, indices).to(self.device) for k, indices in enumerate(orders)]
+        targets, size = [], self.settings.sampling.batch_size
+        for k, task in enumerate(self.tasks.values()):
+            indices = batch_indices(len(task.images), size, step - 1, self._order(k))  # type: ignore[arg-type]
+            targets.append(self.objective.targets(k, indices).to(self.device))
+        return targets
 
     def step(self, step: int, batch: Sequence[Tensor]) -> StepResult:
-        """Move what is learned by one step of Adam.
+        """Move what is learned by one step of Adam. Waits for the device once.
 
-        On a NaN or inf nothing of the step remains. Waits for the device once. ``batch``: the images of each task on
-        the device; empty for an objective on weights.
-
-        Raises:
-            StepFailure: something is not finite, in the objectives, the gradient or the parameters after it.
+        ``batch``: the images of each task on the device; empty for an objective on weights. Raises StepFailure if
+        objectives, gradient or new parameters are not finite; then nothing of the step remains.
         """
         targets, gammas = self._targets(step), self.gammas(step)
         outcomes = []
@@ -145,15 +135,13 @@ class Learner:
         self.adam.step(gradient)
         losses, terms, sums = self._read(outcomes, [gradient, *self.adam.state()])
         if not bool(torch.isfinite(terms[..., 0]).all() and torch.isfinite(sums).all()):
-            raise self._failed(step, batch, gammas, gradients, terms[..., 0].tolist(), before)
+            seen = list(zip(gammas, gradients, terms[..., 0].tolist(), strict=True))
+            raise self._failed(step, batch, seen, before)
         self.adam.scatter()
         objectives, *watched = (_means(column.tolist()) for column in terms.unbind(dim=2))
-        return StepResult(
-            loss=sum(losses) / len(losses),
-            objectives=objectives,
-            gammas=[[round(value, 6) for value in gamma.tolist()] for gamma in gammas],
-            watched=dict(zip(self.watches, watched, strict=True)),
-        )
+        rounded = [[round(value, 6) for value in gamma.tolist()] for gamma in gammas]
+        by_name = dict(zip(self.watches, watched, strict=True))
+        return StepResult(sum(losses) / len(losses), objectives, rounded, by_name)
 
     def _read(self, outcomes: Sequence[StepGradient], summed: Sequence[Tensor]) -> tuple[list[float], Tensor, Tensor]:
         """Return losses, terms [preferences, K, 1 + watched] and sums on the host. Waits for the device once."""
@@ -172,18 +160,12 @@ class Learner:
         return losses.tolist(), terms.view(len(outcomes), *shape), sums
 
     def _failed(
-        self,
-        step: int,
-        batch: Sequence[Tensor],
-        gammas: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        objectives: Sequence[Sequence[float]],
-        before: Sequence[Tensor],
+        self, step: int, batch: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor, Any]], before: Sequence[Tensor]
     ) -> StepFailure:
-        """Return what went wrong, after everything is as it was before the step."""
+        """Return what went wrong, ``seen`` being γ, gradient and S, after everything is as it was before the step."""
         updated = self.adam.places([vector.clone() for vector in self.adam.vectors])
         self.adam.put_back(before)
-        for gamma, gradient, values in zip(gammas, gradients, objectives, strict=True):
+        for gamma, gradient, values in seen:
             if not all(map(math.isfinite, values)) or not bool(torch.isfinite(gradient).all()):
                 with preference(self.model, gamma):
                     return self._diagnosed(step, batch, gradient, values)
@@ -204,6 +186,37 @@ class Learner:
             if not bool(torch.isfinite(part).all()):
                 return StepFailure(None, step, name, "its gradient is not finite")
         return StepFailure(None, step, "the sum of the gradient", "it overflows")
+
+
+def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:
+    """Name where a NaN or inf first appears between images [n, …] and logits. A parameter or a module."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"parameter {name}"
+    if not bool(torch.isfinite(images).all()):
+        return "the images"
+    layers: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            if not layers and any(
+                isinstance(o, Tensor) and o.is_floating_point() and not bool(torch.isfinite(o).all()) for o in outputs
+            ):
+                layers.append(f"layer {name or 'the whole model'}")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            logits = head(model(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if layers:
+        return layers[0]
+    return "the head" if not bool(torch.isfinite(logits).all()) else "the objective"
 
 
 def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> dict[str, Task]:

@@ -7,7 +7,7 @@ can list the names at once.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -76,11 +76,9 @@ class ObjectiveKind:
 
     def __call__(self, model: nn.Module, tasks: Mapping[str, Task], settings: Any) -> Objective:
         """Return the objective of one run."""
-        if isinstance(self.make, str):
-            module, _, function = self.make.partition(":")
-            made: Objective = getattr(importlib.import_module(module), function)(model, tasks, settings)
-            return made
-        return self.make(model, tasks, settings)
+        make = pkgutil.resolve_name(self.make) if isinstance(self.make, str) else self.make
+        made: Objective = make(model, tasks, settings)
+        return made
 
 
 OBJECTIVES: dict[str, ObjectiveKind] = {}
@@ -93,5 +91,5 @@ def register(kind: ObjectiveKind, *, replace: bool = False) -> ObjectiveKind:
     return add_member(OBJECTIVES, "objective", kind.name, kind, replace=replace)
 
 
-register(ObjectiveKind("entropy", "pareto_merging.learn.entropy:make"))
+register(ObjectiveKind("entropy", "pareto_merging.learn.entropy:Entropy"))
 register(ObjectiveKind("weight-distance", "pareto_merging.learn.weight_distance:make", needs="weights"))

@@ -6,7 +6,7 @@ group: ``settings.loss.mu``, ``settings.optimiser.learning_rate``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -167,11 +167,27 @@ class LogSettings(Strict):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
 
-Group = TypeVar("Group", bound=Strict)
+Kind = TypeVar("Kind", bound=Strict)
+
+
+class _Group(Generic[Kind]):
+    """An attribute: the fields of one group, as all settings have them."""
+
+    def __init__(self, kind: type[Kind]) -> None:
+        self.kind = kind
+
+    def __get__(self, settings: Any, owner: Any = None) -> Kind:
+        return self.kind.model_construct(**{name: getattr(settings, name) for name in self.kind.model_fields})
 
 
 class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSettings, LossSettings):
     """How a Pareto set is learned. "Our reading" marks what the paper leaves open."""
+
+    model: ClassVar[_Group[ModelSettings]] = _Group(ModelSettings)
+    loss: ClassVar[_Group[LossSettings]] = _Group(LossSettings)
+    sampling: ClassVar[_Group[SamplingSettings]] = _Group(SamplingSettings)
+    optimiser: ClassVar[_Group[OptimiserSettings]] = _Group(OptimiserSettings)
+    log: ClassVar[_Group[LogSettings]] = _Group(LogSettings)
 
     @model_validator(mode="before")
     @classmethod
@@ -181,34 +197,6 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
             preset = str(values.get("preset", "icml2025"))
             return {**PRESETS.get(preset, PRESETS["icml2025"]), **values}
         return values
-
-    def _group(self, kind: type[Group]) -> Group:
-        return kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
-
-    @property
-    def model(self) -> ModelSettings:
-        """Return what the model is built with."""
-        return self._group(ModelSettings)
-
-    @property
-    def loss(self) -> LossSettings:
-        """Return what is minimised."""
-        return self._group(LossSettings)
-
-    @property
-    def sampling(self) -> SamplingSettings:
-        """Return what a step is given."""
-        return self._group(SamplingSettings)
-
-    @property
-    def optimiser(self) -> OptimiserSettings:
-        """Return how what is learned is changed."""
-        return self._group(OptimiserSettings)
-
-    @property
-    def log(self) -> LogSettings:
-        """Return what is warned of and kept on the way."""
-        return self._group(LogSettings)
 
     def model_arguments(self) -> dict[str, Any]:
         """Return the settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""

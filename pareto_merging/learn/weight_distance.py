@@ -1,6 +1,7 @@
 """The objective ``weight-distance``: S_k = Σ_layers ‖W(γ) − W_k‖²_F, in closed form and without data."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 import pmkernels
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.gradient import low_rank_square
 from pareto_merging.learn.objectives import Objective
-from pareto_merging.learn.regularizers import low_rank_square
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.parameters import LowRankTerm, merged_parameters
 from pareto_merging.model.state import pareto_state
@@ -23,21 +24,18 @@ class WeightDistance(Objective):
 
         ‖W(γ) − W_k‖² = (λ − e_k)ᵀ Gram (λ − e_k) + 2 Σ_j (λ_j − δ_jk) ⟨T_j, C⟩ + ‖A·C·Bᵀ‖²
 
-    The first term of all layers is one batched product, and so are the other two of layers of one shape.
-
-    Args:
-        model: a Pareto model. Every parameter with task vectors or a low-rank term counts, tied ones once.
-        normalize: divide S_k by ‖τ_k‖² summed over the layers, so that S_k = 1 for the pretrained model and the
-            tasks are on one scale whatever the size of their task vectors (our addition; False is the plain sum).
+    The first term of all layers is one batched product, and so are the other two of layers of one shape. Every
+    parameter with task vectors or a low-rank term counts, tied ones once. ``normalize`` divides S_k by ‖τ_k‖² summed
+    over the layers, so that S_k = 1 for the pretrained model and the tasks are on one scale (our addition; False is the
+    plain sum).
     """
 
     def __init__(self, model: nn.Module, normalize: bool = False) -> None:
         state = pareto_state(model)
         self.tasks, self.strategy = len(state.task_names), state.now.kernel_strategy
-        parameters = list(merged_parameters(model))
-        self._layers = [p for p in parameters if p.task_vectors is not None]
-        self._folded = [p for p in parameters if p.task_vectors is None]
-        self._task_vectors = [p.task_vectors for p in parameters if p.task_vectors is not None]
+        # those with task vectors first
+        self._parameters = sorted(merged_parameters(model), key=lambda p: p.task_vectors is None)
+        self._task_vectors = [p.task_vectors for p in self._parameters if p.task_vectors is not None]
         grams = [gram(task_vectors) for task_vectors in self._task_vectors]
         if not grams:
             raise ValueError("model: expected task vectors for the weight-distance objective, got none (folded?)")
@@ -50,15 +48,14 @@ class WeightDistance(Objective):
 
     def values(self, gamma: Tensor) -> Tensor:
         """Return S_1 … S_K [K] at gamma [K], differentiable in λ, A, G and B."""
-        lams = [p.at(gamma).lam for p in self._layers]
-        table = torch.stack([lam.to(self._grams) for lam in lams if lam is not None])
+        table = torch.stack([lam.to(self._grams) for p in self._parameters if (lam := p.used_lam) is not None])
         # row k of a layer is λ − e_k
         difference = table[:, None, :] - self._identity
         total = ((difference @ self._grams) * difference).sum(dim=(0, 2))
         shapes: dict[Any, list[tuple[int, LowRankTerm]]] = {}
-        for index, parameter in enumerate((*self._layers, *self._folded)):
+        for index, parameter in enumerate(self._parameters):
             if (term := parameter.low_rank(gamma)) is not None:
-                key = (term.A.shape, term.B.shape, term.A.device, index < len(self._layers))
+                key = (term.A.shape, term.B.shape, term.A.device, index < len(self._task_vectors))
                 shapes.setdefault(key, []).append((index, term))
         for (*_, has_task_vectors), group in shapes.items():
             A, G, B = (torch.stack(parts) for parts in zip(*(term for _, term in group), strict=True))
@@ -66,12 +63,8 @@ class WeightDistance(Objective):
             total = total + low_rank_square(A, core, B).sum().to(total)
             if not has_task_vectors:
                 continue
-            projected = torch.stack(
-                [
-                    pmkernels.project_task_vectors(self._task_vectors[index], term.A, term.B, strategy=self.strategy)
-                    for index, term in group
-                ]
-            )
+            project = partial(pmkernels.project_task_vectors, strategy=self.strategy)
+            projected = torch.stack([project(self._task_vectors[index], term.A, term.B) for index, term in group])
             # ⟨T_j, C⟩ of each layer and task [L, K]
             inner = (projected * core[:, None]).sum(dim=(2, 3)).to(total)
             # indexing by a list would copy it to the device, which a CUDA graph cannot
@@ -81,10 +74,7 @@ class WeightDistance(Objective):
 
 
 def gram(task_vectors: Tensor) -> Tensor:
-    """Return ⟨τ_i, τ_j⟩ of one layer, [K, *] -> [K, K], in float32 (float64).
-
-    In pieces that never copy all task vectors.
-    """
+    """Return ⟨τ_i, τ_j⟩ of one layer, [K, *] -> [K, K], in float32 (float64) and pieces."""
     dtype = pmkernels.reference.accumulate_dtype(task_vectors)
     flat = task_vectors.reshape(task_vectors.shape[0], -1)
     total = torch.zeros(flat.shape[0], flat.shape[0], dtype=dtype, device=flat.device)

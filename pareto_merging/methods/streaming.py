@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pareto_merging.methods.interface import Copies
 from pareto_merging.model.copies import check_copies
-from pareto_merging.model.pieces import piece_size, wide_dtype
+from pareto_merging.model.pieces import piece_size, widest
 from pareto_merging.model.stored import PretrainedWeights, copy_of
 
 # (name, place of the piece within the tensor, W0 [n], τ [K, n]) -> the merged piece [n]; pieces come in order
@@ -38,7 +38,7 @@ def merge_tensors(pretrained: nn.Module, finetuned: Copies, combine: Combine, ga
             continue
         values = [weights[next(name for name in names if name in weights)].detach() for weights in copies.values()]
         stored = as_stored(names, tensor).reshape(-1)
-        wide = wide_dtype(tensor, stored, *values)
+        wide = widest(t.dtype for t in (tensor, stored, *values))
         merge_piece = combine if isinstance(tensor, nn.Parameter) else average
         flat, values = tensor.detach().reshape(-1), [value.reshape(-1) for value in values]
         result = flat if flat.data_ptr() == tensor.data_ptr() else torch.empty_like(flat)

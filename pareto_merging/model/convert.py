@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -36,8 +36,7 @@ def _pareto_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 def _blank(original: Any, names: tuple[str, ...]) -> nn.Module:
     cls: Any = _pareto_class(original, names)
-    blank: nn.Module = cls.__new__(cls)
-    return blank
+    return cast(nn.Module, cls.__new__(cls))
 
 
 # class of a module -> its Pareto form, and whether that can have those parameters of that module merged
@@ -58,12 +57,9 @@ def register(original: type[nn.Module], pareto: type[ParetoModule], fits: Fits, 
 
 
 def convert(module: nn.Module, names: Sequence[str], state: ParetoState, has_parts: bool = False) -> ParetoModule:
-    """Turn ``module`` into the Pareto form of its class, in place.
+    """Turn ``module`` into the Pareto form of its class, in place. The parts of ``names`` are the caller's to register.
 
-    The caller then registers the parts of ``names``, unless it ``has_parts`` already.
-
-    Raises:
-        ValueError: the module already has an attribute that a part would be called.
+    Raises ValueError if it has an attribute that a part would be called, unless it ``has_parts`` already.
     """
     original: Any = type(module)
     pareto, fits = LAYERS.get(original, (None, None))
@@ -86,10 +82,9 @@ def restore(module: ParetoModule) -> nn.Module:
     """Undo :func:`convert` in place: the original class, none of our attributes, no parts."""
     for name, part in itertools.product(module.pareto_names, PARTS):
         module._parameters.pop(part_name(name, part), None)
-    original: Any = module.pareto_original
+    module.__class__ = cast(Any, module.pareto_original)
     for attribute in ("pareto_names", "pareto_original", "pareto_groups", "pareto_batch_dim", "pareto"):
         module.__dict__.pop(attribute, None)
-    module.__class__ = original
     if isinstance(module, nn.RNNBase):
         module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
     return module
@@ -120,8 +115,7 @@ def unchanged_on_error(model: Any, *, buffers: bool) -> Iterator[None]:
 
 
 def make_plain(model: nn.Module) -> None:
-    """Give every module its original class again, with none of our attributes and parts. W0 is where the parameters
-    were."""
+    """Give every module its original class again, without our attributes and parts. W0 is where it was."""
     for _, pareto in list(pareto_modules(model)):
         restore(pareto)
     for module in model.modules():

@@ -13,20 +13,16 @@ Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 def check_copies(
     model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
 ) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[list[str], Tensor]]]:
-    """Return the tensors of each copy by task, and those of ``model``. The latter are (all names of a tensor, the
-    tensor).
+    """Return the tensors of each copy by task, and those of ``model``: (all names of a tensor, the tensor).
 
-    Raises:
-        ValueError: no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy only.
+    Raises ValueError for no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy
+    only.
     """
-    if isinstance(finetuned, nn.Module) or (
-        isinstance(finetuned, Mapping) and any(isinstance(value, Tensor) for value in finetuned.values())
-    ):
-        raise TypeError("finetuned: expected a sequence or mapping of K fine-tuned copies, got a single one")
-    if not isinstance(finetuned, Mapping | Sequence) or isinstance(finetuned, str):
-        raise TypeError(
-            f"finetuned: expected a sequence or mapping of K fine-tuned copies, got {type(finetuned).__name__}"
-        )
+    is_state_dict = isinstance(finetuned, Mapping) and any(isinstance(v, Tensor) for v in finetuned.values())
+    is_one = is_state_dict or isinstance(finetuned, nn.Module)
+    if is_one or not isinstance(finetuned, Mapping | Sequence) or isinstance(finetuned, str):
+        got = "a single one" if is_one else type(finetuned).__name__
+        raise TypeError(f"finetuned: expected a sequence or mapping of K fine-tuned copies, got {got}")
     if not isinstance(finetuned, Mapping):
         finetuned = {f"task_{k + 1}": source for k, source in enumerate(finetuned)}
     if not finetuned:
@@ -76,25 +72,11 @@ def _shapes(source: Mapping[str, Tensor]) -> Mapping[str, Sequence[int]] | None:
 
 def named_tensors(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """List the tensors of a module's state dict, each once with all its names there."""
-    return [(group, _lookup(model, group[0])) for group in _aliases(model).values()]
-
-
-def _lookup(model: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    value: Tensor | None = module._parameters.get(attribute)
-    value = module._buffers.get(attribute) if value is None else value
-    assert value is not None
-    return value
-
-
-def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """List the tensors of the model by identity, each with all its names. Tied weights have more than one."""
-    groups: dict[int, list[str]] = {}
+    tensors: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            groups.setdefault(id(tensor), []).append(name)
-    return groups
+            tensors.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(tensors.values())
 
 
 def _check_same_tensors(
@@ -131,9 +113,8 @@ def read_tensor(weights: Mapping[str, Tensor], name: str, task: str, like: Tenso
     """Read one tensor of a copy, of the shape of ``like``. A lazy mapping may have promised another."""
     value = tensor_of(weights, name, task)
     if value.shape != like.shape:
-        raise ValueError(
-            f"finetuned: expected {name} of {task} to have shape {list(like.shape)}, got {list(value.shape)}"
-        )
+        expected, got = list(like.shape), list(value.shape)
+        raise ValueError(f"finetuned: expected {name} of {task} to have shape {expected}, got {got}")
     return value
 
 

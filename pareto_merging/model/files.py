@@ -5,6 +5,7 @@ weights. A *folded file* is self-sufficient: the base weights with λ folded in,
 and the encoder's description. Both are safetensors with a JSON metadata header.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,8 @@ from pareto_merging.model.fold import fold
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.parameters import LEARNED, part_name
-from pareto_merging.model.parametrize import CORES, INITIAL_SCALE, parametrize
-from pareto_merging.model.preprocessing import NAMES as PREPROCESS_NAMES
-from pareto_merging.model.preprocessing import Preprocess
+from pareto_merging.model.parametrize import CORES, INITIAL_SCALE, NOTED, parametrize
+from pareto_merging.model.preprocessing import PREPROCESS_NAMES, Preprocess
 from pareto_merging.model.state import Computation, ParetoState, pareto_state
 from pareto_merging.preferences import equal_preference
 from pareto_merging.version import VERSION
@@ -44,9 +44,7 @@ def save_pareto_set(
     which have a low-rank term), the grouping of λ, the initial scale, the digests of the pretrained and fine-tuned
     weights, the preset, the seed and the package's version; ``training`` may add more.
 
-    Raises:
-        ValueError: not a Pareto model (a folded one has its own file: :func:`save_folded`), or one made with
-            ``digests=False``.
+    Raises ValueError for no Pareto model, a folded one (:func:`save_folded`), or one made with ``digests=False``.
     """
     state = pareto_state(model)
     learned = learned_parameters(model)
@@ -54,66 +52,44 @@ def save_pareto_set(
         raise ValueError("model: expected a Pareto model with task vectors, got a folded one (use save_folded)")
     if not state.digests:
         raise ValueError("model: expected one made with digests=True (a file must say which weights it belongs to)")
-    metadata = {
-        "format": SET_FORMAT,
-        "format_version": _format_version(state.settings),
-        "task_names": list(state.task_names),
-        "tasks": len(state.task_names),
-        **{key: value for key, value in state.settings.items() if key not in ("initial_scale", "granularity")},
-        "lambda_grouping": state.settings.get("granularity", "tensor"),
-        "initial_scale": state.settings.get("initial_scale", INITIAL_SCALE),
-        "layers": _layer_map(model),
-        "digests": state.digests,
-        "preset": preset,
-        "package_version": VERSION,
-        "training": dict(training or {}),
-    }
+    is_new = state.settings.get("preprocess", "none") != "none" or state.settings.get("core", "tensor") != "tensor"
+    metadata = {"initial_scale": INITIAL_SCALE, **_header(model, SET_FORMAT, is_new, training)}
+    metadata |= {"tasks": len(state.task_names), "preset": preset}
+    metadata["lambda_grouping"] = metadata.pop("granularity", "tensor")
     write_tensors(Path(path), learned, metadata)
 
 
-def _format_version(settings: Mapping[str, Any]) -> int:
-    is_new = settings.get("preprocess", "none") != "none" or settings.get("core", "tensor") != "tensor"
-    return FORMAT_VERSION if is_new else 1
+def _header(model: nn.Module, kind: str, is_new: bool, training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what both headers say; ``layers`` has by module the names of its merged and low-rank parameters."""
+    state, layers = pareto_state(model), {}
+    for name, module in pareto_modules(model):
+        low_rank = [p for p in module.pareto_names if module.pareto_parameter(p).A is not None]
+        layers[name] = {"merged": list(module.pareto_names), "low_rank": low_rank}
+    built = {"task_names": list(state.task_names), **state.settings, "layers": layers, "digests": state.digests}
+    written = {"format": kind, "format_version": FORMAT_VERSION if is_new else 1, "package_version": VERSION}
+    return {**built, **written, "training": dict(training or {})}
 
 
-def _layer_map(model: nn.Module) -> dict[str, dict[str, list[str]]]:
-    """Module -> {"merged": [...], "low_rank": [...]}: the names of its parameters."""
-    return {
-        name: {
-            "merged": list(module.pareto_names),
-            "low_rank": [p for p in module.pareto_names if module.pareto_parameter(p).A is not None],
-        }
-        for name, module in pareto_modules(model)
-    }
-
-
-_SET_KEYS = (
-    "task_names",
-    "rank",
-    "low_rank",
-    "init_lambda",
-    "lambda_grouping",
-    "buffers",
-    "seed",
-    "initial_scale",
-    "layers",
-    "digests",
-)
-_FOLDED_KEYS = ("task_names", "layers", "encoder")
-_KEY_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("layers", "digests", "encoder"), dict),
-    **dict.fromkeys(("low_rank", "lambda_grouping", "buffers", "initial_scale"), str),
-    **dict.fromkeys(("rank", "seed"), int),
+# what a header has to have, and of which type
+_SET_KEYS: dict[str, Any] = {
     "task_names": list,
+    "rank": int,
+    "low_rank": str,
     "init_lambda": (int, float),
+    "lambda_grouping": str,
+    "buffers": str,
+    "seed": int,
+    "initial_scale": str,
+    "layers": dict,
+    "digests": dict,
 }
+_FOLDED_KEYS = {"task_names": list, "layers": dict, "encoder": dict}
 
 
-def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+def read_header(path: Path, expected_format: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read the header of a Pareto set or folded file, values decoded.
 
-    Raises:
-        UserError: not such a file, of a newer version, or without one of ``keys``.
+    Raises UserError for another file, a newer version, or lack of one of ``keys`` of its type.
     """
     path = Path(path)
     raw = read_metadata(path)
@@ -121,28 +97,23 @@ def read_header(path: Path, expected_format: str, keys: Sequence[str] = ()) -> d
         how = " (pareto-merging export RUN --folded writes one)" if expected_format == FOLDED_FORMAT else ""
         got = raw.get("format", "another safetensors file")
         raise UserError(f"{path}: expected a {expected_format} file{how}, got {got}")
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = dict(raw)
     for key, value in raw.items():
-        try:
+        with contextlib.suppress(ValueError):
             header[key] = json.loads(value)
-        except ValueError:
-            header[key] = value
-    if not isinstance(header.get("format_version"), int) or header["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: expected format version {FORMAT_VERSION} or older, got {header.get('format_version')!r}"
-        )
-    for key in keys:
-        if not isinstance(header.get(key), _KEY_TYPES[key]):
+    version = header.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(f"{path}: expected format version {FORMAT_VERSION} or older, got {version!r}")
+    for key, kind in (keys or {}).items():
+        if not isinstance(header.get(key), kind):
             raise UserError(f"{path}: expected {key} in the header, got {str(header.get(key))[:40]}")
-    choices = {"preprocess": (*PREPROCESS_NAMES, "function"), "core": CORES}
-    for key, allowed in choices.items():
+    for key, allowed in {"preprocess": (*PREPROCESS_NAMES, "function"), "core": CORES}.items():
         if header.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: expected {key} {', '.join(allowed)} in the header, got {str(header[key])[:40]}")
     density = header.get("density", 1.0)
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise UserError(f"{path}: expected density in (0, 1] in the header, got {str(density)[:40]}")
-    names = header.get("task_names")
-    if "digests" in keys and not {"pretrained", *(names or ())} <= set(header["digests"]):
+    if "digests" in (keys or {}) and not {"pretrained", *header["task_names"]} <= set(header["digests"]):
         raise UserError(f"{path}: expected a digest for pretrained and every task, got {', '.join(header['digests'])}")
     return header
 
@@ -164,8 +135,7 @@ def load_pareto_set(
         copy: False turns ``pretrained`` itself into the model, as :func:`parametrize` does; on an error it is the plain
             module that it was.
 
-    Raises:
-        UserError: not a Pareto set file, missing or foreign tensors, or weights whose digest differs: each is named.
+    Raises UserError for another file, missing or foreign tensors, or weights whose digest differs: each is named.
     """
     path = Path(path)
     header = read_header(path, SET_FORMAT, _SET_KEYS)
@@ -194,12 +164,11 @@ def load_pareto_set(
         )
         state = pareto_state(model)
         state.settings = {**state.settings, "low_rank": settings, "initial_scale": header["initial_scale"]}
-        wrong = [
+        if wrong := [
             f"{name} has {state.digests[name][:12]}…, expected {digest[:12]}…"
             for name, digest in header["digests"].items()
             if state.digests.get(name) != digest
-        ]
-        if wrong:
+        ]:
             raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
         load_learned(model, read_tensors(path), path)
     return model
@@ -210,8 +179,7 @@ def _tasks_of(
 ) -> dict[str, Weights]:
     """Return the fine-tuned copies of a file's tasks, in the file's order."""
     if isinstance(finetuned, Mapping):
-        missing = [name for name in names if name not in finetuned]
-        if missing:
+        if missing := [name for name in names if name not in finetuned]:
             raise UserError(f"finetuned: expected the tasks of {path}, got none named {', '.join(missing)}")
         return {name: finetuned[name] for name in names}
     if len(finetuned) != len(names):
@@ -220,7 +188,7 @@ def _tasks_of(
 
 
 def _rank_of(path: Path, header: Mapping[str, Any]) -> int:
-    """Return a Pareto set file's rank, agreed on by its header and its A."""
+    """Return the rank that a Pareto set file's header and its A agree on."""
     ranks = {shape[1] for name, (shape, _) in read_shapes(path).items() if name.startswith("A.") and len(shape) == 2}
     if header.get("core", "tensor") == "tensor" and ranks - {header["rank"]}:
         raise UserError(f"{path}: expected rank {min(ranks)} as its A has, got {header['rank']} in the header")
@@ -272,17 +240,10 @@ def save_folded(
     for name, (weight, _) in (heads or {}).items():
         tensors[f"head.{name}"] = weight
     metadata = {
-        "format": FOLDED_FORMAT,
-        "format_version": 1 if state.core == "tensor" else FORMAT_VERSION,
-        "task_names": list(state.task_names),
-        **state.settings,
-        "layers": _layer_map(folded),
-        "digests": state.digests,
+        **_header(folded, FOLDED_FORMAT, state.core != "tensor", training),
         "logit_scales": {name: scale for name, (_, scale) in (heads or {}).items()},
         "encoder": dict(encoder or {}),
         **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
-        "package_version": VERSION,
-        "training": dict(training or {}),
     }
     write_tensors(Path(path), tensors, metadata)
 
@@ -294,15 +255,11 @@ def read_folded_header(path: Path) -> dict[str, Any]:
 
 def load_heads(path: Path) -> dict[str, ZeroShotHead]:
     """Load the zero-shot heads of a folded file by task name. Raises UserError as :func:`load_folded`."""
-    path = Path(path)
-    header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
+    path, header = Path(path), read_folded_header(path)
     tensors, scales = read_tensors(path), header.get("logit_scales", {})
+    names = [name for name in header["task_names"] if f"head.{name}" in tensors]
     try:
-        return {
-            name: ZeroShotHead(tensors[f"head.{name}"], scales.get(name, 100.0))
-            for name in header["task_names"]
-            if f"head.{name}" in tensors
-        }
+        return {name: ZeroShotHead(tensors[f"head.{name}"], scales.get(name, 100.0)) for name in names}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: expected zero-shot heads with their logit_scales, got {error}") from error
 
@@ -310,43 +267,28 @@ def load_heads(path: Path) -> dict[str, ZeroShotHead]:
 def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
     """Load a folded model from its file alone, in eval mode, ready for :func:`set_preference`.
 
-    Args:
-        path: a folded file. plain: a module of the original class and shapes, where the file does not say how to build
-            one (its values do not matter, and it is changed in place).
-
-    Raises:
-        UserError: not a folded file, or one of another architecture.
+    ``plain`` is a module of the original class and shapes, where the file does not say how to build one (its values do
+    not matter, and it is changed in place). Raises UserError for no folded file, or one of another architecture.
     """
-    path = Path(path)
-    header = read_header(path, FOLDED_FORMAT, _FOLDED_KEYS)
+    path, header = Path(path), read_folded_header(path)
     if plain is None:
         _check_description(path, header["encoder"])
         plain = encoders.build(header["encoder"])
     tensors = {k.removeprefix("model."): t for k, t in read_tensors(path).items() if k.startswith("model.")}
     names = tuple(header["task_names"])
-    state = ParetoState(
-        names, Computation(equal_preference(len(names))), digests=header.get("digests", {}), folded=True
-    )
-    state.settings = {
-        key: header[key]
-        for key in (
-            *("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale"),
-            *("preprocess", "density", "core"),
-        )
-        if key in header
-    }
+    now = Computation(equal_preference(len(names)))
+    state = ParetoState(names, now, digests=header.get("digests", {}), folded=True)
+    state.settings = {key: header[key] for key in NOTED if key in header}
     state.core = str(header.get("core", "tensor"))
     _check_layers(path, header["layers"], plain)
     learned = set()
     for module_name, entry in header["layers"].items():
-        module = plain.get_submodule(module_name)
-        pareto = convert(module, entry["low_rank"], state)
-        for name in entry["low_rank"]:
-            for part in LEARNED:
-                key = f"{module_name}.{part_name(name, part)}" if module_name else part_name(name, part)
-                if key in tensors:
-                    learned.add(key)
-                    pareto.register_parameter(part_name(name, part), nn.Parameter(torch.empty_like(tensors[key])))
+        pareto = convert(plain.get_submodule(module_name), entry["low_rank"], state)
+        for attribute in (part_name(name, part) for name in entry["low_rank"] for part in LEARNED):
+            key = f"{module_name}.{attribute}" if module_name else attribute
+            if key in tensors:
+                learned.add(key)
+                pareto.register_parameter(attribute, nn.Parameter(torch.empty_like(tensors[key])))
     object.__setattr__(plain, "pareto", state)
     try:
         plain.load_state_dict(tensors)
@@ -359,7 +301,7 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> None:
-    """Compare the encoder that a file describes with its tensors. Before there is memory for it."""
+    """Compare the encoder that a file describes with its tensors, before there is memory for it."""
     shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
     with torch.device("meta"):
         expected = encoders.build(description).state_dict()

@@ -17,17 +17,10 @@ from pareto_merging.preferences import Preference, check_preference
 
 
 def merge(model: nn.Module, gamma: Preference) -> nn.Module:
-    """Make the plain module of one preference, of the original class.
+    """Make the plain module of one preference ``gamma``, ``[K]`` or by task name, of the original class.
 
-    Args:
-        gamma: ``[K]`` or by task name, on the simplex.
-
-    Returns:
-        A module with the pretrained model's ``state_dict`` keys and nothing of ours; its parameters share no memory
-        with ``model`` and require gradients, as those of a new module do.
-
-    Raises:
-        ValueError: not a Pareto model, or not a preference.
+    It has the pretrained model's ``state_dict`` keys and nothing of ours; its parameters share no memory with ``model``
+    and require gradients, as those of a new module do. Raises ValueError for no Pareto model, or no preference.
     """
     model = getattr(model, "_orig_mod", model)
     state = pareto_state(model)
@@ -41,37 +34,34 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold λ into the base of a new model: W0 + Σ λ_k τ_k. It has no task vectors, and the low-rank terms.
+    """Fold λ into the base of a new model, W0 + Σ λ_k τ_k. It has no task vectors, and the low-rank terms.
 
     It takes preferences as the Pareto model does and gives the same results at about the memory of one plain model:
     what a server loads. Folding a folded model copies it. Raises ValueError if ``model`` is no Pareto model.
     """
     model = getattr(model, "_orig_mod", model)
     pareto_state(model)
-    folded = _copy_with(model, _base, keep_low_rank=True)
+    folded = _copy_with(
+        model,
+        lambda stored: pmkernels.merge_weight(stored.weight, task_vectors=stored.task_vectors, lam=stored.used_lam),
+        keep_low_rank=True,
+    )
     state = pareto_state(folded)
     state.folded = True
     for _, module in list(pareto_modules(folded)):
         for name, part in itertools.product(module.pareto_names, ("task_vectors", "lam")):
             module._parameters.pop(part_name(name, part), None)
-        kept = [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]
-        module.pareto_groups = {}
-        if kept:
+        if kept := [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]:
             # only the class of an unknown module depends on which of its parameters are merged
-            batch_dim, original = module.pareto_batch_dim, cast(Any, module.pareto_original)
-            module.__class__ = original
-            convert(module, kept, state, has_parts=True).pareto_batch_dim = batch_dim
+            module.__class__ = cast(Any, module.pareto_original)
+            convert(module, kept, state, has_parts=True)
         else:
             restore(module)
     object.__setattr__(folded, "pareto", state)
     return folded
 
 
-def _base(stored: MergedParameter) -> Tensor:
-    return pmkernels.merge_weight(stored.weight, task_vectors=stored.task_vectors, lam=stored.used_lam)
-
-
-def _copy_with(model: nn.Module, value: Callable[[Any], Tensor], keep_low_rank: bool) -> nn.Module:
+def _copy_with(model: nn.Module, value: Callable[[MergedParameter], Tensor], keep_low_rank: bool) -> nn.Module:
     """Copy a model deeply; merged parameters hold ``value(parameter)``, and task vectors are not copied."""
     memo: dict[int, Any] = {}
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.model.parameters import LEARNED, MergedParameter, merged_parameter, part_name
+from pareto_merging.model.parameters import LEARNED, LOW_RANK, MergedParameter, merged_parameter, part_name
 from pareto_merging.model.state import Computation, ParetoState
 from pmkernels.autocast import autocast_enabled
 
@@ -43,135 +43,100 @@ class ParetoModule(ModuleBase):
 
     def pareto_parameter(self, name: str) -> MergedParameter:
         """Return parameter ``name`` and what is added to it, as they are stored."""
-        parameter = merged_parameter(self, name)
-        if parameter is None:
-            raise AttributeError(f"{name}: expected a merged parameter of {type(self).__name__}, got none")
-        return parameter
+        return merged_parameter(self, name)
 
-    def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the learned parameters of this module itself, by attribute name."""
-        for name in self.pareto_names:
-            for part in LEARNED:
-                parameter = self._parameters.get(part_name(name, part))
-                if parameter is not None:
-                    yield part_name(name, part), parameter
+    def pareto_learned(self) -> list[nn.Parameter]:
+        """List the learned parameters of this module itself."""
+        parts = (self._parameters.get(part_name(name, part)) for name in self.pareto_names for part in LEARNED)
+        return [parameter for parameter in parts if parameter is not None]
 
     def pareto_gamma_on(self, device: torch.device) -> Tensor:
         """Return the current preference, on ``device``."""
         return self.pareto.now.gamma.to(device)
 
     def pareto_gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
-        """Return the preference as pareto_linear wants it for x. [K], or [batch, 1, …, K] with the items at
-        ``batch_dim``."""
+        """Return the preference for x as pareto_linear wants it: [K], or [batch, 1, …, K], items at batch_dim."""
         gamma = self.pareto_gamma_on(x.device)
         if gamma.ndim == 1:
             return gamma
         if x.ndim < 2 or x.shape[batch_dim] != gamma.shape[0]:
-            raise ValueError(
-                f"preference: expected one for each item of the input, got {gamma.shape[0]} preferences for an input "
-                f"of shape {list(x.shape)}, items along dimension {batch_dim}"
-            )
+            got = f"{gamma.shape[0]} preferences for an input of shape {list(x.shape)}"
+            where = f"items along dimension {batch_dim}"
+            raise ValueError(f"preference: expected one for each item of the input, got {got}, {where}")
         shape = [1] * (x.ndim - 1) + [gamma.shape[-1]]
         shape[batch_dim] = gamma.shape[0]
         return gamma.view(shape)
 
     def pareto_merged(self, name: str, gamma: Tensor | None = None) -> Tensor:
         """Merge parameter ``name`` at ``gamma`` [K], by default the current preference."""
-        now, current = self.pareto.now, gamma is None
-        stored = self.pareto_parameter(name)
-        if current and now.vectors is not None and id(stored.weight) in now.vectors:
-            return now.vectors[id(stored.weight)]
-        used = stored.at(gamma)
-        if used.A is None:
-            if used.lam is None:
-                return used.weight
+        now, current, stored = self.pareto.now, gamma is None, self.pareto_parameter(name)
+        weight = stored.weight
+        if current and now.vectors is not None and id(weight) in now.vectors:
+            return now.vectors[id(weight)]
+        parts = stored.used_parts(gamma)
+        if stored.A is None:
+            if stored.lam is None:
+                return weight
             gamma = None
         else:
-            device = used.weight.device
-            gamma = self.pareto_gamma_on(device) if gamma is None else gamma.to(device)
+            gamma = self.pareto_gamma_on(weight.device) if gamma is None else gamma.to(weight.device)
             if gamma.ndim != 1:
-                raise ValueError(
-                    f"preference: {self.pareto_original.__name__}.{name} is one merged tensor, so expected one "
-                    f"preference for the whole batch, got {gamma.shape[0]} (a preference per item works in nn.Linear "
-                    "and nn.MultiheadAttention layers)"
-                )
-        kept = self._pareto_kept(stored, gamma, used.weight.dtype) if current else None
-        if current and gamma is not None and (factor := self._pareto_factor(stored)) is not None:
-            used, gamma = used.with_low_rank(factor, None, used.B), None
-        return pmkernels.merge_weight(
-            used.weight, gamma=gamma, cached=kept, strategy=now.kernel_strategy, **used.parts()
-        )
-
-    def _pareto_factor(self, stored: MergedParameter) -> Tensor | None:
-        """Return A·C(γ) where a training step has made it. The low-rank term is that times Bᵀ."""
-        factors = self.pareto.now.factors
-        return None if factors is None else factors.get(id(stored.weight))
+                whole = f"{self.pareto_original.__name__}.{name} is one merged tensor"
+                got = f"{gamma.shape[0]} (a preference per item works in nn.Linear and nn.MultiheadAttention layers)"
+                raise ValueError(f"preference: {whole}, so expected one preference for the whole batch, got {got}")
+        kept = self._pareto_kept(stored, gamma, weight.dtype) if current else None
+        if current and now.factors is not None and id(weight) in now.factors:
+            gamma, parts["A"], parts["G"] = None, now.factors[id(weight)], None
+        return pmkernels.merge_weight(weight, gamma=gamma, cached=kept, strategy=now.kernel_strategy, **parts)
 
     def _pareto_kept(self, stored: MergedParameter, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return a parameter merged at ``gamma`` as the model's cache keeps it. None: λ alone."""
         state, weight, name = self.pareto, stored.weight, stored.name
         if state.now.cache is None or getattr(self, "_is_replica", False):
             return None
-        if gamma is None:
-            stored = stored.with_low_rank(None, None, None)
+        left_out = dict.fromkeys(LOW_RANK if gamma is None else ())
 
         def merge(out: Tensor | None) -> Tensor:
             # asked for again later, when the preference may be another
             preference = None if gamma is None else self.pareto_gamma_on(weight.device)
-            used = self.pareto_parameter(name).at(preference)
-            if preference is None:
-                used = used.with_low_rank(None, None, None)
-            narrow = out if weight.dtype == dtype else None
-            merged = pmkernels.merge_weight(
-                weight, gamma=preference, out=narrow, strategy=state.now.kernel_strategy, **used.parts()
-            )
+            parts = self.pareto_parameter(name).used_parts(preference) | left_out
+            narrow, strategy = out if weight.dtype == dtype else None, state.now.kernel_strategy
+            merged = pmkernels.merge_weight(weight, gamma=preference, out=narrow, strategy=strategy, **parts)
             return merged if merged.dtype == dtype else merged.to(dtype) if out is None else out.copy_(merged)
 
-        return state.now.cache.get(
-            (id(self), name, dtype, gamma is None),
-            (id(weight), dtype, gamma is None),
-            {"weight": weight, **stored.parts(), "gamma": None if gamma is None else state.now.gamma},
-            (state.now.lambda_range, state.core),
-            weight,
-            dtype,
-            merge,
-        )
+        made_of = (weight, *(stored.parts() | left_out).values(), None if gamma is None else state.now.gamma)
+        user, key = (id(self), name, dtype, gamma is None), (id(weight), dtype, gamma is None)
+        settings, size = (state.now.lambda_range, state.core), weight.numel() * dtype.itemsize
+        return state.now.cache.get(user, key, made_of, settings, size, merge)
 
     def pareto_project(self, x: Tensor, name: str, bias: Tensor | None, rows: slice, batch_dim: int = 0) -> Tensor:
         """Project x [*, in] through the rows ``rows`` of the merged matrix ``name``."""
-        stored = self.pareto_parameter(name)
-        used = stored.at()
-        if used.lam is None and used.A is None:
-            return F.linear(x, used.weight[rows], None if bias is None else bias[rows])
-        gamma = None if used.A is None else self.pareto_gamma_for(x, batch_dim)
+        now, stored = self.pareto.now, self.pareto_parameter(name)
+        weight = stored.weight
+        if stored.lam is None and stored.A is None:
+            return F.linear(x, weight[rows], None if bias is None else bias[rows])
+        parts = stored.used_parts()
+        gamma = None if stored.A is None else self.pareto_gamma_for(x, batch_dim)
         autocast = x.dtype != torch.float64 and autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else used.weight.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
         # a folded weight with a preference per item is used as it is
-        kept = None if shared is None and used.lam is None else self._pareto_kept(stored, shared, dtype)
-        if (factor := self._pareto_factor(stored)) is not None:
-            used, gamma = used.with_low_rank(factor, None, used.B), None
+        kept = None if shared is None and stored.lam is None else self._pareto_kept(stored, shared, dtype)
+        if now.factors is not None and id(weight) in now.factors:
+            gamma, parts["A"], parts["G"] = None, now.factors[id(weight)], None
         if rows != slice(None):
-            used = used.rows(rows)
-            bias = None if bias is None else bias[rows]
-            kept = None if kept is None else kept[rows]
-        return pmkernels.pareto_linear(
-            x,
-            used.weight,
-            bias=bias,
-            gamma=gamma,
-            cached=kept,
-            strategy=self.pareto.now.kernel_strategy,
-            **used.parts(),
-        )
+            weight, task_vectors = weight[rows], parts["task_vectors"]
+            parts["task_vectors"] = None if task_vectors is None else task_vectors[:, rows]
+            parts["A"], bias, kept = (None if t is None else t[rows] for t in (parts["A"], bias, kept))
+        strategy = now.kernel_strategy
+        return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, cached=kept, strategy=strategy, **parts)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module registers a Parameter before a property is asked, and W0 would silently be another
         if name in self.pareto_names and not self.__dict__.get("_pareto_loading"):
-            raise AttributeError(
-                f"{name}: expected a merged parameter to be left alone (set_lambda and set_preference change it, "
-                f"load_state_dict sets what it is made of), got an assignment of {type(value).__name__}"
-            )
+            ways = "set_lambda and set_preference change it, load_state_dict sets what it is made of"
+            got = f"an assignment of {type(value).__name__}"
+            raise AttributeError(f"{name}: expected a merged parameter to be left alone ({ways}), got {got}")
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -184,7 +149,7 @@ class ParetoModule(ModuleBase):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
-        learned = {id(t) for _, p in self.pareto_learned() for t in (p, p.grad) if t is not None}
+        learned = {id(t) for p in self.pareto_learned() for t in (p, p.grad) if t is not None}
 
         def keep_float32(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -219,13 +184,6 @@ def merged_property(name: str) -> property:
         raise AttributeError(f"{name}: a merged parameter cannot be assigned; set_lambda and set_preference change it")
 
     return property(get, set_if_absent)
-
-
-def describe(module: ParetoModule, name: str) -> str:
-    """Say how many tasks a merged parameter has, and its rank."""
-    parameter = module.pareto_parameter(name)
-    tasks = "folded" if parameter.task_vectors is None else f"tasks={parameter.task_vectors.shape[0]}"
-    return tasks if parameter.A is None else f"{tasks}, rank={parameter.A.shape[1]}"
 
 
 def pareto_modules(model: nn.Module) -> Iterator[tuple[str, ParetoModule]]:

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.parameters import merged_parameters
+from pareto_merging.model.parameters import LOW_RANK, merged_parameters
 from pareto_merging.model.state import pareto_state
 
 Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
@@ -61,12 +61,10 @@ def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
     for parameter in merged_parameters(model):
         if not isinstance(parameter.lam, nn.Parameter):
             continue
-        group = parameter.group
+        group = parameter.module.pareto_groups[parameter.name]
         if lambdas.setdefault(group, parameter.lam) is not parameter.lam:
-            raise ValueError(
-                f"model: expected one λ vector for {group}, got several (load_state_dict(assign=True) takes apart "
-                "what is shared; load without it)"
-            )
+            why = "load_state_dict(assign=True) takes apart what is shared; load without it"
+            raise ValueError(f"model: expected one λ vector for {group}, got several ({why})")
     return lambdas
 
 
@@ -76,11 +74,10 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
     """
-    learned = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
-    seen = {id(parameter) for parameter in learned.values()}
+    lambdas = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
+    names: dict[nn.Parameter, str] = {value: name for name, value in lambdas.items()}
     for parameter in merged_parameters(model):
-        for part, value in parameter.parts().items():
-            if part in ("A", "G", "B") and isinstance(value, nn.Parameter) and id(value) not in seen:
-                seen.add(id(value))
-                learned[f"{part}.{parameter.path}"] = value
-    return learned
+        for part in LOW_RANK:
+            if isinstance(value := getattr(parameter, part), nn.Parameter):
+                names.setdefault(value, f"{part}.{parameter.path}")
+    return {name: value for value, name in names.items()}

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.cores import preference_core
-
-PARTS = ("task_vectors", "lam", "A", "G", "B")
-LEARNED = ("lam", "A", "G", "B")
+LOW_RANK = ("A", "G", "B")
+LEARNED = ("lam", *LOW_RANK)
+PARTS = ("task_vectors", *LEARNED)
 
 
 def part_name(name: str, part: str) -> str:
@@ -29,9 +29,29 @@ class LowRankTerm(NamedTuple):
     B: Tensor
 
 
+def preference_core(core: str, gamma: Tensor) -> Tensor:
+    """Return the G [r, r, K] of a structure without a learned core. r = K, and G ×₃ γ is γγᵀ, or γ·e₁ᵀ (γ in the first
+    column).
+
+    With A [N, K] and B [D, K] the low-rank term A·(G ×₃ γ)·Bᵀ is then (Aγ) ∘ (Bγ) for ``"outer-product"`` and
+    (Aγ) ∘ b for ``"outer-vector"``, b the first column of B; ∘ is the outer product of two vectors.
+    Raises ValueError for another core, or a preference per item.
+    """
+    if gamma.ndim != 1:
+        raise ValueError(f"preference: expected one for the whole batch with core={core!r}, got {len(gamma)}")
+    if core == "outer-product":
+        square = gamma[:, None] * gamma[None, :]
+    elif core == "outer-vector":
+        square = torch.nn.functional.pad(gamma[:, None], (0, len(gamma) - 1))
+    else:
+        raise ValueError(f"core: expected outer-product or outer-vector where there is no G, got {core!r}")
+    # the entries of γ sum to 1, so the same slice for every task gives that slice back; divided by their sum, exactly
+    return (square / gamma.sum())[:, :, None].expand(-1, -1, len(gamma))
+
+
 @dataclass(eq=False, slots=True)
 class MergedParameter:
-    """One parameter W0 + Σλτ + A·(G ×₃ γ)·Bᵀ, as stored or as used.
+    """One parameter W0 + Σλτ + A·(G ×₃ γ)·Bᵀ, as stored.
 
     Attributes:
         module, name: the Pareto module that has it, and its attribute there.
@@ -40,7 +60,7 @@ class MergedParameter:
             structure that learns none.
     """
 
-    module: nn.Module
+    module: Any
     name: str
     path: str
     weight: Tensor
@@ -51,72 +71,46 @@ class MergedParameter:
     B: Tensor | None
 
     @property
-    def group(self) -> str:
-        """Return the name of the λ vector that it uses."""
-        groups: Any = self.module.pareto_groups
-        return groups[self.name]
-
-    @property
     def used_lam(self) -> Tensor | None:
         """Return λ within the range that it is clamped to."""
-        state: Any = self.module.pareto
-        bounds = state.now.lambda_range
+        bounds = self.module.pareto.now.lambda_range
         return self.lam if self.lam is None or bounds is None else self.lam.clamp(*bounds)
-
-    def parts(self) -> dict[str, Tensor | None]:
-        """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""
-        return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
 
     def low_rank(self, gamma: Tensor | None = None) -> LowRankTerm | None:
         """Return the low-rank term at ``gamma`` [K], by default the current preference. None where there is none."""
         if self.A is None or self.B is None:
             return None
-        state: Any = self.module.pareto
-        G = self.G
-        if G is None:
-            G = preference_core(state.core, (state.now.gamma if gamma is None else gamma).to(self.A))
-        return LowRankTerm(self.A, G, self.B)
+        if self.G is not None:
+            return LowRankTerm(self.A, self.G, self.B)
+        gamma = self.module.pareto.now.gamma if gamma is None else gamma
+        return LowRankTerm(self.A, preference_core(self.module.pareto.core, gamma.to(self.A)), self.B)
 
-    def at(self, gamma: Tensor | None = None) -> "MergedParameter":
-        """Return it as it is used at ``gamma`` [K], by default the current preference.
+    def parts(self) -> dict[str, Tensor | None]:
+        """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""
+        return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
 
-        λ lies within the range it is clamped to, and a structure that learns no G has that of :func:`preference_core`.
-        """
-        term = self.low_rank(gamma)
-        return self.with_low_rank(self.A, None if term is None else term.G, self.B, self.used_lam)
-
-    def with_low_rank(
-        self, A: Tensor | None, G: Tensor | None, B: Tensor | None, lam: Tensor | None = None
-    ) -> "MergedParameter":
-        """Return it with another low-rank term, and another λ where one is given."""
-        lam = self.lam if lam is None else lam
-        return MergedParameter(self.module, self.name, self.path, self.weight, self.task_vectors, lam, A, G, B)
-
-    def rows(self, rows: slice) -> "MergedParameter":
-        """Return the rows ``rows`` of a merged matrix."""
-        task_vectors = None if self.task_vectors is None else self.task_vectors[:, rows]
-        A = None if self.A is None else self.A[rows]
-        return MergedParameter(
-            self.module, self.name, self.path, self.weight[rows], task_vectors, self.lam, A, self.G, self.B
-        )
+    def used_parts(self, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
+        """Return :meth:`parts` as used at ``gamma`` [K], by default the current one: λ clamped, G never missing."""
+        parts, term = self.parts(), self.low_rank(gamma)
+        parts["lam"], parts["G"] = self.used_lam, None if term is None else term.G
+        return parts
 
 
-def merged_parameter(module: nn.Module, name: str, path: str = "") -> MergedParameter | None:
-    """Return the merged parameter ``name`` of a Pareto module. None where the module has set it to None."""
+def merged_parameter(module: nn.Module, name: str, path: str = "") -> MergedParameter:
+    """Return the merged parameter ``name`` of a Pareto module. AttributeError where the module has set it to None."""
     weight = module._parameters.get(name)
     if weight is None:
-        return None
+        raise AttributeError(f"{name}: expected a merged parameter of {type(module).__name__}, got none")
     parts = [module._parameters.get(part_name(name, part)) for part in PARTS]
     return MergedParameter(module, name, path or name, weight, *parts)
 
 
 def merged_parameters(model: nn.Module) -> Iterator[MergedParameter]:
-    """Yield the merged parameters of a model, each once. They come in the order of its modules; tied ones under their
-    first name."""
+    """Yield the merged parameters of a model in the order of its modules, each once, under its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name in getattr(module, "pareto_names", ()):
-            parameter = merged_parameter(module, name, f"{prefix}.{name}" if prefix else name)
-            if parameter is not None and id(parameter.weight) not in seen:
-                seen.add(id(parameter.weight))
-                yield parameter
+            weight = module._parameters.get(name)
+            if weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                yield merged_parameter(module, name, f"{prefix}.{name}" if prefix else name)

@@ -1,7 +1,9 @@
 """Any nn.Module and K fine-tuned copies of it, turned into a Pareto model."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -11,27 +13,36 @@ from torch import Tensor, nn
 
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights, check_copies, names_in, read_tensor
-from pareto_merging.model.digests import TensorDigest
-from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.learned import Granularity, lambda_group
-from pareto_merging.model.low_rank import LowRank, wants_low_rank
 from pareto_merging.model.parameters import part_name
-from pareto_merging.model.pieces import pieces_of
+from pareto_merging.model.pieces import TensorDigest, pieces_of
 from pareto_merging.model.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess
 from pareto_merging.model.state import Computation, ParetoState, pareto_states
 from pareto_merging.model.stored import PretrainedWeights, forget_stored
-from pareto_merging.model.task_vectors import LARGE, Sources, give_back_free_memory
+from pareto_merging.model.task_vectors import Sources, give_back_free_memory
 from pareto_merging.preferences import equal_preference
 
+LowRank: TypeAlias = Literal["attention", "in-projection", "all", "none"] | Callable[[str, nn.Module], bool]
 Core: TypeAlias = Literal["tensor", "outer-product", "outer-vector"]
 CORES: tuple[str, ...] = ("tensor", "outer-product", "outer-vector")
+# part -> it, of one parameter; all names of each parameter, and its parts
+Parts: TypeAlias = dict[str, nn.Parameter]
+Planned: TypeAlias = Sequence[tuple[list[str], Parts]]
 
 # Kaiming uniform (He et al. 2015, gain √2) over the dimension that A and B share with the weight; the paper names the
 # distribution but not the fan. A file made with another rule says so.
 INITIAL_SCALE = "kaiming-uniform: A ~ U(±sqrt(6/out)), B ~ U(±sqrt(6/in)), G = 0"
-
-
 OUTER_INITIAL_SCALE = "kaiming-uniform: A = 0, B ~ U(±sqrt(6/in))"
+
+# what a Pareto set file says of how its model was built
+NOTED = (
+    *("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale"),
+    *("preprocess", "density", "core"),
+)
+
+_ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+_OUT_PROJECTION = re.compile(r"(^|\.)(out_proj|o_proj|proj|to_out(\.\d+)?|c_proj|dense|wo)$")
 
 
 def parametrize(
@@ -60,8 +71,8 @@ def parametrize(
 
     Precision: W_k and W0 are taken as they are given, whatever the two dtypes, subtracted in float32 (float64 where one
     of them is), and τ_k is rounded to the dtype of ``pretrained`` once. A module in 16 bits that was made of a wider
-    one has lost W0 as stored; that of :func:`load_models` remembers where it is, and your own does after
-    :func:`remember_stored`. W0's own rounding is in no task vector (:mod:`pareto_merging.model.stored` says why).
+    one has lost W0 as stored: see :func:`remember_stored`. W0's own rounding is in no task vector
+    (:mod:`pareto_merging.model.stored` says why).
 
     Memory: beside ``pretrained`` and what the result holds, one tensor of one copy at a time, as its mapping gave it,
     and pieces of a megabyte. So with lazy mappings and ``copy=False`` building takes K + 1 models and one tensor. Where
@@ -104,12 +115,52 @@ def parametrize(
             tied in ``pretrained`` but different in a copy; NaN or inf in a copy; a setting out of range. TypeError: not
             a module, or something else than tensors.
     """
-    _check_plain(pretrained)
+    if not isinstance(pretrained, nn.Module):
+        raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
+    if isinstance(pretrained, torch.jit.ScriptModule):
+        raise TypeError("pretrained: expected a plain nn.Module, got a ScriptModule")
+    if pareto_states(pretrained):
+        raise ValueError("pretrained: expected a plain module, got a Pareto model")
     settings = _Settings(rank, low_rank, init_lambda, granularity, buffers, seed, preprocess, density, core)
     settings.check()
     if not isinstance(copy, bool):
         raise ValueError(f"copy: expected True or False, got {copy!r}")
-    return _build(deepcopy(pretrained) if copy else pretrained, finetuned, settings, digests, in_place=not copy)
+    model = deepcopy(pretrained) if copy else pretrained
+    copies, tensors = check_copies(model, finetuned)
+    names = tuple(copies)
+    if "pretrained" in names:
+        raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
+    if core != "tensor":
+        settings = replace(settings, rank=len(names))
+    state = ParetoState(names, Computation(equal_preference(len(names))), settings=settings.noted(), core=core)
+    parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
+    as_stored = PretrainedWeights(model)
+    weights = parameters, copies, as_stored
+    change = preprocess if callable(preprocess) else make_preprocess(preprocess, density, seed, *weights)
+    hashers = {name: TensorDigest() for name in ("pretrained", *names)} if digests else {}
+    sources = Sources(as_stored, copies, change, hashers=hashers)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        plan = functools.partial(_parts, model, sources, settings, generator)
+        planned = [(group, plan(group, tensor)) for group, tensor in parameters]
+    # what is above changes nothing in the model
+    with unchanged_on_error(model, buffers=not copy and buffers == "average"):
+        with torch.no_grad():
+            _merge_buffers(tensors, sources, buffers)
+        _register(model, planned, settings, state)
+        prepare_transformers(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for _, pareto in pareto_modules(model):
+            for parameter in pareto.pareto_learned():
+                parameter.requires_grad_(True)
+        object.__setattr__(model, "pareto", state)
+        device = next((t.device for t in model.state_dict().values()), state.now.gamma.device)
+        state.now.gamma = state.now.gamma.to(device)
+        state.digests = {name: hasher.hexdigest() for name, hasher in sources.hashers.items()}
+        state.stored_dtypes = sources.precision.dtypes()
+        state.rounding_error = sources.precision.relative_error
+    return forget_stored(model)
 
 
 @dataclass(frozen=True)
@@ -147,131 +198,68 @@ class _Settings:
 
     def noted(self) -> dict[str, Any]:
         """Return them as a Pareto set file has them."""
-        return {
-            "rank": self.rank,
-            "low_rank": self.low_rank if isinstance(self.low_rank, str) else "function",
-            "init_lambda": self.init_lambda,
-            "granularity": self.granularity,
-            "buffers": self.buffers,
-            "seed": self.seed,
-            "initial_scale": INITIAL_SCALE if self.core == "tensor" else OUTER_INITIAL_SCALE,
-            "preprocess": self.preprocess if isinstance(self.preprocess, str) else "function",
-            "density": float(self.density),
-            "core": self.core,
-        }
+        scale = INITIAL_SCALE if self.core == "tensor" else OUTER_INITIAL_SCALE
+        values = {**vars(self), "initial_scale": scale, "density": float(self.density)}
+        return {name: "function" if callable(values[name]) else values[name] for name in NOTED}
 
 
-def _check_plain(pretrained: Any) -> None:
-    if not isinstance(pretrained, nn.Module):
-        raise TypeError(f"pretrained: expected an nn.Module, got {type(pretrained).__name__}")
-    if isinstance(pretrained, torch.jit.ScriptModule):
-        raise TypeError("pretrained: expected a plain nn.Module, got a ScriptModule")
-    if pareto_states(pretrained):
-        raise ValueError("pretrained: expected a plain module, got a Pareto model")
-
-
-def _build(
+def _parts(
     model: nn.Module,
-    finetuned: Sequence[Weights] | Mapping[str, Weights],
-    settings: _Settings,
-    digests: bool,
-    in_place: bool,
-) -> nn.Module:
-    """Turn the plain module ``model`` into a Pareto model in place."""
-    copies, tensors = check_copies(model, finetuned)
-    names = tuple(copies)
-    if "pretrained" in names:
-        raise ValueError("finetuned: expected task names other than pretrained, which is the model they came from")
-    if settings.core != "tensor":
-        settings = replace(settings, rank=len(names))
-    state = ParetoState(names, Computation(equal_preference(len(names))), settings=settings.noted(), core=settings.core)
-    parameters = [(group, tensor) for group, tensor in tensors if isinstance(tensor, nn.Parameter)]
-    as_stored = PretrainedWeights(model)
-    sources = Sources(copies)
-    if digests:
-        sources.hashers = {name: TensorDigest() for name in ("pretrained", *names)}
-    if callable(settings.preprocess):
-        sources.preprocess = settings.preprocess
-    else:
-        how = (settings.preprocess, settings.density, settings.seed)
-        sources.preprocess = make_preprocess(*how, parameters, copies, as_stored)
-    generator = torch.Generator("cpu").manual_seed(settings.seed)
-    with torch.no_grad():
-        planned = [_plan(model, group, tensor, as_stored, sources, settings, generator) for group, tensor in parameters]
-    planned = [plan for plan in planned if plan.is_merged]
-    # what is above changes nothing in the model
-    with unchanged_on_error(model, buffers=in_place and settings.buffers == "average"):
-        with torch.no_grad():
-            _merge_buffers(tensors, as_stored, sources, settings.buffers)
-        for module, attributes in _owners(model, planned):
-            convert(module, attributes, state)
-        prepare_transformers(model)
-        lambdas: dict[str, nn.Parameter] = {}
-        for plan in planned:
-            _register(model, plan, settings, len(names), lambdas)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for _, pareto in pareto_modules(model):
-            for _, parameter in pareto.pareto_learned():
-                parameter.requires_grad_(True)
-        object.__setattr__(model, "pareto", state)
-        device = next((t.device for t in model.state_dict().values()), state.now.gamma.device)
-        state.now.gamma = state.now.gamma.to(device)
-        state.digests = {name: hasher.hexdigest() for name, hasher in sources.hashers.items()}
-        state.stored_dtypes = sources.precision.dtypes()
-        state.rounding_error = sources.precision.relative_error
-    return forget_stored(model)
-
-
-@dataclass
-class _Planned:
-    """One parameter, with all its names, and what it is to get."""
-
-    names: list[str]
-    task_vectors: nn.Parameter | None = None
-    A: nn.Parameter | None = None
-    G: nn.Parameter | None = None
-    B: nn.Parameter | None = None
-
-    @property
-    def is_merged(self) -> bool:
-        return self.task_vectors is not None or self.A is not None
-
-
-def _plan(
-    model: nn.Module,
-    names: list[str],
-    weight: Tensor,
-    as_stored: PretrainedWeights,
     sources: Sources,
     settings: _Settings,
     generator: torch.Generator,
-) -> _Planned:
-    """Read the task vectors of one parameter, and start its low-rank term."""
-    plan = _Planned(names)
-    base = as_stored(names, weight)
-    sources.precision.count("pretrained", as_stored.dtype(names, base), base.numel())
+    names: list[str],
+    weight: Tensor,
+) -> Parts:
+    """Read the task vectors of one parameter, and start its low-rank term; what it lacks is left out."""
+    parts: Parts = {}
+    base = sources.pretrained(names, weight)
+    sources.precision.count("pretrained", sources.pretrained.dtype(names, base), base.numel())
     if sources.hashers:
         sources.hashers["pretrained"].add(names[0], base)
     task_vectors = sources.task_vectors(names, weight, base)
     if base.data_ptr() != weight.data_ptr():
         del base
-        if weight.numel() >= LARGE:
-            give_back_free_memory()
+        give_back_free_memory(weight.numel())
     if task_vectors is not None:
-        plan.task_vectors = nn.Parameter(task_vectors, requires_grad=False)
+        parts["task_vectors"] = nn.Parameter(task_vectors, requires_grad=False)
     if weight.ndim == 2 and any(wants_low_rank(model, name, settings.low_rank) for name in names):
         # drawn in float32 in every dtype, A before B
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        A, B = (_kaiming_uniform(size, settings.rank, generator).to(weight.device, dtype) for size in weight.shape)
+        rank, device = settings.rank, weight.device
+        A, B = (_kaiming_uniform(size, rank, generator).to(device, dtype) for size in weight.shape)
+        parts["A"] = nn.Parameter(A)
         if settings.core == "tensor":
-            zeros = torch.zeros(settings.rank, settings.rank, len(sources.copies), dtype=dtype, device=weight.device)
-            plan.G = nn.Parameter(zeros)
+            parts["G"] = nn.Parameter(torch.zeros(rank, rank, len(sources.copies), dtype=dtype, device=device))
         else:
             # without a G that starts at zero it is A that does, or the model would not start at its base
             A.zero_()
-        plan.A, plan.B = nn.Parameter(A), nn.Parameter(B)
-    return plan
+        parts["B"] = nn.Parameter(B)
+    return parts
+
+
+def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:
+    """Tell if the matrix ``name`` of ``model`` has a low-rank term under a setting."""
+    if low_rank == "none":
+        return False
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if callable(low_rank):
+        return low_rank(name, owner)
+    is_linear = isinstance(owner, nn.Linear) and attribute == "weight"
+    if low_rank == "all" and (is_linear or isinstance(owner, nn.MultiheadAttention)):
+        return attribute == "weight" or attribute.endswith("proj_weight")
+    # attention by the names on the way to it (blocks.0.attn.qkv) or by the class that holds it (CLIPAttention's q_proj)
+    parent = model.get_submodule(owner_name.rpartition(".")[0])
+    in_attention = any(_ATTENTION.search(part) for part in owner_name.split(".")[-4:]) or any(
+        _ATTENTION.search(type(module).__name__) and any(isinstance(child, nn.Linear) for child in module.children())
+        for module in (owner, parent)
+    )
+    if isinstance(owner, nn.MultiheadAttention) or (_ATTENTION.search(type(owner).__name__) and not is_linear):
+        in_attention = True
+    if not in_attention or not (is_linear or attribute.endswith("proj_weight")):
+        return False
+    return low_rank in ("attention", "all") or not _OUT_PROJECTION.search(owner_name)
 
 
 def _kaiming_uniform(size: int, rank: int, generator: torch.Generator) -> Tensor:
@@ -279,29 +267,14 @@ def _kaiming_uniform(size: int, rank: int, generator: torch.Generator) -> Tensor
     return torch.empty(size, rank, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
-def _owners(model: nn.Module, planned: Sequence[_Planned]) -> list[tuple[nn.Module, list[str]]]:
-    """List the modules that have merged parameters, with their names there. A module comes once, whatever names it has
-    itself."""
-    owners: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name in (name for plan in planned for name in plan.names):
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        attributes = owners.setdefault(id(module), (module, []))[1]
-        if attribute not in attributes:
-            attributes.append(attribute)
-    return list(owners.values())
-
-
-def _merge_buffers(
-    tensors: Sequence[tuple[Sequence[str], Tensor]], as_stored: PretrainedWeights, sources: Sources, buffers: str
-) -> None:
+def _merge_buffers(tensors: Sequence[tuple[Sequence[str], Tensor]], sources: Sources, buffers: str) -> None:
     """Average floating-point buffers over the copies where that is the setting, and digest all."""
     for names, tensor in tensors:
         is_averaged = buffers == "average" and tensor.is_floating_point()
         if isinstance(tensor, nn.Parameter) or not (sources.hashers or is_averaged):
             continue
         if sources.hashers:
-            sources.hashers["pretrained"].add(names[0], as_stored(names, tensor))
+            sources.hashers["pretrained"].add(names[0], sources.pretrained(names, tensor))
         wide = torch.promote_types(tensor.dtype, torch.float32)
         total = torch.zeros_like(tensor, dtype=wide) if is_averaged else None
         for task, weights in sources.copies.items():
@@ -317,24 +290,26 @@ def _merge_buffers(
             tensor.copy_(total.div_(len(sources.copies)))
 
 
-def _register(
-    model: nn.Module, plan: _Planned, settings: _Settings, tasks: int, lambdas: dict[str, nn.Parameter]
-) -> None:
-    """Register the parts of one parameter with every module that owns it."""
-    group, lam = lambda_group(plan.names[0], settings.granularity), None
-    if plan.task_vectors is not None:
-        dtype = torch.float64 if plan.task_vectors.dtype == torch.float64 else torch.float32
-        if group not in lambdas:
-            start = torch.full((tasks,), float(settings.init_lambda), dtype=dtype, device=plan.task_vectors.device)
-            lambdas[group] = nn.Parameter(start)
-        lam = lambdas[group]
-    parts = {"task_vectors": plan.task_vectors, "A": plan.A, "G": plan.G, "B": plan.B, "lam": lam}
-    for name in plan.names:
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        assert isinstance(module, ParetoModule)
-        if lam is not None:
-            module.pareto_groups[attribute] = group
-        for part, value in parts.items():
-            if value is not None:
-                module.register_parameter(part_name(attribute, part), value)
+def _register(model: nn.Module, planned: Planned, settings: _Settings, state: ParetoState) -> None:
+    """Convert the modules that own a planned parameter, under any of its names, and give them its parts."""
+    lambdas: dict[str, nn.Parameter] = {}
+    # a module comes once, whatever names it has itself
+    owners: dict[nn.Module, dict[str, tuple[str, Parts]]] = {}
+    for names, parts in planned:
+        group = lambda_group(names[0], settings.granularity)
+        if (task_vectors := parts.get("task_vectors")) is not None:
+            if group not in lambdas:
+                dtype = torch.float64 if task_vectors.dtype == torch.float64 else torch.float32
+                shape, start = (len(state.task_names),), float(settings.init_lambda)
+                lambdas[group] = nn.Parameter(torch.full(shape, start, dtype=dtype, device=task_vectors.device))
+            parts["lam"] = lambdas[group]
+        for name in names if parts else ():
+            owner, _, attribute = name.rpartition(".")
+            owners.setdefault(model.get_submodule(owner), {})[attribute] = group, parts
+    for module, attributes in owners.items():
+        pareto = convert(module, list(attributes), state)
+        for attribute, (group, parts) in attributes.items():
+            if "lam" in parts:
+                pareto.pareto_groups[attribute] = group
+            for part, value in parts.items():
+                pareto.register_parameter(part_name(attribute, part), value)

@@ -1,20 +1,17 @@
-"""Large tensors worked through in pieces, so that temporaries stay small beside any model."""
+"""Large tensors worked through in pieces, and their SHA-256, which says what weights a Pareto set belongs to."""
 
 import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # tensors are worked through in pieces of this many numbers, so that temporaries stay small beside any model
 CHUNK = 1 << 18
-
-
-def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return float32, or float64 where one of ``tensors`` is."""
-    return widest(tensor.dtype for tensor in tensors)
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -33,12 +30,10 @@ def flat_pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | int, ...]]:
-    """Yield indices that cut a tensor of ``shape`` into views of at most CHUNK numbers. They come in the order of its
-    numbers.
+    """Yield indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
 
-    ``parts``: of at most CHUNK // ``parts`` numbers, for work with several temporaries.
-
-    Views even where the tensor is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty.
+    Views even where it is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty. ``parts``: of at
+    most CHUNK // ``parts`` numbers, for work with several temporaries.
     """
     if not math.prod(shape):
         return
@@ -55,9 +50,35 @@ def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | in
 
 
 def extremes(tensor: Tensor) -> tuple[float, float]:
-    """Return the least and the greatest number. NaN if there is one, 0 and 0 if there are none. Makes no mask of the
-    tensor's size, as isfinite() does, and any() on the CPU."""
+    """Return the least and the greatest number. NaN if there is one, 0 and 0 if there are none."""
+    # no mask of the tensor's size, as isfinite() makes, and any() on the CPU
     if not tensor.numel():
         return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
     return low, high
+
+
+class TensorDigest:
+    """SHA-256 over named tensors. 16-bit values count as the float32 they stand for, so precision changes nothing."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.parts[name] = tensor_digest(tensor)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self.parts.items())).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Digest a tensor's dtype, shape and numbers, as :class:`TensorDigest` takes them. Copies a piece at a time."""
+    value = tensor.detach()
+    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    digest = hashlib.sha256(f"{dtype} {list(value.shape)} ".encode())
+    for index in pieces_of(value.shape):
+        piece = value[index].cpu().to(dtype).contiguous()
+        # not view(-1): the strides of a single number may be anything
+        raw: Any = piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
+        digest.update(raw)
+    return digest.hexdigest()

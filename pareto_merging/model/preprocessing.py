@@ -6,6 +6,7 @@ returns K others of the same shape. :func:`pareto_merging.parametrize` takes any
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,22 +16,9 @@ from pareto_merging.model.pieces import flat_pieces, pieces_of, widest
 
 Preprocess: TypeAlias = Callable[[str, Tensor], Tensor]
 PreprocessName: TypeAlias = Literal["none", "ties", "dare"]
-NAMES: tuple[str, ...] = ("none", "ties", "dare")
+PREPROCESS_NAMES: tuple[str, ...] = ("none", "ties", "dare")
 # (all names of a tensor of a module, the tensor) -> it as it is stored: see pareto_merging.model.stored
 AsStored: TypeAlias = Callable[[Sequence[str], Tensor], Tensor]
-
-
-def as_it_is(names: Sequence[str], tensor: Tensor) -> Tensor:
-    """Return the tensor itself: the module's weights are those that are stored."""
-    return tensor
-
-
-def differences(base: Tensor, value: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-    """Yield value − base, flat, in the type ``wide``. Pieces have at most CHUNK numbers."""
-    base, value = base.detach(), value.detach()
-    for index in pieces_of(base.shape):
-        piece = base[index].to(wide)
-        yield (value[index].to(piece.device, wide) - piece).reshape(-1)
 
 
 def check_density(density: Any, name: str = "density") -> float:
@@ -43,17 +31,11 @@ def check_density(density: Any, name: str = "density") -> float:
 def trim_threshold(pieces: Callable[[], Iterator[Tensor]], density: float, task: str = "a task") -> float:
     """Find the magnitude from which an entry belongs to the largest ``density`` share.
 
-    Over the whole task vector, not tensor by tensor, and exact: the bits of a non-negative float order as whole
-    numbers, so sixteen of them at a time are counted and narrowed down, without ever holding or sorting the vector.
-
-    Args:
-        pieces: gives the task vector in pieces, anew at each call (three calls, five in float64).
-
-    Returns:
-        The k-th largest magnitude, k = ⌊density·n⌋ and at least 1; 0 for a vector without entries.
-
-    Raises:
-        ValueError: NaN or inf in the task vector; ``task`` is named.
+    That is the k-th largest, k = ⌊density·n⌋ and at least 1; 0 for a vector without entries. It is over the whole task
+    vector, not tensor by tensor, and exact: the bits of a non-negative float order as whole numbers, so sixteen of them
+    at a time are counted and narrowed down, without ever holding or sorting the vector. ``pieces`` gives it in pieces,
+    anew at each call (three calls, five in float64). Raises ValueError for NaN or inf in the task vector, naming
+    ``task``.
     """
     total, is_double = 0, False
     for piece in pieces():
@@ -92,10 +74,7 @@ def elect_sign(task_vectors: Tensor) -> Tensor:
 class Ties:
     """TIES's first two steps: trim, then keep what has the elected sign. Yadav et al., NeurIPS 2023, algorithm 1.
 
-    What AdaMerging++ and Pareto Merging++ do to the task vectors before they learn λ.
-
-    Args:
-        thresholds: one magnitude per task (:func:`trim_threshold`); entries below it are trimmed.
+    ``thresholds`` has one magnitude per task (:func:`trim_threshold`); entries below it are trimmed.
     """
 
     def __init__(self, thresholds: Sequence[float]) -> None:
@@ -107,18 +86,14 @@ class Ties:
         base: Sequence[tuple[Sequence[str], Tensor]],
         copies: Mapping[str, Mapping[str, Tensor]],
         density: float,
-        as_stored: AsStored = as_it_is,
+        as_stored: AsStored = lambda names, tensor: tensor,
     ) -> "Ties":
-        """Find the thresholds of K fine-tuned copies.
-
-        Args:
-            base: (all names of a tensor, the pretrained tensor). as_stored: gives such a tensor as it is stored.
-        """
+        """Find the thresholds of K copies of ``base``, (all names of a tensor, the tensor), read ``as_stored``."""
         check_density(density)
         kept = [(names, tensor) for names, tensor in base if tensor.is_floating_point()]
 
         def value(names: Sequence[str], weights: Mapping[str, Tensor]) -> Tensor:
-            return weights[next(name for name in names if name in weights)]
+            return weights[next(name for name in names if name in weights)].detach()
 
         # that of all copies together, in which the differences are compared with the thresholds later; a lazy mapping
         # reads a tensor for each, and none is held while the next is read
@@ -127,14 +102,16 @@ class Ties:
             for names, tensor in kept
         ]
 
-        def pieces(weights: Mapping[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
-            return lambda: (
-                piece
-                for (names, tensor), dtype in zip(kept, wide, strict=True)
-                for piece in differences(as_stored(names, tensor), value(names, weights), dtype)
-            )
+        def differences(weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
+            for (names, tensor), dtype in zip(kept, wide, strict=True):
+                stored, tuned = as_stored(names, tensor).detach(), value(names, weights)
+                for index in pieces_of(stored.shape):
+                    piece = stored[index].to(dtype)
+                    yield (tuned[index].to(piece.device, dtype) - piece).reshape(-1)
+                # before the next are read
+                del stored, tuned
 
-        return cls([trim_threshold(pieces(weights), density, task) for task, weights in copies.items()])
+        return cls([trim_threshold(partial(differences, copies[task]), density, task) for task in copies])
 
     def trim(self, task_vectors: Tensor) -> Tensor:
         """Set the entries of [K, *] below each task's threshold to 0."""
@@ -143,8 +120,7 @@ class Ties:
 
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         trimmed = self.trim(task_vectors)
-        sign = elect_sign(trimmed)
-        return torch.where(trimmed.sign() == sign, trimmed, 0.0)
+        return torch.where(trimmed.sign() == elect_sign(trimmed), trimmed, 0.0)
 
 
 class Dare:
@@ -186,7 +162,7 @@ def make_preprocess(
     seed: int,
     base: Sequence[tuple[Sequence[str], Tensor]],
     copies: Mapping[str, Mapping[str, Tensor]],
-    as_stored: AsStored = as_it_is,
+    as_stored: AsStored = lambda names, tensor: tensor,
 ) -> Preprocess | None:
     """Make the preprocessing called ``name``. TIES looks at all copies once for its thresholds, as :meth:`Ties.of`."""
     if name == "none":
@@ -195,4 +171,4 @@ def make_preprocess(
         return Ties.of(base, copies, density, as_stored)
     if name == "dare":
         return Dare(density, seed)
-    raise ValueError(f"preprocess: expected {', '.join(NAMES)} or a function, got {name!r}")
+    raise ValueError(f"preprocess: expected {', '.join(PREPROCESS_NAMES)} or a function, got {name!r}")

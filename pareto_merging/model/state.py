@@ -37,6 +37,16 @@ class Computation:
         """Return what pmkernels is told: keeping merged weights is the model's own business."""
         return "auto" if self.strategy == "cached" else self.strategy
 
+    @contextlib.contextmanager
+    def changed(self, **changes: Any) -> Iterator[None]:
+        """Change some of it inside the block."""
+        before = {name: getattr(self, name) for name in changes}
+        self.__dict__.update(changes)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
     def __getstate__(self) -> dict[str, Any]:
         # a preference may carry a graph, which can be neither copied nor pickled
         return {**self.__dict__, "gamma": self.gamma.detach(), "vectors": None, "factors": None}
@@ -46,11 +56,9 @@ class Computation:
 class ParetoState:
     """The tasks of a Pareto model and how it was built, shared by its layers. ``now`` is how it is computed.
 
-    Attributes:
-        core: how γ becomes the r×r core of the low-rank term: see :func:`.cores.preference_core`.
-        digests: SHA-256 of the pretrained weights and of each task's.
-        stored_dtypes: of the pretrained weights and of each task, the dtypes they are stored in.
-        rounding_error: ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same.
+    ``core`` is how γ becomes the r×r core of the low-rank term (:func:`.parameters.preference_core`),
+    ``rounding_error`` ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same. ``digests`` and ``stored_dtypes`` are of
+    the pretrained weights and of each task.
     """
 
     task_names: tuple[str, ...]
@@ -89,8 +97,7 @@ def set_preference(model: nn.Module, gamma: Preference) -> None:
             task name, ``{"MNIST": 0.6}``: what is left to 1 is shared out equally among the other tasks. A tensor that
             requires a gradient keeps it.
 
-    Raises:
-        ValueError: not a Pareto model, or not a preference: see :func:`check_preference`.
+    Raises ValueError for no Pareto model, or no preference: see :func:`check_preference`.
     """
     states = pareto_states(model)
     if not states:
@@ -110,9 +117,8 @@ def set_preference(model: nn.Module, gamma: Preference) -> None:
 def get_preference(model: nn.Module) -> dict[str, float] | list[dict[str, float]]:
     """Return the current preference by task name. One such dictionary per item where it is set per item."""
     state = pareto_state(model)
-    rows = [
-        dict(zip(state.task_names, row, strict=True)) for row in torch.atleast_2d(state.now.gamma.detach()).tolist()
-    ]
+    gammas = torch.atleast_2d(state.now.gamma.detach()).tolist()
+    rows = [dict(zip(state.task_names, gamma, strict=True)) for gamma in gammas]
     return rows[0] if state.now.gamma.ndim == 1 else rows
 
 

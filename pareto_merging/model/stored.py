@@ -40,16 +40,14 @@ def remember_stored(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Modul
             those that the module does not hold exactly. A tensor of which the module no longer holds the rounding was
             changed since, and counts as the module has it.
 
-    Raises:
-        TypeError: no module, or no mapping. ValueError: tensors that the module does not have.
+    Raises TypeError for no module or no mapping, ValueError for tensors that the module does not have.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights: expected a mapping from name to tensor, got {type(weights).__name__}")
     held = {name: t.dtype for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    foreign = [name for name in weights if name not in held]
-    if foreign:
+    if foreign := [name for name in weights if name not in held]:
         raise ValueError(f"weights: expected tensors of the module, got {', '.join(map(str, foreign[:5]))}")
     model.__dict__[_ATTRIBUTE] = _Stored(weights, {name: held[name] for name in weights})
     return model
@@ -89,12 +87,11 @@ class PretrainedWeights:
         self._stored: _Stored = model.__dict__.get(_ATTRIBUTE) or _Stored({}, {})
 
     def dtype(self, names: Sequence[str], tensor: Tensor) -> torch.dtype:
-        """Return the dtype that a tensor of the module is stored in. As far as it is known without reading."""
+        """Return the dtype that a tensor of the module is stored in, as far as it is known without reading."""
         return next((self._stored.dtypes[name] for name in names if name in self._stored.dtypes), tensor.dtype)
 
     def __call__(self, names: Sequence[str], tensor: Tensor) -> Tensor:
-        """Return one tensor of the module, under any of its names, as stored. The module's own where nothing else is
-        known."""
+        """Return one tensor of the module, by all its names, as stored; its own where nothing else is known."""
         tensor, stored = tensor.detach(), self._stored
         name = next((name for name in names if name in stored.held), None)
         if name is None or not tensor.is_floating_point():
@@ -105,11 +102,8 @@ class PretrainedWeights:
         value = stored.weights[name].detach()
         if value.shape == tensor.shape and _rounds_to(value, tensor, held):
             return value
-        warnings.warn(
-            f"pretrained: {name} was changed since it was loaded, so its task vectors are differences to what it is "
-            f"now, in {_short(tensor.dtype)}",
-            stacklevel=2,
-        )
+        now = f"its task vectors are differences to what it is now, in {_short(tensor.dtype)}"
+        warnings.warn(f"pretrained: {name} was changed since it was loaded, so {now}", stacklevel=2)
         return tensor
 
 
@@ -118,7 +112,7 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _rounds_to(value: Tensor, tensor: Tensor, held: torch.dtype) -> bool:
-    """Tell if ``tensor`` is ``value`` in its dtype. Directly, or by way of the dtype it was first held in."""
+    """Tell if ``tensor`` is ``value`` in its dtype, directly or by way of the dtype it was first held in."""
     return all(
         torch.equal(piece.to(tensor.dtype), own) or torch.equal(piece.to(held).to(tensor.dtype), own)
         for piece, own in ((value[index].to(tensor.device), tensor[index]) for index in pieces_of(tensor.shape))
@@ -154,7 +148,7 @@ class Precision:
         return math.sqrt(self.error / self.size) if self.size else 0.0
 
     def dtypes(self) -> dict[str, str]:
-        """Name the dtypes of each checkpoint, those of most numbers first. ``{"pretrained": "float32", …}``."""
+        """Name the dtypes of each checkpoint, those of most numbers first: ``{"pretrained": "float32", …}``."""
         return {name: describe_dtypes(numbers) for name, numbers in self.numbers.items()}
 
 
@@ -180,10 +174,9 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class StoredTensors(TensorMapping):
-    """A checkpoint's tensors as stored, on a device, each read when asked for."""
+    """A checkpoint's tensors as stored, read when asked for; ``others`` have by name what ``own`` lacks."""
 
     def __init__(self, own: Tensors, device: torch.device, others: Mapping[str, Tensors] | None = None) -> None:
-        """Take the tensors of ``own``. ``others``: by name, one that has what it lacks."""
         self._owner = {**(others or {}), **dict.fromkeys(own.shapes, own)}
         self._device = device
         self.shapes = {name: owner.shapes[name] for name, owner in self._owner.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pareto_merging.model.cache import MergedWeights
-from pareto_merging.model.layer import pareto_modules
+from pareto_merging.model.parameters import merged_parameters
 from pareto_merging.model.state import pareto_states
 from pmkernels import strategies
 
@@ -18,8 +18,7 @@ def strategy_names() -> tuple[str, ...]:
 
 
 def set_strategy(model: nn.Module, strategy: str, *, memory_budget: int | None = None) -> None:
-    """Set how the layers of a Pareto model are computed from now on. A setting of the running model, as the preference
-    is.
+    """Set how the layers of a Pareto model are computed from now on. It is a setting, as the preference is.
 
     Args:
         model: a Pareto model, or a module that contains some.
@@ -60,10 +59,8 @@ def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
         raise ValueError(f"memory_budget: expected at least 0 bytes, got {budget}")
     needed, device = merged_bytes(model), next(model.parameters()).device
     if strategy == "cached" and budget < needed:
-        raise ValueError(
-            f"memory_budget: expected at least {needed} bytes (one more model) for strategy "
-            f"'cached', got {budget}; 'auto' keeps as much as fits"
-        )
+        expected = f"at least {needed} bytes (one more model) for strategy 'cached'"
+        raise ValueError(f"memory_budget: expected {expected}, got {budget}; 'auto' keeps as much as fits")
     memory = memory_of(device)
     if memory is not None and budget > memory:
         raise ValueError(f"memory_budget: expected at most the {in_gib(memory)} of {device}, got {in_gib(budget)}")
@@ -71,13 +68,7 @@ def _check_budget(model: nn.Module, strategy: str, budget: int) -> None:
 
 def merged_bytes(model: nn.Module) -> int:
     """Count the bytes of all merged tensors of a Pareto model. That is what strategy ``cached`` keeps."""
-    merged = {
-        id(weight): weight
-        for _, module in pareto_modules(model)
-        for name in module.pareto_names
-        if (weight := module._parameters[name]) is not None
-    }
-    return sum(weight.numel() * weight.element_size() for weight in merged.values())
+    return sum(parameter.weight.nbytes for parameter in merged_parameters(model))
 
 
 def memory_of(device: torch.device) -> int | None:

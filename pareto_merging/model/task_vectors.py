@@ -1,54 +1,45 @@
 """The task vectors of one parameter: W_k − W0 as stored, rounded once."""
 
+import contextlib
 import ctypes
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pareto_merging.model.copies import LazyTensors, names_in, read_tensor, tensor_of
-from pareto_merging.model.digests import TensorDigest, tensor_digest
-from pareto_merging.model.pieces import extremes, pieces_of, wide_dtype, widest
+from pareto_merging.model.pieces import TensorDigest, extremes, pieces_of, tensor_digest, widest
 from pareto_merging.model.preprocessing import Preprocess
-from pareto_merging.model.stored import Precision, holds
+from pareto_merging.model.stored import Precision, PretrainedWeights, holds
 
 # from this many numbers on, a tensor that was read and let go leaves memory worth giving back
 LARGE = 1 << 17
 
 
-def give_back_free_memory() -> None:
-    """Give the operating system what glibc keeps of freed memory.
+def give_back_free_memory(size: int) -> None:
+    """Give the operating system what glibc keeps of freed memory, if a tensor of ``size`` numbers may be in it.
 
     Its heap keeps a hole wherever a tensor that was read lay below one that stays, which came to tens of megabytes for
     a model of 12 million parameters. Nothing but the resident memory of the process changes.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Any:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return None
+    # another C library has no such function
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        if size >= LARGE:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass
 class Sources:
-    """The fine-tuned weights that task vectors are made of, and notes on them.
+    """The weights that task vectors are made of, fine-tuned ones by task, what is done to those first, and notes on
+    them.
 
-    Attributes:
-        copies: the K fine-tuned copies by task. preprocess: what is done to the task vectors.
-        precision: counts dtypes and what rounding costs.
-        hashers: digests of ``pretrained`` and each task; none where nobody asked for them.
+    ``precision`` counts dtypes and what rounding costs; ``hashers`` are digests of ``pretrained`` and each task, none
+    where nobody asked for them.
     """
 
+    pretrained: PretrainedWeights
     copies: Mapping[str, Mapping[str, Tensor]]
     preprocess: Preprocess | None = None
     precision: Precision = field(default_factory=Precision)
@@ -57,12 +48,11 @@ class Sources:
     def task_vectors(self, names: Sequence[str], weight: Tensor, base: Tensor) -> Tensor | None:
         """Return τ of one parameter, [K, *shape] as ``weight``; None where they are all zero.
 
-        Args:
-            names: all that it has. weight, base: it in the module, whose dtype and device τ gets, and as stored.
+        ``names``: all that it has. ``weight``, ``base``: in the module, whose dtype and device τ gets, and as stored.
         """
         if not weight.is_floating_point():
-            for task, weights in self.copies.items():
-                self._subtract(names, weight, task, weights, None)
+            for task in self.copies:
+                self._subtract(names, weight, task, None)
             return None
         dtype = weight.dtype
         if self.preprocess is not None:
@@ -73,37 +63,27 @@ class Sources:
         task_vectors = torch.empty(shape, dtype=dtype, device=weight.device)
         differences = Differences(base, task_vectors)
         for number, (task, weights) in enumerate(self.copies.items()):
-            self._subtract(names, weight, task, weights, (differences, number))
-            if isinstance(weights, LazyTensors) and weight.numel() >= LARGE:
-                give_back_free_memory()
+            self._subtract(names, weight, task, differences)
+            if isinstance(weights, LazyTensors):
+                give_back_free_memory(weight.numel())
             low, high = extremes(task_vectors[number])
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(
-                    f"finetuned: expected finite numbers in {names[0]} of {task} minus pretrained, got NaN or inf"
-                )
+            if not math.isfinite(low) or not math.isfinite(high):
+                where = f"{names[0]} of {task} minus pretrained"
+                raise ValueError(f"finetuned: expected finite numbers in {where}, got NaN or inf")
             is_zero = is_zero and low == high == 0
         differences.add_to(self.precision)
         if self.preprocess is not None:
             return _preprocessed(self.preprocess, names[0], task_vectors, weight, self.precision)
         return None if is_zero else task_vectors
 
-    def _subtract(
-        self,
-        names: Sequence[str],
-        weight: Tensor,
-        task: str,
-        weights: Mapping[str, Tensor],
-        target: tuple["Differences", int] | None,
-    ) -> None:
-        """Write one parameter of one copy minus W0 to its place in ``target``. Without a target there is no difference.
+    def _subtract(self, names: Sequence[str], weight: Tensor, task: str, target: "Differences | None") -> None:
+        """Write one parameter of one copy minus W0 to ``target``. Without one there is no difference.
 
-        What was read is let go on return.
-
-        Raises:
-            ValueError: another shape than that of ``weight``; names tied in the model that differ in the copy; a
-                parameter without a task vector that is not that of the model.
+        What was read is let go on return. Raises ValueError for another shape than that of ``weight``, names tied in
+        the model that differ in the copy, and a parameter without a task vector that is not that of the model.
         """
-        present, hasher = names_in(names, weights), self.hashers.get(task)
+        weights, hasher = self.copies[task], self.hashers.get(task)
+        present = names_in(names, weights)
         value, weight = read_tensor(weights, present[0], task, weight), weight.detach()
         self.precision.count(task, value.dtype, value.numel())
         # what a dict has is in memory anyway
@@ -112,8 +92,7 @@ class Sources:
         if hasher is not None:
             hasher.parts[names[0]] = digest
         if target is not None:
-            differences, number = target
-            differences.write(number, value)
+            target.write(value)
         elif not _equal(value, weight):
             raise ValueError(f"finetuned: {names[0]} is {weight.dtype} and differs in {task}, expected it unchanged")
         del value
@@ -133,15 +112,25 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 def _preprocessed(
     preprocess: Preprocess, name: str, task_vectors: Tensor, weight: Tensor, precision: Precision
 ) -> Tensor | None:
-    """Preprocess task vectors. The result is on the device and in the dtype of ``weight``, with memory of its own for
-    every number; None if all are zero."""
-    result = preprocess(name, task_vectors)
-    if not isinstance(result, Tensor) or result.shape != task_vectors.shape:
-        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    """Preprocess task vectors, and round them to the device and dtype of ``weight``. None if all are zero.
+
+    The result has memory of its own for every number. What rounding costs is counted.
+    """
+    exact = preprocess(name, task_vectors)
+    if not isinstance(exact, Tensor) or exact.shape != task_vectors.shape:
+        got = list(exact.shape) if isinstance(exact, Tensor) else type(exact).__name__
         raise ValueError(f"preprocess: expected task vectors of shape {list(task_vectors.shape)} for {name}, got {got}")
-    result = rounded(result, weight, precision)
+    exact = exact.detach()
+    result = exact.to(weight).contiguous()
+    if not holds(result.dtype, exact.dtype):
+        for index in pieces_of(result.shape[1:]):
+            error, total = (torch.zeros_like(exact[0][index]) for _ in range(2))
+            for wide, narrow in zip(exact, result, strict=True):
+                error += narrow[index].to(wide).sub_(wide[index])
+                total += wide[index]
+            precision.add(error, total)
     low, high = extremes(result)
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError(f"preprocess: expected finite task vectors for {name}, got NaN or inf")
     return None if low == high == 0 else result
 
@@ -153,17 +142,18 @@ PARTS = 4
 class Differences:
     """The task vectors of one parameter, [K, *shape]: written one after another, each rounded once.
 
-    Holds ``base`` (W0 as stored) and, where a task vector is rounded, the sum of what that changed, in bfloat16.
+    Where they are rounded, the sum of what that changed is kept in bfloat16.
     """
 
     def __init__(self, base: Tensor, task_vectors: Tensor) -> None:
         self.base, self.task_vectors = base, task_vectors
         self._rounding: Tensor | None = None
+        self._places = iter(task_vectors)
 
-    def write(self, number: int, value: Tensor) -> None:
-        """Put ``value`` − W0 into task vector ``number``."""
-        task_vector, base = self.task_vectors[number], self.base
-        wide = wide_dtype(task_vector, base, value)
+    def write(self, value: Tensor) -> None:
+        """Put ``value`` − W0 into the next task vector."""
+        task_vector, base = next(self._places), self.base
+        wide = widest(tensor.dtype for tensor in (task_vector, base, value))
         is_exact = wide == task_vector.dtype
         if not is_exact and self._rounding is None:
             # 8 bits of each number give the norm of the sum to a hundred-thousandth
@@ -181,22 +171,8 @@ class Differences:
         """Count what rounding cost, after the last task vector."""
         if self._rounding is not None:
             for index in pieces_of(self.base.shape, PARTS):
-                error = self._rounding[index].to(wide_dtype(self.task_vectors))
+                error = self._rounding[index].to(widest([self.task_vectors.dtype]))
                 total = -error
                 for task_vector in self.task_vectors:
                     total += task_vector[index]
                 precision.add(error, total)
-
-
-def rounded(task_vectors: Tensor, like: Tensor, precision: Precision) -> Tensor:
-    """Round task vectors [K, *shape] to the device and dtype of ``like``. What rounding costs is counted."""
-    result = task_vectors.detach().to(like).contiguous()
-    if not holds(result.dtype, task_vectors.dtype):
-        for index in pieces_of(result.shape[1:]):
-            error = torch.zeros_like(task_vectors[0][index])
-            total = torch.zeros_like(error)
-            for exact, narrow in zip(task_vectors.detach(), result, strict=True):
-                error += narrow[index].to(exact).sub_(exact[index])
-                total += exact[index]
-            precision.add(error, total)
-    return result

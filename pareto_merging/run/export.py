@@ -79,7 +79,7 @@ def export_merged(
         # its own error says what is missing
         open_run(run)
     # before the models are loaded: mistakes are said at once
-    names = read_header(run / SET_NAME, SET_FORMAT, ["task_names"])["task_names"]
+    names = read_header(run / SET_NAME, SET_FORMAT, {"task_names": list})["task_names"]
     with user_errors():
         gammas = parse_preferences(preferences, names)
     if target is None:

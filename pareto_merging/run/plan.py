@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.model.copies import check_copies
 from pareto_merging.model.learned import lambda_group
-from pareto_merging.model.low_rank import wants_low_rank
+from pareto_merging.model.parametrize import wants_low_rank
 from pareto_merging.model.pieces import widest
 from pareto_merging.model.preprocessing import make_preprocess
-from pareto_merging.model.stored import Precision, describe_dtypes, percent, summarize_dtypes
+from pareto_merging.model.stored import Precision, PretrainedWeights, describe_dtypes, percent, summarize_dtypes
 from pareto_merging.model.task_vectors import Sources
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.progress import progress_bar
@@ -143,7 +143,7 @@ def _rounding(workspace: Workspace, progress: bool) -> Precision:
         return stored[next(name for name in names if name in stored)]
 
     apply = make_preprocess(method.preprocess, method.density, method.seed, parameters, copies, as_stored)
-    sources = Sources(copies, apply)
+    sources = Sources(PretrainedWeights(model), copies, apply)
     with progress_bar("reading", len(parameters), enabled=progress) as advance:
         for number, (names, parameter) in enumerate(parameters, start=1):
             base = as_stored(names, parameter)

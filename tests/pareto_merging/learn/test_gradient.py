@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import pytest
 import torch
 from helpers import noisy_copy, randomize
-from learn_cases import short_run, task_set
+from learn_cases import short_run, small_model, task_set
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +17,16 @@ import pareto_merging as pm
 from pareto_merging.data.tasks import Task, ZeroShotHead
 from pareto_merging.learn import gradient
 from pareto_merging.learn.entropy import entropy_terms
-from pareto_merging.learn.gradient import Execution, GradientOfStep, TasksAtOnce, pareto_gradient
+from pareto_merging.learn.gradient import (
+    Execution,
+    GradientOfStep,
+    TasksAtOnce,
+    cosine_alignment,
+    low_rank_square,
+    pareto_gradient,
+    tensor_norm,
+)
 from pareto_merging.learn.objectives import OBJECTIVES, Objective, ObjectiveKind, TaskTerms
-from pareto_merging.learn.regularizers import cosine_alignment, tensor_norm
 from pareto_merging.learn.scalarize import scalarize
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.layer import pareto_modules
@@ -32,6 +40,8 @@ Copies: TypeAlias = Callable[[nn.Module, int], dict[str, nn.Module]]
 TASKS = 3
 # float32 numbers, in which a model holds its preference
 GAMMA = torch.tensor([0.25, 0.5, 0.25])
+S = torch.tensor([1.2, 0.4, 0.9], dtype=torch.float64)
+DOUBLE_GAMMA = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 
 
 class Blocks(nn.Module):
@@ -897,3 +907,39 @@ def test_a_replay_sees_the_targets_of_its_own_step(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found.terms[:, 0], torch.stack(by_hand))
         moved(model, number)
     assert (rehearsal.captures, rehearsal.replays) == (1, 4)
+
+
+def test_cosine_is_that_of_one_over_gamma_and_survives_extremes() -> None:
+    expected = torch.cosine_similarity(S, 1 / DOUBLE_GAMMA, dim=0)
+    torch.testing.assert_close(cosine_alignment(S, DOUBLE_GAMMA), expected)
+    for gamma in ([1.0, 0.0, 0.0], [1 - 1e-38, 1e-38, 0.0], [0.5, 0.5, 1e-45]):
+        values = S.float().requires_grad_()
+        cosine = cosine_alignment(values, torch.tensor(gamma))
+        (grad,) = torch.autograd.grad(cosine, values)
+        assert math.isfinite(float(cosine))
+        assert bool(torch.isfinite(grad).all())
+
+
+def test_low_rank_square() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, C, B = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, 3), (3, 3), (5, 3)))
+    torch.testing.assert_close(low_rank_square(A, C, B), (A @ C @ B.T).square().sum())
+
+
+def test_tensor_norm_and_its_gradient_at_zero() -> None:
+    model, _, _ = small_model()
+    parameters = [p for n, p in learned_parameters(model).items() if not n.startswith("lam.")]
+    norm = tensor_norm(model, DOUBLE_GAMMA)
+    assert float(norm) == 0
+    assert all(not bool(g.any()) for g in torch.autograd.grad(norm, parameters))
+    randomize(model)
+    total = 0.0
+    for layer in (model[0], model[2]):
+        core = sum(g * layer.G[:, :, k] for k, g in enumerate(DOUBLE_GAMMA))
+        total += (layer.A @ core @ layer.B.T).square().sum()
+    torch.testing.assert_close(tensor_norm(model, DOUBLE_GAMMA), total.sqrt())
+    ours = torch.autograd.grad(tensor_norm(model, DOUBLE_GAMMA), parameters)
+    theirs = torch.autograd.grad(total.sqrt(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert float(tensor_norm(nn.Linear(2, 2), DOUBLE_GAMMA)) == 0

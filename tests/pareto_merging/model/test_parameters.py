@@ -15,13 +15,11 @@ from support.networks import (
 from torch import nn
 
 import pmkernels
-from pareto_merging.model.attention import ParetoAttention
-from pareto_merging.model.cores import preference_core
 from pareto_merging.model.fold import fold, merge
+from pareto_merging.model.forms import ParetoAttention, ParetoLinear
 from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.learned import lambda_names, learned_parameters
-from pareto_merging.model.linear import ParetoLinear
-from pareto_merging.model.parameters import merged_parameters, part_name
+from pareto_merging.model.parameters import merged_parameters, part_name, preference_core
 from pareto_merging.model.parametrize import parametrize
 from pmkernels import reference
 
@@ -87,12 +85,12 @@ def test_merged_parameters_of_a_model(tiny_vit: nn.Module, copies: Copies) -> No
     assert len(with_low_rank) == 4
     gamma = torch.tensor([0.2, 0.3, 0.5])
     for parameter in listed.values():
-        used = parameter.at(gamma)
-        assert used.lam is parameter.lam
-        expected = reference.merge_weight(used.weight, gamma=gamma if used.A is not None else None, **used.parts())
+        used = parameter.used_parts(gamma)
+        assert used["lam"] is parameter.lam
+        expected = reference.merge_weight(parameter.weight, gamma=None if used["A"] is None else gamma, **used)
         torch.testing.assert_close(parameter.module.pareto_merged(parameter.name, gamma), expected)
     model.pareto.now.lambda_range = (0.0, 0.1)
-    assert all(float(parameter.at().lam.detach().max()) < 0.101 for parameter in listed.values())
+    assert all(float(parameter.used_parts()["lam"].detach().max()) < 0.101 for parameter in listed.values())
 
 
 def test_a_tied_parameter_comes_once(copies: Copies) -> None:

@@ -28,7 +28,7 @@ from pareto_merging.model.files import load_pareto_set, save_pareto_set
 from pareto_merging.model.fold import fold, merge
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.learned import get_lambda, lambda_names, learned_parameters
-from pareto_merging.model.parametrize import parametrize
+from pareto_merging.model.parametrize import parametrize, wants_low_rank
 from pareto_merging.model.state import get_preference, preference, set_preference
 
 # every test here runs twice: with the eager strategy and with the kernels
@@ -201,3 +201,34 @@ def test_loading_in_place(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -
         load_pareto_set(path, saved, finetuned, copy=False)
     assert load_pareto_set(path, tiny_vit, finetuned, copy=False) is tiny_vit
     assert bits(tiny_vit) == bits(saved)
+
+
+def test_rank_16_on_the_in_projections_is_the_papers_half_percent() -> None:
+    model = encoders.build({"architecture": "ViT-B-32"})
+    added = sum(
+        16 * sum(parameter.shape) + 16 * 16 * 8
+        for name, parameter in model.named_parameters()
+        if wants_low_rank(model, name, "in-projection")
+    )
+    assert 0.005 < added / sum(p.numel() for p in model.parameters()) < 0.008
+
+
+def test_which_matrices_are_attention(tiny_vit: nn.Module) -> None:
+    def chosen(model: nn.Module, setting: Any) -> set[str]:
+        return {n for n, p in model.named_parameters() if p.ndim == 2 and wants_low_rank(model, n, setting)}
+
+    block = "transformer.resblocks.0."
+    attention = {block + "attn.in_proj_weight", block + "attn.out_proj.weight"}
+    everything = attention | {block + "mlp.c_fc.weight", block + "mlp.c_proj.weight"}
+    assert {n for n in chosen(tiny_vit, "attention") if n.startswith(block)} == attention
+    assert {n for n in chosen(tiny_vit, "in-projection") if n.startswith(block)} == {block + "attn.in_proj_weight"}
+    assert {n for n in chosen(tiny_vit, "all") if n.startswith(block)} == everything
+    assert chosen(tiny_vit, "none") == set()
+    assert chosen(tiny_vit, lambda name, module: "c_fc" in name) == {
+        f"transformer.resblocks.{i}.mlp.c_fc.weight" for i in range(2)
+    }
+    clip = build("Hugging Face")[0]
+    names = {name.rpartition("encoder.layers.0.")[2] for name in chosen(clip, "attention") if "layers.0" in name}
+    assert names == {f"self_attn.{p}_proj.weight" for p in ("q", "k", "v", "out")}
+    names = {name.rpartition("encoder.layers.0.")[2] for name in chosen(clip, "in-projection") if "layers.0" in name}
+    assert names == {f"self_attn.{p}_proj.weight" for p in ("q", "k", "v")}

@@ -1,6 +1,7 @@
-"""nn.MultiheadAttention whose projections are merged."""
+"""The Pareto forms of nn.Linear and nn.MultiheadAttention: their weights are merged."""
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +9,51 @@ from torch.nn import functional as F
 
 from pareto_merging.model.convert import register
 from pareto_merging.model.layer import ParetoModule, merged_property
-from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.parametrize import parametrize
 
-MERGED_NAMES = {
-    "in_proj_weight",
-    "in_proj_bias",
-    "q_proj_weight",
-    "k_proj_weight",
-    "v_proj_weight",
-    "bias_k",
-    "bias_v",
-}
+WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+MERGED_NAMES = ("in_proj_weight", "in_proj_bias", *WEIGHTS, "bias_k", "bias_v")
+
+
+class ParetoLinear(ParetoModule, nn.Linear):
+    """nn.Linear whose weight is W(γ) and whose bias is b0 + Σ_k λ_k τ_k.
+
+    Input ``[*, in]``, output ``[*, out]``. A preference per item wants the items along the first dimension of x.
+    """
+
+    weight = merged_property("weight")
+    bias = merged_property("bias")
+
+    @classmethod
+    def from_linears(
+        cls,
+        pretrained: nn.Linear,
+        finetuned: Sequence[nn.Linear] | Mapping[str, nn.Linear],
+        rank: int = 16,
+        init_lambda: float = 0.3,
+    ) -> "ParetoLinear":
+        """Make one layer of its pretrained form and K fine-tuned copies, by task name or not; ``rank`` 0: λ only."""
+        model = parametrize(pretrained, finetuned, rank, "all" if rank else "none", init_lambda=init_lambda)
+        if not isinstance(model, cls):
+            raise ValueError("finetuned: expected at least one copy that differs from pretrained, got none")
+        return model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pareto_project(input, "weight", self.bias, slice(None), self.pareto_batch_dim)
+
+    def extra_repr(self) -> str:
+        parameter = self.pareto_parameter("weight")
+        tasks = "folded" if parameter.task_vectors is None else f"tasks={len(parameter.task_vectors)}"
+        return f"{super().extra_repr()}, {tasks}" + ("" if parameter.A is None else f", rank={parameter.A.shape[1]}")
+
+
+def _fits(module: nn.Module, names: Sequence[str]) -> bool:
+    # a layer with parameters of its own making, or none where its weight should be (weight_norm), is an unknown module
+    return set(names) <= {"weight", "bias"} and "weight" in module._parameters
+
+
+for kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    register(kind, ParetoLinear, _fits)
 
 
 class ParetoAttention(ParetoModule, nn.MultiheadAttention):
@@ -27,14 +62,6 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
     The in-projection of self-attention is one product of [3E, E]; attention itself is scaled_dot_product_attention
     unless the weights are asked for.
     """
-
-    in_proj_weight = merged_property("in_proj_weight")
-    in_proj_bias = merged_property("in_proj_bias")
-    q_proj_weight = merged_property("q_proj_weight")
-    k_proj_weight = merged_property("k_proj_weight")
-    v_proj_weight = merged_property("v_proj_weight")
-    bias_k = merged_property("bias_k")
-    bias_v = merged_property("bias_v")
 
     def forward(
         self,
@@ -50,20 +77,11 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         if self._parameters.get("bias_k") is not None or self.add_zero_attn or query.is_nested:
             # rare forms: PyTorch's own forward on the merged tensors
             return nn.MultiheadAttention.forward(
-                self,
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if is_causal and attn_mask is None:
-            raise ValueError(
-                "attn_mask: expected a mask where is_causal is set (it is a hint about the mask), got None"
-            )
+            where = "is_causal is set (it is a hint about the mask)"
+            raise ValueError(f"attn_mask: expected a mask where {where}, got None")
         batched = query.ndim == 3
         if not batched and self.pareto.now.gamma.ndim == 2:
             raise ValueError(f"preference: expected one for an input without a batch, got {len(self.pareto.now.gamma)}")
@@ -93,21 +111,17 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int) -> tuple[Tensor, ...]:
         """Compute q, k and v: one product where they share their input."""
         bias, size = self.in_proj_bias, self.embed_dim
-        project = functools.partial(self.pareto_project, bias=bias, batch_dim=batch_dim)
+        thirds = [slice(i * size, (i + 1) * size) for i in range(3)]
         if not self._qkv_same_embed_dim:
-            slices = [None if bias is None else bias[i * size : (i + 1) * size] for i in range(3)]
-            inputs = ((query, "q_proj_weight"), (key, "k_proj_weight"), (value, "v_proj_weight"))
-            return tuple(
-                self.pareto_project(x, name, b, slice(None), batch_dim)
-                for (x, name), b in zip(inputs, slices, strict=True)
-            )
+            biases = [None if bias is None else bias[rows] for rows in thirds]
+            inputs = zip((query, key, value), WEIGHTS, biases, strict=True)
+            return tuple(self.pareto_project(x, name, b, slice(None), batch_dim) for x, name, b in inputs)
+        project = functools.partial(self.pareto_project, name="in_proj_weight", bias=bias, batch_dim=batch_dim)
         if query is key and key is value:
-            return project(query, "in_proj_weight", rows=slice(None)).chunk(3, dim=-1)
-        q = project(query, "in_proj_weight", rows=slice(0, size))
+            return project(query, rows=slice(None)).chunk(3, dim=-1)
         if key is value:
-            return (q, *project(key, "in_proj_weight", rows=slice(size, 3 * size)).chunk(2, dim=-1))
-        k = project(key, "in_proj_weight", rows=slice(size, 2 * size))
-        return q, k, project(value, "in_proj_weight", rows=slice(2 * size, 3 * size))
+            return (project(query, rows=thirds[0]), *project(key, rows=slice(size, 3 * size)).chunk(2, dim=-1))
+        return tuple(project(x, rows=rows) for x, rows in zip((query, key, value), thirds, strict=True))
 
     def _heads(self, x: Tensor, batched: bool) -> Tensor:
         """Split the features of batches in any layout into heads [batch, heads, L, head_dim]."""
@@ -116,16 +130,13 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Make one float mask of both. It is [1 or batch, 1 or heads, 1 or L, S] and added to the scores; None if there
-        is none."""
+        """Make one float mask of both, [1 or batch, 1 or heads, 1 or L, S], which is added to the scores."""
         batch, length, source = q.shape[0], q.shape[2], k.shape[2]
         mask = None
         if attn_mask is not None:
-            expected = ((length, source), (batch * self.num_heads, length, source))
-            if tuple(attn_mask.shape) not in expected:
-                raise ValueError(
-                    f"attn_mask: expected shape {expected[0]} or {expected[1]}, got {tuple(attn_mask.shape)}"
-                )
+            shared, own, got = (length, source), (batch * self.num_heads, length, source), tuple(attn_mask.shape)
+            if got not in (shared, own):
+                raise ValueError(f"attn_mask: expected shape {shared} or {own}, got {got}")
             mask = _float_mask("attn_mask", attn_mask, q.dtype)
             mask = mask if mask.ndim == 2 else mask.view(batch, self.num_heads, length, source)
         if padding is not None:
@@ -145,4 +156,6 @@ def _float_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-register(nn.MultiheadAttention, ParetoAttention, lambda module, names: set(names) <= MERGED_NAMES)
+for merged_name in MERGED_NAMES:
+    setattr(ParetoAttention, merged_name, merged_property(merged_name))
+register(nn.MultiheadAttention, ParetoAttention, lambda module, names: set(names) <= set(MERGED_NAMES))
