@@ -12,6 +12,7 @@ from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, 
 from pareto_merging.errors import UserError
 from pareto_merging.learn.adam import MOMENTS
 from pareto_merging.learn.learner import Learner
+from pareto_merging.learn.settings import ModelSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.pieces import TensorDigest
 from pareto_merging.model.state import pareto_state
@@ -80,21 +81,28 @@ def _identity(learner: Learner) -> dict[str, Any]:
 
 
 def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a checkpoint's header says otherwise than ``identity``."""
-    for part, now in identity.items():
+    """Yield what a checkpoint's header says otherwise than ``identity``.
+
+    What the two models agree on may differ in the settings, which once could say otherwise than their model.
+    """
+    saved: dict[str, Any] = {}
+    for part in identity:
         try:
-            saved = json.loads(metadata.get(part, ""))
+            saved[part] = json.loads(metadata.get(part, ""))
         except ValueError as error:
             raise UserError(f"{path}: expected {part} in the header of a checkpoint, got none") from error
-        if saved == now:
+    model = saved["model"] if isinstance(saved["model"], dict) else {}
+    agreed = {key for key in ModelSettings.model_fields if key in model and model[key] == identity["model"].get(key)}
+    for part, now in identity.items():
+        before = saved[part]
+        if not isinstance(before, dict) or not isinstance(now, dict):
+            if before != now:
+                yield f"{part} ({before!r}, now {now!r})"
             continue
-        if not isinstance(saved, dict) or not isinstance(now, dict):
-            yield f"{part} ({saved!r}, now {now!r})"
-            continue
-        label = "" if part == "settings" else f"{part}: "
-        for key in dict.fromkeys((*now, *saved)):
-            if saved.get(key) != now.get(key):
-                yield f"{label}{key} ({_short(saved.get(key))}, now {_short(now.get(key))})"
+        for key in dict.fromkeys((*now, *before)):
+            if before.get(key) != now.get(key) and not (part == "settings" and key in agreed):
+                label = "" if part == "settings" else f"{part}: "
+                yield f"{label}{key} ({_short(before.get(key))}, now {_short(now.get(key))})"
 
 
 def _short(value: Any) -> str:

@@ -30,6 +30,8 @@ from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 
 LOG_NAME = "log.jsonl"
+# what its lines have whatever the objective watches
+LOG_KEYS = ("event", "step", "loss", "gamma", "objective", "seconds", "warnings")
 Write: TypeAlias = Callable[[Mapping[str, Any]], None]
 # averages go over about this many steps before anything is said about them
 SMOOTHING = 0.95
@@ -91,6 +93,9 @@ def learn_pareto_set(
         raise TypeError(f"settings: expected MethodSettings, got {type(settings).__name__}")
     warn = on_warning or (lambda text: warnings.warn(text, stacklevel=3))
     learner = Learner(model, tasks, settings, Execution(cache, cuda_graphs, tasks_at_once), on_warning=warn)
+    if taken := [name for name in LOG_KEYS if name in learner.watches]:
+        expected = f"expected other names to watch than the log's own ({', '.join(LOG_KEYS)})"
+        raise ValueError(f"objective {settings.objective}: {expected}, got {', '.join(taken)}")
     folder = None if folder is None else Path(folder)
     first = restore_checkpoint(learner, folder) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)

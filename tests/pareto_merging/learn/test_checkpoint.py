@@ -203,3 +203,28 @@ def test_damaged_checkpoints_are_one_clear_error(
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(UserError, match=message):
         learn_pareto_set(model, task_set(2), short_run(), folder=tmp_path, resume=True, progress=False)
+
+
+def test_settings_that_contradicted_their_model_do_not_stop_a_resume(
+    tiny_vit: nn.Module, copies: Copies, tmp_path: Path
+) -> None:
+    """As a run of before could have them: what is the model's is compared as the model has it."""
+    from safetensors.torch import save_file
+
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2, granularity="block")
+    settings = short_run(granularity="block")
+    learn_pareto_set(model, task_set(2), settings, folder=tmp_path, progress=False)
+    path = tmp_path / CHECKPOINT_NAME
+    metadata = read_metadata(path)
+    del metadata["checksums"]
+    before = json.loads(metadata["settings"]) | {"rank": 16, "core": "outer-product", "granularity": "tensor"}
+    save_file(read_tensors(path), path, metadata={**metadata, "settings": json.dumps(before)})
+    result = learn_pareto_set(model, task_set(2), settings, folder=tmp_path, resume=True, progress=False)
+    assert result.resumed_from == 4
+    save_file(read_tensors(path), path, metadata={**metadata, "settings": json.dumps(before | {"mu": 0.2})})
+    with pytest.raises(UserError, match=r"but it differs in mu \(0.2, now 0.1\)$"):
+        learn_pareto_set(model, task_set(2), settings, folder=tmp_path, resume=True, progress=False)
+    other = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    save_file(read_tensors(path), path, metadata={**metadata, "settings": json.dumps(before)})
+    with pytest.raises(UserError, match=r"in model: granularity \('block', now 'tensor'\)"):
+        learn_pareto_set(other, task_set(2), short_run(), folder=tmp_path, resume=True, progress=False)

@@ -167,6 +167,28 @@ def test_what_is_missing_is_said(tiny_vit: nn.Module, monkeypatch: pytest.Monkey
         loop.learn_pareto_set(pareto(tiny_vit), task_set(2), short_run(objective="small"), progress=False)
 
 
+class Watching(TooFew):
+    """One objective, and numbers beside it that are called as the case wants."""
+
+    def __init__(self, *names: str) -> None:
+        self.watches = names
+
+    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
+        return TaskTerms(logits.square().mean(), tuple(logits.mean().detach() for _ in self.watches))
+
+
+@pytest.mark.parametrize("name", ["event", "step", "loss", "gamma", "objective", "seconds", "warnings"])
+def test_what_is_watched_is_not_called_as_what_the_log_says(
+    tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "own", ObjectiveKind("own", lambda m, t, s: Watching("margin", name)))
+    with pytest.raises(ValueError, match=f"objective own: expected other names to watch than .*, got {name}$"):
+        loop.learn_pareto_set(pareto(tiny_vit), task_set(2), short_run(objective="own"), progress=False)
+    monkeypatch.setitem(OBJECTIVES, "own", ObjectiveKind("own", lambda m, t, s: Watching("margin")))
+    result = loop.learn_pareto_set(pareto(tiny_vit), task_set(2), short_run(objective="own"), progress=False)
+    assert set(result.history[0]) == {"step", "loss", "gamma", "margin", "objective", "seconds", "warnings"}
+
+
 def test_a_scalarisation_of_ones_own(tiny_vit: nn.Module) -> None:
     with pytest.raises(ValueError, match="scalarization: expected a new name, got 'linear'"):
         register_scalarization("linear", lambda objectives, gamma, mu: objectives.sum())
