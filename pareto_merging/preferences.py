@@ -1,4 +1,4 @@
-"""Preferences γ, finite, non-negative, summing to 1: which are valid, how they are written, sampled and laid out."""
+"""Preferences, finite, non-negative and summing to 1: checked, written, sampled and laid out."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,7 +127,7 @@ def parse_preferences(text: str, task_names: Sequence[str]) -> list[Tensor]:
 
 
 def _counted(part: str, task_names: Sequence[str]) -> tuple[int, Callable[[], Iterable[Tensor]]]:
-    """Say how many preferences one part of a text stands for, and how to generate them."""
+    """Say how many preferences one part of a text stands for. And how to generate them."""
     tasks = len(task_names)
     if part == "one-hot":
         return tasks, lambda: one_hot_preferences(tasks)
@@ -176,7 +176,7 @@ def one_hot_preferences(tasks: int) -> Tensor:
 
 
 def priority_preferences(tasks: int, weight: float = 0.5) -> Tensor:
-    """Return [K, K]: row k gives task k ``weight`` in [0, 1] and shares the rest out equally. [[1]] for one task."""
+    """Return [K, K]: row k gives task k ``weight`` in [0, 1]. The rest is shared out equally; [[1]] for one task."""
     if not 0 <= weight <= 1:
         raise ValueError(f"weight: expected a number in [0, 1], got {weight}")
     if tasks == 1:

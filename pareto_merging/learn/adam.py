@@ -1,6 +1,6 @@
-"""Adam over all learned parameters as two long vectors, λ and the rest, and gradients as such vectors.
+"""Adam over all learned parameters as two long vectors, and gradients as such vectors.
 
-There are hundreds of small ones; the two groups may differ in their rate.
+There are hundreds of small ones; the two groups, λ and the rest, may differ in their rate.
 """
 
 import functools
@@ -42,7 +42,7 @@ def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Adam:
-    """The long vectors, Adam's state, and the ways to the parameters ``learned``, λ (``lam.…``) before the rest."""
+    """The long vectors, Adam's state, and the ways to the parameters ``learned``. λ (``lam.…``) comes first."""
 
     def __init__(self, learned: Mapping[str, nn.Parameter], settings: OptimiserSettings) -> None:
         self.learned, self.parameters = dict(learned), list(learned.values())

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run goes on from, which is what is learned, Adam's moments, the step, and whose they are."""
+"""Checkpoints: what a run goes on from. What is learned, Adam's moments, the step, and whose they are."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
-"""The objective ``entropy``: S_k is the mean entropy of the predictions on task k, on batches without labels.
+"""The objective ``entropy``: S_k is the mean entropy of the predictions on task k.
 
-Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
+On batches without labels. Chen & Kwok, "You Only Merge Once" / "Pareto Merging", arXiv 2408.12105, equation 3.
 """
 
 import math

@@ -19,10 +19,10 @@ from pareto_merging.model.state import ParetoState, pareto_state
 
 
 class Gathered:
-    """Vectors and factors of one Pareto model, and the gradient of what is ``learned``, P numbers, through them.
+    """Vectors and factors of one Pareto model, and the gradient through them.
 
-    ``wanted`` is what a value is differentiated by: the learned parameters, but L = A·C in the place of A and nothing
-    in that of G.
+    ``learned`` has P numbers in all. ``wanted`` is what a value is differentiated by: the learned parameters, but L =
+    A·C in the place of A and nothing in that of G.
     """
 
     def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
@@ -40,7 +40,7 @@ class Gathered:
             self.vectors.refresh()
 
     def lent(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model's layers use what is merged, inside the block: views of the vectors, and L with B."""
+        """Let the model's layers use what is merged, inside the block. Views of the vectors, and L with B."""
         vectors = None if self.vectors is None else self.vectors.by_weight()
         return self.state.now.changed(factors=self.factors.by_weight, vectors=vectors)
 

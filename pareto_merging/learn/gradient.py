@@ -1,4 +1,4 @@
-"""The gradient of one optimiser step, exact, at the activation memory of one task, and the loss's regularisers.
+"""The exact gradient of one optimiser step at the activation memory of one task.
 
 The loss (equation 10 of Chen & Kwok, arXiv 2408.12105) depends on the learned parameters only through S_1 … S_K and the
 closed-form norm. So for each task: forward,
@@ -54,7 +54,7 @@ class Execution:
 
 
 class StepGradient(NamedTuple):
-    """The loss [] of one preference; S_k and what is watched of each task [K, 1 + watched]; the gradient [P]."""
+    """The loss [] of one preference. S_k and what is watched of each task [K, 1 + watched]; the gradient [P]."""
 
     loss: Tensor
     terms: Tensor
@@ -72,7 +72,7 @@ def cosine_alignment(objectives: Tensor, gamma: Tensor) -> Tensor:
 
 
 def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
-    """Return ‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ) of A [*, N, r], C [*, r, r], B [*, D, r] by r×r products."""
+    """Return ‖A·C·Bᵀ‖²_F = tr(AᵀA·C·BᵀB·Cᵀ). A [*, N, r], C [*, r, r], B [*, D, r] -> [*] by r×r products."""
     return ((A.mT @ A @ C) * (C @ (B.mT @ B))).sum(dim=(-2, -1))
 
 
@@ -107,7 +107,7 @@ def pareto_gradient(
     norm: Callable[[], Tensor] | None = None,
     gathered: Gathered | None = None,
 ) -> StepGradient:
-    """Return the exact gradient of the loss by the P numbers of ``parameters``, at the activation memory of one task.
+    """Return the exact gradient of the loss at the activation memory of one task. It is by ``parameters``, P numbers.
 
     Each of the K ``objectives`` runs one task's forward; ``norm`` is ‖A·C·Bᵀ‖ of the model at gamma [K], if the
     settings use it; ``gathered`` differentiates instead of autograd alone. Nothing here waits for the device. The
@@ -158,7 +158,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class GradientOfStep:
-    """(batch, γ) -> :class:`StepGradient` of a Pareto model in eval mode by what is ``learned``, in its order.
+    """(batch, γ) -> :class:`StepGradient` of a Pareto model in eval mode. It is by what is ``learned``, in its order.
 
     ``tasks`` are by name, in the model's order, where the objective needs images; ``on_warning`` is told why a graph
     could not be captured in ``"auto"``. What it returns may be overwritten by the next call.

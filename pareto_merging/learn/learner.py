@@ -162,7 +162,7 @@ class Learner:
     def _failed(
         self, step: int, batch: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor, Any]], before: Sequence[Tensor]
     ) -> StepFailure:
-        """Return what went wrong, ``seen`` being γ, gradient and S, after everything is as it was before the step."""
+        """Return what went wrong, after everything is as it was before the step. ``seen``: γ, gradient and S."""
         updated = self.adam.places([vector.clone() for vector in self.adam.vectors])
         self.adam.put_back(before)
         for gamma, gradient, values in seen:

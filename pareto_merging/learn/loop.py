@@ -39,7 +39,7 @@ SMOOTHING = 0.95
 
 @dataclass
 class TrainingResult:
-    """What a run did: ``steps`` in all, ``resumed_from`` of them before; ``history`` has an entry for each other."""
+    """What a run did. ``steps`` in all, ``resumed_from`` of them before; ``history`` has an entry for each other."""
 
     steps: int
     resumed_from: int
@@ -136,7 +136,7 @@ def learn_pareto_set(
 
 @contextlib.contextmanager
 def _open_log(learner: Learner, folder: Path | None, first: int) -> Iterator[Write]:
-    """Start the log, or keep its lines up to step ``first``, and give what writes an entry. No folder: nothing."""
+    """Start the log, or keep its lines up to step ``first``. Gives what writes an entry; no folder: nothing."""
     if folder is None:
         yield lambda entry: None
         return
@@ -168,7 +168,7 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
 
 
 class _CollapseWatch:
-    """Watches the entropy of each task's mean prediction, which falls when every image ends up in one class.
+    """Watches the entropy of each task's mean prediction. It falls when every image ends up in one class.
 
     On a batch of n images and C classes it can reach log min(n, C); staying under a share of that is reported once.
     """
@@ -243,7 +243,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 def status_of(outcome: StepResult) -> str:
-    """Return what a progress bar says of one step: the loss, and the first of what the objective watches."""
+    """Return what a progress bar says of one step. The loss, and the first of what the objective watches."""
     text = f"loss {outcome.loss:.4f}"
     for name, values in list(outcome.watched.items())[:1]:
         text += f"  {name} " + " ".join(f"{value:.2f}" for value in values)

@@ -80,7 +80,7 @@ class MergedWeights:
     def get(
         self, user: Any, key: Any, parts: Parts, settings: tuple[Any, ...], size: int, merge: Merge
     ) -> Tensor | None:
-        """Return the merged tensor of ``parts``, of ``size`` bytes; ``merge`` makes it if none is up to date.
+        """Return the merged tensor of ``parts``, of ``size`` bytes. ``merge`` makes it if none is up to date.
 
         ``key`` is the identity of the weight and ``user`` that of the layer: tied layers share what one weight makes.
         None where the budget has no room for it, or changes of its parts could not be seen.

@@ -13,7 +13,7 @@ Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 def check_copies(
     model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]
 ) -> tuple[dict[str, Mapping[str, Tensor]], list[tuple[list[str], Tensor]]]:
-    """Return the tensors of each copy by task, and those of ``model``: (all names of a tensor, the tensor).
+    """Return the tensors of each copy by task, and of ``model``. The latter are (all its names, the tensor).
 
     Raises ValueError for no copies, or missing, extra or differently shaped tensors; all are named. TypeError: one copy
     only.

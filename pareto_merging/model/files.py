@@ -60,7 +60,7 @@ def save_pareto_set(
 
 
 def _header(model: nn.Module, kind: str, is_new: bool, training: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what both headers say; ``layers`` has by module the names of its merged and low-rank parameters."""
+    """Return what both headers say. ``layers`` has by module the names of its merged and low-rank parameters."""
     state, layers = pareto_state(model), {}
     for name, module in pareto_modules(model):
         low_rank = [p for p in module.pareto_names if module.pareto_parameter(p).A is not None]
@@ -301,7 +301,7 @@ def load_folded(path: Path, plain: nn.Module | None = None) -> nn.Module:
 
 
 def _check_description(path: Path, description: Mapping[str, Any]) -> None:
-    """Compare the encoder that a file describes with its tensors, before there is memory for it."""
+    """Compare the encoder that a file describes with its tensors. Before there is memory for it."""
     shapes = {name: shape for name, (shape, _) in read_shapes(path).items()}
     with torch.device("meta"):
         expected = encoders.build(description).state_dict()

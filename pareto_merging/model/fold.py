@@ -17,10 +17,11 @@ from pareto_merging.preferences import Preference, check_preference
 
 
 def merge(model: nn.Module, gamma: Preference) -> nn.Module:
-    """Make the plain module of one preference ``gamma``, ``[K]`` or by task name, of the original class.
+    """Make the plain module of the original class for one preference. It is ``[K]`` or by task name.
 
-    It has the pretrained model's ``state_dict`` keys and nothing of ours; its parameters share no memory with ``model``
-    and require gradients, as those of a new module do. Raises ValueError for no Pareto model, or no preference.
+    The module has the pretrained model's ``state_dict`` keys and nothing of ours; its parameters share no memory with
+    ``model`` and require gradients, as those of a new module do. Raises ValueError for no Pareto model, or no
+    preference.
     """
     model = getattr(model, "_orig_mod", model)
     state = pareto_state(model)

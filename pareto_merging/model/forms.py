@@ -32,7 +32,7 @@ class ParetoLinear(ParetoModule, nn.Linear):
         rank: int = 16,
         init_lambda: float = 0.3,
     ) -> "ParetoLinear":
-        """Make one layer of its pretrained form and K fine-tuned copies, by task name or not; ``rank`` 0: λ only."""
+        """Make one layer of its pretrained form and K copies, by task name or not. ``rank`` 0: λ only."""
         model = parametrize(pretrained, finetuned, rank, "all" if rank else "none", init_lambda=init_lambda)
         if not isinstance(model, cls):
             raise ValueError("finetuned: expected at least one copy that differs from pretrained, got none")
@@ -130,7 +130,7 @@ class ParetoAttention(ParetoModule, nn.MultiheadAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Make one float mask of both, [1 or batch, 1 or heads, 1 or L, S], which is added to the scores."""
+        """Make one float mask of both. It is added to the scores: [1 or batch, 1 or heads, 1 or L, S], or None."""
         batch, length, source = q.shape[0], q.shape[2], k.shape[2]
         mask = None
         if attn_mask is not None:

@@ -55,7 +55,7 @@ class ParetoModule(ModuleBase):
         return self.pareto.now.gamma.to(device)
 
     def pareto_gamma_for(self, x: Tensor, batch_dim: int = 0) -> Tensor:
-        """Return the preference for x as pareto_linear wants it: [K], or [batch, 1, …, K], items at batch_dim."""
+        """Return the preference for x as pareto_linear wants it. [K], or [batch, 1, …, K], items at batch_dim."""
         gamma = self.pareto_gamma_on(x.device)
         if gamma.ndim == 1:
             return gamma

@@ -90,7 +90,7 @@ class MergedParameter:
         return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
 
     def used_parts(self, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
-        """Return :meth:`parts` as used at ``gamma`` [K], by default the current one: λ clamped, G never missing."""
+        """Return :meth:`parts` as used at ``gamma`` [K], by default the current one. λ is clamped, G there."""
         parts, term = self.parts(), self.low_rank(gamma)
         parts["lam"], parts["G"] = self.used_lam, None if term is None else term.G
         return parts
@@ -106,7 +106,7 @@ def merged_parameter(module: nn.Module, name: str, path: str = "") -> MergedPara
 
 
 def merged_parameters(model: nn.Module) -> Iterator[MergedParameter]:
-    """Yield the merged parameters of a model in the order of its modules, each once, under its first name."""
+    """Yield the merged parameters in the order of the model's modules. Each comes once, under its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name in getattr(module, "pareto_names", ()):

@@ -211,7 +211,7 @@ def _parts(
     names: list[str],
     weight: Tensor,
 ) -> Parts:
-    """Read the task vectors of one parameter, and start its low-rank term; what it lacks is left out."""
+    """Read the task vectors of one parameter, and start its low-rank term. What it lacks is left out."""
     parts: Parts = {}
     base = sources.pretrained(names, weight)
     sources.precision.count("pretrained", sources.pretrained.dtype(names, base), base.numel())
@@ -291,7 +291,7 @@ def _merge_buffers(tensors: Sequence[tuple[Sequence[str], Tensor]], sources: Sou
 
 
 def _register(model: nn.Module, planned: Planned, settings: _Settings, state: ParetoState) -> None:
-    """Convert the modules that own a planned parameter, under any of its names, and give them its parts."""
+    """Convert the modules that own a planned parameter under any of its names. They get its parts."""
     lambdas: dict[str, nn.Parameter] = {}
     # a module comes once, whatever names it has itself
     owners: dict[nn.Module, dict[str, tuple[str, Parts]]] = {}

@@ -1,4 +1,4 @@
-"""Large tensors worked through in pieces, and their SHA-256, which says what weights a Pareto set belongs to."""
+"""Large tensors in pieces, and their SHA-256: which weights a Pareto set belongs to."""
 
 import functools
 import hashlib
@@ -30,10 +30,10 @@ def flat_pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def pieces_of(shape: Sequence[int], parts: int = 1) -> Iterator[tuple[slice | int, ...]]:
-    """Yield indices that cut a tensor of ``shape`` into views of at most CHUNK numbers, in the order of its numbers.
+    """Yield indices that cut a tensor of ``shape`` into views of at most CHUNK numbers.
 
-    Views even where it is not contiguous, unlike pieces of ``reshape(-1)``; none where it is empty. ``parts``: of at
-    most CHUNK // ``parts`` numbers, for work with several temporaries.
+    In the order of its numbers; views even where it is not contiguous, unlike pieces of ``reshape(-1)``; none where it
+    is empty. ``parts``: of at most CHUNK // ``parts`` numbers, for work with several temporaries.
     """
     if not math.prod(shape):
         return

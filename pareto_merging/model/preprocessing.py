@@ -88,7 +88,7 @@ class Ties:
         density: float,
         as_stored: AsStored = lambda names, tensor: tensor,
     ) -> "Ties":
-        """Find the thresholds of K copies of ``base``, (all names of a tensor, the tensor), read ``as_stored``."""
+        """Find the thresholds of K copies. ``base``: (all names, tensor) of each parameter; ``as_stored`` reads it."""
         check_density(density)
         kept = [(names, tensor) for names, tensor in base if tensor.is_floating_point()]
 

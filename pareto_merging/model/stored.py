@@ -87,11 +87,11 @@ class PretrainedWeights:
         self._stored: _Stored = model.__dict__.get(_ATTRIBUTE) or _Stored({}, {})
 
     def dtype(self, names: Sequence[str], tensor: Tensor) -> torch.dtype:
-        """Return the dtype that a tensor of the module is stored in, as far as it is known without reading."""
+        """Return the dtype that a tensor of the module is stored in. As far as it is known without reading."""
         return next((self._stored.dtypes[name] for name in names if name in self._stored.dtypes), tensor.dtype)
 
     def __call__(self, names: Sequence[str], tensor: Tensor) -> Tensor:
-        """Return one tensor of the module, by all its names, as stored; its own where nothing else is known."""
+        """Return one tensor of the module, by all its names, as stored. Its own where nothing else is known."""
         tensor, stored = tensor.detach(), self._stored
         name = next((name for name in names if name in stored.held), None)
         if name is None or not tensor.is_floating_point():
@@ -112,7 +112,7 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _rounds_to(value: Tensor, tensor: Tensor, held: torch.dtype) -> bool:
-    """Tell if ``tensor`` is ``value`` in its dtype, directly or by way of the dtype it was first held in."""
+    """Tell if ``tensor`` is ``value`` in its dtype. Directly, or by way of the dtype it was first held in."""
     return all(
         torch.equal(piece.to(tensor.dtype), own) or torch.equal(piece.to(held).to(tensor.dtype), own)
         for piece, own in ((value[index].to(tensor.device), tensor[index]) for index in pieces_of(tensor.shape))
@@ -174,7 +174,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 class StoredTensors(TensorMapping):
-    """A checkpoint's tensors as stored, read when asked for; ``others`` have by name what ``own`` lacks."""
+    """A checkpoint's tensors as stored, read when asked for. ``others`` have by name what ``own`` lacks."""
 
     def __init__(self, own: Tensors, device: torch.device, others: Mapping[str, Tensors] | None = None) -> None:
         self._owner = {**(others or {}), **dict.fromkeys(own.shapes, own)}

@@ -19,7 +19,7 @@ LARGE = 1 << 17
 
 
 def give_back_free_memory(size: int) -> None:
-    """Give the operating system what glibc keeps of freed memory, if a tensor of ``size`` numbers may be in it.
+    """Give the operating system what glibc keeps of a freed tensor of ``size`` numbers.
 
     Its heap keeps a hole wherever a tensor that was read lay below one that stays, which came to tens of megabytes for
     a model of 12 million parameters. Nothing but the resident memory of the process changes.
@@ -32,8 +32,7 @@ def give_back_free_memory(size: int) -> None:
 
 @dataclass
 class Sources:
-    """The weights that task vectors are made of, fine-tuned ones by task, what is done to those first, and notes on
-    them.
+    """The weights that task vectors are made of, and notes on them. ``preprocess`` is what is done to task vectors.
 
     ``precision`` counts dtypes and what rounding costs; ``hashers`` are digests of ``pretrained`` and each task, none
     where nobody asked for them.
