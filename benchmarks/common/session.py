@@ -96,9 +96,9 @@ class Session:
 
     def _failed(self, key: str, error: Exception) -> tuple[Mapping[str, Any], str]:
         """Return what goes into the record instead of figures: a row and the unit's state."""
-        lacking = lacking_here(error)
-        if lacking is not None:
-            return failure(lacking, matched=True), LACKING
+        if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
+            lacking = f", for want of {error.name}" if error.name else f": {error}"
+            return failure(f"not measured{lacking}", matched=True), LACKING
         short = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
         # what the frames hold must go before anything else is made
         error.__traceback__ = None
@@ -109,13 +109,6 @@ class Session:
             self.record.close(key, 0.0)
             raise Lost(one_line(lost)) from error
         return failure("out of memory" if short else one_line(error), matched=short), DONE
-
-
-def lacking_here(error: Exception) -> str | None:
-    """Say what is not installed here. None for any other error, and for packages of ours."""
-    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in OURS:
-        return f"not measured, for want of {error.name}" if error.name else f"not measured: {error}"
-    return None
 
 
 def as_row(row: Any) -> dict[str, Any]:

@@ -32,21 +32,17 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def captured(function: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
-    """Capture ``function`` as a CUDA graph; None where something in it cannot be captured."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        warm_up(function, device)
-        return capture(function, device)[0]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-
-
 def replayed(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], bool]:
     """Return what replays ``function`` from a CUDA graph, and whether it does; else ``function`` itself."""
-    graph = captured(function) if device.type == "cuda" else None
-    return (function, False) if graph is None else (graph.replay, True)
+    if device.type == "cuda":
+        here = torch.device("cuda", torch.cuda.current_device())
+        try:
+            warm_up(function, here)
+            return capture(function, here)[0].replay, True
+        except RuntimeError:
+            # something in it cannot be captured
+            torch.cuda.synchronize()
+    return function, False
 
 
 def free_memory(device: torch.device) -> float:
