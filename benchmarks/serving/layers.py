@@ -78,22 +78,14 @@ def layer_rows(
     exact = reference.pareto_linear(**in_double)
     exact_plain = F.linear(in_double["x"], in_double["weight"], in_double["bias"])
     plain_error = relative_error([reference.pareto_linear(**values)], [exact])
+    title, projection = f"{layer.name}, {layer.items} image{'s' if layer.items > 1 else ''}", layer.name
+    about: dict[str, Any] = {"op": OP, "layer": title, "dtype": dtype_name(dtype), "model": model, "cache": COLD}
+    about |= {"projection": projection.removeprefix(f"{model} "), "items": layer.items, "rows": layer.rows}
+    about |= {"tasks": TASKS, "bound_ms": bound_ms(layer, rates, dtype)}
     ready: dict[str, Callable[[], Any]] = {}
     rows = []
     for name, function in variants(values, device).items():
-        row = ServedRow(
-            op=OP,
-            layer=f"{layer.name}, {layer.items} image{'s' if layer.items > 1 else ''}",
-            dtype=dtype_name(dtype),
-            variant=name,
-            model=model,
-            projection=layer.name.removeprefix(f"{model} "),
-            items=layer.items,
-            rows=layer.rows,
-            tasks=TASKS,
-            cache=COLD,
-            bound_ms=bound_ms(layer, rates, dtype),
-        )
+        row = ServedRow(variant=name, **about)
         rows.append(row)
         try:
             right = row.judge(relative_error([function()], [exact_plain if name == LIMIT else exact]), plain_error)

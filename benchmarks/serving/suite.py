@@ -28,7 +28,7 @@ from benchmarks.common.rows import Row, dtype_name
 from benchmarks.common.session import FAILED
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import Clock, Effort, free, in_turn, quantiles, rounded
-from benchmarks.common.towers import RANK, TASKS, TINY
+from benchmarks.common.towers import RANK, TASKS, TINY, TOWERS
 from benchmarks.serving import folded, layers, variants
 from benchmarks.serving.folded import SETS, Case, Request
 from benchmarks.serving.names import COPIES, ENGINE_AGAIN, ENGINE_DEVICE, GRAPH, LIMIT, LIMIT_LINEAR, LOOP, OP, REMERGE
@@ -37,10 +37,7 @@ from pareto_merging import merge
 from pareto_merging.checkpoints import encoders
 
 PREFERENCES = (1, 4, 32)
-ENCODERS: dict[str, dict[str, Any]] = {
-    "ViT-B/32": {"architecture": "ViT-B-32"},
-    "ViT-L/14": {"architecture": "ViT-L-14"},
-}
+ENCODERS: dict[str, dict[str, Any]] = {t.name: {"architecture": t.name.replace("/", "-")} for t in TOWERS}
 TINY_ENCODER: dict[str, Any] = {"arguments": TINY.arguments}
 # tower -> batches
 GPU_BATCHES = dict.fromkeys(ENCODERS, (1, 8, 32, 128))
@@ -156,14 +153,15 @@ class Cell:
     def measure(self, effort: Effort) -> None:
         """Fill in the times of what was right, and stays right while it is measured."""
 
-        def call(variant: Variant) -> Callable[[int], Tensor]:
-            return lambda number: variant.run(self.images, self.requests[0 if variant.set_up else number % SETS])
+        def call(name: str, number: int) -> Tensor:
+            variant = self.ready[name]
+            return variant.run(self.images, self.requests[0 if variant.set_up else number % SETS])
 
         def look(name: str, number: int, output: Tensor) -> None:
             if self.ready[name].set_up or number % SETS == 0:
                 self.judge(self.rows[name], self.ready[name], output)
 
-        calls = {name: call(variant) for name, variant in self.ready.items()}
+        calls = {name: functools.partial(call, name) for name in self.ready}
         for name, times in in_turn(calls, effort, self.images.device, look).items():
             row = self.rows[name]
             # an engine keeps merged weights once a preference has come twice
@@ -241,10 +239,8 @@ def case_rows(
 
 def left_out(batches: Mapping[str, Sequence[int]]) -> list[str]:
     """Return what of the whole grid a run on the CPU does without, in words."""
-    missing = {
-        name: [batch for batch in every if batch not in batches.get(name, ())] for name, every in GPU_BATCHES.items()
-    }
-    return [f"{name}, batch {', '.join(map(str, some))}" for name, some in missing.items() if some]
+    missing = {name: [str(n) for n in every if n not in batches.get(name, ())] for name, every in GPU_BATCHES.items()}
+    return [f"{name}, batch {', '.join(some)}" for name, some in missing.items() if some]
 
 
 def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
@@ -263,19 +259,10 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     clock = Clock()
     clock.say("a rehearsal with a tiny tower: it measures nothing" if quick else f"{device.type}, {dtype}")
     rates = ceilings(device, quick) if on_gpu else None
-    report: dict[str, Any] = {
-        "quick": quick,
-        "device": device.type,
-        "dtype": dtype_name(dtype),
-        "tasks": TASKS,
-        "rank": RANK,
-        "peft": variants.peft_version(),
-        "effort": asdict(effort),
-        "left_out": [] if quick or on_gpu else left_out(batches),
-        "ceilings": rates,
-        "rows": [],
-        "progress": clock.lines,
-    }
+    report: dict[str, Any] = {"quick": quick, "device": device.type, "dtype": dtype_name(dtype), "tasks": TASKS}
+    report |= {"rank": RANK, "peft": variants.peft_version(), "effort": asdict(effort)}
+    report |= {"left_out": [] if quick or on_gpu else left_out(batches), "ceilings": rates}
+    report |= {"rows": [], "progress": clock.lines}
 
     def keep(rows: Sequence[Row]) -> None:
         report["rows"] += [asdict(row) for row in rows]

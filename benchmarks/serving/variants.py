@@ -10,7 +10,7 @@ import importlib
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,9 @@ def unused_memory(device: torch.device) -> float:
 
 def tensor_bytes(*objects: Any) -> int:
     """Return the bytes of all tensors reached from ``objects``. Memory that several of them share is counted once."""
-    storages = {}
-    for tensor in _tensors(list(objects)):
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr(), tensor.device] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
+    storages: dict[Any, int] = {}
     seen: dict[int, Any] = {}
+    waiting: list[Any] = list(objects)
     while waiting:
         value = waiting.pop()
         if id(value) in seen or isinstance(value, type | types.ModuleType | str | bytes | int | float):
@@ -77,20 +70,23 @@ def _tensors(waiting: list[Any]) -> Iterator[Tensor]:
         # kept, so that no other object gets its address
         seen[id(value)] = value
         if isinstance(value, Tensor):
-            yield value
+            if value.device.type != "meta":
+                storage = value.untyped_storage()
+                storages[storage.data_ptr(), value.device] = storage.nbytes()
         elif isinstance(value, Mapping):
-            waiting += list(value.values())
+            waiting += value.values()
         elif isinstance(value, list | tuple | set | frozenset):
-            waiting += list(value)
+            waiting += value
         elif isinstance(value, functools.partial):
             waiting += [value.func, value.args, value.keywords]
         elif isinstance(value, types.MethodType):
             waiting.append(value.__self__)
         elif isinstance(value, types.FunctionType):
-            waiting += list(inspect.getclosurevars(value).nonlocals.values())
+            waiting += inspect.getclosurevars(value).nonlocals.values()
         else:
             waiting.append(getattr(value, "__dict__", {}))
             waiting += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
+    return sum(storages.values())
 
 
 @dataclass

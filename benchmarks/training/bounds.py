@@ -1,6 +1,7 @@
 """What a step cannot take less than: its products, attention and merge, counted."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +20,21 @@ def products(
     counted: list[tuple[int, int, int, bool]] = []
     attention: list[int] = []
 
-    def linear(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            if isinstance(module, nn.Conv2d):
-                counted.append((output.numel() // output.shape[1], output.shape[1], module.weight[0].numel(), False))
-                return
-            rows = args[0].numel() // args[0].shape[-1]
-            if isinstance(module, nn.MultiheadAttention):
-                counted.extend([(rows, 3 * width, width, True), (rows, width, width, True)])
-            else:
-                counted.append((rows, module.out_features, module.in_features, True))
-            if isinstance(module, nn.MultiheadAttention) or name.endswith("qkv"):
-                attention.append(rows)
-
-        return hook
+    def hook(name: str, module: Any, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Conv2d):
+            counted.append((output.numel() // output.shape[1], output.shape[1], module.weight[0].numel(), False))
+            return
+        rows = args[0].numel() // args[0].shape[-1]
+        if isinstance(module, nn.MultiheadAttention):
+            counted.extend([(rows, 3 * width, width, True), (rows, width, width, True)])
+        else:
+            counted.append((rows, module.out_features, module.in_features, True))
+        if isinstance(module, nn.MultiheadAttention) or name.endswith("qkv"):
+            attention.append(rows)
 
     kinds = (nn.Linear, nn.MultiheadAttention, nn.Conv2d)
-    handles = [
-        module.register_forward_hook(linear(name))
-        for name, module in skeleton.named_modules()
-        if isinstance(module, kinds)
-    ]
+    modules = [(name, module) for name, module in skeleton.named_modules() if isinstance(module, kinds)]
+    handles = [module.register_forward_hook(functools.partial(hook, name)) for name, module in modules]
     try:
         dtype = next(skeleton.parameters()).dtype
         # with gradients wanted, attention takes the ordinary path
@@ -54,15 +49,9 @@ def products(
 def bound_ms(case: Case, rates: Mapping[str, float], dtype: torch.dtype) -> float:
     """Return a step's bound in ms: merge, products and attention, one after the other."""
     kind = "float32" if dtype == torch.float32 else "16-bit"
+    wide, copy = rates["float32"], rates["copy"]
     gpu = costs.Rates(
-        half=rates["bfloat16"],
-        tf32=rates["float32"],
-        float32=rates["float32"],
-        memory=rates["copy"],
-        cache=rates["copy"],
-        cache_bytes=0.0,
-        multiprocessors=1,
-        measured=True,
+        rates["bfloat16"], wide, wide, copy, cache=copy, cache_bytes=0.0, multiprocessors=1, measured=True
     )
     counted, operations, numbers = products(case.skeleton, case.images[0].shape, case.tower.width)
     seconds = 0.0
