@@ -115,8 +115,7 @@ AXES = {
         "--ranks", number(0), "R", f"ranks of the low-rank term, 0: there is none (default: {RANK}, in MLPs 0)", "r"
     ),
     "dtype": Axis(
-        *("--dtypes", one_of(DTYPES), "DTYPE"),
-        f"types: {', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)",
+        *("--dtypes", one_of(DTYPES), "DTYPE"), f"types: {', '.join(DTYPES)} (default: bfloat16 on a GPU, else float32)"
     ),
     "strategy": Axis(
         *("--strategies", one_of(STRATEGIES), "STRATEGY"),

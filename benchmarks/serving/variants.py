@@ -21,19 +21,8 @@ from torch.nn import functional as F
 
 from benchmarks.common.timing import free_memory
 from benchmarks.common.towers import RANK
+from benchmarks.serving import names
 from benchmarks.serving.folded import Case, Projection, Request, linear, tower
-from benchmarks.serving.names import (
-    COPIES,
-    ENGINE,
-    ENGINE_AGAIN,
-    ENGINE_DEVICE,
-    GRAPH,
-    LIMIT,
-    LIMIT_LINEAR,
-    LOOP,
-    PEFT,
-    REMERGE,
-)
 from pareto_merging import merge
 from pareto_merging.serving import Engine
 from pmkernels import reference
@@ -98,7 +87,6 @@ class Variant:
     bytes, where not all that it holds are weights.
     """
 
-    name: str
     run: Callable[[Tensor, Request], Tensor]
     holds: tuple[Any, ...]
     set_up: bool = False
@@ -113,21 +101,21 @@ class Variant:
 def plain_model(case: Case, request: Request) -> Variant:
     """Return the model merged at the first preference, as :func:`pareto_merging.merge` gives it."""
     model = merge(case.folded, request.distinct[0])
-    return Variant(LIMIT, lambda images, _: model(images), (model,), set_up=True, single=True)
+    return Variant(lambda images, _: model(images), (model,), set_up=True, single=True)
 
 
 def plain_linear_model(case: Case, request: Request) -> Variant:
     """Return the same with the attention that the variants below have."""
     gamma = request.distinct_on_device[0]
     model = tower(case.folded, lambda part: linear(part.merged(gamma), part.bias))
-    return Variant(LIMIT_LINEAR, lambda images, _: model(images), (model,), set_up=True, single=True)
+    return Variant(lambda images, _: model(images), (model,), set_up=True, single=True)
 
 
 def engine(case: Case, request: Request) -> Variant:
     """Return ours, from the folded file; preferences come from the host, as requests do."""
     made = Engine(case.file, device=case.device, dtype=case.dtype, max_batch=len(request.each))
     # images that its CUDA graphs read are no weights
-    return Variant(ENGINE, lambda images, request: made(images, request.each), (made,), weights=lambda: int(made.bytes))
+    return Variant(lambda images, request: made(images, request.each), (made,), weights=lambda: int(made.bytes))
 
 
 def engine_again(case: Case, request: Request) -> Variant:
@@ -138,7 +126,7 @@ def engine_again(case: Case, request: Request) -> Variant:
     """
     if len(request.distinct) > 1:
         raise Unavailable("nothing is kept of several preferences")
-    return replace(engine(case, request), name=ENGINE_AGAIN, set_up=True)
+    return replace(engine(case, request), set_up=True)
 
 
 def engine_on_device(case: Case, request: Request) -> Variant:
@@ -151,7 +139,7 @@ def engine_on_device(case: Case, request: Request) -> Variant:
         raise Unavailable("the host is the device")
     of = engine(case, request)
     (made,) = of.holds
-    return replace(of, name=ENGINE_DEVICE, run=lambda images, request: made(images, request.each_on_device))
+    return replace(of, run=lambda images, request: made(images, request.each_on_device))
 
 
 class Remerged(nn.Module):
@@ -182,7 +170,7 @@ def merge_again(case: Case, request: Request) -> Variant:
             features.append(model(images[index::count]))
         return _in_order(features)
 
-    return Variant(REMERGE, run, (model,))
+    return Variant(run, (model,))
 
 
 def _in_order(features: Sequence[Tensor]) -> Tensor:
@@ -225,7 +213,7 @@ def merged_copies(case: Case, request: Request) -> Variant:
         grouped = images.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)
         return _in_order(model(grouped).chunk(count))
 
-    return Variant(COPIES, run, (model,), set_up=True)
+    return Variant(run, (model,), set_up=True)
 
 
 @dataclass
@@ -265,7 +253,7 @@ def looped(case: Case, request: Request) -> Variant:
         features: Tensor = model(images)
         return features
 
-    return Variant(LOOP, run, (model,))
+    return Variant(run, (model,))
 
 
 def peft_version() -> str | None:
@@ -298,9 +286,9 @@ def peft_mixed_batch(case: Case, request: Request) -> Variant:
     config = peft.LoraConfig(
         r=RANK, lora_alpha=RANK, lora_dropout=0.0, bias="none", target_modules=["in_proj", "out_proj"]
     )
-    names = [f"preference_{index}" for index in range(len(request.distinct))]
-    model = peft.get_peft_model(plain, config, adapter_name=names[0], autocast_adapter_dtype=False)
-    for name in names[1:]:
+    adapters = [f"preference_{index}" for index in range(len(request.distinct))]
+    model = peft.get_peft_model(plain, config, adapter_name=adapters[0], autocast_adapter_dtype=False)
+    for name in adapters[1:]:
         model.add_adapter(name, config, autocast_adapter_dtype=False)
     model = model.to(case.device, case.dtype).eval()
     with torch.no_grad():
@@ -309,24 +297,24 @@ def peft_mixed_batch(case: Case, request: Request) -> Variant:
             if part is None:
                 continue
             cores = reference.preference_core(part.G, request.distinct_on_device)
-            for name, core in zip(names, cores, strict=True):
+            for name, core in zip(adapters, cores, strict=True):
                 layer.lora_A[name].weight.copy_(part.B.t())
                 layer.lora_B[name].weight.copy_(part.A @ core)
-    each = [names[item % len(names)] for item in range(len(request.each))]
-    return Variant(PEFT, lambda images, _: model(images, adapter_names=each), (model,), set_up=True)
+    each = [adapters[item % len(adapters)] for item in range(len(request.each))]
+    return Variant(lambda images, _: model(images, adapter_names=each), (model,), set_up=True)
 
 
 # name -> what makes it for requests like one, in the order of the tables
 VARIANTS: dict[str, Callable[[Case, Request], Variant]] = {
-    LIMIT: plain_model,
-    LIMIT_LINEAR: plain_linear_model,
-    ENGINE: engine,
-    ENGINE_AGAIN: engine_again,
-    ENGINE_DEVICE: engine_on_device,
-    REMERGE: merge_again,
-    COPIES: merged_copies,
-    LOOP: looped,
-    PEFT: peft_mixed_batch,
+    names.LIMIT: plain_model,
+    names.LIMIT_LINEAR: plain_linear_model,
+    names.ENGINE: engine,
+    names.ENGINE_AGAIN: engine_again,
+    names.ENGINE_DEVICE: engine_on_device,
+    names.REMERGE: merge_again,
+    names.COPIES: merged_copies,
+    names.LOOP: looped,
+    names.PEFT: peft_mixed_batch,
 }
 
 
@@ -354,4 +342,4 @@ def graphed(of: Variant, images: Tensor, request: Request) -> Variant:
         graph.replay()
         return features
 
-    return replace(of, name=f"{of.name}{GRAPH}", run=run)
+    return replace(of, run=run)

@@ -19,19 +19,7 @@ import pmkernels
 from benchmarks.common import layer_case
 from benchmarks.common.ceilings import REPETITIONS, WARMUP, ceilings
 from benchmarks.common.errors import relative_error
-from benchmarks.common.layer_case import (
-    CHOICES,
-    LIMIT,
-    OPERATIONS,
-    PYTORCH,
-    Case,
-    Variant,
-    learned,
-    make_served,
-    total,
-    with_gradient,
-    with_gradients,
-)
+from benchmarks.common.layer_case import CHOICES, LIMIT, OPERATIONS, PYTORCH, Case, Variant
 from benchmarks.common.pages import table
 from benchmarks.common.rows import Json, LayerRow, dtype_name, why_not
 from benchmarks.common.suites import Save, nowhere
@@ -87,7 +75,7 @@ def _gradients(
     values: Mapping[str, Tensor], names: Sequence[str], dy: Tensor, function: Callable[..., Tensor], **options: Any
 ) -> list[Tensor]:
     """Return the gradients of ``names`` by autograd through ``function``."""
-    return with_gradients(functools.partial(function, **options), values, names, dy)[1:]
+    return layer_case.with_gradients(functools.partial(function, **options), values, names, dy)[1:]
 
 
 def _merge_and_linear(x: Tensor, bias: Tensor, **parts: Tensor) -> Tensor:
@@ -134,7 +122,7 @@ def _low_rank_rows(bench: Bench, case: Case) -> Iterator[LayerRow]:
 
 def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]:
     """Measure forward and backward together, beside a merged weight's products and its full dW."""
-    x, dy, names = case.x, case.dy, ("x", *learned(case.parts))
+    x, dy, names = case.x, case.dy, ("x", *layer_case.learned(case.parts))
     whole = functools.partial(_gradients, {**case.parts, "x": x, "bias": case.bias}, names, dy)
     limit = "limit: full dW, merged beforehand"
     variants: dict[str, Variant] = {
@@ -144,7 +132,7 @@ def _step_rows(bench: Bench, case: Case, problem: Problem) -> Iterator[LayerRow]
         PYTORCH: lambda: whole(pmkernels.pareto_linear, strategy="eager"),
     }
     truth = [dy.double() @ case.exact, *case.reduced(dy.double().t() @ x.double())]
-    least = total(costs.bound(operation, problem) for operation in OPERATIONS.values())
+    least = layer_case.total(costs.bound(operation, problem) for operation in OPERATIONS.values())
     yield from bench.measure("forward and backward", variants, truth, least, exempt=(limit,))
 
 
@@ -188,7 +176,7 @@ def _beside(bench: Bench, case: Case, least: Bound) -> Iterator[LayerRow]:
 
 def per_item_rows(layer: Layer, dtype: torch.dtype, device: torch.device, rates: Json) -> Iterator[LayerRow]:
     """Measure one preference per item of the batch, λ folded: what a server does."""
-    values = make_served(layer, TASKS, RANK, dtype, device)
+    values = layer_case.make_served(layer, TASKS, RANK, dtype, device)
     weight, A, G, B, gamma, x, bias = (values[name] for name in ("weight", "A", "G", "B", "gamma", "x", "bias"))
     low, up = B.to(dtype), A.to(dtype).t()
     cores = reference.preference_core(G, gamma.squeeze(1))
@@ -230,7 +218,7 @@ def entropy_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.devic
     grad = torch.randn(shape[0], device=device)
 
     def variant(function: Callable[[Tensor], Tensor], like: Tensor = logits) -> Variant:
-        return lambda: with_gradient(function, like, grad)
+        return lambda: layer_case.with_gradient(function, like, grad)
 
     variants = {
         "fused": variant(lambda z: pmkernels.softmax_entropy(z, strategy="fused")),

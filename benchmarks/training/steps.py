@@ -24,24 +24,11 @@ from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import Clock, free, suite_device, synchronize, timed_steps
 from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower, vision_transformer
+from benchmarks.training import runners
 from benchmarks.training.bounds import bound_ms
 from benchmarks.training.models import CLASSES, Case, build_case, widen
 from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT, LIMIT_GRAPH, ONCE, STEP
-from benchmarks.training.runners import (
-    COMBINE,
-    OURS,
-    Combine,
-    Limit,
-    Ours,
-    Plain,
-    Profile,
-    Runner,
-    distance_gradient,
-    exact_gradient,
-    exact_losses,
-    fastest_combine,
-    merged_plainly,
-)
+from benchmarks.training.runners import COMBINE, OURS, Combine, Limit, Ours, Plain, Profile, Runner
 from benchmarks.training.summary import goals
 from pareto_merging import MethodSettings, learn_pareto_set, set_strategy
 from pmkernels import dispatch
@@ -175,7 +162,8 @@ class Steps:
             return case
 
         self._made, self._combine = Once(make), Once(self._fastest)
-        self._truth, self._losses = Once(lambda: exact_gradient(self.case)), Once(lambda: exact_losses(self.case))
+        self._truth = Once(lambda: runners.exact_gradient(self.case))
+        self._losses = Once(lambda: runners.exact_losses(self.case))
 
     @property
     def case(self) -> Case:
@@ -184,7 +172,7 @@ class Steps:
         return case
 
     def _fastest(self) -> Combine:
-        name = fastest_combine(self.case)
+        name = runners.fastest_combine(self.case)
         self.say(f"{self.case.title}: the baselines merge by {name}")
         return COMBINE[name]
 
@@ -195,8 +183,8 @@ class Steps:
             # without a GPU there are no graphs: a rehearsal runs it as it is
             return Limit(self.case, variant == LIMIT_GRAPH and self.device.type == "cuda")
         # merged in the way that is faster here
-        combine = self._combine()
-        return Plain(self.case, lambda part, gamma: merged_plainly(part, gamma, combine), dtype, variant == ADAMERGING)
+        merge = functools.partial(runners.merged_plainly, combine=self._combine())
+        return Plain(self.case, merge, dtype, variant == ADAMERGING)
 
     def row(self, variant: str, dtype: torch.dtype | None = None) -> StepRow:
         """Measure one of :data:`VARIANTS`; ``dtype``: another type than the model's, after :meth:`widen`."""
@@ -217,8 +205,8 @@ class Steps:
         case, row = self.case, blank(self.case, DATA_FREE, AUTO, self.case.dtype)
         settings = case.settings.model_copy(update={"objective": "weight-distance"})
         try:
-            truth = distance_gradient(case, torch.float64)
-            plain = group_errors(distance_gradient(case, torch.float32), truth)
+            truth = runners.distance_gradient(case, torch.float64)
+            plain = group_errors(runners.distance_gradient(case, torch.float32), truth)
         except torch.cuda.OutOfMemoryError:
             row.reason = "out of memory in the check"
             return self._told(row)
@@ -291,7 +279,7 @@ def run(quick: bool, save: Save = nowhere) -> dict[str, Any]:
     if quick:
         clock.say("a rehearsal with a tiny model: it measures nothing")
     rates = ceilings(device, quick)
-    profiles: dict[str, list[dict[str, Any]]] = {}
+    profiles: dict[str, Profile] = {}
     sources: dict[str, str] = {}
     report: dict[str, Any] = {"quick": quick, "batch": BATCH, "classes": CLASSES, "rank": RANK, "ceilings": rates}
     report |= {"sources": sources, "rows": [], "profiles": {}, "progress": clock.lines}

@@ -144,7 +144,7 @@ def test_only_what_is_right_from_first_to_last_has_a_time(case: folded.Case) -> 
                 calls[name] = calls.get(name, 0) + 1
                 return spoil(right.run(x, asked), calls[name])
 
-            return replace(right, name=name, run=answer)
+            return replace(right, run=answer)
 
         return make
 

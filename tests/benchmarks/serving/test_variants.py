@@ -69,7 +69,6 @@ def makers(count: int) -> list[Any]:
 @pytest.mark.parametrize("name", makers(COUNT))
 def test_each_variant_is_the_plain_model_of_each_items_own_preference(name: str, exact_case: folded.Case) -> None:
     variant = variants.VARIANTS[name](exact_case, request(0))
-    assert variant.name == name
     # made for one request, it answers another, unless it says that it cannot
     for number in (0,) if variant.set_up else (0, 1, 0):
         x, asked = images(torch.float64, number), request(number)
@@ -149,7 +148,7 @@ def test_a_graph_reads_what_every_call_gives_it(exact_case: folded.Case, monkeyp
     for name in (variant_names.REMERGE, variant_names.LOOP):
         of = variants.VARIANTS[name](exact_case, request(0))
         variant = variants.graphed(of, images(torch.float64), request(0))
-        assert variant.name == f"{name}, CUDA graph" and variant.weight_bytes() == of.weight_bytes()
+        assert variant.weight_bytes() == of.weight_bytes()
         for number in (1, 0):
             x = images(torch.float64, number)
             expected = one_by_one(exact_case, x, request(number))
