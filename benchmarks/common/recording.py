@@ -11,6 +11,7 @@ Triton under another Python (:mod:`benchmarks.gpu_kernels`).
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,15 +29,14 @@ class Launches:
     """The distinct launches in the order of their first calls, and how many of each."""
 
     gpu: str = ""
-    calls: dict[Launch, int] = field(default_factory=dict)
+    calls: Counter[Launch] = field(default_factory=Counter)
 
     def note(self, kernel: Any, arguments: Iterable[Any], options: dict[str, Any]) -> None:
         """Note a call of ``kernel.run``."""
         given = tuple(arguments)
         if any(isinstance(value, Tensor) and value.device.type != "cuda" for value in (*given, *options.values())):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
-        launch = Launch.of(kernel, given, options)
-        self.calls[launch] = self.calls.get(launch, 0) + 1
+        self.calls[Launch.of(kernel, given, options)] += 1
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -46,15 +46,11 @@ class Launches:
 
     def names(self) -> dict[str, int]:
         """Return kernel name -> how many distinct launches."""
-        counts: dict[str, int] = {}
-        for launch in self:
-            counts[launch.name] = counts.get(launch.name, 0) + 1
-        return dict(sorted(counts.items()))
+        return dict(sorted(Counter(launch.name for launch in self).items()))
 
     def add(self, other: Iterable[Launch]) -> None:
         """Take the launches of another recording in as well."""
-        for launch in other:
-            self.calls[launch] = self.calls.get(launch, 0) + 1
+        self.calls.update(other)
 
     def write(self, path: Path, **notes: Any) -> None:
         """Write the launches to a JSON file, and what else there is to say."""
