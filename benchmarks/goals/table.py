@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.goals import Goal, at_most, ratio, status_of, times
+from benchmarks.common.pages import Goal, at_most, ratio, status_of, times
 from benchmarks.serving.names import ENGINE, REMERGE
 from benchmarks.training.names import ADAMERGING, ALL, AUTO, ONCE
 from benchmarks.training.names import LIMIT_GRAPH as STEP_LIMIT

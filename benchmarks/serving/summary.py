@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import goals as common_goals
-from benchmarks.common.goals import Goal, at_most, fastest, judged, ratio, times
-from benchmarks.common.pages import REHEARSAL, file_name, picture, style, table
+from benchmarks.common import pages
+from benchmarks.common.pages import Goal, at_most, fastest, judged, ratio, table, times
 from benchmarks.common.rows import Json, why_not
 from benchmarks.common.timing import COLD, WARM
 from benchmarks.serving import layers
@@ -48,13 +47,13 @@ def goals(report: Json) -> list[Goal]:
 
 def goals_markdown(report: Json) -> str:
     """Return the table of the goals."""
-    return common_goals.markdown("where", goals(report))
+    return pages.goals_table("where", goals(report))
 
 
 def markdown(report: Json) -> str:
     """Return the goals, a table for each tower and batch, and the layers."""
     fewest = report["effort"]["fewest"]
-    lines = [REHEARSAL, ""] if report["quick"] else []
+    lines = [pages.REHEARSAL, ""] if report["quick"] else []
     few = " (fewer than a hundred: the 99th percentile is then about the slowest call)" if fewest < 100 else ""
     lines += [
         f"One batch of images, {report['dtype']}, K = {report['tasks']}, r = {report['rank']}; at least {fewest} calls "
@@ -132,8 +131,8 @@ def draw(report: Json, folder: Path) -> list[Path]:
         if len({(row["batch"], row["preferences"]) for row in own}) < 2:
             # one point makes no curve
             continue
-        written.append(folder / f"serving-{report['device']}-{file_name(model)}.png")
-        with picture(written[-1], max(4.5, 2.4 * len(batches)), 3.6, len(batches)) as (figure, panels):
+        written.append(folder / f"serving-{report['device']}-{pages.file_name(model)}.png")
+        with pages.picture(written[-1], max(4.5, 2.4 * len(batches)), 3.6, len(batches)) as (figure, panels):
             handles: dict[str, Any] = {}
             for panel, batch in zip(panels, batches, strict=True):
                 handles |= _draw([row for row in own if row["batch"] == batch], names, panel)
@@ -153,7 +152,7 @@ def _draw(rows: Sequence[Json], names: Sequence[str], panel: Any) -> dict[str, A
         line = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["preferences"])
         if line:
             counts, times_of = [row["preferences"] for row in line], [row["ms"] for row in line]
-            (handles[name],) = panel.plot(counts, times_of, **style(number))
+            (handles[name],) = panel.plot(counts, times_of, **pages.style(number))
     counts = sorted({row["preferences"] for row in rows})
     panel.set(xscale="log", yscale="log", xlabel="distinct preferences")
     panel.set_xticks(counts, [str(count) for count in counts])
@@ -201,7 +200,7 @@ def _draw_layers(rows: Sequence[Json], path: Path) -> list[Path]:
         return []
     layers = list(dict.fromkeys((row["model"], row["projection"]) for row in shown))
     names = list(dict.fromkeys(row["variant"] for row in shown))
-    with picture(path, max(4.0, 1.9 * len(layers)), 2.9, len(layers)) as (figure, panels):
+    with pages.picture(path, max(4.0, 1.9 * len(layers)), 2.9, len(layers)) as (figure, panels):
         for panel, (model, projection) in zip(panels, layers, strict=True):
             own = [row for row in shown if (row["model"], row["projection"]) == (model, projection)]
             for row in own:

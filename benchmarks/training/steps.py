@@ -18,15 +18,14 @@ import torch
 
 from benchmarks.common.ceilings import ceilings
 from benchmarks.common.errors import TOLERANCE, Gradient, group_errors
-from benchmarks.common.goals import NOT_MET
+from benchmarks.common.pages import NOT_MET
 from benchmarks.common.rows import Row, dtype_name
 from benchmarks.common.session import Once
 from benchmarks.common.suites import Save, nowhere
 from benchmarks.common.timing import Clock, free, suite_device, synchronize, timed_steps
 from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower, vision_transformer
 from benchmarks.training import runners
-from benchmarks.training.bounds import bound_ms
-from benchmarks.training.models import CLASSES, Case, build_case, widen
+from benchmarks.training.models import CLASSES, Case, bound_ms, build_case, widen
 from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT, LIMIT_GRAPH, ONCE, STEP
 from benchmarks.training.runners import COMBINE, OURS, Combine, Limit, Ours, Plain, Profile, Runner
 from benchmarks.training.summary import goals

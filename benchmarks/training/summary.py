@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import goals as common_goals
-from benchmarks.common.goals import Goal, at_most, fastest, judged, ratio, times
-from benchmarks.common.pages import REHEARSAL, file_name, picture, style, table
+from benchmarks.common import pages
+from benchmarks.common.pages import Goal, at_most, fastest, judged, ratio, table, times
 from benchmarks.common.rows import Json, why_not
 from benchmarks.common.towers import TINY, TOWERS
 from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT_GRAPH, STEP, WITHOUT_GRAPHS
@@ -64,7 +63,7 @@ def _run_goals(report: Json) -> Iterator[Goal]:
 
 def goals_markdown(report: Json) -> str:
     """Return the table of the goals."""
-    return common_goals.markdown("model", goals(report))
+    return pages.goals_table("model", goals(report))
 
 
 COLUMNS = (
@@ -77,7 +76,7 @@ def markdown(report: Json) -> str:
     """Return the goals, a table for each model and K, and profiles of missed goals."""
     rates = report["ceilings"]
     own = [row for row in report["rows"] if row["op"] in (STEP, DATA_FREE)]
-    lines = [REHEARSAL, ""] if report["quick"] else []
+    lines = [pages.REHEARSAL, ""] if report["quick"] else []
     sources = ", ".join(f"{model} from {source}" for model, source in report["sources"].items())
     lines += [
         f"One optimiser step, r = {report['rank']}, {report['batch']} images per task, {report['classes']} classes "
@@ -133,8 +132,8 @@ def draw(report: Json, folder: Path) -> list[Path]:
     for model in [TINY.name] if report["quick"] else [tower.name for tower in TOWERS]:
         rows = [row for row in report["rows"] if (row["op"], row.get("model")) == (STEP, model) and row["ms"]]
         if rows:
-            written.append(folder / f"training-{file_name(model)}.png")
-            with picture(written[-1], 7.0, 3.4, 2) as (figure, panels):
+            written.append(folder / f"training-{pages.file_name(model)}.png")
+            with pages.picture(written[-1], 7.0, 3.4, 2) as (figure, panels):
                 _draw(rows, panels)
                 figure.suptitle(f"{model}, {report['batch']} images per task")
                 figure.legend(
@@ -147,7 +146,7 @@ def _draw(rows: Sequence[Json], panels: Any) -> None:
     for number, (variant, dtype) in enumerate(dict.fromkeys((row["variant"], row["dtype"]) for row in rows)):
         line = [row for row in rows if (row["variant"], row["dtype"]) == (variant, dtype)]
         line.sort(key=lambda row: row["tasks"])
-        look = {**style(number), "label": f"{variant} ({dtype})"}
+        look = {**pages.style(number), "label": f"{variant} ({dtype})"}
         panels[0].plot([row["tasks"] for row in line], [row["ms"] for row in line], **look)
         known = [row for row in line if row["peak_bytes"]]
         panels[1].plot([row["tasks"] for row in known], [row["peak_bytes"] / GIB for row in known], **look)

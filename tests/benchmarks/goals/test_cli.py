@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.common.goals import NOT_MEASURED
+from benchmarks.common.pages import NOT_MEASURED
 from benchmarks.goals import cli, table, worker
 from benchmarks.goals.cli import GROUPS, NAMES
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
-from benchmarks.common.goals import MET, NOT_MEASURED, NOT_MET
+from benchmarks.common.pages import MET, NOT_MEASURED, NOT_MET
 from benchmarks.goals import table
 from benchmarks.goals.cli import SUITE
 from benchmarks.serving import names as serving_names

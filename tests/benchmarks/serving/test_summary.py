@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import results, tables
-from benchmarks.common.goals import Goal
+from benchmarks.common.pages import Goal
 from benchmarks.serving import layers, suite, summary
 from benchmarks.serving import names as variant_names
 
