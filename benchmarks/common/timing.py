@@ -234,11 +234,7 @@ class Clock:
         self.start = time.perf_counter()
         self.lines: list[str] = []
 
-    def seconds(self) -> float:
-        """Return the seconds since the start."""
-        return time.perf_counter() - self.start
-
     def say(self, text: str) -> None:
         """Print a line and keep it."""
-        self.lines.append(f"{self.seconds():6.1f} s  {text}")
+        self.lines.append(f"{time.perf_counter() - self.start:6.1f} s  {text}")
         print(self.lines[-1], flush=True)

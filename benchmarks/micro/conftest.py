@@ -236,19 +236,13 @@ def logits_point(logits: str, dtype: str, strategy: str, device: torch.device) -
     return LogitsPoint(rows, classes, DTYPES[dtype], strategy, device)
 
 
-def rates(device: torch.device) -> costs.Rates | None:
-    """Return the rates of a GPU that :data:`pmkernels.costs.GPUS` lists, measured ones where it was tuned."""
-    name = dispatch.gpu_name(device.index) if device.type == "cuda" else ""
-    return rates_of(name) if name in costs.GPUS else None
-
-
 def facts(case: Case, device: torch.device, median: float | None) -> dict[str, Any]:
     """Return what is kept beside a case's times: where, what, and its rate. The rate is at the median, in seconds."""
-    least, known = case.least, rates(device)
+    least, gpu = case.least, dispatch.gpu_name(device.index) if device.type == "cuda" else ""
     figures: dict[str, Any] = {name: machine().get(name) for name in ("gpu", "torch", "triton")}
     figures |= {"chosen": case.choice, "operations": least.operations, "bytes": least.bytes}
-    if known is not None:
-        figures["bound_us"] = 1e6 * least.seconds(known, launch.precision_kind(case.point.dtype))
+    if gpu in costs.GPUS:
+        figures["bound_us"] = 1e6 * least.seconds(rates_of(gpu), launch.precision_kind(case.point.dtype))
     if median is not None:
         figures["gb_per_s"] = 1e-9 * least.bytes / median
         if least.operations:
