@@ -1,18 +1,20 @@
 """What microbenchmarks share: inputs at a point, the check against float64, and counts."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+import pmkernels
 from benchmarks.common.arguments import sizes
 from benchmarks.common.errors import TOLERANCE, relative_error
-from benchmarks.common.layer_case import Source, Variant, graph, make_activations, make_weights
+from benchmarks.common.layer_case import Source, Variant, graph, make_activations, make_weights, with_gradients
 from benchmarks.common.towers import BATCH, LANGUAGE_MODEL, TOWERS, Layer, Tower
-from pmkernels import launch, strategies
+from pmkernels import launch, reference, strategies
 from pmkernels.costs import Bound, Problem
 
 
@@ -133,6 +135,10 @@ class TowerPoint:
         }
 
 
+AnyPoint: TypeAlias = Point | LogitsPoint | TowerPoint
+Theirs: TypeAlias = Callable[[dict[str, Tensor]], Sequence[Tensor]]
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one point: what is timed, and what it is judged by.
@@ -143,9 +149,9 @@ class Case:
     """
 
     op: str
-    point: Point | LogitsPoint | TowerPoint
+    point: AnyPoint
     run: Variant
-    theirs: Callable[[dict[str, Tensor]], Sequence[Tensor]]
+    theirs: Theirs
     values: Mapping[str, Tensor]
     least: Bound
     choice: str
@@ -169,7 +175,50 @@ class Case:
         return error, plain
 
 
-# the fixture ``measure`` is called with the fields of a case
+def make_case(
+    op: str,
+    point: AnyPoint,
+    function: str,
+    values: Mapping[str, Tensor],
+    least: Bound,
+    choice: str | None = None,
+    *,
+    names: Sequence[str] = (),
+    grad: Tensor | None = None,
+    alone: bool = False,
+    with_dw: bool = False,
+    run: Variant | None = None,
+    theirs: Theirs | None = None,
+    rounded: bool = False,
+) -> Case:
+    """Make a case of a function that :mod:`pmkernels` and its reference have. ``run``, ``theirs``: another instead.
+
+    With ``grad``, that of its result, the gradients of ``names`` are wanted too, or ``alone``. ``with_dw``: dW counts
+    for the error that is allowed. ``choice``: by default that of one kernel.
+    """
+
+    def variant(function: Callable[..., Tensor], values: Mapping[str, Tensor]) -> Variant:
+        if grad is None:
+            return lambda: [function(**values)]
+        if alone:
+            # the forward is run now and its graph kept
+            result, leaves = graph(function, values, names)
+            return lambda: torch.autograd.grad(result, leaves, grad.to(result.dtype), retain_graph=True)
+        return lambda: with_gradients(function, values, names, grad)
+
+    def reference_of(values: dict[str, Tensor]) -> list[Tensor]:
+        own = variant(getattr(reference, function), values)()
+        return [*own, grad.to(values["x"].dtype).t() @ values["x"]] if with_dw and grad is not None else list(own)
+
+    if run is None:
+        ours = functools.partial(getattr(pmkernels, function), strategy=point.strategy)
+        run = variant(ours, values)
+    if choice is None:
+        choice = one_kernel(point.strategy, {name: v for name, v in values.items() if v.is_floating_point()})
+    return Case(op, point, run, theirs or reference_of, values, least, choice, rounded)
+
+
+# the fixture ``measure`` is called as :func:`make_case`
 Measure: TypeAlias = Callable[..., None]
 Benchmark = TypeVar("Benchmark", bound=Callable[..., None])
 # of every microbenchmark that was imported: its strategies, and whether it is one of the low-rank term
@@ -189,11 +238,3 @@ def offers(*strategies: str, low_rank: bool = False) -> Callable[[Benchmark], Be
 def in_type(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the values in ``dtype``; integers stay integers."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
-
-
-def backward(
-    function: Callable[..., Tensor], values: Mapping[str, Tensor], names: Iterable[str], grad: Tensor
-) -> Variant:
-    """Return the backward alone as a variant. The forward is run now and its graph kept."""
-    result, leaves = graph(function, values, names)
-    return lambda: torch.autograd.grad(result, leaves, grad.to(result.dtype), retain_graph=True)

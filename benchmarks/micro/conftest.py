@@ -269,10 +269,10 @@ def finished(run: Variant, device: torch.device) -> Callable[[], None]:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device, pytestconfig: pytest.Config) -> Measure:
-    """Return the function that makes a case of its fields, checks it and times it."""
+    """Return the function that makes a case, checks it and times it."""
 
     def run(*fields: Any, **named: Any) -> None:
-        case = Case(*fields, **named)
+        case = cases.make_case(*fields, **named)
         benchmark.group = case.group
         error, plain = case.check()
         call, seconds = finished(case.run, device), 0.0

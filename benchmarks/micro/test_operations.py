@@ -1,13 +1,11 @@
 """Every operation of :mod:`pmkernels` as a microbenchmark."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 import pmkernels
-from benchmarks.common.layer_case import Source, learned, total, with_gradients
-from benchmarks.micro.cases import LogitsPoint, Measure, Point, TowerPoint, backward, offers, one_kernel
+from benchmarks.common.layer_case import Source, learned, total
+from benchmarks.micro.cases import LogitsPoint, Measure, Point, TowerPoint, offers
 from pmkernels import costs, reference
 from pmkernels.costs import Bound
 
@@ -16,33 +14,17 @@ STEP = ("forward", "dx", "weight_grad")
 
 @offers("auto", "fused", "eager")
 def test_entropy(measure: Measure, logits_point: LogitsPoint) -> None:
-    values, strategy = logits_point.make(Source(logits_point.device)), logits_point.strategy
-    measure(
-        "softmax entropy",
-        logits_point,
-        run=lambda: [pmkernels.softmax_entropy(**values, strategy=strategy)],
-        theirs=lambda v: [reference.softmax_entropy(**v)],
-        values=values,
-        least=Bound(0.0, values["logits"].nbytes),
-        choice=one_kernel(strategy, values),
-    )
+    values = logits_point.make(Source(logits_point.device))
+    measure("softmax entropy", logits_point, "softmax_entropy", values, Bound(0.0, values["logits"].nbytes))
 
 
 @offers("auto", "fused", "eager")
 def test_entropy_and_gradient(measure: Measure, logits_point: LogitsPoint) -> None:
-    source, strategy = Source(logits_point.device), logits_point.strategy
-    values, grad = logits_point.make(source), source.normal(logits_point.rows)
-    ours = functools.partial(pmkernels.softmax_entropy, strategy=strategy)
-    measure(
-        "softmax entropy and gradient",
-        logits_point,
-        run=lambda: with_gradients(ours, values, ["logits"], grad),
-        theirs=lambda v: with_gradients(reference.softmax_entropy, v, ["logits"], grad),
-        values=values,
-        # read forward and backward, written once
-        least=Bound(0.0, 3.0 * values["logits"].nbytes),
-        choice=one_kernel(strategy, values),
-    )
+    point, source = logits_point, Source(logits_point.device)
+    values, grad = point.make(source), source.normal(point.rows)
+    # read forward and backward, written once
+    least = Bound(0.0, 3.0 * values["logits"].nbytes)
+    measure("softmax entropy and gradient", point, "softmax_entropy", values, least, names=["logits"], grad=grad)
 
 
 @offers("auto", "fused", "streamed", "eager")
@@ -51,15 +33,8 @@ def test_forward(measure: Measure, row_point: Point) -> None:
     weights = point.weights(source)
     x, _ = point.activations(source, weights)
     values = {**weights, "x": x, "bias": source.normal(point.layer.n, dtype=point.dtype)}
-    measure(
-        "forward",
-        point,
-        run=lambda: [pmkernels.pareto_linear(**values, strategy=point.strategy)],
-        theirs=lambda v: [reference.pareto_linear(**v)],
-        values=values,
-        least=costs.bound("forward", point.problem()),
-        choice=point.choice(weights, ["forward"]),
-    )
+    least, choice = costs.bound("forward", point.problem()), point.choice(weights, ["forward"])
+    measure("forward", point, "pareto_linear", values, least, choice)
 
 
 @offers("auto", "fused", "streamed", "eager")
@@ -67,16 +42,13 @@ def test_dx(measure: Measure, row_point: Point) -> None:
     point, source = row_point, Source(row_point.device)
     weights = point.weights(source)
     x, dy = point.activations(source, weights)
-    ours = functools.partial(pmkernels.pareto_linear, strategy=point.strategy)
-    measure(
-        "dx",
-        point,
-        run=backward(ours, {**weights, "x": x}, ["x"], dy),
-        theirs=lambda v: [v.pop("dy") @ reference.merge_weight(**v)],
-        values={**weights, "dy": dy},
-        least=costs.bound("dx", point.problem()),
-        choice=point.choice(weights, ["dx"]),
-    )
+    least, choice = costs.bound("dx", point.problem()), point.choice(weights, ["dx"])
+
+    def theirs(values: dict[str, Tensor]) -> list[Tensor]:
+        return [dy.to(values.pop("x").dtype) @ reference.merge_weight(**values)]
+
+    gradient = {"names": ["x"], "grad": dy, "alone": True}
+    measure("dx", point, "pareto_linear", {**weights, "x": x}, least, choice, **gradient, theirs=theirs)
 
 
 @offers("auto", "fused", "streamed", "eager")
@@ -84,21 +56,10 @@ def test_forward_and_backward(measure: Measure, row_point: Point) -> None:
     point, source = row_point, Source(row_point.device)
     weights = point.weights(source)
     x, dy = point.activations(source, weights)
-    values, names = {**weights, "x": x}, ("x", *learned(weights))
-    ours = functools.partial(pmkernels.pareto_linear, strategy=point.strategy)
-
-    def theirs(v: dict[str, Tensor]) -> list[Tensor]:
-        return [*with_gradients(reference.pareto_linear, v, names, dy), dy.to(v["x"].dtype).t() @ v["x"]]
-
-    measure(
-        "forward and backward",
-        point,
-        run=lambda: with_gradients(ours, values, names, dy),
-        theirs=theirs,
-        values=values,
-        least=total(costs.bound(operation, point.problem()) for operation in STEP),
-        choice=point.choice(weights, STEP),
-    )
+    least = total(costs.bound(operation, point.problem()) for operation in STEP)
+    gradients = {"names": ["x", *learned(weights)], "grad": dy, "with_dw": True}
+    values, choice = {**weights, "x": x}, point.choice(weights, STEP)
+    measure("forward and backward", point, "pareto_linear", values, least, choice, **gradients)
 
 
 @offers("auto", "fused", "streamed", "eager")
@@ -107,21 +68,9 @@ def test_weight_gradient(measure: Measure, row_point: Point) -> None:
     point, source = row_point, Source(row_point.device)
     weights = point.weights(source)
     x, dy = point.activations(source, weights)
-    values, names = {**weights, "x": x}, learned(weights)
-    ours = functools.partial(pmkernels.pareto_linear, strategy=point.strategy)
-
-    def theirs(v: dict[str, Tensor]) -> list[Tensor]:
-        return [*backward(reference.pareto_linear, v, names, dy)(), dy.to(v["x"].dtype).t() @ v["x"]]
-
-    measure(
-        "weight gradient",
-        point,
-        run=backward(ours, values, names, dy),
-        theirs=theirs,
-        values=values,
-        least=costs.bound("weight_grad", point.problem()),
-        choice=point.choice(weights, ["weight_grad"]),
-    )
+    least, choice = costs.bound("weight_grad", point.problem()), point.choice(weights, ["weight_grad"])
+    gradients = {"names": learned(weights), "grad": dy, "alone": True, "with_dw": True}
+    measure("weight gradient", point, "pareto_linear", {**weights, "x": x}, least, choice, **gradients)
 
 
 @offers("auto", "fused", "eager")
@@ -129,48 +78,28 @@ def test_weight_gradient_reduction(measure: Measure, weight_point: Point) -> Non
     """Measure the same from a given dW."""
     point, problem = weight_point, weight_point.problem()
     weights = point.weights(Source(point.device))
-    names = learned(weights)
+    least = Bound(0.0, (problem.tasks + 1) * problem.weight)
     # Σ_k τ_k, so that no dλ_k is a sum that cancels
-    d_weight = weights["task_vectors"].sum(dim=0)
-    ours = functools.partial(pmkernels.merge_weight, strategy=point.strategy)
-    measure(
-        "weight gradient, reduction of dW",
-        point,
-        run=backward(ours, weights, names, d_weight),
-        theirs=lambda v: backward(reference.merge_weight, v, names, d_weight)(),
-        values=weights,
-        least=Bound(0.0, (problem.tasks + 1) * problem.weight),
-        choice=one_kernel(point.strategy, weights),
-    )
+    gradients = {"names": learned(weights), "grad": weights["task_vectors"].sum(dim=0), "alone": True}
+    measure("weight gradient, reduction of dW", point, "merge_weight", weights, least, **gradients)
 
 
 @offers("auto", "fused", "eager")
 def test_merge(measure: Measure, weight_point: Point) -> None:
     weights, strategy = weight_point.weights(Source(weight_point.device)), weight_point.strategy
-    out = torch.empty_like(weights["weight"])
-    measure(
-        "merge",
-        weight_point,
-        run=lambda: [pmkernels.merge_weight(**weights, out=out, strategy=strategy)],
-        theirs=lambda v: [reference.merge_weight(**v)],
-        values=weights,
-        least=costs.bound("merge", weight_point.problem()),
-        choice=one_kernel(strategy, weights),
-    )
+    out, least = torch.empty_like(weights["weight"]), costs.bound("merge", weight_point.problem())
+
+    def run() -> list[Tensor]:
+        return [pmkernels.merge_weight(**weights, out=out, strategy=strategy)]
+
+    measure("merge", weight_point, "merge_weight", weights, least, run=run)
 
 
 @offers("auto", "fused", "eager")
 def test_merge_vectors(measure: Measure, tower_point: TowerPoint) -> None:
-    values, strategy = tower_point.make(Source(tower_point.device)), tower_point.strategy
-    measure(
-        "merge of vectors",
-        tower_point,
-        run=lambda: [pmkernels.merge_vectors(**values, strategy=strategy)],
-        theirs=lambda v: [reference.merge_vectors(**v)],
-        values=values,
-        least=Bound(0.0, float((tower_point.K + 2) * values["weight"].nbytes)),
-        choice=one_kernel(strategy, {name: values[name] for name in ("weight", "task_vectors", "lam")}),
-    )
+    values = tower_point.make(Source(tower_point.device))
+    least = Bound(0.0, float((tower_point.K + 2) * values["weight"].nbytes))
+    measure("merge of vectors", tower_point, "merge_vectors", values, least)
 
 
 @offers("auto", "fused", "eager")
@@ -179,32 +108,20 @@ def test_vectors_gradient(measure: Measure, tower_point: TowerPoint) -> None:
     taus, offsets = values["task_vectors"], values["offsets"]
     # Σ_k τ_k, so that no dλ_lk is a sum that cancels
     grad = taus.sum(dim=0)
-    measure(
-        "gradient of vectors",
-        tower_point,
-        run=lambda: [pmkernels.merge_vectors_gradient(grad, taus, offsets, strategy=strategy)],
-        theirs=lambda v: backward(reference.merge_vectors, v, ["lam"], grad)(),
-        values=values,
-        least=Bound(0.0, float((tower_point.K + 1) * grad.nbytes)),
-        choice=one_kernel(strategy, {"grad": grad, "task_vectors": taus}),
-    )
+
+    def run() -> list[Tensor]:
+        return [pmkernels.merge_vectors_gradient(grad, taus, offsets, strategy=strategy)]
+
+    least, gradient = Bound(0.0, float((tower_point.K + 1) * grad.nbytes)), {"names": ["lam"], "grad": grad}
+    measure("gradient of vectors", tower_point, "merge_vectors", values, least, **gradient, alone=True, run=run)
 
 
 @offers("auto", "fused", "eager", low_rank=True)
 def test_projection(measure: Measure, weight_point: Point) -> None:
-    point, problem = weight_point, weight_point.problem()
-    weights = point.weights(Source(point.device))
+    problem, weights = weight_point.problem(), weight_point.weights(Source(weight_point.device))
     values = {name: weights[name] for name in ("task_vectors", "A", "B")}
-    measure(
-        "projection",
-        point,
-        run=lambda: [pmkernels.project_task_vectors(**values, strategy=point.strategy)],
-        theirs=lambda v: [reference.project_task_vectors(**v)],
-        values=values,
-        least=Bound(2.0 * problem.tasks * problem.n * problem.d * problem.rank, problem.tasks * problem.weight),
-        choice=one_kernel(point.strategy, values),
-        rounded=True,
-    )
+    least = Bound(2.0 * problem.tasks * problem.n * problem.d * problem.rank, problem.tasks * problem.weight)
+    measure("projection", weight_point, "project_task_vectors", values, least, rounded=True)
 
 
 @offers("auto", "fused", "eager", low_rank=True)
@@ -212,19 +129,10 @@ def test_projection_and_gradient(measure: Measure, weight_point: Point) -> None:
     point, problem, source = weight_point, weight_point.problem(), Source(weight_point.device)
     weights = point.weights(source)
     values = {name: weights[name] for name in ("task_vectors", "A", "B")}
-    grad = source.normal(point.K, point.r, point.r)
-    ours = functools.partial(pmkernels.project_task_vectors, strategy=point.strategy)
-    measure(
-        "projection and gradient",
-        point,
-        run=lambda: with_gradients(ours, values, ("A", "B"), grad),
-        theirs=lambda v: with_gradients(reference.project_task_vectors, v, ("A", "B"), grad),
-        values=values,
-        # forward and backward read every task vector once each
-        least=Bound(4.0 * problem.tasks * problem.n * problem.d * problem.rank, 2 * problem.tasks * problem.weight),
-        choice=one_kernel(point.strategy, values),
-        rounded=True,
-    )
+    # forward and backward read every task vector once each
+    least = Bound(4.0 * problem.tasks * problem.n * problem.d * problem.rank, 2 * problem.tasks * problem.weight)
+    gradients = {"names": ["A", "B"], "grad": source.normal(point.K, point.r, point.r), "rounded": True}
+    measure("projection and gradient", point, "project_task_vectors", values, least, **gradients)
 
 
 def make_served(point: Point, items: int) -> dict[str, Tensor]:
@@ -252,15 +160,12 @@ def measure_served(measure: Measure, point: Point, op: str, items: int) -> None:
     arguments = {name: values[name] for name in ("x", "G", "gamma", "bias")}
     arguments["wide"] = pmkernels.widen_weight(values["weight"], values["A"])
     arguments["B"] = laid_out(values["B"], point.dtype)
-    measure(
-        op,
-        point,
-        run=lambda: [pmkernels.preference_linear(**arguments, strategy=point.strategy)],
-        theirs=lambda v: [reference.pareto_linear(**v)],
-        values=values,
-        least=costs.bound("preference", point.problem()),
-        choice=point.choice(values, ["preference"], tasks=0),
-    )
+
+    def run() -> list[Tensor]:
+        return [pmkernels.preference_linear(**arguments, strategy=point.strategy)]
+
+    least, choice = costs.bound("preference", point.problem()), point.choice(values, ["preference"], tasks=0)
+    measure(op, point, "pareto_linear", values, least, choice, run=run)
 
 
 @offers("auto", "fused", "streamed", "eager", low_rank=True)
@@ -289,21 +194,16 @@ def test_widen_rows(measure: Measure, row_point: Point) -> None:
     def parts(wide: Tensor) -> list[Tensor]:
         return [wide[..., : point.layer.d], wide[..., point.layer.d :]]
 
-    def fused() -> list[Tensor]:
+    def run() -> list[Tensor]:
+        if point.strategy == "eager":
+            return plain(**values)
         from pmkernels.kernels import preference as kernels
 
         return parts(kernels.widen(values["x"], values["G"], values["B"], values["gamma"].squeeze(1)))
 
     moved = problem.rows * (problem.d + width) * problem.size
-    measure(
-        "widening of rows",
-        point,
-        run=fused if point.strategy == "fused" else lambda: plain(**values),
-        theirs=lambda v: plain(**v),
-        values=values,
-        least=Bound(2.0 * problem.rows * problem.d * problem.rank, moved),
-        choice=point.strategy,
-    )
+    least = Bound(2.0 * problem.rows * problem.d * problem.rank, moved)
+    measure("widening of rows", point, "", values, least, point.strategy, run=run, theirs=lambda v: plain(**v))
 
 
 @offers("eager", low_rank=True)
@@ -312,17 +212,12 @@ def test_widen_weight(measure: Measure, weight_point: Point) -> None:
     values = {"weight": weights["weight"], "A": weights["A"]}
     wide = pmkernels.widen_weight(**values)
 
-    def plain(weight: Tensor, A: Tensor) -> list[Tensor]:
-        zeros = A.new_zeros(A.shape[0], wide.shape[1] - weight.shape[1] - A.shape[1])
-        return [torch.cat([weight, A, zeros], dim=1)]
+    def run() -> list[Tensor]:
+        return [pmkernels.widen_weight(**values)]
 
-    measure(
-        "widening of the weight",
-        weight_point,
-        run=lambda: [pmkernels.widen_weight(**values)],
-        theirs=lambda v: plain(**v),
-        values=values,
-        least=Bound(0.0, float(values["weight"].nbytes + wide.nbytes + values["A"].nbytes)),
-        choice="eager",
-        rounded=True,
-    )
+    def theirs(v: dict[str, Tensor]) -> list[Tensor]:
+        zeros = v["A"].new_zeros(len(v["A"]), wide.shape[1] - v["weight"].shape[1] - v["A"].shape[1])
+        return [torch.cat([v["weight"], v["A"], zeros], dim=1)]
+
+    least = Bound(0.0, float(values["weight"].nbytes + wide.nbytes + values["A"].nbytes))
+    measure("widening of the weight", weight_point, "", values, least, "eager", run=run, theirs=theirs, rounded=True)

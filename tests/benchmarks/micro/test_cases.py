@@ -78,7 +78,9 @@ def test_every_strategy_is_right_and_counted(name: str) -> None:
             for r in (2,) if low_rank else (0, 2):
                 for point in points(function, dtype, strategy, r):
                     measured: list[Case] = []
-                    function(lambda *fields, into=measured, **named: into.append(Case(*fields, **named)), point)
+                    function(
+                        lambda *fields, into=measured, **named: into.append(cases.make_case(*fields, **named)), point
+                    )
                     (case,) = measured
                     error, plain = case.check()
                     assert 0 <= error < 0.1 and 0 <= plain < 0.1
