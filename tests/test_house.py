@@ -1,6 +1,7 @@
 """What a machine can check of how the code is written; ``python tests/test_house.py [ROOM]`` prints what is left."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -42,20 +43,24 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
+def every_node(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def nodes(path: Path) -> Iterator[Documented]:
     """Yield the module, its classes and its functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, Documented):
-            yield node
+    return (node for node in every_node(path) if isinstance(node, Documented))
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
-def comments(path: Path) -> Iterator[tokenize.TokenInfo]:
+@functools.cache
+def comments(path: Path) -> list[tokenize.TokenInfo]:
     tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return (token for token in tokens if token.type == tokenize.COMMENT)
+    return [token for token in tokens if token.type == tokenize.COMMENT]
 
 
 def first_sentence(docstring: str) -> str:
@@ -118,7 +123,7 @@ def trailing_comments() -> Iterator[Fault]:
 
 def vague_names() -> Iterator[Fault]:
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in every_node(path):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE:
                 yield relative(path), node.lineno, node.id
 
