@@ -42,8 +42,7 @@ ListMethods = Annotated[
     ),
 ]
 Effort = Annotated[
-    int,
-    typer.Option(min=1, max=4, help="Settings that each method may try, chosen without labels; 1: the published."),
+    int, typer.Option(min=1, max=4, help="Settings that each method may try, chosen without labels; 1: the published.")
 ]
 Grid = Annotated[
     str | None,

@@ -31,8 +31,7 @@ def _with_limits(command: Callable[..., None]) -> Callable[..., None]:
 @_with_limits
 def serve(
     folded: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDED", help="A folded file: `pareto-merging export RUN --folded` writes one."),
+        Path, typer.Argument(metavar="FOLDED", help="A folded file: `pareto-merging export RUN --folded` writes one.")
     ],
     host: Annotated[
         str, typer.Option(help="The address to bind. There is no authentication: leave it, or put a proxy in front.")

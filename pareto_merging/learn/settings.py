@@ -40,7 +40,7 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class OneOf:
-    """A field's annotation: its value is a name in a table; see :func:`must_exist`."""
+    """A field's annotation: its value is a name in a table. In a finished run (``context``) it may be any."""
 
     table: Mapping[str, Any]
 
@@ -48,14 +48,9 @@ class OneOf:
         return core_schema.with_info_after_validator_function(self._check, handler(source))
 
     def _check(self, name: str, info: ValidationInfo) -> str:
-        if name not in self.table and must_exist(info):
+        if name not in self.table and not (info.context or {}).get("learned"):
             raise ValueError(f"expected one of {', '.join(self.table)}")
         return name
-
-
-def must_exist(info: ValidationInfo) -> bool:
-    """Return whether what settings name must be registered: not where ``context`` says "learned"."""
-    return info.context != "learned"
 
 
 class Strict(BaseModel):

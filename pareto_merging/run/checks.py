@@ -12,19 +12,14 @@ from pareto_merging.errors import UserError
 from pareto_merging.run.config import EncoderConfig
 
 
-def check_different(tasks: Mapping[str, Checkpoint]) -> None:
-    """Raise UserError if two tasks have one and the same checkpoint file."""
+def check_copies(pretrained: Checkpoint, tasks: Mapping[str, Checkpoint]) -> None:
+    """Raise UserError for a checkpoint that two tasks have. Or for one of another architecture than the pretrained."""
     files = {name: {path.resolve() for path in checkpoint.weights} for name, checkpoint in tasks.items()}
     for name, checkpoint in tasks.items():
         same = [other for other in tasks if files[other] == files[name]]
         if len(same) > 1:
-            raise UserError(
-                f"tasks.{name}: expected a checkpoint for each task, got {checkpoint.source} for {', '.join(same)}"
-            )
-
-
-def check_copies(pretrained: Checkpoint, tasks: Mapping[str, Checkpoint]) -> None:
-    """Raise UserError naming a task whose checkpoint is of another architecture than the pretrained one."""
+            expected = f"a checkpoint for each task, got {checkpoint.source} for {', '.join(same)}"
+            raise UserError(f"tasks.{name}: expected {expected}")
     for name, checkpoint in tasks.items():
         if checkpoint.architecture is None or pretrained.architecture is None:
             continue

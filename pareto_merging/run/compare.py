@@ -133,8 +133,7 @@ def _tell(result: Result, done: int, total: int, left: float | None) -> None:
     if isinstance(result, Measured):
         # a method that runs once for each preference does so after its tuning
         what = f"{max(result.tuning_seconds, result.seconds):.1f} s"
-        equal = result.point("equal")
-        if equal is not None:
+        if (equal := result.point("equal")) is not None:
             what = f"average {sum(equal.accuracy) / len(equal.accuracy):.1f} % at the equal preference; {what}"
     else:
         what = f"{result.status}: {result.reason}"

@@ -3,16 +3,36 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pareto_merging.errors import UserError
-from pareto_merging.learn.settings import MethodSettings, Strict, must_exist
+from pareto_merging.learn.settings import MethodSettings, Strict
 
 
-class EncoderConfig(Strict):
+class Files(Strict):
+    """Settings that name files, from the configuration's folder where they are read from one."""
+
+    @field_validator("*")
+    @classmethod
+    def _place(cls, value: Any, info: ValidationInfo) -> Any:
+        # hub ids and open_clip's names stay as they are
+        key, folder = info.field_name, (info.context or {}).get("folder")
+        is_name = key == "quick_gelu" or (key == "architecture" and not str(value).endswith(".json"))
+        if folder is None or value is None or is_name:
+            return value
+        if key in ("pretrained", "checkpoint"):
+            # it takes PyTorch's seconds, which the help of the keys need not wait for
+            from pareto_merging.checkpoints.hub import remote
+
+            place, elsewhere = folder / os.path.expanduser(value), remote(value)
+            return place if elsewhere is None or (elsewhere != value and place.exists()) else elsewhere
+        return folder / value if key == "head" else str(folder / value)
+
+
+class EncoderConfig(Files):
     architecture: str | None = Field(
         None,
         description="an open_clip model name (ViT-B-32), or a JSON file of VisionTransformer's arguments; default: as "
@@ -28,7 +48,7 @@ class EncoderConfig(Strict):
     )
 
 
-class TaskConfig(Strict):
+class TaskConfig(Files):
     checkpoint: Path | str = Field(description="the fine-tuned vision encoder, as `pretrained`")
     head: Path | None = Field(
         None,
@@ -49,7 +69,7 @@ class TaskConfig(Strict):
     )
 
 
-class UnseenConfig(Strict):
+class UnseenConfig(Files):
     """A task that no fine-tuned model is there for."""
 
     head: Path = Field(description="its zero-shot head, as of a task")
@@ -102,7 +122,7 @@ class RunConfig(Strict):
         # it takes PyTorch's seconds, which the help of the keys need not wait for
         from pareto_merging.model.strategy import strategy_names
 
-        if name not in strategy_names() and must_exist(info):
+        if name not in strategy_names() and not (info.context or {}).get("learned"):
             raise ValueError(f"expected one of {', '.join(strategy_names())}")
         return name
 
@@ -171,8 +191,7 @@ def read_config(path: Path, *, learned: bool = False) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     try:
-        config = RunConfig.model_validate(values, context="learned" if learned else None)
-        return _absolute(config, path.parent.resolve())
+        return RunConfig.model_validate(values, context={"folder": path.parent.resolve(), "learned": learned})
     except ValidationError as error:
         raise UserError(f"{path}: {describe_validation(error)}") from error
 
@@ -212,41 +231,6 @@ def describe_validation(error: ValidationError) -> str:
             got = got if len(got) <= 80 else f"{got[:77]}…"
             lines.append(f"{where}: {message}, got {got}" if where else message)
     return "; ".join(dict.fromkeys(lines))
-
-
-def _place(base: Path, key: str, value: Any) -> Path | str:
-    """Return what names a file, from the configuration's folder. Hub ids and open_clip's names stay as they are."""
-    # it takes PyTorch's seconds, which the help of the keys need not wait for
-    from pareto_merging.checkpoints.hub import remote
-
-    if key in ("pretrained", "checkpoint"):
-        place, elsewhere = base / os.path.expanduser(value), remote(value)
-        return place if elsewhere is None or (elsewhere != value and place.exists()) else elsewhere
-    if key == "architecture" and not value.endswith(".json"):
-        return str(value)
-    return base / value if key == "head" else str(base / value)
-
-
-Entry = TypeVar("Entry", bound=Strict)
-
-
-def _placed(base: Path, entry: Entry) -> Entry:
-    """Return an entry whose files are named from the configuration's folder."""
-    files = {key: value for key, value in entry if value is not None and key != "quick_gelu"}
-    return entry.model_copy(update={key: _place(base, key, value) for key, value in files.items()})
-
-
-def _absolute(config: RunConfig, base: Path) -> RunConfig:
-    """Return the configuration with every file named from its folder; a suite names none."""
-    if config.encoder is None or not isinstance(config.tasks, dict):
-        return config
-    files: dict[str, Any] = {
-        "encoder": _placed(base, config.encoder),
-        "tasks": {name: _placed(base, task) for name, task in config.tasks.items()},
-    }
-    if isinstance(config.unseen, dict):
-        files["unseen"] = {name: _placed(base, task) for name, task in config.unseen.items()}
-    return config.model_copy(update=files)
 
 
 def digits_files(folder: Path, tasks: list[str] | None) -> tuple[EncoderConfig, dict[str, TaskConfig]]:

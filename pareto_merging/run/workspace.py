@@ -144,7 +144,6 @@ class Workspace:
     def check_files(self) -> None:
         """Raise UserError if a checkpoint or head is missing or does not fit. Only headers and heads are read."""
         tasks = {name: self.checkpoint(task.checkpoint) for name, task in self.task_configs.items()}
-        checks.check_different(tasks)
         checks.check_copies(self.checkpoint(self.encoder_config.pretrained), tasks)
         skeleton = self.skeleton()
         for path in self.sources().values():

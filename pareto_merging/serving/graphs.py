@@ -80,8 +80,7 @@ class Graphs:
         if self._merging is None:
             # the memory that is kept must not be the graph's own
             merge(self._shared)
-            captured = self._capture("merge", lambda: merge(self._shared))
-            self._merging = None if captured is None else captured[0]
+            self._merging, _ = self._capture("merge", lambda: merge(self._shared)) or (None, None)
         if self._merging is not None:
             self._merging.replay()
 

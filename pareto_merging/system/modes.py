@@ -8,9 +8,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Keep every module in eval mode inside. There is no dropout, batch-norm statistics are fixed, and each inner
-    module's mode is restored.
-    """
+    """Keep to eval mode inside: no dropout, fixed batch-norm statistics. Each inner module's mode is restored."""
     before = {inner: inner.training for module in modules for inner in module.modules()}
     for module in modules:
         module.eval()
