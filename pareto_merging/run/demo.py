@@ -226,8 +226,7 @@ def _print(report: Mapping[str, Any], out: Path) -> None:
     # methods side by side: seven columns of numbers fit a terminal of eighty, eight task names do not
     head = [name.replace("Pareto Merging (", "PM, ").replace(" preference)", "") for name in methods]
     rows = [[task, *(f"{entry['per_task'][task]:.1f}" for entry in methods.values())] for task in tasks]
-    rows.append(["average", *(f"{entry['average']:.1f}" for entry in methods.values())])
-    rows.append(["seconds", *(f"{entry['seconds']:.1f}" for entry in methods.values())])
+    rows += [[key, *(f"{entry[key]:.1f}" for entry in methods.values())] for key in ("average", "seconds")]
     print_table("Held-out accuracy in percent, eight tasks (PM: Pareto Merging)", ["task", *head], rows)
     columns, front = _front_table(report)
     print_table(f"Two tasks: one learned set at {len(front)} preferences", columns, front)
