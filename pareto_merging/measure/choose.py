@@ -132,15 +132,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@dataclass(frozen=True, eq=False)
-class UnseenChoice:
-    """The model chosen for an unseen task. Its index and preference [K], and the mean entropy (nats) of every model."""
-
-    index: int
-    gamma: Tensor
-    entropies: list[float]
-
-
 def choose_for_unseen(
     models: Callable[[Tensor], nn.Module],
     preferences: Sequence[Tensor],
@@ -150,11 +141,12 @@ def choose_for_unseen(
     batch_size: int = 256,
     workers: int = 0,
     progress: bool = True,
-) -> UnseenChoice:
+) -> tuple[int, list[float]]:
     """Choose the model of a front with the least mean entropy on some images. Of equal entropies the first wins.
 
-    They are of a task that none of the models was merged for: section 4.3 of arXiv 2408.12105. Labels are never looked
-    at. Raises ValueError for no preferences or no images, UserError for logits that are not finite.
+    Return its index and the mean entropy (nats) of every model. The images are of a task that none of the models was
+    merged for: section 4.3 of arXiv 2408.12105. Labels are never looked at. Raises ValueError for no preferences or no
+    images, UserError for logits that are not finite.
 
     Args:
         models: ``models(gamma)`` is the plain merged encoder at gamma, such as ``lambda gamma: merge(model, gamma)``;
@@ -170,5 +162,4 @@ def choose_for_unseen(
         for number, gamma in enumerate(preferences, start=1):
             entropies.append(mean_entropy(models(gamma), unlabelled, head, batch_size, workers))
             advance(number, f"entropy {entropies[-1]:.3f}")
-    index = min(range(len(entropies)), key=entropies.__getitem__)
-    return UnseenChoice(index, preferences[index].detach().clone(), entropies)
+    return entropies.index(min(entropies)), entropies

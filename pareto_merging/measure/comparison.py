@@ -203,12 +203,12 @@ class Comparison:
         workers = self.models.workers
         for name, (unlabelled, labelled) in self.unseen.items():
             images, head = unlabelled.images, unlabelled.head
-            choice = choose_for_unseen(merged.at, gammas, images, head, workers=workers, progress=False)
-            scores = evaluate_model(merged.at(choice.gamma), {name: labelled}, workers=workers)
+            index, entropies = choose_for_unseen(merged.at, gammas, images, head, workers=workers, progress=False)
+            scores = evaluate_model(merged.at(gammas[index]), {name: labelled}, workers=workers)
             scored[name] = UnseenScore(
                 accuracy=round(scores.average, 4),
-                entropy=round(choice.entropies[choice.index], 4),
-                gamma=_rounded(choice.gamma) if merged.preference_aware else None,
+                entropy=round(entropies[index], 4),
+                gamma=_rounded(gammas[index]) if merged.preference_aware else None,
             )
         return scored
 

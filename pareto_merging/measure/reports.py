@@ -115,21 +115,17 @@ def write_comparison(folder: Path, tasks: Sequence[str], results: Sequence[Resul
     )
     write_json(folder / "compare.json", report.to_json())
     write_text(folder / "methods.csv", _csv(head(), summary_rows(summary)))
-    write_text(folder / "points.csv", _points_csv(report, done))
-    pictures = draw(folder, tasks, report.evaluated_tasks, done)
-    write_text(folder / "compare.md", _markdown(report, [path.name for path in pictures]))
-    return report
-
-
-def _points_csv(report: Report, done: Sequence[Measured]) -> str:
-    columns = ["method", "seed", "kind", *(f"gamma {name}" for name in report.tasks)]
+    columns = ["method", "seed", "kind", *(f"gamma {name}" for name in tasks)]
     columns += [f"{what} {name}" for what in ("accuracy", "entropy") for name in report.evaluated_tasks]
     rows = []
     for result in done:
         for point in result.points:
-            gamma: list[Any] = [*point.gamma] if point.gamma else [""] * len(report.tasks)
+            gamma: list[Any] = [*point.gamma] if point.gamma else [""] * len(tasks)
             rows.append([result.method, result.seed, " ".join(point.kinds), *gamma, *point.accuracy, *point.entropy])
-    return _csv(columns, rows)
+    write_text(folder / "points.csv", _csv(columns, rows))
+    pictures = draw(folder, tasks, report.evaluated_tasks, done)
+    write_text(folder / "compare.md", _markdown(report, [path.name for path in pictures]))
+    return report
 
 
 def draw(folder: Path, tasks: Sequence[str], evaluated: Sequence[str], done: Sequence[Measured]) -> list[Path]:

@@ -5,13 +5,14 @@ products (:class:`WeightDistance`), so no image is seen, no forward is run and t
 reading: each S_k in units of ‖τ_k‖², so that tasks count alike.
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 from torch import nn
 
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, Run
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Run, learning
 
 
 def settings(**changes: Any) -> MethodSettings:
@@ -31,9 +32,5 @@ def _choices(tasks: int, method: MethodSettings) -> list[Choice]:
     return [{}, {"learning_rate": 10 * method.learning_rate}, {"concentration": 1.0}, {"mu": 10 * method.mu}]
 
 
-def _run(problem: Problem, choice: Choice) -> Merged:
-    method = pareto.settings_of(problem, choice)
-    return merge(problem.pretrained, problem.finetuned, method=method, **problem.going_on())
-
-
-METHOD = Method("pareto-data-free", "Pareto Merging, data-free", "weights", _run, _choices, stores="1 model + low rank")
+RUN = learning(pareto.merge, partial(pareto.settings_of, objective="weight-distance"), tasks=None)
+METHOD = Method("pareto-data-free", "Pareto Merging, data-free", "weights", RUN, _choices, stores="1 model + low rank")
