@@ -1,6 +1,7 @@
 """Layers and vision transformers that are measured, by their sizes. The latter also with random weights."""
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +80,6 @@ TINY_LAYERS = (Layer("tiny", 40, 24, 3, 5), Layer("tiny MLP", 24, 40, 3, 5))
 LANGUAGE_MODEL = tuple(Layer("7B projection", 4096, 4096, 1, rows) for rows in (1, 16, 128, 512, 2048, 8192))
 
 
-def _open_clip(tower: Tower) -> Any:
-    # the text tower is not built
-    return importlib.import_module("open_clip.transformer").VisionTransformer(**tower.arguments)
-
-
 def _timm(tower: Tower) -> Any:
     sizes = {"img_size": tower.image, "patch_size": tower.patch, "embed_dim": tower.width}
     sizes |= {"depth": tower.blocks, "num_heads": tower.heads, "num_classes": tower.output}
@@ -100,8 +96,12 @@ def _torchvision(tower: Tower) -> Any:
     return built
 
 
-# the first library that is installed is taken
-BUILDERS = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}
+# the first library that is installed is taken; of open_clip the text tower is not built
+BUILDERS: dict[str, Callable[[Tower], Any]] = {
+    "open_clip": lambda tower: importlib.import_module("open_clip.transformer").VisionTransformer(**tower.arguments),
+    "timm": _timm,
+    "torchvision": _torchvision,
+}
 
 
 def vision_transformer(tower: Tower, source: str | None = None) -> tuple[nn.Module, str]:

@@ -61,6 +61,6 @@ def _cell(context: Context, made: Once, batch: int, count: int) -> list[dict[str
         images = suite.make_images(batch, size, case)
         drawn = folded.preferences(count)
         # the plain model has the first preference for all
-        truth = suite.Truth.of(case, images, drawn[0], sorted({1, count}))
+        truth = suite.Truth(case, images, drawn[0], sorted({1, count}))
         rows = suite.cell_rows(case, images, drawn, truth, count, effort, VARIANTS)
     return [vars(row) for row in rows]

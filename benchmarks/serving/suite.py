@@ -74,27 +74,23 @@ class CellRow(Row):
     peak_models: float | None = None
 
 
-@dataclass(frozen=True)
 class Truth:
-    """Features in float64 by number of distinct preferences, and plain PyTorch's error. They are [items, dim]."""
+    """Features [items, dim] in float64 by number of distinct preferences, and plain PyTorch's error.
 
-    features: dict[int, Tensor]
-    plain_error: float
+    They are those of plain models merged at ``drawn`` [P, K], for all ``counts``.
+    """
 
-    @classmethod
-    def of(cls, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> "Truth":
-        """Return the truth of plain models merged at ``drawn`` [P, K], for all ``counts``."""
-        wide, plain_error = copy.deepcopy(case.folded).double(), 0.0
-        features: dict[int, Tensor] = {}
+    def __init__(self, case: Case, images: Tensor, drawn: Tensor, counts: Sequence[int]) -> None:
+        wide, self.plain_error = copy.deepcopy(case.folded).double(), 0.0
+        self.features: dict[int, Tensor] = {}
         for count in counts:
             for index in range(min(count, len(images))):
                 own = images[index::count]
                 exact = merge(wide, drawn[index])(own.double())
                 plain = merge(case.folded, drawn[index])(own)
-                plain_error = max(plain_error, item_error(plain, exact))
-                rows = features.setdefault(count, exact.new_zeros(len(images), exact.shape[1]))
+                self.plain_error = max(self.plain_error, item_error(plain, exact))
+                rows = self.features.setdefault(count, exact.new_zeros(len(images), exact.shape[1]))
                 rows[index::count] = exact
-        return cls(features, plain_error)
 
     def error(self, output: Tensor, items: int, count: int) -> float:
         """Return the error of the features of the first ``items``, with ``count`` preferences among them."""
@@ -151,7 +147,10 @@ class Cell:
         row.judge(error, self.truth.plain_error, wrong="wrong features")
 
     def measure(self, effort: Effort) -> None:
-        """Fill in the times of what was right, and stays right while it is measured."""
+        """Fill in the times of what was right, and stays right while it is measured.
+
+        Then times are divided by the fastest limit's, and bytes by the plain model's.
+        """
 
         def call(name: str, number: int) -> Tensor:
             variant = self.ready[name]
@@ -170,18 +169,14 @@ class Cell:
                 row.note(quantiles(times))
                 assert row.ms is not None
                 row.images_per_second = rounded(1e3 * len(self.images) / row.ms)
-        compare(list(self.rows.values()))
-
-
-def compare(rows: Sequence[CellRow]) -> None:
-    """Divide times by the fastest limit's, and bytes by the plain model's."""
-    fastest = min((row.ms for row in rows if row.variant.startswith("limit") and row.ms), default=None)
-    plain = next((row.weight_bytes for row in rows if row.variant == LIMIT), None)
-    for row in rows:
-        row.to_limit, row.models, row.peak_models = (
-            round(figure / of, 4) if figure and of else None
-            for figure, of in ((row.ms, fastest), (row.weight_bytes, plain), (row.peak_bytes, plain))
-        )
+        rows = self.rows.values()
+        fastest = min((row.ms for row in rows if row.variant.startswith("limit") and row.ms), default=None)
+        plain = next((row.weight_bytes for row in rows if row.variant == LIMIT), None)
+        for row in rows:
+            row.to_limit, row.models, row.peak_models = (
+                round(figure / of, 4) if figure and of else None
+                for figure, of in ((row.ms, fastest), (row.weight_bytes, plain), (row.peak_bytes, plain))
+            )
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -222,7 +217,7 @@ def case_rows(
     """Yield all rows of one tower, a batch at a time. ``size``: of its images in pixels."""
     images = make_images(max(batches), size, case)
     drawn = folded.preferences(max(preferences))
-    truth = Truth.of(case, images, drawn[0], preferences)
+    truth = Truth(case, images, drawn[0], preferences)
     clock.say(f"{case.name}: plain PyTorch is {truth.plain_error:.1e} from float64")
     for batch in batches:
         for count in counts_for(batch, preferences):

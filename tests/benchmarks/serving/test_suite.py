@@ -128,7 +128,7 @@ def request(number: int, count: int = COUNT) -> folded.Request:
 
 
 def a_cell(case: folded.Case) -> suite.Cell:
-    truth = suite.Truth.of(case, images(), drawn()[0], (1, COUNT))
+    truth = suite.Truth(case, images(), drawn()[0], (1, COUNT))
     return suite.Cell(case, images(), drawn(), truth, COUNT)
 
 
@@ -174,7 +174,7 @@ def test_only_what_is_right_from_first_to_last_has_a_time(case: folded.Case) -> 
 
 def test_the_truth_of_fewer_items_and_of_fewer_preferences(case: folded.Case) -> None:
     many = folded.preferences(8)[0]
-    truth = suite.Truth.of(case, images(), many, (1, 2, 8))
+    truth = suite.Truth(case, images(), many, (1, 2, 8))
     assert 1e-9 < truth.plain_error < 1e-5
     for items, count in ((1, 1), (2, 2), (4, 4), (3, 2)):
         asked = folded.Request.make(many[:count], items, CPU)

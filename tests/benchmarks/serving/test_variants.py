@@ -88,7 +88,7 @@ def test_an_engine_that_is_asked_for_the_same_again_is_right_and_holds_more(exac
     assert errors.item_error(found, one_by_one(exact_case, images(torch.float64), request(0, 1))) < 1e-12
     merged = sum(part.weight.nbytes for part in projections(exact_case))
     assert again.weight_bytes() - before == pytest.approx(merged, rel=0.1)
-    truth = suite.Truth.of(exact_case, images(torch.float64), drawn()[0], (1,))
+    truth = suite.Truth(exact_case, images(torch.float64), drawn()[0], (1,))
     cell = suite.Cell(exact_case, images(torch.float64), drawn(), truth, 1)
     cell.add(variant_names.ENGINE_AGAIN, lambda: variants.engine_again(exact_case, request(0, 1)))
     cell.measure(suite.QUICK_EFFORT)
@@ -164,7 +164,7 @@ def test_a_graph_reads_what_every_call_gives_it(exact_case: folded.Case, monkeyp
 
 
 def a_cell(case: folded.Case) -> suite.Cell:
-    truth = suite.Truth.of(case, images(), drawn()[0], (1, COUNT))
+    truth = suite.Truth(case, images(), drawn()[0], (1, COUNT))
     return suite.Cell(case, images(), drawn(), truth, COUNT)
 
 
