@@ -6,7 +6,6 @@ operation in this tree against another commit instead.
 """
 
 import argparse
-import contextlib
 import functools
 import gc
 import os
@@ -24,10 +23,10 @@ import torch
 from benchmarks import base, results
 from benchmarks.common.arguments import command_parser
 from benchmarks.common.suites import SUITES, measured_on
+from benchmarks.common.supervisor import EXIT_TIME, EXIT_UNUSABLE, EXIT_WRONG, Ended, ended_by
 
 # on the GPU, in one file named after it; the others run on the CPU, each in a file named after itself
 GPU_SUITES, CPU_SUITES, SUITES_OF_BOTH = (measured_on(device) for device in ("gpu", "cpu", "both"))
-EXIT_WRONG, EXIT_UNUSABLE, EXIT_TIME = 1, 2, 3
 
 EPILOG = """\
 examples:
@@ -44,14 +43,6 @@ exit codes:
 """
 
 
-class Ended(BaseException):
-    """The time limit or a signal: what is there is all there will be."""
-
-    def __init__(self, how: str, code: int) -> None:
-        super().__init__(how)
-        self.how, self.code = how, code
-
-
 def _default_path(report: dict[str, Any]) -> Path:
     if report["quick"] and report.get("suite") not in CPU_SUITES:
         # a rehearsal is nobody's result
@@ -61,23 +52,6 @@ def _default_path(report: dict[str, Any]) -> Path:
     from pmkernels import dispatch
 
     return results.RESULTS / f"{dispatch.gpu_name(0)}-{report['date']}.json"
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        raise Ended(f"signal {signal.Signals(number).name}", 128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # not the main thread, where nothing is sent
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -140,7 +114,7 @@ class Run:
     def measure(self) -> int:
         """Measure everything and write it; the exit code."""
         code = 0
-        with _ended_by_signals():
+        with ended_by(signal.SIGTERM):
             try:
                 self._alone() if self.alone else self._on_gpu()
                 self.report["ended"] = "complete"

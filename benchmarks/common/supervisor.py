@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,27 +40,31 @@ class Outcome:
     code: int
 
 
-class _Stop(BaseException):
-    def __init__(self, number: int) -> None:
-        self.number = number
+class Ended(BaseException):
+    """A signal or the time limit: what is there is all there will be."""
+
+    def __init__(self, how: str, code: int) -> None:
+        super().__init__(how)
+        self.how, self.code = how, code
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """End what runs inside, once, on SIGTERM, SIGINT and SIGHUP."""
+def ended_by(*signals: signal.Signals) -> Iterator[None]:
+    """End what runs inside, once, on these signals. To a thread that is not the main one none is sent."""
 
     def stop(number: int, frame: Any) -> None:
         for one in before:
             signal.signal(one, signal.SIG_IGN)
-        raise _Stop(number)
+        raise Ended(f"signal {signal.Signals(number).name}", 128 + number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for number in before:
-        signal.signal(number, stop)
+    before = {number: signal.getsignal(number) for number in signals}
+    here = before if threading.current_thread() is threading.main_thread() else {}
     try:
+        for number in here:
+            signal.signal(number, stop)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in here.items():
             signal.signal(number, handler)
 
 
@@ -95,12 +100,11 @@ def supervise(
     """
     end = time.monotonic() + seconds
     outcome = Outcome(COMPLETE, EXIT_COMPLETE)
-    with _signals():
+    with ended_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         try:
             outcome = _watch(path, suite, [*command, "--until", f"{end - RESERVE:.3f}"], end - RESERVE, say)
-        except _Stop as stop:
-            name = signal.Signals(stop.number).name
-            outcome = Outcome(f"signal {name}", 128 + stop.number)
+        except Ended as end_of_run:
+            outcome = Outcome(end_of_run.how, end_of_run.code)
     record = Record.read(path, suite)
     if record.data["running"] is not None:
         record.data["not_reached"].append(record.data["running"]["unit"])
