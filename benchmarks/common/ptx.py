@@ -54,11 +54,9 @@ def parse(text: str) -> tuple[list[Statement], dict[str, int]]:
 
 def _add(statements: list[Statement], line: int, text: str) -> None:
     text = text.lstrip("{} ")
-    predicate = re.match(r"(@!?[%\w]+)\s+", text)
-    if text:
-        statements.append(
-            Statement(line, predicate[1] if predicate else "", text[predicate.end() :] if predicate else text)
-        )
+    predicate = re.match(r"(?:(@!?[%\w]+)\s+)?", text)
+    if text and predicate is not None:
+        statements.append(Statement(line, predicate[1] or "", text[predicate.end() :]))
 
 
 def _following(statements: list[Statement], labels: dict[str, int]) -> list[list[int]]:

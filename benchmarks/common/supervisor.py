@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,8 @@ RESERVE = 2.0
 PATIENCE = 2
 
 
-@dataclass
-class Outcome:
-    """How a run ended: as files say it, and the exit code."""
-
-    ended: str
-    code: int
-
-
 class Ended(BaseException):
-    """A signal or the time limit: what is there is all there will be."""
+    """How a run ended, as files say it and by exit code. Raised, what is there is all there will be."""
 
     def __init__(self, how: str, code: int) -> None:
         super().__init__(how)
@@ -91,7 +82,7 @@ def supervise(
     seconds: float,
     finish: Callable[[Record], None],
     say: Callable[[str], None] = print,
-) -> Outcome:
+) -> Ended:
     """Run ``command`` until all is measured or ``seconds`` are over, and finish its results file.
 
     The file at ``path`` is a record of ``suite`` that is there already. ``command`` gets ``--until`` with the value of
@@ -99,16 +90,16 @@ def supervise(
     and may add to it.
     """
     end = time.monotonic() + seconds
-    outcome = Outcome(COMPLETE, EXIT_COMPLETE)
+    outcome = Ended(COMPLETE, EXIT_COMPLETE)
     with ended_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         try:
             outcome = _watch(path, suite, [*command, "--until", f"{end - RESERVE:.3f}"], end - RESERVE, say)
-        except Ended as end_of_run:
-            outcome = Outcome(end_of_run.how, end_of_run.code)
+        except Ended as stopped:
+            outcome = stopped
     record = Record.read(path, suite)
     if record.data["running"] is not None:
         record.data["not_reached"].append(record.data["running"]["unit"])
-    record.data |= {"running": None, "ended": outcome.ended}
+    record.data |= {"running": None, "ended": outcome.how}
     if outcome.code in (EXIT_COMPLETE, EXIT_TIME) and record.wrong:
         outcome.code = EXIT_WRONG
     finish(record)
@@ -116,7 +107,7 @@ def supervise(
     return outcome
 
 
-def _watch(path: Path, suite: str, command: Sequence[str], until: float, say: Callable[[str], None]) -> Outcome:
+def _watch(path: Path, suite: str, command: Sequence[str], until: float, say: Callable[[str], None]) -> Ended:
     fruitless = 0
     while True:
         measured = len(Record.read(path, suite).data["units"])
@@ -131,11 +122,11 @@ def _watch(path: Path, suite: str, command: Sequence[str], until: float, say: Ca
         record = Record.read(path, suite)
         running = record.data["running"]
         if why == "over":
-            return Outcome(TIME_LIMIT, EXIT_TIME)
+            return Ended(TIME_LIMIT, EXIT_TIME)
         if why is None and worker.returncode == EXIT_COMPLETE:
-            return Outcome(TIME_LIMIT, EXIT_TIME) if record.data["not_reached"] else Outcome(COMPLETE, EXIT_COMPLETE)
+            return Ended(TIME_LIMIT, EXIT_TIME) if record.data["not_reached"] else Ended(COMPLETE, EXIT_COMPLETE)
         if why is None and worker.returncode == EXIT_UNUSABLE:
-            return Outcome("not usable here", EXIT_UNUSABLE)
+            return Ended("not usable here", EXIT_UNUSABLE)
         reason = why or f"its process ended with {_how(worker.returncode)}"
         if running is not None:
             record.add(running["unit"], failure(reason, matched=False))
@@ -144,7 +135,7 @@ def _watch(path: Path, suite: str, command: Sequence[str], until: float, say: Ca
             fruitless += 1
             if fruitless >= PATIENCE:
                 say(f"given up: {reason}, {fruitless} times before anything was measured")
-                return Outcome(f"failed: {reason}", EXIT_UNUSABLE)
+                return Ended(f"failed: {reason}", EXIT_UNUSABLE)
         about = f"{running['unit']}: " if running is not None else ""
         say(f"{about}{reason}; going on with the rest in a new process")
 

@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # nothing can be measured here, so there is no result
         record.path.unlink(missing_ok=True)
         return outcome.code
-    print(last_lines(Record.read(record.path, SUITE), outcome.ended, chosen.only or NAMES), flush=True)
+    print(last_lines(Record.read(record.path, SUITE), outcome.how, chosen.only or NAMES), flush=True)
     return outcome.code
 
 
