@@ -120,18 +120,11 @@ class Measurement:
         model, seconds, peak = measured(workspace.pareto_model)
         learned = sum(parameter.nbytes for parameter in learned_parameters(model).values())
         bound = (len(workspace.task_names) + 1) * size + tensor
-        self.note(
-            "build_seconds",
-            seconds,
-            peak,
-            text_tower=bool(pretrained.text),
-            build_peak_mib=mib(peak - before),
-            build_models=round((peak - before) / size, 3),
-            tensor_mib=mib(tensor),
-            bound_mib=mib(bound),
-            learned_mib=mib(learned),
-            within=peak - before - learned <= bound + SLACK_MIB * MIB,
-        )
+        rise = peak - before
+        within = rise - learned <= bound + SLACK_MIB * MIB
+        figures = {"build_peak_mib": mib(rise), "build_models": round(rise / size, 3), "tensor_mib": mib(tensor)}
+        figures |= {"bound_mib": mib(bound), "learned_mib": mib(learned)}
+        self.note("build_seconds", seconds, peak, text_tower=bool(pretrained.text), within=within, **figures)
         return model
 
     def learn(self, model: nn.Module, tasks: Any) -> None:
@@ -145,11 +138,8 @@ class Measurement:
 
     def export(self) -> dict[exports.Format, Path]:
         """Export a merged model in every format; return the files."""
-        targets: dict[exports.Format, Path] = {
-            "safetensors": self.run / "merged.safetensors",
-            "open_clip": self.run / "open_clip",
-            "huggingface": self.run / "hf",
-        }
+        targets: dict[exports.Format, Path] = {"safetensors": self.run / "merged.safetensors"}
+        targets |= {"open_clip": self.run / "open_clip", "huggingface": self.run / "hf"}
 
         def every() -> None:
             # the run is read once, and not again for each format

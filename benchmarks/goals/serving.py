@@ -28,18 +28,18 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="goals-serving-")
 
 
-def _make_case(context: Context) -> folded.Case:
-    dtype = context.dtype if context.on_gpu else torch.float32
-    return folded.build_case(context.tower.name, _encoder(context), Path(_folder().name), dtype, context.device)
-
-
 # the folded model is one for both groups that measure it, and goes when the second is through
 _case: dict[bool, Once] = {}
 
 
 def shared_case(context: Context) -> Once:
     """Return the folded model, made when it is first asked for."""
-    return _case.setdefault(context.quick, Once(functools.partial(_make_case, context)))
+
+    def make() -> folded.Case:
+        dtype = context.dtype if context.on_gpu else torch.float32
+        return folded.build_case(context.tower.name, _encoder(context), Path(_folder().name), dtype, context.device)
+
+    return _case.setdefault(context.quick, Once(make))
 
 
 def engine(context: Context) -> None:

@@ -97,11 +97,7 @@ A GPU does this much in a second at best, in 10¹² operations or bytes. *16-bit
 other arithmetic, *memory* device memory and *L2* its cache; *launch* is what a kernel costs besides, in µs. Assumed
 rates come from the vendor's figures, measured ones from a tuned configuration file."""
     columns = ["GPU", "16-bit", "float32", "memory", "L2", "launch", "rates"]
-    return [introduction, *table(columns, lines), *_forms()]
-
-
-def _forms() -> list[str]:
-    introduction = """\
+    of_forms = """\
 No kernel reaches all of them. Predictions take these shares of the tensor cores' rate and of the bytes per second, by
 the form of a kernel, until a results file says what is reached. A kernel's operations and bytes overlap, kernels do
 not."""
@@ -112,7 +108,8 @@ not."""
     more = """\
 Every block of rows of a fused forward reads all of W0 and τ again through L2. A fused weight gradient has one program
 on a multiprocessor at a time, and reduces its tile of dW after it has multiplied."""
-    return [introduction, *table(["form", "where the shares come from", "products", "bytes"], rows, 2), more, ""]
+    forms = table(["form", "where the shares come from", "products", "bytes"], rows, 2)
+    return [introduction, *table(columns, lines), of_forms, *forms, more, ""]
 
 
 def _device_compiled(arch: str) -> list[str]:

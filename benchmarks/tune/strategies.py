@@ -21,6 +21,10 @@ from benchmarks.tune.choosing import TIE, Bench, microseconds
 from pmkernels import strategies
 
 TASKS = (8, 2, 4)
+# rows -> microseconds of fused and streamed
+Times = Mapping[int, tuple[float, float]]
+# a call by its strategy's name, and what is wrong with its results
+Variants, Judge = Callable[[str], layer_case.Variant], Callable[[Sequence[Tensor]], str | None]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Point:
         return strategies.choose(self.op, "auto", like, rows=rows, n=self.n, d=self.d, tasks=self.tasks, rank=self.rank)
 
 
-def decided(times: Mapping[int, tuple[float, float]]) -> dict[int, str]:
-    """Return rows -> the faster strategy, of times (fused, streamed).
+def decided(times: Times) -> dict[int, str]:
+    """Return rows -> the faster strategy.
 
     A tie goes with the next smaller number of rows that is decided, else the next larger one: noise must not make
     crossovers. Nothing decided at all: nothing.
@@ -124,13 +128,7 @@ class Strategies:
                 times[case.rows] = self._compared(bench, variant, prepared.fault, f"{title}, M = {case.rows}")
         self.times[Point("preference", layer.n, layer.d, 0, layer.rank)] = times
 
-    def _compared(
-        self,
-        bench: Bench,
-        variant: Callable[[str], layer_case.Variant],
-        fault_of: Callable[[Sequence[Tensor]], str | None],
-        what: str,
-    ) -> tuple[float, float]:
+    def _compared(self, bench: Bench, variant: Variants, fault_of: Judge, what: str) -> tuple[float, float]:
         """Return microseconds of fused and streamed. A strategy that is wrong counts as slower than anything."""
         medians = []
         for strategy in ("fused", "streamed"):
@@ -174,9 +172,7 @@ def preference_cases(layer: Layer, powers: Sequence[int]) -> Iterator[Case]:
         yield Case("preference", layer.n, layer.d, rows, rank=layer.rank, groups=groups, bias=True)
 
 
-def choices(
-    measured: Mapping[Point, Mapping[int, tuple[float, float]]], like: Tensor
-) -> tuple[list[dict[str, Any]], dict[Point, dict[int, str]]]:
+def choices(measured: Mapping[Point, Times], like: Tensor) -> tuple[list[dict[str, Any]], dict[Point, dict[int, str]]]:
     """Return the lines where the cost model in use would choose otherwise, and all labels."""
     written, labels = [], {}
     for point, times in measured.items():
