@@ -44,6 +44,8 @@ MANIFEST = "manifest.json"
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 PLACE = re.compile(r"[0-9a-f]{16}/[A-Z2-7]{20,64}/" + FILE.pattern)
 GROUP = "__grp__"
+# what tarfile raises of an archive that is none or not whole
+BROKEN = (tarfile.TarError, EOFError, OSError)
 # of one file, and of all that an archive unpacks to
 LARGEST, MOST = 64 * 2**20, 4 * 2**30
 # the exit code where an archive has nothing for this Triton
@@ -101,14 +103,14 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo
     """Open an archive and check the name, type and size of every file of it."""
     try:
         archive = tarfile.open(path, "r:*")  # noqa: SIM115
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except BROKEN as error:
         raise ArchiveError(f"{path}: expected an archive of kernels, got {error}") from error
     with archive:
         try:
             members, total = archive.getmembers(), 0
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except BROKEN as error:
             raise ArchiveError(f"{path}: expected a whole archive, got {error}") from error
         for member in members:
             if not member.isreg() or not (member.name == MANIFEST or PLACE.fullmatch(member.name)):
@@ -126,21 +128,21 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     assert file is not None
     try:
         return file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except BROKEN as error:
         raise ArchiveError(f"{member.name}: expected {member.size} bytes, got {error}") from error
 
 
 def listing(path: Path) -> dict[str, dict[str, Any]]:
     """Return the manifest: triton_key -> Triton, Python, numbers of kernels and launchers, bytes."""
     with _members(path) as (archive, members):
-        for member in members:
-            if member.name == MANIFEST:
-                try:
-                    keys: dict[str, dict[str, Any]] = json.loads(_read(archive, member))["keys"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ArchiveError(f"{path}: expected a manifest, got {error!r}") from error
-                return keys
-    raise ArchiveError(f"{path}: expected {MANIFEST}, got an archive without it")
+        manifest = next((_read(archive, member) for member in members if member.name == MANIFEST), None)
+    if manifest is None:
+        raise ArchiveError(f"{path}: expected {MANIFEST}, got an archive without it")
+    try:
+        keys: dict[str, dict[str, Any]] = json.loads(manifest)["keys"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(f"{path}: expected a manifest, got {error!r}") from error
+    return keys
 
 
 def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> Report:
@@ -161,9 +163,9 @@ def unpack(path: Path, *, key: str | None = None, into: Path | None = None) -> R
     with _members(path) as (archive, members):
         entries: dict[str, list[tarfile.TarInfo]] = {}
         for member in members:
-            owner, _, rest = member.name.partition("/")
+            owner, *rest = member.name.split("/")
             if owner == key:
-                entries.setdefault(rest.partition("/")[0], []).append(member)
+                entries.setdefault(rest[0], []).append(member)
         report.folder.mkdir(parents=True, exist_ok=True)
         report.added = sum(_place(archive, files, report.folder / name) for name, files in entries.items())
         report.present = len(entries) - report.added
@@ -223,15 +225,12 @@ class Part:
 def _files(entry: Path) -> dict[str, bytes]:
     """Return what of an entry is read at run time. The group file names its members without their folder."""
     files = {path.name: path.read_bytes() for path in sorted(entry.iterdir()) if path.is_file()}
-    groups = {name: content for name, content in files.items() if name.startswith(GROUP)}
-    if not groups:
-        return files
     kept: dict[str, bytes] = {}
-    for group, content in groups.items():
-        names = [name for name in json.loads(content)["child_paths"] if name.endswith((".json", ".cubin"))]
+    for group in (name for name in files if name.startswith(GROUP)):
+        names = [name for name in json.loads(files[group])["child_paths"] if name.endswith((".json", ".cubin"))]
         kept |= {name: files[name] for name in names}
         kept[group] = json.dumps({"child_paths": {name: name for name in names}}).encode()
-    return kept
+    return kept or files
 
 
 def pack(parts: Sequence[Part], path: Path) -> dict[str, dict[str, Any]]:
@@ -239,12 +238,10 @@ def pack(parts: Sequence[Part], path: Path) -> dict[str, dict[str, Any]]:
     keys: dict[str, dict[str, Any]] = {}
     contents: list[tuple[str, bytes]] = []
     for part in parts:
-        size = 0
-        for entry in sorted(set(part.entries)):
-            for name, content in _files(part.cache / entry).items():
-                contents.append((f"{part.key}/{entry}/{name}", content))
-                size += len(content)
-        keys[part.key] = {**part.about, "bytes": size}
+        files = {entry: _files(part.cache / entry) for entry in sorted(set(part.entries))}
+        own = [(f"{part.key}/{entry}/{name}", content) for entry in files for name, content in files[entry].items()]
+        keys[part.key] = {**part.about, "bytes": sum(len(content) for _, content in own)}
+        contents += own
     manifest = json.dumps({"keys": keys}, indent=1, sort_keys=True).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")

@@ -7,6 +7,7 @@ other. What :data:`PARTS` names can be added up by part. Nothing here was measur
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from benchmarks.common import pages
 from benchmarks.common.towers import BATCH, KIND, LANGUAGE_MODEL, TOWERS, Layer, Tower
@@ -151,8 +152,7 @@ def of_operation(
         yield times, kernel
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """A product of a step and how often it comes. ``dx`` is false where nothing before it learns."""
 
     problem: Problem
@@ -209,9 +209,8 @@ def _of_blocks(tower: Tower, items: int, gpu: str, times: int, own: bool) -> Ker
 
 def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Kernels:
     """Yield the kernels of the limit's step: frozen merged linear layers, and their full dW."""
-    for product in products(tower, tasks):
-        times = tasks * product.times * (3 if product.dx else 2)
-        yield from of_operation("forward", "streamed", product.problem, gpu, times, cached=True)
+    for p, times, dx in products(tower, tasks):
+        yield from of_operation("forward", "streamed", p, gpu, tasks * times * (3 if dx else 2), cached=True)
     yield from _of_blocks(tower, BATCH, gpu, tasks, own=False)
 
 
@@ -221,14 +220,13 @@ WAYS = ("cached", "all at once", "streamed", "fused")
 def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Kernels:
     """Yield the kernels of a step of ours, in one of :data:`WAYS`."""
     repeat, items = (1, tasks * BATCH) if way == "all at once" else (tasks, BATCH)
-    for product in products(tower, tasks, items):
-        p, times = product.problem, product.times
+    for p, times, dx in products(tower, tasks, items):
         if way in ("streamed", "fused"):
-            for operation in ("forward", "dx") if product.dx else ("forward",):
+            for operation in ("forward", "dx") if dx else ("forward",):
                 yield from of_operation(operation, way, p, gpu, repeat * times)
         else:
             yield from of_operation("merge", "streamed", p, gpu, times)
-            count = repeat * times * (2 if product.dx else 1)
+            count = repeat * times * (2 if dx else 1)
             yield from of_operation("forward", "streamed", p, gpu, count, cached=True)
         gradient = "fused" if way == "fused" else choice("weight_grad", p, gpu)
         yield from of_operation("weight_grad", gradient, p, gpu, repeat * times)
@@ -240,9 +238,8 @@ def once_kernels(tower: Tower, tasks: int, gpu: str) -> Kernels:
 
     The τ are added up by one product of λ and reduced by one; dW of each task but the first is added in place.
     """
-    for product in products(tower, tasks):
-        p, times = product.problem, product.times
-        yield from of_operation("forward", "streamed", p, gpu, tasks * times * (3 if product.dx else 2), cached=True)
+    for p, times, dx in products(tower, tasks):
+        yield from of_operation("forward", "streamed", p, gpu, tasks * times * (3 if dx else 2), cached=True)
         for kernel in costs.bias_sums(p, rates_of(gpu).cache_bytes):
             yield tasks * times, kernel
         yield times, Pass("merge", memory=(tasks + 1) * p.weight, form="tensor by tensor")
@@ -280,12 +277,11 @@ def step(tower: Tower, tasks: int, gpu: str) -> Step:
     scores = attention(tower) * tower.blocks
     operations = tasks * sum(kernel.products for kernel in scores)
     limit = bound = tasks * sum(Bound(k.products, k.memory).seconds(rates, KIND) for k in scores)
-    for product in products(tower, tasks):
-        p, times = product.problem, product.times
+    for p, times, dx in products(tower, tasks):
         # forward, dx and dW on a merged weight read or write the same: one weight, x and y
         plain = costs.bound("forward", p, cached=True)
         one = plain.seconds(rates, KIND)
-        with_weight = 2 if product.dx else 1
+        with_weight = 2 if dx else 1
         operations += tasks * times * (with_weight + 1) * plain.operations
         limit += tasks * times * (with_weight + 1) * one
         gradient = costs.bound("weight_grad", p).seconds(rates, KIND)
