@@ -22,8 +22,6 @@ from typing import Any
 from unittest import mock
 
 ARCHITECTURE = 90
-# the launches, for the processes that are forked
-_LAUNCHES: list[Any] = []
 
 
 @contextmanager
@@ -47,9 +45,8 @@ class _Built:
         return None
 
 
-def _compile(number: int) -> dict[str, Any]:
+def _compile(launch: Any) -> dict[str, Any]:
     """Compile one launch, and its launcher where it has one of its own."""
-    launch = _LAUNCHES[number]
     try:
         kernel = launch.compile()
     except Exception as error:
@@ -113,9 +110,8 @@ def compile_all(launches: Sequence[Any], folder: Path, jobs: int) -> dict[str, A
     from benchmarks.gpu_kernels import triton_key
 
     os.environ["TRITON_LIBCUDA_PATH"] = str(_stand_in_libcuda(folder / "libcuda"))
-    _LAUNCHES[:] = launches
     with _driver(), ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        results = list(_progress(pool.map(_compile, range(len(launches))), len(launches)))
+        results = list(_progress(pool.map(_compile, launches), len(launches)))
     faults = [result["fault"] for result in results if "fault" in result]
     made = [result for result in results if "fault" not in result]
     kernels = sorted({result["entry"] for result in made})

@@ -20,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("smoke", "goals")
 FOLDERS = ("benchmarks", "pmkernels", "pareto_merging", "tests")
 
 
@@ -46,10 +45,8 @@ def once() -> Iterator[None]:
         function()
         return 1.0 if quantiles is None else [1.0] * len(quantiles)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.testing, "do_bench", do_bench))
-        stack.enter_context(mock.patch.object(timing.Effort, "suffices", lambda self, times: len(times) >= 2))
-        stack.enter_context(mock.patch.object(steps, "SECONDS", 0.0))
+    twice = mock.patch.object(timing.Effort, "suffices", lambda self, times: len(times) >= 2)
+    with mock.patch.object(triton.testing, "do_bench", do_bench), twice, mock.patch.object(steps, "SECONDS", 0.0):
         yield
 
 
@@ -122,9 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels_record", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "gpu-kernels", help="where launches-*.json go")
     parser.add_argument("--gpu", action="append", help="repeatable (default: nvidia-h100-80gb-hbm3 and nvidia-h200)")
-    parser.add_argument("--source", action="append", choices=SOURCES, help="repeatable (default: both)")
+    parser.add_argument("--source", action="append", choices=RECORD, help="repeatable (default: both)")
     parser.add_argument("--again", action="store_true", help="record also what is up to date")
-    parser.add_argument("--one", choices=SOURCES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=RECORD, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     from benchmarks.common.recording_cuda import GPUS
 
@@ -136,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         RECORD[chosen.one](gpus[0], chosen.folder / f"launches-{chosen.one}-{gpus[0]}.json")
         return 0
-    files = record(chosen.folder, gpus, chosen.source or SOURCES, chosen.again)
+    files = record(chosen.folder, gpus, chosen.source or list(RECORD), chosen.again)
     (chosen.folder / "launches.txt").write_text("\n".join(map(str, files)))
     return 0
 

@@ -26,20 +26,14 @@ from pathlib import Path
 import triton
 
 from benchmarks import results
-from benchmarks.budget.calls import Wanted, record
+from benchmarks.budget.calls import record
 from benchmarks.budget.compiling import ARCHITECTURES, Cost, measure
 from benchmarks.common.arguments import command_parser
 from pmkernels import configs, dispatch
 from pmkernels.launch import INTERPRETING
 
-_LAUNCHES: list[Wanted] = []
 # kernels that one process compiles and then reads together
 TOGETHER = 16
-
-
-def _measure(job: tuple[range, str]) -> list[Cost]:
-    places, arch = job
-    return measure([_LAUNCHES[place] for place in places], ARCHITECTURES[arch])
 
 
 def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list[Cost], list[str]]:
@@ -56,16 +50,15 @@ def run(archs: Sequence[str], jobs: int, limit: int | None = None) -> tuple[list
         chosen = [arch for arch in archs if (arch in meant_for if meant_for else arch not in files)]
         launches, unused = record(name)
         faults += [f"configs/{name}.json: never launched: {entry}" for entry in unused]
-        _LAUNCHES[:] = launches[:limit]
-        places = range(len(_LAUNCHES))
-        todo = [(places[first : first + TOGETHER], arch) for arch in chosen for first in places[::TOGETHER]]
-        # forked workers inherit the recorded launches
+        launches = launches[:limit]
+        parts = [launches[first : first + TOGETHER] for first in range(0, len(launches), TOGETHER)]
+        todo = [ARCHITECTURES[arch] for arch in chosen for _ in parts]
         with (
             ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool,
             Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress,
         ):
-            bar = progress.add_task(f"compiling ({name})", total=len(places) * len(chosen))
-            for some in pool.map(_measure, todo):
+            bar = progress.add_task(f"compiling ({name})", total=len(launches) * len(chosen))
+            for some in pool.map(measure, parts * len(chosen), todo):
                 costs += some
                 progress.advance(bar, len(some))
     return costs, faults
@@ -95,9 +88,8 @@ def markdown(costs: Sequence[Cost]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     parser = command_parser("benchmarks.budget", __doc__)
-    parser.add_argument(
-        "--arch", action="append", choices=sorted(ARCHITECTURES), help="repeatable (default: sm_86 and sm_90)"
-    )
+    default = "repeatable (default: sm_86 and sm_90)"
+    parser.add_argument("--arch", action="append", choices=sorted(ARCHITECTURES), help=default)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--limit", type=int, help="only the first so many launches: proves that it runs")
     parser.add_argument("--out", type=Path, help="write every compiled kernel's figures to this JSON file")

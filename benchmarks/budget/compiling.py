@@ -82,32 +82,22 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-@dataclass
-class _Compiled:
-    """What the compiler made of a launch, and what ptxas said."""
-
-    cost: Cost
-    wanted: Wanted
-    kernel: Any
-    log: str
-
-
 def measure(launches: Sequence[Wanted], arch: Architecture) -> list[Cost]:
     """Compile launches for one architecture and read their machine code. Many at once are a third cheaper."""
     compiled = [compile_launch(launch, arch) for launch in launches]
-    whole = [one for one in compiled if one.kernel is not None]
+    whole = [(launch, *one) for launch, one in zip(launches, compiled, strict=True) if one[1] is not None]
     start = time.perf_counter()
-    codes = sass.disassemble([one.kernel.asm["cubin"] for one in whole], arch.capability, tool("nvdisasm"))
+    codes = sass.disassemble([kernel.asm["cubin"] for *_, kernel, _ in whole], arch.capability, tool("nvdisasm"))
     share = (time.perf_counter() - start) / max(len(whole), 1)
-    for one, code in zip(whole, codes, strict=True):
+    for (wanted, cost, kernel, log), code in zip(whole, codes, strict=True):
         start = time.perf_counter()
-        _read(one, arch, code)
-        one.cost.seconds = round(one.cost.seconds + share + time.perf_counter() - start, 2)
-    return [one.cost for one in compiled]
+        _read(cost, wanted.launch.decoded_options, kernel, log, arch, code)
+        cost.seconds = round(cost.seconds + share + time.perf_counter() - start, 2)
+    return [cost for cost, *_ in compiled]
 
 
-def compile_launch(wanted: Wanted, arch: Architecture) -> _Compiled:
-    """Compile one launch for one architecture."""
+def compile_launch(wanted: Wanted, arch: Architecture) -> tuple[Cost, Any, str]:
+    """Compile one launch. Returns what it takes, the kernel (None where it does not compile) and what ptxas said."""
     start = time.perf_counter()
     cost = Cost(wanted.launch.name, wanted.case, wanted.dtype, wanted.configuration, arch.name)
     triton.runtime.driver.set_active(AbsentDriver(arch.capability))
@@ -116,9 +106,9 @@ def compile_launch(wanted: Wanted, arch: Architecture) -> _Compiled:
             kernel = wanted.launch.compile()
     except Exception as error:
         cost.faults.append(f"does not compile: {str(error).strip().splitlines()[0][:160]}")
-        return _Compiled(cost, wanted, None, "")
+        return cost, None, ""
     cost.seconds = time.perf_counter() - start
-    return _Compiled(cost, wanted, kernel, log.getvalue())
+    return cost, kernel, log.getvalue()
 
 
 def _registers(cubin: bytes) -> int:
@@ -132,9 +122,8 @@ def _registers(cubin: bytes) -> int:
     return int(match[1])
 
 
-def _read(compiled: _Compiled, arch: Architecture, code: sass.Function) -> None:
+def _read(cost: Cost, options: dict[str, Any], kernel: Any, log: str, arch: Architecture, code: sass.Function) -> None:
     """Write down what a kernel takes and what is wrong with it."""
-    cost, kernel, options = compiled.cost, compiled.kernel, compiled.wanted.launch.decoded_options
     names = Counter(instruction.base for instruction in code.code)
     cost.registers, cost.shared = _registers(kernel.asm["cubin"]), int(kernel.metadata.shared)
     cost.spills = names["STL"] + names["LDL"]
@@ -149,14 +138,14 @@ def _read(compiled: _Compiled, arch: Architecture, code: sass.Function) -> None:
         cost.faults.append(f"{cost.spills} spill instructions (STL/LDL)")
     if cost.occupancy == 0:
         cost.faults.append("no program fits on a multiprocessor")
-    if compiled.wanted.dtype in ("bfloat16", "float16"):
+    if cost.dtype in ("bfloat16", "float16"):
         multiplies = options.get("FROM_ROWS", True)
         if cost.kernel in WIDE_PRODUCTS and multiplies and not names[arch.tensor_core]:
             cost.faults.append(f"no {arch.tensor_core} instruction")
         if cost.kernel in NARROW_PRODUCTS and not cost.tensor_core:
             cost.faults.append("no tensor-core instruction")
     if "wgmma.mma_async" in kernel.asm["ptx"]:
-        cost.faults += _faults_of_wgmma(options, arch, kernel.asm["ptx"], code, compiled.log)
+        cost.faults += _faults_of_wgmma(options, arch, kernel.asm["ptx"], code, log)
 
 
 @contextmanager

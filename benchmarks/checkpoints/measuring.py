@@ -22,15 +22,11 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from benchmarks.checkpoints.rows import MIB, SLACK_MIB, TINY, Row
-from benchmarks.checkpoints.writers import FORMATS
+from benchmarks.checkpoints.writers import FORMATS, NO_TEXT_TOWER
 from benchmarks.common.session import one_line
+from pareto_merging import learn_pareto_set, learned_parameters, merge, open_checkpoint, save_pareto_set
 from pareto_merging.checkpoints import encoders
-from pareto_merging.checkpoints.checkpoint import CheckpointTensors, open_checkpoint
 from pareto_merging.checkpoints.safetensors import read_tensors, write_tensors
-from pareto_merging.learn.loop import learn_pareto_set
-from pareto_merging.model.files import save_pareto_set
-from pareto_merging.model.fold import merge
-from pareto_merging.model.learned import learned_parameters
 from pareto_merging.preferences import parse_preferences
 from pareto_merging.run import export as exports
 from pareto_merging.run.config import RunConfig, dump_config, read_config
@@ -58,7 +54,7 @@ def model_config(model: str) -> dict[str, Any]:
 def write_case(row: Row, folder: Path) -> int:
     """Write checkpoints, tiny heads, random images and a run's configuration. Returns the checkpoints' bytes."""
     config, names = model_config(row.model), [f"t{k}" for k in range(1, row.tasks + 1)]
-    pretrained, *finetuned = FORMATS[row.format].write(config, folder, row.tasks)
+    pretrained, *finetuned = FORMATS[row.format](config, folder, row.tasks)
     size, generator = config["vision_cfg"]["image_size"], torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, 3, size, size, generator=generator)
     write_tensors(folder / "images.safetensors", {"images": images}, {})
@@ -200,7 +196,7 @@ def reloaded(workspace: Workspace, merged: nn.Module, targets: Mapping[exports.F
     return report
 
 
-def same(tensors: CheckpointTensors, expected: Mapping[str, Tensor]) -> bool:
+def same(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     """Say whether the same names have the same numbers, in the same dtype."""
     return set(tensors) == set(expected) and all(
         its.dtype == expected[name].dtype and torch.equal(its, expected[name]) for name, its in tensors.items()
@@ -229,7 +225,7 @@ def run_row(row: Row, folder: Path, say: Callable[[str], None]) -> Row:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             return replace(row, error=f"{lines[-1]} (exit code {done.returncode})")
-        problem = row.problem(FORMATS[row.format].text_tower)
+        problem = row.problem(row.format not in NO_TEXT_TOWER)
         return replace(row, status="failed" if problem else "done", error=problem)
     except Exception as error:
         return replace(row, error=one_line(error))

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -208,24 +207,18 @@ def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> P
     return target
 
 
-@dataclass(frozen=True)
-class Format:
-    """How checkpoints of a format are written, and whether there is a text tower."""
-
-    write: Callable[[Mapping[str, Any], Path, int], list[Path]]
-    text_tower: bool = True
-
-
-FORMATS: dict[str, Format] = {
-    "huggingface": Format(write_hugging_face),
-    "huggingface-sharded": Format(partial(write_hugging_face, shard="200MB")),
-    "huggingface-bin": Format(partial(write_hugging_face, bin=True)),
-    "huggingface-vision": Format(partial(write_hugging_face, vision=True)),
-    "open_clip-pt": Format(partial(write_open_clip, save=save_pt)),
-    "open_clip-legacy": Format(partial(write_open_clip, save=partial(save_pt, legacy=True))),
-    "open_clip-safetensors": Format(partial(write_open_clip, save=save_safetensors)),
-    "open_clip-folder": Format(partial(write_open_clip, save=save_folder)),
-    "torchscript": Format(partial(write_open_clip, save=save_torchscript, quick_gelu=True)),
-    "task-vectors": Format(partial(write_open_clip, save=save_task_vectors, quick_gelu=True), text_tower=False),
-    "converted": Format(partial(write_open_clip, save=save_converted), text_tower=False),
+# name of a format -> its writer, which is given open_clip's configuration, a folder and K
+FORMATS: dict[str, Callable[[Mapping[str, Any], Path, int], list[Path]]] = {
+    "huggingface": write_hugging_face,
+    "huggingface-sharded": partial(write_hugging_face, shard="200MB"),
+    "huggingface-bin": partial(write_hugging_face, bin=True),
+    "huggingface-vision": partial(write_hugging_face, vision=True),
+    "open_clip-pt": partial(write_open_clip, save=save_pt),
+    "open_clip-legacy": partial(write_open_clip, save=partial(save_pt, legacy=True)),
+    "open_clip-safetensors": partial(write_open_clip, save=save_safetensors),
+    "open_clip-folder": partial(write_open_clip, save=save_folder),
+    "torchscript": partial(write_open_clip, save=save_torchscript, quick_gelu=True),
+    "task-vectors": partial(write_open_clip, save=save_task_vectors, quick_gelu=True),
+    "converted": partial(write_open_clip, save=save_converted),
 }
+NO_TEXT_TOWER = ("task-vectors", "converted")

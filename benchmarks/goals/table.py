@@ -104,9 +104,8 @@ def _training(rows: Rows) -> list[Goal]:
         ours, once = rows.of(_step(model), AUTO), rows.of(_step(model), ONCE)
         text, met = None, False
         if ours is not None and once is not None:
-            over = ours["ms"] / once["ms"]
+            over, share = ours["ms"] / once["ms"], _extra_memory(ours, once)
             text, met = f"{over:.3f}×", over < 1
-            share = _extra_memory(ours, once)
             if share is not None:
                 text, met = f"{text} at {share:.2f} of its extra memory", met and share < 0.6
         against = "merge once a step with autograd"
@@ -159,10 +158,11 @@ def _reductions(rows: Rows) -> list[Goal]:
     for layer in layers:
         unit = f"reductions/{layer}"
         reduction = rows.of(unit, "reduction of dW")
-        if reduction is not None and copy:
-            shares[layer] = reduction["bytes"] / copy / (reduction["ms"] * 1e-3)
+        if reduction is None or not copy:
+            continue
+        shares[layer] = reduction["bytes"] / copy / (reduction["ms"] * 1e-3)
         library, ours = rows.of(unit, "the library's dW"), rows.of(unit, "weight gradient, auto")
-        if library is not None and ours is not None and reduction is not None and copy:
+        if library is not None and ours is not None:
             # of the K + 1 weights that the reduction reads, dW is not counted here
             task_vectors = reduction["bytes"] * reduction["tasks"] / (reduction["tasks"] + 1)
             least = library["ms"] + 1e3 * task_vectors / copy
@@ -204,13 +204,12 @@ def _few_bytes(rows: Rows) -> list[Goal]:
 def _runs(rows: Rows) -> list[Goal]:
     lines = []
     for model, seconds, to_reach in (("ViT-B/32", 90.0, "≤ 90 s"), ("ViT-L/14", 1500.0, "≤ 25 min")):
-        ours = rows.of(_step(model), AUTO, ALL)
-        taken = None if ours is None else ours.get("run_seconds")
-        text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant'] if ours else ''})"
+        ours = rows.of(_step(model), AUTO, ALL) or {}
+        taken = ours.get("run_seconds")
+        text = None if taken is None else f"{taken:.0f} s, computed from the step ({ours['variant']})"
         lines.append(_judged(f"4000 steps, 8 tasks, {model}", "–", to_reach, text, at_most(taken, seconds)))
-    free = rows.of("rest/ViT-B/32/data-free run")
-    taken = None if free is None else free.get("run_seconds")
-    how = "" if free is None else "measured" if free.get("run_measured") else "computed from the step"
+    free = rows.of("rest/ViT-B/32/data-free run") or {}
+    taken, how = free.get("run_seconds"), "measured" if free.get("run_measured") else "computed from the step"
     text = None if taken is None else f"{taken:.1f} s, {how}"
     return [*lines, _judged("data-free run, 8 tasks, ViT-B/32", "–", "≤ 10 s", text, at_most(taken, 10.0))]
 

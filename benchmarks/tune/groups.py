@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from benchmarks.common import towers
-from benchmarks.common.towers import TINY_LAYERS, Layer
+from benchmarks.common.towers import RANK, TINY_LAYERS, Layer
 from benchmarks.suites import layers
 from benchmarks.tune.cases import Case
 from benchmarks.tune.compiling import NOT_REACHED, Target
@@ -209,7 +208,7 @@ def group(target: Target, line: Line, among: Sequence[Layer], previous: str | No
     """Return one group with its candidates and cases."""
     op, kind, max_rows, max_rank = line
     top = 1 if op in ("merge", "merge_grad") else (max_rows or 2**14)
-    rank = min(towers.RANK, max_rank or towers.RANK)
+    rank = min(RANK, max_rank or RANK)
     present = [dispatch.lookup(name, op, kind, top, rank, True) for name in (target.name, "default")]
     if previous is not None:
         earlier = configs.read_entries(previous)

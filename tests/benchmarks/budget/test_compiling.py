@@ -89,7 +89,7 @@ for attempt in ("compiled", "from Triton's cache"):
 
 # many at once give what each gives by itself, as another disassembler of NVIDIA's prints it
 arch, some = ARCHITECTURES["sm_90"], [launches[0], launches[1], launches[5], launches[0]]
-cubins = [compiling.compile_launch(launch, arch).kernel.asm["cubin"] for launch in some]
+cubins = [compiling.compile_launch(launch, arch)[1].asm["cubin"] for launch in some]
 together = sass.disassemble(cubins, 90, compiling.tool("nvdisasm"))
 for cubin, code in zip(cubins, together, strict=True):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -47,7 +47,7 @@ def broken(name: str) -> Callable[[Mapping[str, Any], Path, int], list[Path]]:
     """The writer of a format, whose last checkpoint is then cut off."""
 
     def write(config: Mapping[str, Any], folder: Path, tasks: int) -> list[Path]:
-        paths = writers.FORMATS[name].write(config, folder, tasks)
+        paths = writers.FORMATS[name](config, folder, tasks)
         content = paths[-1].read_bytes()
         paths[-1].write_bytes(content[: len(content) // 2])
         return paths
@@ -57,7 +57,7 @@ def broken(name: str) -> Callable[[Mapping[str, Any], Path, int], list[Path]]:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(writers.FORMATS, "broken", writers.Format(broken("open_clip-pt")))
+    monkeypatch.setitem(writers.FORMATS, "broken", broken("open_clip-pt"))
     code, report = quick(tmp_path, "--formats", "broken")
     (row,) = report["rows"]
     assert code == 1 and row["status"] == "failed"
@@ -69,7 +69,7 @@ def test_a_format_that_cannot_be_written_is_a_failed_row(tmp_path: Path, monkeyp
     def write(config: Mapping[str, Any], folder: Path, tasks: int) -> list[Path]:
         raise OSError("No space left on device")
 
-    monkeypatch.setitem(writers.FORMATS, "full", writers.Format(write))
+    monkeypatch.setitem(writers.FORMATS, "full", write)
     code, report = quick(tmp_path, "--formats", "full")
     (row,) = report["rows"]
     assert code == 1 and (row["status"], row["error"]) == ("failed", "OSError: No space left on device")
