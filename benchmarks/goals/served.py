@@ -64,30 +64,27 @@ def _blocks(context: Context, effort: Effort) -> Iterator[LayerRow]:
 def _two_blocks(folded: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor], float]:
     """Return both blocks' calls on x, their float64 results, and the folded one's error."""
     from benchmarks.serving.folded import preferences
-    from pareto_merging import merge, set_preference
+    from pareto_merging import merge
     from pareto_merging.serving.layers import serve_layers
 
     gammas = preferences(len(x))[0].to(x.device)
     served, merged = copy.deepcopy(folded), merge(folded, gammas[0])
     serve_layers(served)
-    set_preference(served, gammas)
-    block, plain = _middle_block(served), _middle_block(merged)
+    block, plain = _middle_block(served, gammas), _middle_block(merged)
     exact = {
-        BLOCK: _middle_block(_with_preferences(copy.deepcopy(folded).double(), gammas.double()))(x.double()),
+        BLOCK: _middle_block(copy.deepcopy(folded).double(), gammas.double())(x.double()),
         PLAIN_BLOCK: _middle_block(copy.deepcopy(merged).double())(x.double()),
     }
-    loose = _middle_block(_with_preferences(copy.deepcopy(folded), gammas))(x)
+    loose = _middle_block(copy.deepcopy(folded), gammas)(x)
     return {PLAIN_BLOCK: lambda: plain(x), BLOCK: lambda: block(x)}, exact, relative_error([loose], [exact[BLOCK]])
 
 
-def _with_preferences(model: nn.Module, gammas: Tensor) -> nn.Module:
+def _middle_block(model: nn.Module, gammas: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """Return the block in the middle, with a preference for each image where they are given."""
     from pareto_merging import set_preference
 
-    set_preference(model, gammas)
-    return model
-
-
-def _middle_block(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    if gammas is not None:
+        set_preference(model, gammas)
     blocks: Any = model.get_submodule("transformer.resblocks")
     block: Callable[[Tensor], Tensor] = blocks[len(blocks) // 2]
     return block

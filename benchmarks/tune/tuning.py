@@ -147,7 +147,7 @@ class Tuning:
         faults = validate(self.name, text, self.groups, self.target.name, labels, like)
         self.say(f"written and read again: {self.out}")
         used = ((g.name, g.rejected.get(g.present, "")) for g in self.groups if g.chosen is None)
-        wrong = [*self.strategies.wrong, *(f"{name}: {reason}" for name, reason in used if _wrong(reason))]
+        wrong = [*self.strategies.wrong, *(f"{name}: {why}" for name, why in used if why.startswith("wrong"))]
         if self.chosen.record is not None:
             self._record(labels, wrong)
         print(table(self.groups, labels, self.rates, len(written)))
@@ -173,7 +173,7 @@ class Tuning:
     def _notes(self) -> Iterator[str]:
         for group in self.groups:
             for config, reason in group.rejected.items():
-                if _wrong(reason):
+                if reason.startswith("wrong"):
                     yield f"REJECTED {group.name}, {describe(config)}: {reason}"
         if self.compiler.failed:
             yield f"from then on kernels were compiled by their first launch: {self.compiler.failed}"
@@ -181,7 +181,3 @@ class Tuning:
             ahead = len(self.compiler.futures)
             yield f"{ahead} kernels compiled ahead; {self.bench.slow} trial launches took over 0.3 s"
         yield from (f"UNTUNED {line}" for line in self.untuned)
-
-
-def _wrong(reason: str) -> bool:
-    return reason.startswith("wrong")
