@@ -24,7 +24,8 @@ TASKS = (8, 2, 4)
 # rows -> microseconds of fused and streamed
 Times = Mapping[int, tuple[float, float]]
 # a call by its strategy's name, and what is wrong with its results
-Variants, Judge = Callable[[str], layer_case.Variant], Callable[[Sequence[Tensor]], str | None]
+Variants = Callable[[str], layer_case.Variant]
+Judge = Callable[[Sequence[Tensor]], str | None]
 
 
 @dataclass(frozen=True)
