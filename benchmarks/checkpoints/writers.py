@@ -1,6 +1,5 @@
 """Checkpoints by the code that writes the real ones."""
 
-import contextlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,36 +96,35 @@ def write_hugging_face(
     return paths
 
 
-Save = Callable[[nn.Module, Path, Mapping[str, Any]], Path]
+Save = Callable[[nn.Module, Path, Mapping[str, Any]], None]
 
 
 def write_open_clip(
-    config: Mapping[str, Any], folder: Path, tasks: int, *, save: Save, quick_gelu: bool = False
+    config: Mapping[str, Any], folder: Path, tasks: int, *, save: Save, suffix: str = ".pt", quick_gelu: bool = False
 ) -> list[Path]:
-    """Write open_clip's whole CLIP K + 1 times, as ``save(model, path without a suffix, config)`` does."""
+    """Write open_clip's whole CLIP K + 1 times, as ``save(model, path, config)`` does."""
     import open_clip
 
-    model = randomize(open_clip.CLIP(**config, quick_gelu=quick_gelu))
-    return [save(model, folder / name, config) for name in copies([model.visual], tasks)]
+    model, paths = randomize(open_clip.CLIP(**config, quick_gelu=quick_gelu)), []
+    for name in copies([model.visual], tasks):
+        paths.append(folder / f"{name}{suffix}")
+        save(model, paths[-1], config)
+    return paths
 
 
-def save_pt(model: nn.Module, path: Path, config: Mapping[str, Any], *, legacy: bool = False) -> Path:
+def save_pt(model: nn.Module, path: Path, config: Mapping[str, Any], *, legacy: bool = False) -> None:
     """Save a state dict by torch.save; ``legacy``: in its format before 1.6."""
-    path = path.with_suffix(".pt")
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
-    return path
 
 
-def save_safetensors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+def save_safetensors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> None:
     """Save a state dict as open_clip's training and hub scripts do."""
     from safetensors.torch import save_file
 
-    path = path.with_suffix(".safetensors")
     save_file(model.state_dict(), path)
-    return path
 
 
-def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> None:
     """Save what ``local-dir:`` and the hub have of an open_clip model."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.push_to_hf_hub import save_config_for_hf
@@ -136,11 +134,10 @@ def save_folder(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path
     visual.image_mean, visual.image_std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     visual.preprocess_cfg = {"interpolation": "bicubic", "resize_mode": "shortest"}
     save_config_for_hf(model, path / "open_clip_config.json", dict(config))
-    save_safetensors(model, path / "open_clip_model", config)
-    return path
+    save_safetensors(model, path / "open_clip_model.safetensors", config)
 
 
-def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) -> None:
     """Save a traced CLIP as OpenAI's: float16 but for norms and embeddings, sizes as tensors."""
     from open_clip.model import convert_weights_to_lp
 
@@ -156,10 +153,8 @@ def save_torchscript(model: nn.Module, path: Path, config: Mapping[str, Any]) ->
             model.register_buffer(name, torch.tensor(value))
     images, tokens = torch.randn(1, 3, size, size).half(), torch.ones(1, context, dtype=torch.long)
     inputs = {"forward": (images, tokens), "encode_image": (images,), "encode_text": (tokens,)}
-    path = path.with_suffix(".pt")
     with torch.no_grad():
         torch.jit.save(torch.jit.trace_module(model, inputs, check_trace=False), str(path))
-    return path
 
 
 class ImageEncoder(nn.Module):
@@ -175,36 +170,28 @@ class ImageEncoder(nn.Module):
             delattr(self.model, "transformer")
 
 
-@contextlib.contextmanager
-def task_vectors_code() -> Iterator[None]:
-    """Let :class:`ImageEncoder` be pickled as ``src.modeling``'s while it lasts."""
-    module: Any = types.ModuleType("src.modeling")
-    module.ImageEncoder = ImageEncoder
-    sys.modules |= {"src": types.ModuleType("src"), "src.modeling": module}
-    try:
-        yield
-    finally:
-        del sys.modules["src"], sys.modules["src.modeling"]
-
-
-def save_task_vectors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+def save_task_vectors(model: nn.Module, path: Path, config: Mapping[str, Any]) -> None:
     """Pickle a whole ImageEncoder around today's open_clip, without the blocks of its text tower."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     settings = PreprocessCfg(size=config["vision_cfg"]["image_size"])
     train, evaluate = (image_transform_v2(settings, is_train=is_train) for is_train in (True, False))
-    path = path.with_suffix(".pt")
-    with task_vectors_code():
+    module: Any = types.ModuleType("src.modeling")
+    module.ImageEncoder = ImageEncoder
+    # pickle looks for the class where it says that it is
+    sys.modules |= {"src": types.ModuleType("src"), "src.modeling": module}
+    try:
         torch.save(ImageEncoder(model, train, evaluate), path)
-    return path
+    finally:
+        del sys.modules["src"], sys.modules["src.modeling"]
 
 
-def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> Path:
+def save_converted(model: nn.Module, path: Path, config: Mapping[str, Any]) -> None:
     """Save what ``pareto-merging convert`` makes of an open_clip .pt."""
-    source, target = save_pt(model, path, config), path.with_suffix(".safetensors")
-    convert_checkpoint(source, target, progress=False)
+    source = path.with_suffix(".pt")
+    save_pt(model, source, config)
+    convert_checkpoint(source, path, progress=False)
     source.unlink()
-    return target
 
 
 # name of a format -> its writer, which is given open_clip's configuration, a folder and K
@@ -215,10 +202,10 @@ FORMATS: dict[str, Callable[[Mapping[str, Any], Path, int], list[Path]]] = {
     "huggingface-vision": partial(write_hugging_face, vision=True),
     "open_clip-pt": partial(write_open_clip, save=save_pt),
     "open_clip-legacy": partial(write_open_clip, save=partial(save_pt, legacy=True)),
-    "open_clip-safetensors": partial(write_open_clip, save=save_safetensors),
-    "open_clip-folder": partial(write_open_clip, save=save_folder),
+    "open_clip-safetensors": partial(write_open_clip, save=save_safetensors, suffix=".safetensors"),
+    "open_clip-folder": partial(write_open_clip, save=save_folder, suffix=""),
     "torchscript": partial(write_open_clip, save=save_torchscript, quick_gelu=True),
     "task-vectors": partial(write_open_clip, save=save_task_vectors, quick_gelu=True),
-    "converted": partial(write_open_clip, save=save_converted),
+    "converted": partial(write_open_clip, save=save_converted, suffix=".safetensors"),
 }
 NO_TEXT_TOWER = ("task-vectors", "converted")

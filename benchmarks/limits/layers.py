@@ -22,13 +22,9 @@ def _name(layer: Layer, operation: str = "") -> str:
 
 def _lines(layers: Sequence[Layer]) -> Iterator[tuple[Layer, str]]:
     """Yield layer and operation of each line of a table. A merge does not depend on rows and comes once a shape."""
-    merged = set()
-    for layer in layers:
-        for operation in NAMES:
-            if operation == "merge":
-                if (layer.name, layer.n, layer.d) in merged:
-                    continue
-                merged.add((layer.name, layer.n, layer.d))
+    first = {(layer.name, layer.n, layer.d): layer for layer in reversed(layers)}
+    for layer, operation in itertools.product(layers, NAMES):
+        if operation != "merge" or layer is first[layer.name, layer.n, layer.d]:
             yield layer, operation
 
 

@@ -51,9 +51,8 @@ def measured(gpu: str) -> tuple[Figures, list[str]]:
             continue
         mine: Figures = {}
         for row in _layer_rows(report.get("suites", {})):
-            if row["ms"] is None or row["dtype"] != "bfloat16":
-                continue
-            if row["variant"] in ("fused", "streamed", "auto", "cached"):
+            ours = row["dtype"] == "bfloat16" and row["variant"] in ("fused", "streamed", "auto", "cached")
+            if ours and row["ms"] is not None:
                 rows = 0 if row["op"] == "merge" else row["rows"]
                 key = (row["layer"].removesuffix(", one image"), rows, row["op"], row["tasks"])
                 mine.setdefault(key, {})[row["variant"]] = row["ms"]

@@ -157,12 +157,9 @@ def final(group: Group, bench: Bench, until: float) -> None:
         group.rejected |= faulty
         for config in faulty:
             del group.times[config]
-        rounds: dict[Config, list[float]] = {config: [] for config in group.times}
-        for _ in range(ROUNDS):
-            for config in group.times:
-                rounds[config].append(bench.microseconds(config, p))
-        for config, times in rounds.items():
-            group.times[config][case] = min(times)
+        rounds = [{config: bench.microseconds(config, p) for config in group.times} for _ in range(ROUNDS)]
+        for config, times in group.times.items():
+            times[case] = min(each[config] for each in rounds)
     measured = len(next(iter(group.times.values()), {}))
     if measured and 2 * measured >= len(group.cases):
         group.state = "timed"
