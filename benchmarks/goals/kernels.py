@@ -180,10 +180,13 @@ def reductions(context: Context) -> None:
         case.drop()
 
 
-def _row(context: Context, case: layer_case.Case, variant: str, operations: float, moved: float) -> LayerRow:
+def _row(
+    context: Context, variant: str, layer: Layer, rows: int, tasks: int, operations: float, moved: float
+) -> LayerRow:
     """Return a row without times of an operation of a layer that does so much."""
-    row = LayerRow(layer=case.layer.name, dtype=dtype_name(case.x.dtype), variant=variant, rows=len(case.x))
-    row.tasks, row.bytes, row.bound_ms = case.tasks, moved, _bound_ms(context, operations, moved)
+    rates, row = context.rates, LayerRow(layer=layer.name, dtype=dtype_name(context.dtype), variant=variant, rows=rows)
+    row.tasks, row.bytes = tasks, moved
+    row.bound_ms = rounded(1e3 * max(operations / rates["bfloat16"], moved / rates["copy"]))
     return row
 
 
@@ -194,16 +197,11 @@ def _fill_times(row: LayerRow, variant: Callable[[], Sequence[Tensor]], device: 
     return row
 
 
-def _bound_ms(context: Context, operations: float, moved: float) -> float:
-    rates = context.rates
-    return rounded(1e3 * max(operations / rates["bfloat16"], moved / rates["copy"]))
-
-
 def _library(context: Context, made: Once) -> Iterator[LayerRow]:
     case: layer_case.Case = made()
     x, dy, layer = case.x, case.dy, case.layer
     moved = 2.0 * (x.numel() + dy.numel() + layer.n * layer.d)
-    row = _row(context, case, LIBRARY_DW, 2.0 * len(x) * layer.n * layer.d, moved)
+    row = _row(context, LIBRARY_DW, layer, len(x), case.tasks, 2.0 * len(x) * layer.n * layer.d, moved)
     row.judge(*layer_case.product_error(x, dy), wrong="wrong product")
     yield _fill_times(row, lambda: [dy.t() @ x], context.device)
 
@@ -216,7 +214,7 @@ def _gradient(context: Context, made: Once, strategy: str) -> Iterator[LayerRow]
         truth, plain = layer_case.truth(case, "weight gradient", count)
         variant = layer_case.variants(case, "weight gradient", count)[strategy]
         moved = 2.0 * (case.tasks * layer.n * layer.d + case.x.numel() + case.dy.numel())
-        row = _row(context, case, GRADIENT[strategy], 2.0 * count * layer.n * layer.d, moved)
+        row = _row(context, GRADIENT[strategy], layer, count, case.tasks, 2.0 * count * layer.n * layer.d, moved)
         row.judge(relative_error(variant(), truth), plain, wrong="wrong gradient")
         yield _fill_times(row, variant, context.device)
 
@@ -224,7 +222,7 @@ def _gradient(context: Context, made: Once, strategy: str) -> Iterator[LayerRow]
 def _db(context: Context, made: Once) -> Iterator[LayerRow]:
     case: layer_case.Case = made()
     dy = case.dy
-    row = _row(context, case, COLUMN_SUMS, 0.0, float(dy.numel() * dy.element_size()))
+    row = _row(context, COLUMN_SUMS, case.layer, len(dy), case.tasks, 0.0, float(dy.numel() * dy.element_size()))
     row.error = relative_error([products.column_sums(dy)], [dy.double().sum(dim=0)])
     row.matched = row.error < 1e-5
     yield _fill_times(row, lambda: [products.column_sums(dy)], context.device)
@@ -242,8 +240,7 @@ def _hot(context: Context, name: str, op: str, layer: Layer, tasks: int) -> Iter
         results = variant()
         # every task vector and dW are read; the merge also reads W0 and writes W
         moved = 2.0 * (tasks + (1 if op == "merge_grad" else 2)) * layer.n * layer.d
-        row = LayerRow(layer=layer.name, dtype=case.dtype, variant=name, rows=0, tasks=tasks, bytes=moved)
-        row.bound_ms = _bound_ms(context, 0.0, moved)
+        row = _row(context, name, layer, 0, tasks, 0.0, moved)
         yield _fill_times(_with_fault(row, prepared.fault(results), results, prepared), variant, context.device)
 
 
