@@ -80,7 +80,7 @@ def _two_blocks(folded: nn.Module, x: Tensor) -> tuple[dict[str, Callable[[], Te
 
 
 def _middle_block(model: nn.Module, gammas: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """Return the block in the middle, with a preference for each image where they are given."""
+    """Return the block in the middle. Each image has a preference where they are given."""
     from pareto_merging import set_preference
 
     if gammas is not None:
