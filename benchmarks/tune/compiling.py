@@ -97,16 +97,14 @@ class Compiler:
         """Begin to compile what these cases launch, but for what was begun before."""
         if self.pool is None or self.target is None or self.failed:
             return
-        for case in cases:
-            try:
-                todo = launches(case, config, self.target)
-                self.keys[config, case] = todo
-                for launch in todo:
+        try:
+            for case in cases:
+                self.keys[config, case] = launches(case, config, self.target)
+                for launch in self.keys[config, case]:
                     if launch not in self.futures:
                         self.futures[launch] = self.pool.submit(_compile, launch, case, self.target)
-            except Exception as error:
-                self.failed = f"{type(error).__name__}: {error}"
-                return
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {error}"
 
     def fault(self, config: Config | None, case: Case, until: float) -> str | None:
         """Wait for what a case launches: why it cannot be used, or None."""
