@@ -8,8 +8,8 @@ from torch import Tensor
 from pmkernels.low_rank import Parts
 
 
-def check_tensor(name: str, value: Any, device: torch.device, learned: bool = False) -> None:
-    """Check that a value is a dense floating-point tensor on ``device``. ``learned``: in float32 or float64."""
+def check_tensor(name: str, value: Any, device: torch.device | None = None, learned: bool = False) -> None:
+    """Check that a value is a dense floating-point tensor, on ``device``. ``learned``: in float32 or float64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -18,7 +18,7 @@ def check_tensor(name: str, value: Any, device: torch.device, learned: bool = Fa
         raise TypeError(f"{name}: expected float32 (it stays so in 16-bit models), got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
-    if value.device != device:
+    if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
 
 
@@ -40,10 +40,8 @@ def check_cached(cached: Any, weight: Tensor, dtype: torch.dtype) -> None:
 def check_parts(parts: Parts) -> None:
     """Check types, devices, shapes and the number of tasks of everything but gamma's leading dimensions."""
     weight, task_vectors, lam, A, G, B, gamma = parts
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    check_tensor("weight", weight)
     device = weight.device
-    check_tensor("weight", weight, device)
     if (task_vectors is None) != (lam is None):
         given, missing = ("task_vectors", "lam") if lam is None else ("lam", "task_vectors")
         raise ValueError(f"{missing}: expected together with {given}, got None")
@@ -52,7 +50,9 @@ def check_parts(parts: Parts) -> None:
         check_tensor("task_vectors", task_vectors, device)
         check_tensor("lam", lam, device, learned=True)
         if task_vectors.shape[1:] != weight.shape or task_vectors.ndim != weight.ndim + 1:
-            raise ValueError(f"task_vectors: expected shape [K, {_dims(weight)}], got {list(task_vectors.shape)}")
+            raise ValueError(
+                f"task_vectors: expected shape [K, {', '.join(map(str, weight.shape))}], got {list(task_vectors.shape)}"
+            )
         tasks = task_vectors.shape[0]
         if lam.shape != (tasks,):
             raise ValueError(f"lam: expected shape [{tasks}], one per task vector, got {list(lam.shape)}")
@@ -63,7 +63,7 @@ def check_parts(parts: Parts) -> None:
         raise ValueError(f"{absent[0]}: expected together with {given}, got None")
     if A is not None and B is not None:
         _check_low_rank(weight, A, G, B, gamma, tasks)
-    _check_frozen(weight, task_vectors)
+    check_frozen(weight=weight, task_vectors=task_vectors)
 
 
 def _check_low_rank(
@@ -88,11 +88,8 @@ def _check_low_rank(
         raise ValueError(f"gamma: expected shape [{G.shape[2]}] or [*, {G.shape[2]}], got {list(gamma.shape)}")
 
 
-def _check_frozen(weight: Tensor, task_vectors: Tensor | None) -> None:
-    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
+def check_frozen(**tensors: Tensor | None) -> None:
+    """Check that nobody asks for gradients of the tensors, given by name."""
+    for name, value in tensors.items():
         if value is not None and value.requires_grad:
             raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
-
-
-def _dims(tensor: Tensor) -> str:
-    return ", ".join(str(size) for size in tensor.shape)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -28,10 +29,13 @@ class Config:
     # parts that D (linear) or M (weight_grad) is cut into; 0: by the rules of pmkernels.launch
     splits: int = 0
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the options of a launch. a·b + c is one instruction on every GPU."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    def options(self, *constants: str) -> dict[str, Any]:
+        """Return the options of a launch and the named constants of its kernel: BLOCK_M, …, UNROLL, STAGES."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+        values = {**sizes, "UNROLL": self.unroll, "STAGES": self.num_stages}
+        # a·b + c is one instruction on every GPU
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return {**{name: values[name] for name in constants}, **options}
 
 
 class Asked(NamedTuple):
@@ -80,20 +84,26 @@ class Choice:
     best: str
 
 
+@functools.lru_cache(maxsize=64)
+def _read(text: str) -> dict[str, Any]:
+    lines: dict[str, Any] = json.loads(text)
+    return lines
+
+
 def read_entries(text: str) -> list[Entry]:
     """Read the entries of a configuration file's JSON. A field that no Config or Entry has is a TypeError."""
-    return [Entry(**{**line, "config": Config(**line["config"])}) for line in json.loads(text)["entries"]]
+    return [Entry(**{**line, "config": Config(**line["config"])}) for line in _read(text)["entries"]]
 
 
 def read_rates(text: str) -> dict[str, Any]:
     """Read the measured rates of a configuration file's JSON: fields of :class:`pmkernels.costs.Rates`."""
-    rates: dict[str, Any] = json.loads(text).get("rates", {})
+    rates = _read(text).get("rates", {})
     return {**rates, "measured": True} if rates else {}
 
 
 def architectures(text: str) -> tuple[str, ...]:
     """Return the architectures a configuration file's JSON is for (``sm_90``). None named: any."""
-    return tuple(json.loads(text).get("architectures", ()))
+    return tuple(_read(text).get("architectures", ()))
 
 
 def config_files() -> dict[str, str]:
@@ -102,14 +112,18 @@ def config_files() -> dict[str, str]:
     return {f.name[: -len(".json")]: f.read_text() for f in folder.iterdir() if f.name.endswith(".json")}
 
 
+# the strategies by name, which pmkernels.strategies fills and describes
+TABLE: dict[str, Any] = {}
+
+
 @dataclass(frozen=True, eq=False)
 class Configs:
     """What launches and choices go by. Each field replaces what the library finds out by itself.
 
-    ``files``: configuration files by name. ``file``: the one that every device takes, ``None``: its own.
-    ``multiprocessors``: of every device. ``runs``: whether kernels run, on every device and as if it were a GPU.
-    ``auto``: the strategy that ``auto`` stands for where it supports the case. ``launch``: gives the configuration of a
-    launch from what was asked for and the line that fits.
+    ``files``: configuration files by name, as they are now. ``file``: the one that every device takes, ``None``: its
+    own. ``multiprocessors``: of every device. ``runs``: whether kernels run, on every device and as if it were a GPU.
+    ``auto``: the strategy that ``auto`` stands for where it supports the case; a name that is not in the table is a
+    ValueError. ``launch``: gives the configuration of a launch from what was asked for and the line that fits.
     """
 
     files: Mapping[str, str] = field(default_factory=config_files)
@@ -119,41 +133,19 @@ class Configs:
     auto: str | None = None
     launch: Callable[[Asked, Entry], Config] | None = None
 
+    def __post_init__(self) -> None:
+        if self.auto not in (None, "auto", *TABLE):
+            raise ValueError(f"auto: expected one of {', '.join(('auto', *TABLE))}, got {self.auto!r}")
+        # what is read from them is cached
+        object.__setattr__(self, "files", MappingProxyType(dict(self.files)))
+
     def entries(self, name: str) -> tuple[Entry, ...]:
         """Return the lines of a file, then those of its architectures, then the default ones."""
-        return _entries(self, name)
+        files = self.files
+        names = [name, *(architectures(files[name]) if name in files else ()), "default"]
+        return tuple(entry for n in dict.fromkeys(names) if n in files for entry in read_entries(files[n]))
 
     def choices(self, name: str) -> tuple[Choice, ...]:
         """Return what a file says was measured to be fastest."""
-        return _choices(self, name)
-
-    def rates(self, name: str) -> dict[str, Any]:
-        """Return the measured rates of a file, none where it has none."""
-        return read_rates(self.files[name]) if name in self.files else {}
-
-    def config(self, name: str, asked: Asked) -> Config:
-        """Return the configuration of a launch by a file."""
-        entry = _entry(self, name, asked)
-        return entry.config if self.launch is None else self.launch(asked, entry)
-
-
-@functools.lru_cache(maxsize=256)
-def _entries(configs: Configs, name: str) -> tuple[Entry, ...]:
-    files = configs.files
-    names = [name, *(architectures(files[name]) if name in files else ()), "default"]
-    return tuple(entry for n in dict.fromkeys(names) if n in files for entry in read_entries(files[n]))
-
-
-@functools.lru_cache(maxsize=256)
-def _choices(configs: Configs, name: str) -> tuple[Choice, ...]:
-    text = configs.files.get(name)
-    return () if text is None else tuple(Choice(**line) for line in json.loads(text).get("strategies", ()))
-
-
-@functools.lru_cache(maxsize=4096)
-def _entry(configs: Configs, name: str, asked: Asked) -> Entry:
-    for entry in configs.entries(name):
-        if entry.fits(asked):
-            return entry
-    what = f"{asked.op} in {asked.dtype} with rank {asked.rank}"
-    raise LookupError(f"configs/{name}.json: expected an entry for {what}, got none")
+        lines = _read(self.files[name]).get("strategies", ()) if name in self.files else ()
+        return tuple(Choice(**line) for line in lines)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from pmkernels import costs, launch
-from pmkernels.configs import Asked, Config, Configs
+from pmkernels.configs import Asked, Config, Configs, Entry, read_rates
 
-_in_force = Configs()
+# of every context that has not ended, in the order in which they were entered
+_entered: dict[object, Configs] = {}
+_lock = threading.Lock()
+_default = _in_force = Configs()
 
 
 def in_force() -> Configs:
@@ -22,13 +26,21 @@ def in_force() -> Configs:
 
 @contextlib.contextmanager
 def using(configs: Configs) -> Iterator[Configs]:
-    """Put ``configs`` in force, in every thread, until the context ends."""
+    """Put ``configs`` in force, in every thread, until the context ends.
+
+    In every thread, because autograd computes a backward on a GPU in a thread of its own. Of contexts that overlap in
+    two threads, the one that was entered last is in force as long as it lasts.
+    """
     global _in_force
-    before, _in_force = _in_force, configs
+    context = object()
+    with _lock:
+        _entered[context] = _in_force = configs
     try:
         yield configs
     finally:
-        _in_force = before
+        with _lock:
+            del _entered[context]
+            _in_force = next(reversed(_entered.values()), _default)
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -85,12 +97,23 @@ def _rates(configs: Configs, name: str, device: torch.device) -> costs.Rates:
     if known is None:
         properties = torch.cuda.get_device_properties(device)
         known = costs.estimate(properties.multi_processor_count, (properties.major, properties.minor))
-    return replace(known, **configs.rates(name))
+    return replace(known, **(read_rates(configs.files[name]) if name in configs.files else {}))
 
 
 def lookup(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> Config:
     """Return the configuration of a launch by the first line of a file that fits."""
-    return _in_force.config(name, Asked(op, dtype, rows, rank, aligned))
+    asked, configs = Asked(op, dtype, rows, rank, aligned), _in_force
+    entry = _entry(configs, name, asked)
+    return entry.config if configs.launch is None else configs.launch(asked, entry)
+
+
+@functools.lru_cache(maxsize=4096)
+def _entry(configs: Configs, name: str, asked: Asked) -> Entry:
+    for entry in configs.entries(name):
+        if entry.fits(asked):
+            return entry
+    what = f"{asked.op} in {asked.dtype} with rank {asked.rank}"
+    raise LookupError(f"configs/{name}.json: expected an entry for {what}, got none")
 
 
 def config(

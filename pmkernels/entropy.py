@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
 from pmkernels.launch import HAS_TRITON
-from pmkernels.operators import differentiable, operator
+from pmkernels.operators import contiguous_like, differentiable, operator
 from pmkernels.reference import accumulate_dtype
 from pmkernels.strategies import EAGER
 
@@ -84,14 +84,10 @@ def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.entropy_fwd(logits)
 
 
-def _fake_gradient(grad: Tensor, logits: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
 @operator(
     "softmax_entropy_backward",
     "(Tensor grad, Tensor logits, Tensor entropy, Tensor largest, Tensor normaliser) -> Tensor",
-    fake=_fake_gradient,
+    fake=lambda grad, logits, *_: contiguous_like(logits),
 )
 def entropy_backward_operator(grad: Tensor, logits: Tensor, *of_rows: Tensor) -> Tensor:
     """Return dlogits of dH."""
@@ -99,12 +95,7 @@ def entropy_backward_operator(grad: Tensor, logits: Tensor, *of_rows: Tensor) ->
         return kernels.entropy_bwd(grad, logits, *of_rows)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(inputs[0], *output)
-
-
-@differentiable(entropy_operator, save=_save)
+@differentiable(entropy_operator, keep=lambda _, inputs, output: (*inputs, *output))
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
     gradient: Tensor = entropy_backward_operator(grad, *ctx.saved_tensors)
     return gradient

@@ -52,6 +52,11 @@ def is_aligned(*tensors: Tensor | None) -> bool:
     return True
 
 
+def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """Return the strides of a tensor, zeros where there is none."""
+    return (0,) * dimensions if tensor is None else tensor.stride()
+
+
 def splits(rows: int, block_m: int, programs: int, most: int) -> tuple[int, int]:
     """Cut ``rows`` into parts of ``programs`` programs; return how many, and rows per part.
 
@@ -122,6 +127,15 @@ def dot_precision(dtype: torch.dtype) -> str:
 def rank_precision(dtype: torch.dtype) -> str:
     """Name how products over the rank multiply: in 16-bit models nearly exact, three TF32 products."""
     return "tf32x3" if dtype != torch.float32 else dot_precision(dtype)
+
+
+def precisions(dtype: torch.dtype) -> dict[str, Any]:
+    """Return a kernel's constants for products of a model's tiles, and over the rank."""
+    return {
+        "COMPUTE": compute_type(dtype),
+        "PRECISION": dot_precision(dtype),
+        "RANK_PRECISION": rank_precision(dtype),
+    }
 
 
 def compute_type(dtype: torch.dtype) -> Any:

@@ -5,7 +5,7 @@ What is computed is the same for all of them (:func:`_forward`, :func:`_gradient
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from torch.autograd.function import once_differentiable
 from pmkernels import products, strategies
 from pmkernels.autocast import autocast_enabled, no_autocast, without_autocast
 from pmkernels.checks import broadcasts, check_cached, check_parts, check_tensor
-from pmkernels.low_rank import Needs, Parts, RowProducts, factors, gradients_from_products
+from pmkernels.low_rank import Needs, Parts, Terms, gradients_of_weight
 from pmkernels.operators import PARTS, differentiable, fakes, in_order, operator, wanted
-from pmkernels.strategies import EAGER, Strategy
+from pmkernels.strategies import EAGER
 
 # of the operator, before the strategy
 INPUTS = ("x", *Parts._fields, "bias", "cached")
+LEARNED = (*Parts._fields[2:], "bias")
 
 
 def pareto_linear(
@@ -95,7 +96,7 @@ def pareto_linear(
         )
     if cached is not None:
         check_cached(cached, weight, x.dtype)
-    tensors = {"x": x, **parts._asdict(), "bias": bias, "cached": cached}
+    tensors = dict(zip(INPUTS, (x, *parts, bias, cached), strict=True))
     chosen = strategies.resolve(strategy, tensors, x.device)
     with no_autocast(device_type):
         if chosen == EAGER:
@@ -105,102 +106,60 @@ def pareto_linear(
         return y
 
 
-class _Products(NamedTuple):
-    """The low-rank term's products with rows; None where nobody needs one."""
-
-    rows: RowProducts
-    s: Tensor | None = None
-    t: Tensor | None = None
-    u: Tensor | None = None
-    ds: Tensor | None = None
-
-
 def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None, strategy: str) -> Tensor:
-    chosen = strategies.pick("forward", strategy, x, parts)
+    chosen = strategies.pick("forward", strategy, x, parts, bias=bias, cached=cached)
     start = None
     if parts.per_row:
         assert parts.A is not None
         _, t = chosen.rows(parts, x).inward(x)
         start = t, parts.A
     if cached is not None:
-        product = products.forward_of_scratch if chosen.kernels else products.forward
-        return product(x, cached, None, None, start=start, bias=bias)
-    low_rank = factors(parts, parts.core(), by_columns=chosen.kernels)
-    return chosen.forward(x, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start, bias=bias)
+        return products.forward(x, Terms(cached), start=start, bias=bias, by_kernel=chosen.kernels)
+    return chosen.forward(x, parts.terms(parts.core(), by_columns=chosen.kernels), start=start, bias=bias)
 
 
 def _gradients(
-    dy: Tensor, x: Tensor | None, parts: Parts, cached: Tensor | None, asked: list[bool], strategy: str
+    dy: Tensor,
+    x: Tensor | None,
+    parts: Parts,
+    asked: list[bool],
+    strategy: str,
+    *,
+    bias: Tensor | None = None,
+    cached: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradients ``asked`` for, by name: x, lam, A, G, B, gamma, bias."""
     need_x, *parameters, need_bias = asked
-    needs = Needs(*parameters)
-    of_x = strategies.pick("dx", strategy, dy, parts) if need_x else None
-    of_w = of_x if of_x is not None and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts)
+    needs, others = Needs(*parameters), {"bias": bias, "cached": cached}
+    of_x = strategies.pick("dx", strategy, dy, parts, **others) if need_x else None
+    of_w = of_x if of_x and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts, **others)
     # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
     whole = (
         needs.lam and not parts.per_row and (parts.A is None or of_w.rows.from_tiles(parts.rank, *parts.weight.shape))
     )
-    by_rows = None
-    if parts.per_row or (needs.low_rank and not whole):
-        by_rows = _by_rows(of_w.rows(parts, dy), dy, x, needs, need_x and parts.per_row)
-    core = parts.core() if whole or (of_x is not None and cached is None) else None
     gradients: dict[str, Tensor] = {}
+    ds = None
+    if parts.per_row or (needs.low_rank and not whole):
+        gradients, ds = of_w.rows(parts, dy).gradients(dy, x, needs, need_x and parts.per_row)
+    core = parts.core() if whole or (of_x is not None and cached is None) else None
     if of_x is not None:
-        gradients["x"] = _dx(dy, parts, core, cached, of_x, None if by_rows is None else by_rows.ds)
-    d_bias = None
+        start = None
+        if parts.per_row:
+            assert ds is not None and parts.B is not None
+            start = ds, parts.B
+        if cached is not None:
+            gradients["x"] = products.dx(dy, Terms(cached), start=start, by_kernel=of_x.kernels)
+        else:
+            gradients["x"] = of_x.dx(dy, parts.terms(core, by_columns=of_x.kernels), start=start)
     if needs.lam:
+        assert x is not None and parts.lam is not None
         A, B = parts.A if whole and needs.B else None, parts.B if whole and needs.P else None
-        reduced = of_w.weight_grad(dy, x, parts.task_vectors, A=A, B=B, need_bias=need_bias)
-        d_bias = reduced.d_bias
-        if reduced.d_lam is not None:
-            gradients["lam"] = reduced.d_lam
-        if whole:
-            gradients.update(gradients_from_products(reduced, parts, core, needs))
-    if need_bias:
-        gradients["bias"] = products.column_sums(dy) if d_bias is None else d_bias
-    if by_rows is not None:
-        gradients.update(_from_rows(by_rows, dy, x, needs))
-    return gradients
-
-
-def _by_rows(rows: RowProducts, dy: Tensor, x: Tensor | None, needs: Needs, need_ds: bool) -> _Products:
-    by_rows = _Products(rows)
-    if needs.B or needs.core or need_ds:
-        u, ds = rows.outward(dy)
-        by_rows = by_rows._replace(u=u, ds=ds)
-    if needs.P:
-        assert x is not None
-        s, t = rows.inward(x)
-        by_rows = by_rows._replace(s=s, t=t)
-    return by_rows
-
-
-def _dx(
-    dy: Tensor, parts: Parts, core: Tensor | None, cached: Tensor | None, chosen: Strategy, ds: Tensor | None
-) -> Tensor:
-    start = None
-    if parts.per_row:
-        assert ds is not None and parts.B is not None
-        start = ds, parts.B
-    if cached is not None:
-        product = products.dx_of_scratch if chosen.kernels else products.dx
-        return product(dy, cached, None, None, start=start)
-    low_rank = factors(parts, core, by_columns=chosen.kernels)
-    return chosen.dx(dy, parts.weight, parts.task_vectors, parts.lam, low_rank=low_rank, start=start)
-
-
-def _from_rows(by_rows: _Products, dy: Tensor, x: Tensor | None, needs: Needs) -> dict[str, Tensor]:
-    gradients = {}
-    if needs.A:
-        assert by_rows.t is not None
-        gradients["A"] = by_rows.rows.factor_gradient(dy, by_rows.t)
-    if needs.B:
-        assert by_rows.ds is not None and x is not None
-        gradients["B"] = by_rows.rows.factor_gradient(x, by_rows.ds)
-    if needs.core:
-        assert by_rows.u is not None and by_rows.s is not None
-        gradients.update(by_rows.rows.core_gradients(by_rows.u, by_rows.s, needs))
+        # a λ in float64 has a gradient in float64, all the way
+        rows = (dy, x) if parts.lam.dtype != torch.float64 else (dy.double(), x.double())
+        reduced = of_w.weight_grad(*rows, parts.task_vectors, A=A, B=B, need_bias=need_bias)
+        gradients |= gradients_of_weight(reduced, parts, core, needs)
+    if need_bias and "bias" not in gradients:
+        gradients["bias"] = products.column_sums(dy)
     return gradients
 
 
@@ -213,7 +172,6 @@ class _Eager(torch.autograd.Function):
         parts = Parts(*tensors)
         needs_x = any(tensor is not None and tensor.requires_grad for tensor in parts[2:])
         ctx.save_for_backward(x if needs_x else None, *parts, cached)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return _forward(x, parts, bias, cached, EAGER)
 
     @staticmethod
@@ -221,23 +179,19 @@ class _Eager(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors, cached = ctx.saved_tensors
-        parts = Parts(*tensors)
         need_x, _, _, *parameters, _ = ctx.needs_input_grad
         # rows in one block of memory, wherever that takes a copy
         dy = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]).view(dy.shape)
-        gradients = _gradients(dy, x, parts, cached, [need_x, *parameters], EAGER)
-        learned = {name: getattr(parts, name) for name in Parts._fields[2:]}
-        dtypes = {name: tensor.dtype for name, tensor in learned.items() if tensor is not None}
-        dtypes["bias"] = ctx.bias_dtype
-        cast = {name: gradient.to(dtypes.get(name, dy.dtype)) for name, gradient in gradients.items()}
-        return cast.get("x"), None, None, *(cast.get(name) for name in (*learned, "bias")), None
+        # autograd rounds each to the dtype of its tensor
+        gradients = _gradients(dy, x, Parts(*tensors), [need_x, *parameters], EAGER, cached=cached)
+        return gradients.get("x"), None, None, *(gradients.get(name) for name in LEARNED), None
 
 
-def _fake_y(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@operator("pareto_linear", f"(Tensor x, {PARTS}, Tensor? bias, Tensor? cached, str strategy) -> Tensor", fake=_fake_y)
+@operator(
+    "pareto_linear",
+    f"(Tensor x, {PARTS}, Tensor? bias, Tensor? cached, str strategy) -> Tensor",
+    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
 def linear_operator(x: Tensor, *rest: Any) -> Tensor:
     """Compute y = x·W(γ)ᵀ + b by a strategy. ``cached``: W(γ), or with one γ per row the base, put together before."""
     *tensors, bias, cached, strategy = rest
@@ -263,18 +217,16 @@ def linear_backward_operator(dy: Tensor, x: Tensor | None, *rest: Any) -> list[T
     *tensors, bias, cached, needs, strategy = rest
     parts = Parts(*tensors).contiguous()
     with torch.cuda.device_of(dy):
-        gradients = _gradients(dy, x, parts, cached, needs, strategy)
-    learned = {name: getattr(parts, name) for name in Parts._fields[2:]}
-    return in_order(gradients, dy, {"x": dy, **learned, "bias": bias})
+        gradients = _gradients(dy, x, parts, needs, strategy, bias=bias, cached=cached)
+    return in_order(gradients, dy, dict(zip(("x", *LEARNED), (dy, *parts[2:], bias), strict=True)))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *tensors, ctx.strategy = inputs
+def _kept(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> tuple[Tensor | None, ...]:
     # of λ, A, G, B and γ: without them nobody asks for x
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[3:8]) else None, *tensors)
+    return inputs[0] if any(ctx.needs_input_grad[3:8]) else None, *inputs[1:-1]
 
 
-@differentiable(linear_operator, save=_save)
+@differentiable(linear_operator, keep=_kept)
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, _, _, *needs, _, _ = ctx.needs_input_grad
     gradients = linear_backward_operator(dy, *ctx.saved_tensors, [need_x, *needs], ctx.strategy)

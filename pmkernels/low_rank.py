@@ -1,6 +1,6 @@
 """The parts of W(γ), and the one internal form of its low-rank term.
 
-Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(γ): :func:`factors` makes it. With one γ
+Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(γ), of the :class:`Terms` of W. With one γ
 per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`RowProducts`).
 """
 
@@ -11,7 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pmkernels.reference import accumulate_dtype, preference_core
+from pmkernels.reference import accumulate_dtype, converted, preference_core
+
+# left [N, R] and right [D, R] of a term left·rightᵀ
+Factors = tuple[Tensor, Tensor]
+
+
+class Terms(NamedTuple):
+    """The terms of W = W0 + Σ_k λ_k τ_k + left·rightᵀ, each None where W has none of it."""
+
+    weight: Tensor
+    task_vectors: Tensor | None = None
+    lam: Tensor | None = None
+    low_rank: Factors | None = None
 
 
 class Parts(NamedTuple):
@@ -42,9 +54,23 @@ class Parts(NamedTuple):
 
     def core(self) -> Tensor | None:
         """Return C(γ) [R, R], None where the term has none or one per row."""
-        return (
-            None if self.G is None or self.gamma is None or self.gamma.ndim > 1 else preference_core(self.G, self.gamma)
-        )
+        return None if self.G is None or self.gamma is None or self.per_row else preference_core(self.G, self.gamma)
+
+    def terms(self, core: Tensor | None, *, by_columns: bool) -> Terms:
+        """Return the terms of W, its low-rank one from ``core``: C(γ). With one γ per row it has none.
+
+        ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else left is in the type of the
+        sums.
+        """
+        weight, task_vectors, lam, A, _, B, _ = self
+        if A is None or B is None or self.per_row:
+            return Terms(weight, task_vectors, lam)
+        if by_columns:
+            left = (A.t().contiguous() if core is None else core.t() @ A.t()).t()
+        else:
+            wide = accumulate_dtype(weight, lam)
+            left = converted(A, wide) if core is None else converted(A, wide) @ converted(core, wide)
+        return Terms(weight, task_vectors, lam, (left, B))
 
     def contiguous(self) -> "Parts":
         """Return the parts with λ, A, G and B contiguous. Their offsets then stay in int32."""
@@ -86,69 +112,45 @@ class WeightGradients(NamedTuple):
     d_bias: Tensor | None = None
 
 
-# left [N, R] and right [D, R] of a term left·rightᵀ
-Factors = tuple[Tensor, Tensor]
-
-
-def factors(parts: Parts, core: Tensor | None, *, by_columns: bool) -> Factors | None:
-    """Return A·C(γ) and B, or None where W has no low-rank term of its own.
-
-    ``core``: C(γ). ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else left is in the
-    type of the sums.
-    """
-    A, B = parts.A, parts.B
-    if A is None or B is None or parts.per_row:
-        return None
-    if by_columns:
-        return (A.t().contiguous() if core is None else core.t() @ A.t()).t(), B
-    wide = accumulate_dtype(parts.weight, parts.lam)
-    return (A.to(wide) if core is None else A.to(wide) @ core.to(wide)), B
-
-
-def gradients_from_products(
-    reduced: WeightGradients, parts: Parts, core: Tensor | None, needs: Needs
-) -> dict[str, Tensor]:
-    """Return dA = P·Cᵀ, dB = Q·C, dG and dγ by name. Without a C these are P and Q."""
-    P, Q = reduced.P, reduced.Q
-    gradients: dict[str, Tensor] = {}
+def gradients_of_weight(reduced: WeightGradients, parts: Parts, core: Tensor | None, needs: Needs) -> dict[str, Tensor]:
+    """Return dλ, db, dA = P·Cᵀ, dB = Q·C, dG and dγ by name. Without a C, dA and dB are P and Q."""
+    d_lam, P, Q, d_bias = reduced
+    gradients = {"lam": d_lam, "bias": d_bias}
     if core is None:
-        return {name: _packed(product) for name, product in (("A", P), ("B", Q)) if product is not None}
-    if Q is not None:
-        gradients["B"] = Q @ core.to(Q.dtype)
-    if P is not None:
+        gradients |= {"A": None if P is None else _packed(P), "B": None if Q is None else _packed(Q)}
+    elif Q is not None:
+        gradients["B"] = Q @ converted(core, Q.dtype)
+    if core is not None and P is not None:
         assert parts.A is not None
         if needs.A:
-            gradients["A"] = P @ core.t().to(P.dtype)
+            gradients["A"] = P @ converted(core.t(), P.dtype)
         if needs.core:
-            gradients.update(gradients_of_core(parts.A.to(P.dtype).t() @ P, parts, needs))
+            gradients |= gradients_of_core(converted(parts.A, P.dtype).t() @ P, parts, needs)
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs, groups: Tensor | None = None) -> dict[str, Tensor]:
+    """Return dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ by name.
+
+    ``groups``: γ [groups, K] of dC [groups, R, R]. None: the one γ of dC [R, R].
+    """
+    G = parts.G
+    assert G is not None and parts.gamma is not None
+    gamma = parts.gamma[None] if groups is None else groups
+    rank, tasks = G.shape[0], G.shape[2]
+    flat, gradients = dC.reshape(len(gamma), rank * rank), {}
+    if needs.G:
+        gradients["G"] = converted((flat.t() @ converted(gamma, flat.dtype)).view(rank, rank, tasks), G.dtype)
+    if needs.gamma:
+        d_gamma = converted(flat @ converted(G.reshape(rank * rank, tasks), flat.dtype), gamma.dtype)
+        gradients["gamma"] = d_gamma[0] if groups is None else d_gamma
     return gradients
-
-
-def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs) -> dict[str, Tensor]:
-    """Return dG and dγ of one γ from dC [R, R], by name."""
-    assert parts.gamma is not None
-    gradients = _core_gradients(dC[None], parts, parts.gamma[None], needs)
-    return {name: gradient[0] if name == "gamma" else gradient for name, gradient in gradients.items()}
 
 
 def _packed(product: Tensor) -> Tensor:
     """Return a product as its fake lies in memory. A rank may be cut out of a padded one."""
     rows_follow = product.stride(0) == product.shape[1]
     return product if rows_follow else product.clone(memory_format=torch.contiguous_format)
-
-
-def _core_gradients(dC: Tensor, parts: Parts, gamma: Tensor, needs: Needs) -> dict[str, Tensor]:
-    """Return dG[:,:,k] = Σ_g γ_gk dC_g and dγ_gk = ⟨G[:,:,k], dC_g⟩ by name."""
-    G = parts.G
-    assert G is not None
-    groups, rank, tasks = dC.shape[0], G.shape[0], G.shape[2]
-    flat = dC.reshape(groups, rank * rank)
-    gradients = {}
-    if needs.G:
-        gradients["G"] = (flat.t() @ gamma.to(flat.dtype)).view(rank, rank, tasks).to(G.dtype)
-    if needs.gamma:
-        gradients["gamma"] = (flat @ G.reshape(rank * rank, tasks).to(flat.dtype)).to(gamma.dtype)
-    return gradients
 
 
 def varying_dims(gamma: Tensor) -> int:
@@ -201,32 +203,46 @@ class RowProducts:
 
     def inward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return s and t of x [*, D], in the type of the sums."""
-        assert self.parts.B is not None
-        s = self._times(x, self.parts.B)
-        return s, s if self.core is None else s @ self.core.mT.to(s.dtype)
+        return self._shrink(x, self.parts.B, transposed=False)
 
     def outward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Return u and ds of dy [*, N], in the type of the sums."""
-        assert self.parts.A is not None
-        u = self._times(dy, self.parts.A)
-        return u, u if self.core is None else u @ self.core.to(u.dtype)
+        return self._shrink(dy, self.parts.A, transposed=True)
 
-    def _times(self, rows: Tensor, factor: Tensor) -> Tensor:
-        s = rows.reshape(*self.shape, rows.shape[-1]) @ factor.to(rows.dtype)
-        return s.to(self.wide)
+    def _shrink(self, rows: Tensor, factor: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        assert factor is not None
+        s = converted(rows.reshape(*self.shape, rows.shape[-1]) @ converted(factor, rows.dtype), self.wide)
+        return s, s if self.core is None else s @ converted(self.core if transposed else self.core.mT, s.dtype)
 
     def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
         """Return dA = dyᵀ·t of dy and t, or dB of x and ds."""
         flat = rows.reshape(self.count, rows.shape[-1])
-        return flat.t() @ t.to(rows.dtype).reshape(self.count, t.shape[-1])
+        return flat.t() @ converted(t, rows.dtype).reshape(self.count, t.shape[-1])
 
     def core_gradients(self, u: Tensor, s: Tensor, needs: Needs) -> dict[str, Tensor]:
         """Return dG and dγ by name, as far as they are needed."""
-        dC = u.mT @ s
-        if not self.parts.per_row:
-            return gradients_of_core(dC, self.parts, needs)
-        assert self.parts.gamma is not None and self.groups is not None
-        gradients = _core_gradients(dC, self.parts, self.groups, needs)
-        if needs.gamma:
+        gradients = gradients_of_core(u.mT @ s, self.parts, needs, self.groups if self.parts.per_row else None)
+        if needs.gamma and self.parts.per_row:
+            assert self.parts.gamma is not None
             gradients["gamma"] = ungroup(gradients["gamma"], self.lead, self.parts.gamma)
         return gradients
+
+    def gradients(
+        self, dy: Tensor, x: Tensor | None, needs: Needs, need_ds: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the gradients of the low-rank term by name, and ds where anything needs it."""
+        gradients: dict[str, Tensor] = {}
+        ds = None
+        if needs.B or needs.core or need_ds:
+            u, ds = self.outward(dy)
+        if needs.low_rank:
+            assert x is not None
+            if needs.P:
+                s, t = self.inward(x)
+            if needs.A:
+                gradients["A"] = self.factor_gradient(dy, t)
+            if ds is not None and needs.B:
+                gradients["B"] = self.factor_gradient(x, ds)
+            if needs.core:
+                gradients |= self.core_gradients(u, s, needs)
+        return gradients, ds

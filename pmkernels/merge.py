@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from pmkernels import strategies
 from pmkernels.autocast import no_autocast, without_autocast
 from pmkernels.checks import check_cached, check_parts, check_tensor
-from pmkernels.low_rank import Needs, Parts, factors, gradients_from_products
+from pmkernels.low_rank import Needs, Parts, gradients_of_weight
 from pmkernels.operators import LEARNED, PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER
 
@@ -80,24 +80,19 @@ def merge_weight(
 
 def _merged(parts: Parts, strategy: str, out: Tensor | None = None) -> Tensor:
     chosen = strategies.pick("merge", strategy, parts.weight, parts)
-    low_rank = factors(parts, parts.core(), by_columns=chosen.kernels)
-    return chosen.merge(parts.weight, parts.task_vectors, parts.lam, low_rank, out)
+    return chosen.merge(parts.terms(parts.core(), by_columns=chosen.kernels), out)
 
 
-def _gradients(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], strategy: str) -> dict[str, Tensor]:
-    """Return the gradients that are ``asked`` for, by name: lam, A, G, B, gamma."""
-    # dW has the shape of the weight that is no longer needed
-    parts, needs = Parts(d_weight, *tensors), Needs(*asked)
+def _gradients(parts: Parts, asked: list[bool], strategy: str) -> dict[str, Tensor]:
+    """Return the gradients that are ``asked`` for, by name: lam, A, G, B, gamma. dW is in the place of ``weight``."""
+    d_weight, needs = parts.weight, Needs(*asked)
     chosen = strategies.pick("merge", strategy, d_weight, parts)
     A, B = parts.A if needs.B else None, parts.B if needs.P else None
+    if parts.lam is not None and parts.lam.dtype == torch.float64:
+        # which then has a gradient in float64
+        d_weight = d_weight.double()
     reduced = chosen.reduce(d_weight, parts.task_vectors if needs.lam else None, A=A, B=B)
-    gradients = gradients_from_products(reduced, parts, parts.core(), needs)
-    return gradients if reduced.d_lam is None else {**gradients, "lam": reduced.d_lam}
-
-
-def _ordered(d_weight: Tensor, tensors: list[Tensor | None], asked: list[bool], strategy: str) -> list[Tensor]:
-    gradients = _gradients(d_weight, tensors, asked, strategy)
-    return in_order(gradients, d_weight, dict(zip(Parts._fields[2:], tensors[1:], strict=True)))
+    return gradients_of_weight(reduced, parts, parts.core(), needs)
 
 
 class _Eager(torch.autograd.Function):
@@ -118,17 +113,14 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[2:7])
         if ctx.strategy == EAGER:
-            gradients = _ordered(d_weight, list(ctx.saved_tensors), needs, EAGER)
-        else:
-            gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
+            # autograd rounds each to the dtype of its tensor
+            by_name = _gradients(Parts(d_weight, *ctx.saved_tensors), needs, EAGER)
+            return None, None, *(by_name.get(name) for name in Parts._fields[2:]), None, None
+        gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
         return None, None, *wanted(gradients, needs), None, None
 
 
-def _fake_merged(weight: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@operator("merge_weight", f"({PARTS}, str strategy) -> Tensor", fake=_fake_merged)
+@operator("merge_weight", f"({PARTS}, str strategy) -> Tensor", fake=lambda weight, *_: torch.empty_like(weight))
 def merge_operator(*rest: Any) -> Tensor:
     """Return W(γ) in a new tensor like ``weight``."""
     *tensors, strategy = rest
@@ -136,12 +128,7 @@ def merge_operator(*rest: Any) -> Tensor:
         return _merged(Parts(*tensors).contiguous(), strategy)
 
 
-@operator(
-    "merge_weight_out",
-    f"({PARTS}, Tensor(a!) out, str strategy) -> ()",
-    fake=lambda *_: None,
-    mutates=("out",),
-)
+@operator("merge_weight_out", f"({PARTS}, Tensor(a!) out, str strategy) -> ()", fake=lambda *_: None, mutates=("out",))
 def merge_out_operator(*rest: Any) -> None:
     """Write W(γ) into ``out``."""
     *tensors, out, strategy = rest
@@ -149,29 +136,20 @@ def merge_out_operator(*rest: Any) -> None:
         _merged(Parts(*tensors).contiguous(), strategy, out)
 
 
-def _fake_gradients(d_weight: Tensor, _: Tensor | None, *rest: Any) -> list[Tensor]:
-    *tensors, needs, _strategy = rest
-    return fakes(needs, tensors, d_weight)
-
-
 @operator(
     "merge_weight_backward",
     f"(Tensor d_weight, {LEARNED}, bool[] needs, str strategy) -> Tensor[]",
-    fake=_fake_gradients,
+    fake=lambda d_weight, _, *rest: fakes(rest[-2], rest[:-2], d_weight),
 )
 def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
     """Return the gradients from lam to gamma that ``needs`` asks for, empty tensors for others."""
     *tensors, needs, strategy = rest
     with torch.cuda.device_of(d_weight):
-        return _ordered(d_weight, tensors, needs, strategy)
+        gradients = _gradients(Parts(d_weight, *tensors), needs, strategy)
+    return in_order(gradients, d_weight, dict(zip(Parts._fields[2:], tensors[1:], strict=True)))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *tensors, ctx.strategy = inputs
-    ctx.save_for_backward(*tensors)
-
-
-@differentiable(merge_operator, save=_save)
+@differentiable(merge_operator, keep=lambda _, inputs, merged: inputs[1:-1])
 def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[2:7])
     gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)

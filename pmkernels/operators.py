@@ -37,9 +37,20 @@ def operator(name: str, schema: str, *, fake: Fake, mutates: Sequence[str] = ())
 
 
 def differentiable(
-    made: Any, *, save: Callable[[Any, tuple[Any, ...], Any], None]
+    made: Any, *, keep: Callable[[Any, tuple[Any, ...], Any], Sequence[Tensor | None]]
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function(ctx, gradient, …) the backward of an operator; ``save`` keeps what it needs."""
+    """Make a function(ctx, gradient, …) the backward of an operator.
+
+    ``keep``(ctx, inputs, output) gives the tensors that it needs; of several outputs the first alone has a gradient. A
+    strategy is the last of the inputs, and is ``ctx.strategy`` there.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        if isinstance(inputs[-1], str):
+            ctx.strategy = inputs[-1]
+        ctx.save_for_backward(*keep(ctx, inputs, output))
 
     def register(backward: Callable[..., Any]) -> Any:
         made.register_autograd(without_autocast(backward), setup_context=save)
@@ -61,11 +72,14 @@ def in_order(
 def fakes(needs: Sequence[bool], tensors: Sequence[Tensor | None], placeholder: Tensor) -> list[Tensor]:
     """Return fakes of the gradients asked for: contiguous, like their tensors."""
     return [
-        placeholder.new_empty(0)
-        if not need or tensor is None
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        placeholder.new_empty(0) if not need or tensor is None else contiguous_like(tensor)
         for need, tensor in zip(needs, tensors, strict=True)
     ]
+
+
+def contiguous_like(tensor: Tensor, *_: Any) -> Tensor:
+    """Return a fake of its shape, dtype and device, contiguous."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

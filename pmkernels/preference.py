@@ -1,6 +1,4 @@
-"""preference_linear: a folded layer at a preference per row, for inference.
-
-Its price is about that of the plain layer.
+"""preference_linear: a folded layer at a preference per row, for inference, at about the price of the plain layer.
 
 A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·Bᵀx. With W and A side by side in one matrix
 (:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, whose sum has the low-rank part in
@@ -21,7 +19,7 @@ from pmkernels.launch import padded_rank
 from pmkernels.low_rank import groups_of
 from pmkernels.operators import operator
 from pmkernels.reference import accumulate_dtype, preference_core
-from pmkernels.strategies import EAGER
+from pmkernels.strategies import AUTO, EAGER
 
 
 def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
@@ -37,10 +35,8 @@ def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: not two matrices of that many rows on one device.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    for name, value in (("weight", weight), ("A", A)):
-        check_tensor(name, value, weight.device)
+    check_tensor("weight", weight)
+    check_tensor("A", A, weight.device)
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
     (n, d), rank = weight.shape, A.shape[-1] if A.ndim else 0
@@ -86,8 +82,7 @@ def preference_linear(
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or strategy, or a gradient is wanted.
     """
-    if not isinstance(wide, Tensor):
-        raise TypeError(f"wide: expected a tensor, got {type(wide).__name__}")
+    check_tensor("wide", wide)
     given = {"x": x, "wide": wide, "G": G, "B": B, "gamma": gamma}
     for name, value in (given if bias is None else {**given, "bias": bias}).items():
         check_tensor(name, value, wide.device, learned=name in ("G", "gamma"))
@@ -96,8 +91,7 @@ def preference_linear(
         if torch.is_grad_enabled() and value.requires_grad:
             raise ValueError(f"{name}: expected no gradient to be wanted (pareto_linear has one), got requires_grad")
     _check_shapes(x, wide, G, B, gamma, bias)
-    tensors = {**given, "A": B, "task_vectors": None}
-    chosen = strategies.resolve(strategy, tensors, x.device, own="preference")
+    chosen = strategies.resolve(strategy, {**given, "A": B}, x.device, own="preference")
     with no_autocast(x.device.type):
         y: Tensor = preference_operator(x, wide, G, B, gamma, bias, chosen)
         return y
@@ -127,26 +121,23 @@ def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, 
         raise ValueError(f"bias: expected shape [{wide.shape[0]}], got {list(bias.shape)}")
 
 
-def _fake_y(x: Tensor, wide: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], wide.shape[0]))
-
-
 @operator(
     "preference_linear",
     "(Tensor x, Tensor wide, Tensor G, Tensor B, Tensor gamma, Tensor? bias, str strategy) -> Tensor",
-    fake=_fake_y,
+    fake=lambda x, wide, *_: x.new_empty((*x.shape[:-1], wide.shape[0])),
 )
 def preference_operator(
     x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None, strategy: str
 ) -> Tensor:
-    """Compute y by a strategy.
-
-    So is the eager form: it has no backward, and needs the operator's rule for vmap.
-    """
+    """Compute y by a strategy. So is the eager form: without a backward, it needs the operator's rule for vmap."""
     if strategy == EAGER:
         return _eager(x, wide, G, B, gamma, bias)
     (d, rank), rows = B.shape, math.prod(x.shape[:-1])
-    chosen = strategies.choose("preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0)
+    tensors = {"x": x, "wide": wide, "G": G, "B": B, "gamma": gamma, "A": B}
+    case = strategies.case_of(tensors, x.device, asked=strategy != AUTO)
+    chosen = strategies.choose(
+        "preference", strategy, x, rows=rows, n=wide.shape[0], d=d, rank=rank, tasks=0, case=case
+    )
     compute = strategies.TABLE[chosen].preference
     assert compute is not None
     groups = groups_of(gamma, x.shape[:-1]).contiguous()
@@ -178,18 +169,9 @@ def _mixed(s: Tensor, G: Tensor, gamma: Tensor) -> Tensor:
     return torch.bmm(s.to(dtype).view(groups, each, rank), C.transpose(1, 2)).view(s.shape)
 
 
-def _over_preferences(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    x: Tensor,
-    wide: Tensor,
-    G: Tensor,
-    B: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None,
-    strategy: str,
-) -> tuple[Tensor, int]:
+def _over_preferences(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
     """Compute y under vmap over x, γ or both."""
+    x, wide, G, B, gamma, bias, strategy = inputs
     x_dim, *others, gamma_dim, bias_dim, _ = in_dims
     if any(dim is not None for dim in (*others, bias_dim)):
         raise ValueError("preference_linear: expected vmap over x and gamma alone, got another argument")

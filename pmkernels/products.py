@@ -4,107 +4,104 @@ With dW = dyᵀx, every parameter gradient is a reduction of dW (the notation of
 
     dx = dy·W(γ)    dλ_k = ⟨dW, τ_k⟩    P = dW·B    Q = dWᵀ·A    dA = P·Cᵀ    dB = Q·C    dC = AᵀP    dG[:,:,k] = γ_k dC
 
-so a backward holds at most one layer's dW at a time and keeps none. The functions of the first half are plain PyTorch
-on any device; those named after ``scratch`` let a kernel put W together, or reduce dW.
+so a backward holds at most one layer's dW at a time and keeps none. All is plain PyTorch on any device, but that
+``by_kernel`` a kernel puts W together, or reduces dW.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pmkernels.launch import HAS_TRITON
-from pmkernels.low_rank import Factors, WeightGradients
-from pmkernels.reference import accumulate_dtype
+from pmkernels.low_rank import Factors, Terms, WeightGradients
+from pmkernels.reference import accumulate_dtype, converted
 
 if HAS_TRITON:
     from pmkernels.kernels.merge import merge_weight
     from pmkernels.kernels.weight_grad import weight_grad_of_merge
 
 
-def assemble(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    low_rank: Factors | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def assemble(terms: Terms, dtype: torch.dtype) -> Tensor:
     """Return W0 + Σ λ_k τ_k + left·rightᵀ, summed in float32 (float64) and rounded once."""
+    weight, task_vectors, lam, low_rank = terms
     accumulate = accumulate_dtype(weight, lam)
     if task_vectors is None or lam is None:
         if low_rank is None and weight.dtype == dtype:
             return weight
-        merged = weight.to(accumulate)
+        merged = converted(weight, accumulate)
     elif weight.dtype == accumulate and task_vectors.dtype == accumulate:
         # one pass over W0 and the task vectors
         flat = task_vectors.reshape(task_vectors.shape[0], weight.numel())
         merged = torch.empty(weight.shape, dtype=accumulate, device=weight.device)
         # into a tensor that is nobody's view: a merged parameter may be written into (nn.Embedding's max_norm)
-        torch.addmv(weight.reshape(-1), flat.t(), lam.to(accumulate), out=merged.view(-1))
+        torch.addmv(weight.reshape(-1), flat.t(), converted(lam, accumulate), out=merged.view(-1))
     else:
         # one task vector at a time: never K of them in float32
-        merged = weight.to(accumulate)
+        merged = converted(weight, accumulate)
         for k in range(task_vectors.shape[0]):
             merged = torch.addcmul(merged, task_vectors[k].to(accumulate), lam[k].to(accumulate))
     if low_rank is not None:
         left, right = low_rank
-        merged = torch.addmm(merged, left.to(accumulate), right.to(accumulate).t())
+        merged = torch.addmm(merged, converted(left, accumulate), converted(right, accumulate).t())
     # PyTorch 2.11 compiles a result that is a conversion to its own dtype into one without a gradient
-    return merged if merged.dtype == dtype else merged.to(dtype)
+    return converted(merged, dtype)
 
 
-def merge(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    low_rank: Factors | None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return W like ``weight``, in a new tensor or in ``out``."""
-    merged = assemble(weight, task_vectors, lam, low_rank, weight.dtype)
+def scratch(terms: Terms, dtype: torch.dtype) -> Tensor:
+    """Return what :func:`assemble` does, by one kernel."""
+    weight, task_vectors, _, low_rank = terms
+    if low_rank is None and task_vectors is None and weight.dtype == dtype:
+        return weight
+    return merge_weight(terms, torch.empty_like(weight, dtype=dtype))
+
+
+def merge(terms: Terms, out: Tensor | None = None) -> Tensor:
+    """Return W like W0, in a new tensor or in ``out``."""
+    merged = assemble(terms, terms.weight.dtype)
     if out is not None:
         return out.copy_(merged)
-    return merged.clone() if merged is weight else merged
+    return merged.clone() if merged is terms.weight else merged
+
+
+def merge_by_kernel(terms: Terms, out: Tensor | None = None) -> Tensor:
+    """Return what :func:`merge` does, by one kernel."""
+    return merge_weight(terms, torch.empty_like(terms.weight) if out is None else out)
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: Factors | None = None,
-    start: Factors | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, terms: Terms, *, start: Factors | None = None, bias: Tensor | None = None, by_kernel: bool = False
 ) -> Tensor:
-    """Return x·Wᵀ + b; ``start`` = (t, A) adds t·Aᵀ."""
-    merged = assemble(weight, task_vectors, lam, low_rank, x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    if start is None:
-        return F.linear(x, merged, bias)
+    """Return x·Wᵀ + b; ``start`` = (t, A) adds t·Aᵀ. ``by_kernel``: W is merged by one, t·Aᵀ added in place."""
+    merged = (scratch if by_kernel else assemble)(terms, x.dtype)
+    bias = None if bias is None else converted(bias, x.dtype)
+    if start is None or by_kernel:
+        return _add_in_place(F.linear(x, merged, bias), start)
     rows = x.reshape(*start[0].shape[:-1], x.shape[-1])
-    return _with(F.linear(rows, merged, bias), start).view(*x.shape[:-1], weight.shape[0])
+    return _with(F.linear(rows, merged, bias), start).view(*x.shape[:-1], merged.shape[0])
+
+
+def dx(dy: Tensor, terms: Terms, *, start: Factors | None = None, by_kernel: bool = False) -> Tensor:
+    """Return dy·W; ``start`` = (ds, B) adds ds·Bᵀ. ``by_kernel`` as in :func:`forward`."""
+    merged = (scratch if by_kernel else assemble)(terms, dy.dtype)
+    if by_kernel:
+        return _add_in_place(dy @ merged, start)
+    lead = (math.prod(dy.shape[:-1]),) if start is None else start[0].shape[:-1]
+    return _with(dy.reshape(*lead, dy.shape[-1]) @ merged, start).view(*dy.shape[:-1], merged.shape[1])
 
 
 def _with(y: Tensor, start: Factors | None) -> Tensor:
-    return y if start is None else y + start[0].to(y.dtype) @ start[1].to(y.dtype).t()
+    return y if start is None else y + converted(start[0], y.dtype) @ converted(start[1], y.dtype).t()
 
 
-def dx(
-    dy: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: Factors | None = None,
-    start: Factors | None = None,
-) -> Tensor:
-    """Return dy·W; ``start`` = (ds, B) adds ds·Bᵀ."""
-    merged = assemble(weight, task_vectors, lam, low_rank, dy.dtype)
-    lead = (math.prod(dy.shape[:-1]),) if start is None else start[0].shape[:-1]
-    return _with(dy.reshape(*lead, dy.shape[-1]) @ merged, start).view(*dy.shape[:-1], weight.shape[1])
+def _add_in_place(y: Tensor, start: Factors | None) -> Tensor:
+    if start is not None:
+        t, factor = start
+        count = math.prod(t.shape[:-1])
+        rows = y.view(count, y.shape[-1])
+        rows.addmm_(t.to(y.dtype).reshape(count, t.shape[-1]), factor.to(y.dtype).t())
+    return y
 
 
 def dense_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -121,10 +118,17 @@ def column_sums(dy: Tensor) -> Tensor:
 
 
 def weight_gradients(
-    dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None, need_bias: bool = False
+    dy: Tensor,
+    x: Tensor,
+    task_vectors: Tensor | None,
+    *,
+    A: Tensor | None,
+    B: Tensor | None,
+    need_bias: bool = False,
+    by_kernel: bool = False,
 ) -> WeightGradients:
-    """Return dλ, P and Q from one layer's dW in memory, and db."""
-    reduced = reductions(dense_gradient(dy, x), task_vectors, A=A, B=B)
+    """Return dλ, P and Q from one layer's dW in memory, and db. ``by_kernel``: dW is reduced by one."""
+    reduced = (weight_grad_of_merge if by_kernel else reductions)(dense_gradient(dy, x), task_vectors, A=A, B=B)
     return reduced._replace(d_bias=column_sums(dy)) if need_bias else reduced
 
 
@@ -133,81 +137,17 @@ def reductions(d_weight: Tensor, task_vectors: Tensor | None, *, A: Tensor | Non
     d_lam = None if task_vectors is None else _on_task_vectors(d_weight, task_vectors)
     if A is None and B is None:
         return WeightGradients(d_lam)
-    wide = d_weight.to(accumulate_dtype(d_weight, A, B))
-    P = None if B is None else wide @ B.to(wide.dtype)
-    Q = None if A is None else wide.t() @ A.to(wide.dtype)
+    wide = converted(d_weight, accumulate_dtype(d_weight, A, B))
+    P = None if B is None else wide @ converted(B, wide.dtype)
+    Q = None if A is None else wide.t() @ converted(A, wide.dtype)
     return WeightGradients(d_lam, P, Q)
 
 
 def _on_task_vectors(d_weight: Tensor, task_vectors: Tensor) -> Tensor:
-    flat = d_weight.to(accumulate_dtype(d_weight)).reshape(-1)
+    flat = converted(d_weight, accumulate_dtype(d_weight)).reshape(-1)
     tasks = task_vectors.shape[0]
     if not tasks:
         return flat.new_zeros(0)
     if task_vectors.dtype == flat.dtype:
         return torch.mv(task_vectors.reshape(tasks, flat.numel()), flat)
     return torch.stack([torch.dot(tau.reshape(-1).to(flat.dtype), flat) for tau in task_vectors])
-
-
-def scratch(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    low_rank: Factors | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return W in a new tensor of ``dtype``, or ``weight`` where that is W."""
-    if low_rank is None and task_vectors is None and weight.dtype == dtype:
-        return weight
-    return merge_weight(weight, task_vectors, lam, low_rank, torch.empty_like(weight, dtype=dtype))
-
-
-def merge_by_kernel(
-    weight: Tensor, task_vectors: Tensor | None, lam: Tensor | None, low_rank: Factors | None, out: Tensor | None = None
-) -> Tensor:
-    """Return W like ``weight``, in a new tensor or in ``out``, by one kernel."""
-    return merge_weight(weight, task_vectors, lam, low_rank, torch.empty_like(weight) if out is None else out)
-
-
-def forward_of_scratch(
-    x: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: Factors | None = None,
-    start: Factors | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return x·Wᵀ + b by the library's product. ``start`` = (t, A) adds t·Aᵀ in place."""
-    merged = scratch(weight, task_vectors, lam, low_rank, x.dtype)
-    return _add_in_place(F.linear(x, merged, None if bias is None else bias.to(x.dtype)), start)
-
-
-def dx_of_scratch(
-    dy: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: Factors | None = None,
-    start: Factors | None = None,
-) -> Tensor:
-    """Return dy·W by the library's product. ``start`` = (ds, B) adds ds·Bᵀ in place."""
-    return _add_in_place(dy @ scratch(weight, task_vectors, lam, low_rank, dy.dtype), start)
-
-
-def _add_in_place(y: Tensor, start: Factors | None) -> Tensor:
-    if start is not None:
-        t, factor = start
-        count = math.prod(t.shape[:-1])
-        rows = y.view(count, y.shape[-1])
-        rows.addmm_(t.to(y.dtype).reshape(count, t.shape[-1]), factor.to(y.dtype).t())
-    return y
-
-
-def weight_gradients_of_scratch(dy: Tensor, x: Tensor, task_vectors: Tensor | None, **wanted: Any) -> WeightGradients:
-    """Return what :func:`weight_gradients` does, dW being reduced by a kernel."""
-    need_bias = wanted.pop("need_bias", False)
-    reduced = weight_grad_of_merge(dense_gradient(dy, x), task_vectors, **wanted)
-    return reduced._replace(d_bias=column_sums(dy)) if need_bias else reduced

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
 from pmkernels.autocast import no_autocast, without_autocast
-from pmkernels.checks import check_tensor
+from pmkernels.checks import check_frozen, check_tensor
 from pmkernels.launch import HAS_TRITON
 from pmkernels.operators import differentiable, operator
 from pmkernels.strategies import EAGER
@@ -31,16 +31,13 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
     """
-    if not isinstance(task_vectors, Tensor):
-        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
+    check_tensor("task_vectors", task_vectors)
     device = task_vectors.device
-    check_tensor("task_vectors", task_vectors, device)
     for name, value in (("A", A), ("B", B)):
         check_tensor(name, value, device, learned=True)
     if task_vectors.ndim != 3:
         raise ValueError(f"task_vectors: expected shape [K, out, in], got {list(task_vectors.shape)}")
-    if task_vectors.requires_grad:
-        raise ValueError("task_vectors: expected requires_grad=False (it is frozen), got requires_grad=True")
+    check_frozen(task_vectors=task_vectors)
     _, n, d = task_vectors.shape
     if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
         raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
@@ -98,14 +95,10 @@ def projection_operator(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
         return A.t() @ right, right
 
 
-def _fake_gradients(grad: Tensor, task_vectors: Tensor, A: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    return A.new_empty(A.shape), A.new_empty(task_vectors.shape[2], right.shape[2])
-
-
 @operator(
     "project_task_vectors_backward",
     "(Tensor grad, Tensor task_vectors, Tensor A, Tensor right) -> (Tensor, Tensor)",
-    fake=_fake_gradients,
+    fake=lambda grad, taus, A, right: (A.new_empty(A.shape), A.new_empty(taus.shape[2], right.shape[2])),
 )
 def projection_backward_operator(grad: Tensor, task_vectors: Tensor, A: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return dA = Σ_k τ_kB·dT_kᵀ and dB = Σ_k τ_kᵀA·dT_k."""
@@ -115,12 +108,6 @@ def projection_backward_operator(grad: Tensor, task_vectors: Tensor, A: Tensor, 
         return dA.contiguous(), dB.contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    task_vectors, A, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(task_vectors, A, output[1])
-
-
-@differentiable(projection_operator, save=_save)
+@differentiable(projection_operator, keep=lambda _, inputs, output: (*inputs[:2], output[1]))
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return None, *projection_backward_operator(grad, *ctx.saved_tensors)

@@ -20,11 +20,16 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in ``dtype``. One that is has no operator called: small layers would notice."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def preference_core(G: Tensor, gamma: Tensor) -> Tensor:
     """Return C(γ) = Σ_k γ_k G[:, :, k] [*, R, R] of gamma [*, K]."""
     dtype = accumulate_dtype(G, gamma)
     if gamma.ndim == 1:
-        return G.to(dtype) @ gamma.to(dtype)
+        return converted(G, dtype) @ converted(gamma, dtype)
     return torch.einsum("ijk,...k->...ij", G.to(dtype), gamma.to(dtype))
 
 

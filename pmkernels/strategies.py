@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmkernels import costs, dispatch, launch, products
+from pmkernels import configs, costs, dispatch, launch, products
 from pmkernels.configs import Configs
 from pmkernels.low_rank import Parts, RowProducts, WeightGradients
 
@@ -48,16 +48,14 @@ Cost = Callable[[str, costs.Problem, str, costs.Rates], list[costs.Pass] | None]
 
 @dataclass(frozen=True, eq=False)
 class Strategy:
-    """One way of computing a layer y = x·Wᵀ + b.
-
-    W is W0 + Σ_k λ_k τ_k + left·rightᵀ.
+    """One way of computing a layer y = x·Wᵀ + b, W = W0 + Σ_k λ_k τ_k + left·rightᵀ.
 
     - ``supports``(case): the error to raise for a case it cannot do, None if it can.
-    - ``forward``(x, W0, τ, λ, low_rank=, start=, bias=) -> y. low_rank is (left [N, R], right [D, R]) or None, and
-      start = (t, A) adds t·Aᵀ.
-    - ``dx``(dy, W0, τ, λ, low_rank=, start=) -> dy·W, start = (ds, B).
+    - ``forward``(x, terms, start=, bias=) -> y. W is made of :class:`~pmkernels.low_rank.Terms`; start = (t, A) adds
+      t·Aᵀ.
+    - ``dx``(dy, terms, start=) -> dy·W, start = (ds, B).
     - ``weight_grad``(dy, x, τ, A=, B=, need_bias=) -> :class:`~pmkernels.low_rank.WeightGradients` of dW = dyᵀx.
-    - ``merge``(W0, τ, λ, low_rank, out) -> W like W0, in ``out`` where that is given.
+    - ``merge``(terms, out) -> W like W0, in ``out`` where that is given.
     - ``cost``(operation, problem, file, rates): the kernels counted; None: taken where nothing else can be.
     - ``rows``: the low-rank term's products with rows. ``reduce``(dW, τ, A=, B=): of a dW that is there.
     - ``preference``(x, wide, G, B, γ by group, bias): of :func:`pmkernels.preference_linear`; None: it has none.
@@ -79,7 +77,7 @@ class Strategy:
     kernels: bool = False
 
 
-TABLE: dict[str, Strategy] = {}
+TABLE: dict[str, Strategy] = configs.TABLE
 
 
 def register(strategy: Strategy) -> Strategy:
@@ -124,14 +122,15 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
     Raises:
         ValueError, TypeError: an unknown strategy, or one that was asked for and cannot do this.
     """
-    if strategy != AUTO and strategy not in TABLE:
-        raise ValueError(f"strategy: expected one of {', '.join(names())}, got {strategy!r}")
-    if strategy == EAGER:
-        return EAGER
     meant = strategy if strategy != AUTO else dispatch.in_force().auto or AUTO
+    if meant != AUTO and meant not in TABLE:
+        raise ValueError(f"strategy: expected one of {', '.join(names())}, got {meant!r}")
+    if meant == EAGER or (meant == AUTO and not dispatch.as_on_a_gpu(device) and len(TABLE) < len(STRATEGIES)):
+        # off the GPU auto is eager, unless one of the user's own can do it
+        return EAGER
     if own is not None and meant not in (AUTO, EAGER) and not getattr(TABLE[meant], own):
         meant = AUTO
-    case = _case(tensors, device, asked=meant != AUTO)
+    case = case_of(tensors, device, asked=meant != AUTO)
     if meant == AUTO:
         others = (s for s in tuple(TABLE.values()) if s.name != EAGER and (own is None or getattr(s, own)))
         return AUTO if any(s.supports(case) is None for s in others) else EAGER
@@ -141,7 +140,8 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
     return meant if error is None else EAGER
 
 
-def _case(tensors: Mapping[str, Tensor | None], device: torch.device, *, asked: bool) -> Case:
+def case_of(tensors: Mapping[str, Tensor | None], device: torch.device, *, asked: bool) -> Case:
+    """Return the case of a call with these tensors, by argument."""
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
     task_vectors, A, G = (tensors.get(name) for name in ("task_vectors", "A", "G"))
     tasks = task_vectors.shape[0] if task_vectors is not None else 0 if G is None else G.shape[2]
@@ -159,58 +159,56 @@ def choose(
     rank: int,
     tasks: int,
     per_row: bool = False,
+    case: Case | None = None,
 ) -> str:
     """Return the strategy of one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer [n, d].
 
     A strategy other than ``auto`` is taken where it supports the operation. Otherwise it is what was measured on this
     GPU at the nearest number of rows, where a tuned configuration file has this layer, else the cheapest by
-    :mod:`pmkernels.costs`.
+    :mod:`pmkernels.costs`. ``case``: what is to be supported; None: x of this dtype, asked for by name.
     """
-    if strategy != AUTO:
-        case = Case(like.device, {"x": like.dtype}, tasks, rank, operation)
-        if TABLE[strategy].supports(case) is None:
-            return strategy
+    case = (case or Case(like.device, {"x": like.dtype}, tasks, rank))._replace(operation=operation)
+    if strategy != AUTO and TABLE[strategy].supports(case) is None:
+        return strategy
     kind = launch.precision_kind(like.dtype)
     problem = costs.Problem(rows=rows, n=n, d=d, tasks=tasks, rank=rank, kind=kind, per_row=per_row)
-    file = dispatch.gpu_file(like.device)
-    return _cheapest(dispatch.in_force(), file, like.device, like.dtype, operation, problem)
+    known = (s for s in tuple(TABLE.values()) if operation != "preference" or s.preference is not None)
+    able = tuple(s.name for s in known if s.supports(case) is None) or (EAGER,)
+    return _cheapest(dispatch.in_force(), dispatch.gpu_file(like.device), like.device, able, operation, problem)
 
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(
-    configs: Configs, file: str, device: torch.device, dtype: torch.dtype, operation: str, problem: costs.Problem
+    configs: Configs, file: str, device: torch.device, able: tuple[str, ...], operation: str, problem: costs.Problem
 ) -> str:
-    case = Case(device, {"x": dtype}, problem.tasks, problem.rank, operation)
-    able = [s for s in tuple(TABLE.values()) if s.supports(case) is None]
-    if operation == "preference":
-        able = [s for s in able if s.preference is not None] or [TABLE[EAGER]]
     measured = [
         choice
         for choice in configs.choices(file)
         if (choice.op, choice.dtype, choice.n, choice.d, choice.tasks, choice.rank)
         == (operation, problem.kind, problem.n, problem.d, problem.tasks, problem.rank)
-        and choice.best in (s.name for s in able)
+        and choice.best in able
     ]
     if measured and not problem.per_row:
         return min(measured, key=lambda c: abs(math.log2(c.rows) - math.log2(max(problem.rows, 1)))).best
     gpu = dispatch.rates(file, device)
 
-    def seconds(strategy: Strategy) -> float:
-        passes = strategy.cost(operation, problem, file, gpu)
+    def seconds(name: str) -> float:
+        passes = TABLE[name].cost(operation, problem, file, gpu)
         return math.inf if passes is None else costs.seconds(passes, gpu, problem.kind)
 
-    return min(able, key=seconds).name
+    return min(able, key=seconds)
 
 
-def pick(operation: str, strategy: str, like: Tensor, parts: Parts) -> Strategy:
-    """Return the strategy of an operation of a layer, for rows like x or dy."""
+def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Tensor | None) -> Strategy:
+    """Return the strategy of an operation of a layer, for rows like x or dy and ``others`` of its tensors."""
     if strategy == EAGER:
         return TABLE[EAGER]
-    weight = parts.weight
+    weight, per_row = parts.weight, parts.per_row
     n = weight.shape[0] if weight.ndim else 1
     rows, d = math.prod(like.shape[:-1]), weight.numel() // max(n, 1)
+    case = case_of({"x": like, **parts._asdict(), **others}, like.device, asked=strategy != AUTO)
     size = {"rows": rows, "n": n, "d": d, "rank": parts.rank, "tasks": parts.tasks}
-    return TABLE[choose(operation, strategy, like, **size, per_row=parts.per_row)]
+    return TABLE[choose(operation, strategy, like, **size, per_row=per_row, case=case)]
 
 
 def predicted_seconds(
@@ -232,16 +230,11 @@ def predicted_passes(
     return TABLE[strategy].cost(operation, problem, file, gpu) or []
 
 
-_OFF_THE_GPU = ValueError("strategy: expected 'eager' or 'auto' off the GPU")
-
-
 def _supported_by_kernels(case: Case) -> Exception | None:
     if not launch.HAS_TRITON:
         return ValueError("strategy: expected 'eager' or 'auto', because triton is not installed")
-    if not case.asked and not dispatch.as_on_a_gpu(case.device):
-        # nobody is told, and auto asks often
-        return _OFF_THE_GPU
-    if not dispatch.runs_kernels(case.device):
+    can_run = dispatch.runs_kernels if case.asked else dispatch.as_on_a_gpu
+    if not can_run(case.device):
         return ValueError(
             "strategy: expected 'eager' or 'auto' for tensors that are not on a CUDA GPU "
             f"(TRITON_INTERPRET=1, set before the start, interprets kernels on the CPU), got device {case.device}"
@@ -300,33 +293,20 @@ def _absent(*_: Any, **__: Any) -> Any:
 if launch.HAS_TRITON:
     from pmkernels.kernels import linear, low_rank, preference, weight_grad
 
-    _FUSED = linear.linear_fwd, linear.linear_bwd_x, weight_grad.weight_grad, products.merge_by_kernel
-    _STREAMED = (
-        products.forward_of_scratch,
-        products.dx_of_scratch,
-        products.weight_gradients_of_scratch,
-        products.merge_by_kernel,
-    )
+    _FUSED = linear.linear_fwd, linear.linear_bwd_x, weight_grad.weight_grad
     _PREFERENCE = preference.preference_linear, preference.preference_linear_of_wide
-    _KERNELS: tuple[Any, Any] = low_rank.KernelRowProducts, weight_grad.weight_grad_of_merge
+    _KERNELS: dict[str, Any] = {"rows": low_rank.KernelRowProducts, "reduce": weight_grad.weight_grad_of_merge}
 else:
     # the names are there, and what they answer is that nothing supports them
-    _FUSED = _STREAMED = (_absent,) * 4
-    _PREFERENCE, _KERNELS = (_absent,) * 2, (RowProducts, _absent)
-register(Strategy(FUSED, _supported_by_kernels, *_FUSED, _cost_of_fused, *_KERNELS, _PREFERENCE[0], kernels=True))
+    _FUSED, _PREFERENCE, _KERNELS = (_absent,) * 3, (_absent,) * 2, {}
+_KERNELS |= {"merge": products.merge_by_kernel, "kernels": True}
+_LIBRARY: tuple[Any, Any, Any] = products.forward, products.dx, products.weight_gradients
+_forward, _dx, _weight_grad = (functools.partial(product, by_kernel=True) for product in _LIBRARY)
+_STREAMED = _forward, _dx, _weight_grad
+register(Strategy(FUSED, _supported_by_kernels, *_FUSED, cost=_cost_of_fused, preference=_PREFERENCE[0], **_KERNELS))
 register(
-    Strategy(STREAMED, _supported_by_streams, *_STREAMED, _cost_of_streamed, *_KERNELS, _PREFERENCE[1], kernels=True)
+    Strategy(STREAMED, _supported_by_streams, *_STREAMED, cost=_cost_of_streamed, preference=_PREFERENCE[1], **_KERNELS)
 )
-register(
-    Strategy(
-        EAGER,
-        lambda case: None,
-        products.forward,
-        products.dx,
-        products.weight_gradients,
-        products.merge,
-        cost=lambda *_: None,
-    )
-)
+register(Strategy(EAGER, lambda case: None, *_LIBRARY, merge=products.merge, cost=lambda *_: None))
 # those that come with the library
 STRATEGIES = names()

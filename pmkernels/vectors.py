@@ -9,9 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
 from pmkernels.autocast import no_autocast, without_autocast
-from pmkernels.checks import check_tensor
+from pmkernels.checks import check_frozen, check_tensor
 from pmkernels.launch import HAS_TRITON
-from pmkernels.operators import differentiable, operator
+from pmkernels.operators import contiguous_like, differentiable, operator
 from pmkernels.reference import accumulate_dtype
 from pmkernels.strategies import EAGER
 
@@ -39,9 +39,7 @@ def merge_vectors(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, naming the argument.
     """
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-    check_tensor("weight", weight, weight.device)
+    check_tensor("weight", weight)
     check_tensor("task_vectors", task_vectors, weight.device)
     check_tensor("lam", lam, weight.device, learned=True)
     if weight.ndim != 1:
@@ -51,9 +49,7 @@ def merge_vectors(
     if lam.ndim != 2 or lam.shape[1] != task_vectors.shape[0]:
         raise ValueError(f"lam: expected shape [L, {task_vectors.shape[0]}], got {list(lam.shape)}")
     _check_offsets(offsets, weight.device, lam.shape[0])
-    for name, value in (("weight", weight), ("task_vectors", task_vectors)):
-        if value.requires_grad:
-            raise ValueError(f"{name}: expected requires_grad=False (it is frozen), got requires_grad=True")
+    check_frozen(weight=weight, task_vectors=task_vectors)
     tensors = {"weight": weight, "task_vectors": task_vectors, "lam": lam}
     chosen = strategies.resolve(strategy, tensors, weight.device, own="kernels")
     with no_autocast(weight.device.type):
@@ -74,10 +70,8 @@ def merge_vectors_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor, 
     Raises:
         TypeError, ValueError: as :func:`merge_vectors`.
     """
-    if not isinstance(task_vectors, Tensor):
-        raise TypeError(f"task_vectors: expected a tensor, got {type(task_vectors).__name__}")
+    check_tensor("task_vectors", task_vectors)
     device = task_vectors.device
-    check_tensor("task_vectors", task_vectors, device)
     check_tensor("grad", grad, device)
     if task_vectors.ndim != 2 or grad.shape != task_vectors.shape[1:]:
         raise ValueError(f"task_vectors: expected shape [K, {grad.numel()}], got {list(task_vectors.shape)}")
@@ -139,12 +133,8 @@ def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack(sums, dim=1).to(accumulate_dtype(grad, task_vectors))
 
 
-def _fake_merged(weight: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
 @operator(
-    "merge_vectors", "(Tensor weight, Tensor task_vectors, Tensor lam, Tensor offsets) -> Tensor", fake=_fake_merged
+    "merge_vectors", "(Tensor weight, Tensor task_vectors, Tensor lam, Tensor offsets) -> Tensor", fake=contiguous_like
 )
 def vectors_operator(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
     """Merge w0 + Σ_k λ_lk τ_k piece by piece."""
@@ -157,22 +147,17 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _fake_gradient(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
-    return grad.new_empty((offsets.shape[0] - 1, task_vectors.shape[0]), dtype=torch.float32)
-
-
-@operator("merge_vectors_backward", "(Tensor grad, Tensor task_vectors, Tensor offsets) -> Tensor", fake=_fake_gradient)
+@operator(
+    "merge_vectors_backward",
+    "(Tensor grad, Tensor task_vectors, Tensor offsets) -> Tensor",
+    fake=lambda grad, taus, offsets: grad.new_empty((offsets.shape[0] - 1, taus.shape[0]), dtype=torch.float32),
+)
 def vectors_backward_operator(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
     """Return dλ [L, K] of the merged [S]."""
     with torch.cuda.device_of(grad):
         return kernels.merge_vectors_bwd(grad, _rows_contiguous(task_vectors), offsets.contiguous())
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, task_vectors, _, offsets = inputs
-    ctx.save_for_backward(task_vectors, offsets)
-
-
-@differentiable(vectors_operator, save=_save)
+@differentiable(vectors_operator, keep=lambda _, inputs, merged: (inputs[1], inputs[3]))
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, vectors_backward_operator(grad, *ctx.saved_tensors), None

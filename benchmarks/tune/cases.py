@@ -19,6 +19,7 @@ from pmkernels.kernels import low_rank as low_rank_kernels
 from pmkernels.kernels import merge as merge_kernels
 from pmkernels.kernels import preference as preference_kernels
 from pmkernels.kernels import weight_grad as weight_grad_kernels
+from pmkernels.low_rank import Terms
 from pmkernels.reference import preference_core
 
 
@@ -104,16 +105,16 @@ def inputs(case: Case, device: torch.device) -> Values:
 
 def run(case: Case, v: Values) -> list[Tensor]:
     """Launch a case with the configuration that dispatch gives it now."""
-    call, weights = case.call, (v["weight"], v["task_vectors"], v["lam"])
-    low_rank = (v["left"], v["B"]) if case.rank and not case.per_row else None
+    call, low_rank = case.call, (v["left"], v["B"]) if case.rank and not case.per_row else None
+    terms = Terms(v["weight"], v["task_vectors"], v["lam"], low_rank)
     if call == "forward":
         start = (v["t"], v["A"]) if case.per_row else None
-        return [linear_kernels.linear_fwd(v["x"], *weights, low_rank=low_rank, start=start, bias=v["bias"])]
+        return [linear_kernels.linear_fwd(v["x"], terms, start=start, bias=v["bias"])]
     if call == "dx":
         start = (v["t"], v["B"]) if case.per_row else None
-        return [linear_kernels.linear_bwd_x(v["dy"], *weights, low_rank=low_rank, start=start)]
+        return [linear_kernels.linear_bwd_x(v["dy"], terms, start=start)]
     if call == "merge":
-        return [merge_kernels.merge_weight(*weights, low_rank, v["out"])]
+        return [merge_kernels.merge_weight(terms, v["out"])]
     if call == "preference":
         served = (v["wide"], v["G"], v["right"], v["gamma"], v["bias"])
         return [preference_kernels.preference_linear(v["x"], *served)]

@@ -8,6 +8,8 @@ Z and S are kept while the maximum moves: when m grows by δ, S becomes e^−δ�
 needs m and log Z apart: their sum would lose log 2 beside a logit of 1e4. A logit of −inf adds nothing (0·log 0 = 0).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -102,13 +104,11 @@ def entropy_bwd_kernel(
         )
 
 
-ENTROPY = Config(num_warps=4)
-
-
-def _blocks(classes: int) -> tuple[int, int]:
-    """Return BLOCK_M and BLOCK_C: 2048 logits at a time, many rows of few classes."""
+def _launch(rows: int, classes: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Return a grid and its constants: 2048 logits at a time, many rows of few classes."""
     block_c = min(max(triton.next_power_of_2(classes), 16), 2048)
-    return 2048 // block_c, block_c
+    config = Config(block_m=2048 // block_c, num_warps=4)
+    return (triton.cdiv(rows, config.block_m),), {"BLOCK_C": block_c, **config.options("BLOCK_M")}
 
 
 def entropy_fwd(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,19 +117,9 @@ def entropy_fwd(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     entropy = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     largest, normaliser = torch.empty_like(entropy), torch.empty_like(entropy)
     if rows.M > 0:
-        block_m, block_c = _blocks(classes)
-        entropy_fwd_kernel[(triton.cdiv(rows.M, block_m),)](
-            rows.tensor,
-            entropy,
-            largest,
-            normaliser,
-            rows.M,
-            classes,
-            *rows.layout,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            **ENTROPY.options,
-        )
+        grid, constants = _launch(rows.M, classes)
+        pointers = rows.tensor, entropy, largest, normaliser
+        entropy_fwd_kernel[grid](*pointers, rows.M, classes, *rows.layout, **constants)
     return entropy, largest, normaliser
 
 
@@ -138,19 +128,7 @@ def entropy_bwd(grad: Tensor, logits: Tensor, entropy: Tensor, largest: Tensor, 
     rows, classes = as_rows(logits), logits.shape[-1]
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.M > 0:
-        block_m, block_c = _blocks(classes)
-        entropy_bwd_kernel[(triton.cdiv(rows.M, block_m),)](
-            grad.contiguous(),
-            rows.tensor,
-            entropy,
-            largest,
-            normaliser,
-            d_logits,
-            rows.M,
-            classes,
-            *rows.layout,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            **ENTROPY.options,
-        )
+        grid, constants = _launch(rows.M, classes)
+        pointers = grad.contiguous(), rows.tensor, entropy, largest, normaliser, d_logits
+        entropy_bwd_kernel[grid](*pointers, rows.M, classes, *rows.layout, **constants)
     return d_logits

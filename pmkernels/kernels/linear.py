@@ -20,6 +20,7 @@ from torch import Tensor
 from pmkernels import dispatch, launch
 from pmkernels.kernels.assembly import weight_tile
 from pmkernels.kernels.rows import as_rows, row_offsets
+from pmkernels.low_rank import Terms
 
 
 @triton.jit
@@ -163,42 +164,21 @@ def sum_splits_kernel(
 def sum_splits(partial: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
     """Add up the parts [splits, M, N] and bias into y, in that order."""
     add = dispatch.config("sum", y, rows=partial.shape[1], rank=0)
-    sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](
-        partial,
-        bias,
-        y,
-        y.numel(),
-        y.shape[-1],
-        partial.shape[0],
-        HAS_BIAS=bias is not None,
-        BLOCK=add.block_d,
-        **add.options,
-    )
+    constants, sizes = {"HAS_BIAS": bias is not None, "BLOCK": add.block_d}, (y.numel(), y.shape[-1], partial.shape[0])
+    sum_splits_kernel[(triton.cdiv(y.numel(), add.block_d),)](partial, bias, y, *sizes, **constants, **add.options())
     return y
 
 
 def linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    start: tuple[Tensor, Tensor] | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, terms: Terms, *, start: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Return y [*, N] of x [*, D] and weight [N, D].
-
-    Longer than 60 lines because the launch names each of the kernel's arguments.
-
-    ``low_rank`` = (left [N, R], right [D, R]) is part of W; ``start`` = (t [M, R], left [N, R]) adds t·leftᵀ to y.
-    """
+    """Return y [*, N] of x [*, D] and the terms of W [N, D]. ``start`` = (t [M, R], left [N, R]) adds t·leftᵀ."""
+    weight, task_vectors, lam, low_rank = terms
     n, d = weight.shape
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows = as_rows(x)
-    tasks = 0 if task_vectors is None else task_vectors.shape[0]
     t, left, right = None, None, None
     if low_rank is not None:
         left, right = low_rank
@@ -212,56 +192,27 @@ def linear_fwd(
     bias = None if bias is None else bias.contiguous()
     target = y if splits == 1 else torch.empty(splits, rows.M, n, dtype=torch.float32, device=x.device)
     linear_fwd_kernel[(tiles, splits)](
-        rows.tensor,
-        weight,
-        task_vectors,
-        lam,
-        left,
-        right,
-        t,
-        bias if splits == 1 else None,
-        target,
-        rows.M,
-        n,
-        d,
-        rank,
-        d_per_split,
+        *(rows.tensor, weight, task_vectors, lam, left, right, t, bias if splits == 1 else None, target),
+        *(rows.M, n, d, rank, d_per_split),
         *rows.layout,
         *weight.stride(),
-        *((0, 0, 0) if task_vectors is None else task_vectors.stride()),
-        *((0, 0) if left is None else left.stride()),
-        *((0, 0) if right is None else right.stride()),
-        K=tasks,
+        *launch.strides(task_vectors, 3),
+        *launch.strides(left, 2),
+        *launch.strides(right, 2),
+        K=0 if task_vectors is None else task_vectors.shape[0],
         LOW_RANK=low_rank is not None,
         PER_ROW=start is not None,
         SPLIT=splits > 1,
         HAS_BIAS=bias is not None and splits == 1,
-        COMPUTE=launch.compute_type(x.dtype),
-        PRECISION=launch.dot_precision(x.dtype),
-        RANK_PRECISION=launch.rank_precision(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        UNROLL=config.unroll,
-        STAGES=config.num_stages,
-        **config.options,
+        **launch.precisions(x.dtype),
+        **config.options("BLOCK_M", "BLOCK_N", "BLOCK_D", "UNROLL", "STAGES"),
     )
     return y if splits == 1 else sum_splits(target, bias, y)
 
 
-def linear_bwd_x(
-    dy: Tensor,
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    *,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    start: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Return dx [*, D] = dy·W of dy [*, N].
-
-    ``low_rank`` as in :func:`linear_fwd`, ``start`` = (ds [M, R], B [D, R]).
-    """
+def linear_bwd_x(dy: Tensor, terms: Terms, *, start: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return dx [*, D] = dy·W of dy [*, N]. ``start`` = (ds [M, R], B [D, R])."""
+    weight, task_vectors, lam, low_rank = terms
     transposed = None if task_vectors is None else task_vectors.transpose(1, 2)
     exchanged = None if low_rank is None else (low_rank[1], low_rank[0])
-    return linear_fwd(dy, weight.t(), transposed, lam, low_rank=exchanged, start=start)
+    return linear_fwd(dy, Terms(weight.t(), transposed, lam, exchanged), start=start)

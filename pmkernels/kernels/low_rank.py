@@ -98,26 +98,15 @@ def shrink(
         tasks, strides = G.shape[2], (into, out, task) if transposed else (out, into, task)
     config = dispatch.config("shrink", x, rows=rows.M, rank=rank)
     shrink_kernel[(triton.cdiv(rows.M, config.block_m),)](
-        rows.tensor,
-        factor.contiguous(),
-        G,
-        gamma,
-        s,
-        t,
-        rows.M,
-        d,
-        rank,
-        1 if gamma is None else rows.M // gamma.shape[0],
+        *(rows.tensor, factor.contiguous(), G, gamma, s, t),
+        *(rows.M, d, rank, 1 if gamma is None else rows.M // gamma.shape[0]),
         *rows.layout,
         *strides,
         K=tasks,
         MIX=t is not None,
         RANK=launch.padded_rank(rank),
         PRECISION=launch.rank_precision(x.dtype),
-        BLOCK_M=config.block_m,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        **config.options,
+        **config.options("BLOCK_M", "BLOCK_D", "STAGES"),
     )
     return s, t
 
@@ -174,20 +163,12 @@ def factor_grad(dy: Tensor, t: Tensor, limit: int) -> Tensor:
     out = torch.empty(splits, n, rank, dtype=torch.float32, device=dy.device)
     if n > 0:
         factor_grad_kernel[(triton.cdiv(n, config.block_n), splits)](
-            rows.tensor,
-            t,
-            out,
-            rows.M,
-            n,
-            rank,
-            rows_per_split,
+            *(rows.tensor, t, out),
+            *(rows.M, n, rank, rows_per_split),
             *rows.layout,
             RANK=launch.padded_rank(rank),
             PRECISION=launch.rank_precision(dy.dtype),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            STAGES=config.num_stages,
-            **config.options,
+            **config.options("BLOCK_M", "BLOCK_N", "STAGES"),
         )
     return out.sum(dim=0)
 
@@ -241,20 +222,12 @@ def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: in
     splits, rows_per_split = launch.splits(rows, config.block_m, tasks, most)
     out = torch.empty(splits, rank, rank, tasks, dtype=torch.float32, device=u.device)
     core_grad_kernel[(splits, tasks)](
-        u,
-        s,
-        gamma,
-        out,
-        rows,
-        rank,
-        rows_per_split,
-        max(rows // max(groups, 1), 1),
+        *(u, s, gamma, out),
+        *(rows, rank, rows_per_split, max(rows // max(groups, 1), 1)),
         K=tasks,
         RANK=launch.padded_rank(rank),
         PRECISION=launch.rank_precision(dtype),
-        BLOCK_M=config.block_m,
-        STAGES=config.num_stages,
-        **config.options,
+        **config.options("BLOCK_M", "STAGES"),
     )
     return out.sum(dim=0)
 
@@ -299,18 +272,12 @@ def preference_grad(u: Tensor, s: Tensor, G: Tensor, dtype: torch.dtype) -> Tens
     if rows > 0:
         config = dispatch.config("preference_grad", u, rows=rows, rank=rank)
         preference_grad_kernel[(triton.cdiv(rows, config.block_m),)](
-            u,
-            s,
-            G,
-            out,
-            rows,
-            rank,
-            *G.stride(),
+            *(u, s, G, out),
+            *(rows, rank, *G.stride()),
             K=tasks,
             RANK=launch.padded_rank(rank),
             PRECISION=launch.rank_precision(dtype),
-            BLOCK_M=config.block_m,
-            **config.options,
+            **config.options("BLOCK_M"),
         )
     return out
 
@@ -328,22 +295,12 @@ class KernelRowProducts(RowProducts):
         elif core is not None:
             self.G, self.gamma = core.unsqueeze(-1), torch.ones(1, 1, dtype=core.dtype, device=core.device)
 
-    @staticmethod
-    def from_tiles(rank: int, n: int, d: int) -> bool:
-        """Say whether partial sums of P and Q have room."""
-        return launch.from_tiles(rank, n, d)
+    from_tiles = staticmethod(launch.from_tiles)
 
-    def inward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and t of x [*, D]."""
-        assert self.parts.B is not None
-        s, t = shrink(x, self.parts.B, self.G, self.gamma)
+    def _shrink(self, rows: Tensor, factor: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
+        assert factor is not None
+        s, t = shrink(rows, factor, self.G, self.gamma, transposed=transposed)
         return s, s if t is None else t
-
-    def outward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u and ds of dy [*, N]."""
-        assert self.parts.A is not None
-        u, ds = shrink(dy, self.parts.A, self.G, self.gamma, transposed=True)
-        return u, u if ds is None else ds
 
     def factor_gradient(self, rows: Tensor, t: Tensor) -> Tensor:
         """Return dA = dyᵀ·t of dy and t, or dB of x and ds."""

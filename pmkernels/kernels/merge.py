@@ -7,6 +7,7 @@ from torch import Tensor
 from pmkernels import dispatch, launch
 from pmkernels.kernels.assembly import weight_tile
 from pmkernels.kernels.rows import as_matrix
+from pmkernels.low_rank import Terms
 
 
 @triton.jit
@@ -78,28 +79,20 @@ def merge_weight_kernel(
     )
 
 
-def merge_weight(
-    weight: Tensor,
-    task_vectors: Tensor | None,
-    lam: Tensor | None,
-    low_rank: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-) -> Tensor:
-    """Write W(γ) into ``out``, of weight's shape and any strides.
-
-    ``low_rank`` = (A·C(γ) [N, R], B [D, R]).
-    """
+def merge_weight(terms: Terms, out: Tensor) -> Tensor:
+    """Write W(γ) into ``out``, of weight's shape and any strides."""
+    weight, task_vectors, lam, low_rank = terms
     if out.numel() == 0:
         return out
     tensors = (weight, out) if task_vectors is None else (weight, out, task_vectors)
     matrices = tensors if low_rank is not None else as_matrix(*tensors)
     if matrices is None:
         # dimensions that cannot be merged in place: contiguous copies, one write more
-        contiguous = tuple(t.contiguous() for t in tensors)
-        merge_weight(contiguous[0], None if task_vectors is None else contiguous[2], lam, None, contiguous[1])
-        return out if contiguous[1] is out else out.copy_(contiguous[1])
-    matrix, target = matrices[0], matrices[1]
-    taus = None if task_vectors is None else matrices[2]
+        weight, target, *rest = (t.contiguous() for t in tensors)
+        merge_weight(Terms(weight, rest[0] if rest else None, lam), target)
+        return out if target is out else out.copy_(target)
+    matrix, target = matrices[:2]
+    taus = matrices[2] if len(matrices) > 2 else None
     n, d = matrix.shape
     left, right = (None, None) if low_rank is None else low_rank
     rank = 0 if left is None else left.shape[1]
@@ -107,26 +100,15 @@ def merge_weight(
         "flat" if n == 1 else "merge", weight, rows=0, rank=rank, aligned=launch.is_aligned(matrix, taus)
     )
     merge_weight_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(d, config.block_d),)](
-        matrix,
-        taus,
-        lam,
-        left,
-        right,
-        target,
-        n,
-        d,
-        rank,
+        *(matrix, taus, lam, left, right, target),
+        *(n, d, rank),
         *matrix.stride(),
-        *((0, 0, 0) if taus is None else taus.stride()),
-        *((0, 0) if left is None else left.stride()),
-        *((0, 0) if right is None else right.stride()),
+        *launch.strides(taus, 3),
+        *launch.strides(left, 2),
+        *launch.strides(right, 2),
         *target.stride(),
         K=0 if taus is None else taus.shape[0],
         LOW_RANK=low_rank is not None,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        UNROLL=config.unroll,
-        STAGES=config.num_stages,
-        **config.options,
+        **config.options("BLOCK_N", "BLOCK_D", "UNROLL", "STAGES"),
     )
     return out

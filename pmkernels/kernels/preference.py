@@ -1,6 +1,4 @@
-"""A folded layer with a preference per row: y = x·Wᵀ + t·Aᵀ + b.
-
-t_m = C(γ_m)·Bᵀx_m; it is for inference.
+"""A folded layer with a preference per row, for inference: y = x·Wᵀ + t·Aᵀ + b with t_m = C(γ_m)·Bᵀx_m.
 
 W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK]. There are two ways to compute y, and in
 both the low-rank part is in the float32 sum before y is rounded:
@@ -166,19 +164,8 @@ def preference_linear(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tens
     bias = None if bias is None else bias.contiguous()
     target = y if splits == 1 else torch.empty(splits, rows.M, n, dtype=torch.float32, device=x.device)
     preference_linear_kernel[(tiles, splits)](
-        rows.tensor,
-        wide,
-        B,
-        G,
-        gamma,
-        bias if splits == 1 else None,
-        target,
-        rows.M,
-        n,
-        d,
-        rank,
-        rows.M // gamma.shape[0],
-        d_per_split,
+        *(rows.tensor, wide, B, G, gamma, bias if splits == 1 else None, target),
+        *(rows.M, n, d, rank, rows.M // gamma.shape[0], d_per_split),
         *rows.layout,
         wide.stride(0),
         *B.stride(),
@@ -186,15 +173,9 @@ def preference_linear(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tens
         K=G.shape[2],
         SPLIT=splits > 1,
         HAS_BIAS=bias is not None and splits == 1,
-        COMPUTE=launch.compute_type(x.dtype),
-        PRECISION=launch.dot_precision(x.dtype),
-        RANK_PRECISION=launch.rank_precision(x.dtype),
         RANK=launch.padded_rank(rank),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        **config.options,
+        **launch.precisions(x.dtype),
+        **config.options("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES"),
     )
     return y if splits == 1 else sum_splits(target, bias, y)
 
@@ -277,28 +258,16 @@ def widen(x: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
         return out
     config = dispatch.config("widen", x, rows=rows.M, rank=rank, aligned=launch.is_aligned(x, B))
     widen_kernel[(triton.cdiv(rows.M, config.block_m),)](
-        rows.tensor,
-        B,
-        G,
-        gamma,
-        out,
-        rows.M,
-        d,
-        rank,
-        rows.M // gamma.shape[0],
+        *(rows.tensor, B, G, gamma, out),
+        *(rows.M, d, rank, rows.M // gamma.shape[0]),
         *rows.layout,
         *B.stride(),
         *G.stride(),
         d + padded,
         K=G.shape[2],
-        COMPUTE=launch.compute_type(x.dtype),
-        PRECISION=launch.dot_precision(x.dtype),
-        RANK_PRECISION=launch.rank_precision(x.dtype),
         RANK=padded,
-        BLOCK_M=config.block_m,
-        BLOCK_D=config.block_d,
-        STAGES=config.num_stages,
-        **config.options,
+        **launch.precisions(x.dtype),
+        **config.options("BLOCK_M", "BLOCK_D", "STAGES"),
     )
     return out
 

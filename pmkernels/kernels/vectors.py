@@ -1,6 +1,4 @@
-"""Many small parameters merged in one launch: L pieces of one long vector.
-
-Piece l becomes w0 + Σ_k λ_lk τ_k.
+"""Many small parameters merged in one launch: of L pieces of one long vector, l becomes w0 + Σ_k λ_lk τ_k.
 
 A network has hundreds of biases and norms, each with a λ of its own. One launch for each, forward and backward, costs
 more than their few bytes do; here a program takes a piece. The backward, dλ_lk = Σ_s dw_s τ_ks over the piece, is a
@@ -17,14 +15,7 @@ from pmkernels import dispatch
 
 @triton.jit
 def merge_vectors_fwd_kernel(
-    weight_ptr,
-    task_vectors_ptr,
-    lam_ptr,
-    offsets_ptr,
-    out_ptr,
-    task_stride_k,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    weight_ptr, task_vectors_ptr, lam_ptr, offsets_ptr, out_ptr, task_stride_k, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     piece = tl.program_id(0)
     end = tl.load(offsets_ptr + piece + 1)
@@ -41,14 +32,7 @@ def merge_vectors_fwd_kernel(
 
 @triton.jit
 def merge_vectors_bwd_kernel(
-    grad_ptr,
-    task_vectors_ptr,
-    offsets_ptr,
-    d_lam_ptr,
-    task_stride_k,
-    grad_stride,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_ptr, task_vectors_ptr, offsets_ptr, d_lam_ptr, task_stride_k, grad_stride, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     piece = tl.program_id(0)
     start = tl.load(offsets_ptr + piece)
@@ -69,17 +53,8 @@ def merge_vectors_fwd(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets
     out = torch.empty_like(weight)
     if lam.shape[0] and weight.numel():
         config = dispatch.config("vectors", weight, rows=0, rank=0)
-        merge_vectors_fwd_kernel[(lam.shape[0],)](
-            weight,
-            task_vectors,
-            lam,
-            offsets,
-            out,
-            task_vectors.stride(0),
-            K=lam.shape[1],
-            BLOCK=config.block_d,
-            **config.options,
-        )
+        pointers, constants = (weight, task_vectors, lam, offsets, out), {"K": lam.shape[1], "BLOCK": config.block_d}
+        merge_vectors_fwd_kernel[(lam.shape[0],)](*pointers, task_vectors.stride(0), **constants, **config.options())
     return out
 
 
@@ -89,15 +64,6 @@ def merge_vectors_bwd(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Te
     d_lam = torch.empty(pieces, tasks, dtype=torch.float32, device=grad.device)
     if pieces:
         config = dispatch.config("vectors", grad, rows=0, rank=0)
-        merge_vectors_bwd_kernel[(pieces,)](
-            grad,
-            task_vectors,
-            offsets,
-            d_lam,
-            task_vectors.stride(0),
-            grad.stride(0),
-            K=tasks,
-            BLOCK=config.block_d,
-            **config.options,
-        )
+        pointers, strides = (grad, task_vectors, offsets, d_lam), (task_vectors.stride(0), grad.stride(0))
+        merge_vectors_bwd_kernel[(pieces,)](*pointers, *strides, K=tasks, BLOCK=config.block_d, **config.options())
     return d_lam

@@ -304,28 +304,16 @@ def _launch(
     d_bias = partials(BIAS_PARTS.value, n) if need_bias else None
     programs = tiles * splits + bias_programs
     if programs > 0:
+        of_rows = (None, None) if dy_rows is None or x_rows is None else (dy_rows.tensor, x_rows.tensor)
+        padded = (None if factor is None else _padded(factor, rank) for factor in (A, B))
         weight_grad_kernel[(programs,)](
-            None if dy_rows is None else dy_rows.tensor,
-            None if x_rows is None else x_rows.tensor,
-            d_weight,
-            task_vectors,
-            None if A is None else _padded(A, rank),
-            None if B is None else _padded(B, rank),
-            d_lam,
-            p,
-            q,
-            d_bias,
-            count,
-            n,
-            d,
-            rank,
-            splits,
-            rows_per_split,
-            bias_programs,
+            *of_rows,
+            *(d_weight, task_vectors, *padded, d_lam, p, q, d_bias),
+            *(count, n, d, rank, splits, rows_per_split, bias_programs),
             *((1, 0, 0, 0) if dy_rows is None else dy_rows.layout),
             *((1, 0, 0, 0) if x_rows is None else x_rows.layout),
-            *((0, 0) if d_weight is None else d_weight.stride()),
-            *((0, 0, 0) if task_vectors is None else task_vectors.stride()),
+            *launch.strides(d_weight, 2),
+            *launch.strides(task_vectors, 3),
             K=tasks,
             FROM_ROWS=rows is not None,
             NEED_P=p is not None,
@@ -333,11 +321,7 @@ def _launch(
             NEED_BIAS=need_bias,
             COMPUTE=launch.compute_type(sample.dtype),
             PRECISION=precision,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            STAGES=config.num_stages,
-            **config.options,
+            **config.options("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES"),
         )
     reduced = _summed(d_lam, p, q, d_bias)
     if wanted == rank:
@@ -355,26 +339,23 @@ def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Te
     outs = [None if t is None else torch.empty(t.shape[1:], dtype=t.dtype, device=t.device) for t in partials]
     config = dispatch.config("sum", first, rows=0, rank=0)
     sizes = [0 if out is None else out.numel() for out in outs]
+    parts = [0 if partial is None else partial.shape[0] for partial in partials]
     p_blocks, q_blocks, bias_blocks = (triton.cdiv(size, config.block_d) for size in sizes[1:])
     if any(sizes):
         sum_partials_kernel[(1 + p_blocks + q_blocks + bias_blocks,)](
             *partials,
             *outs,
-            0 if d_lam is None else d_lam.shape[0],
-            0 if p is None else p.shape[0],
-            sizes[1],
-            0 if q is None else q.shape[0],
-            sizes[2],
-            sizes[3],
-            p_blocks,
-            q_blocks,
+            parts[0],
+            *(parts[1], sizes[1]),
+            *(parts[2], sizes[2]),
+            *(sizes[3], p_blocks, q_blocks),
             K=sizes[0],
             PADDED_K=triton.next_power_of_2(max(sizes[0], 1)),
             NEED_P=p is not None,
             NEED_Q=q is not None,
             NEED_BIAS=d_bias is not None,
             BLOCK=config.block_d,
-            **config.options,
+            **config.options(),
         )
     return WeightGradients(*outs)
 

@@ -19,6 +19,7 @@ from pmkernels import configs
 from pmkernels.graphs import capture, warm_up
 from pmkernels.kernels import linear, low_rank, merge, preference, vectors, weight_grad
 from pmkernels.launch import MAX_RANK, MAX_RANK_FROM_TILES
+from pmkernels.low_rank import Terms
 from pmkernels.reference import preference_core
 
 pytestmark = [pytest.mark.gpu, pytest.mark.repeat]
@@ -102,13 +103,13 @@ def _linear(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterato
     _, t = low_rank.shrink(v["x"], v["B"], v["G"], v["gamma"])
     _, ds = low_rank.shrink(v["dy"], v["A"], v["G"], v["gamma"], transposed=True)
     assert t is not None and ds is not None
-    for what, term in (
-        ("shared", ({"low_rank": (left, v["B"])}, {"low_rank": (left, v["B"])})),
-        ("per row", ({"start": (t, v["A"])}, {"start": (ds, v["B"])})),
+    for what, terms, of_y, of_x in (
+        ("shared", Terms(*weights, (left, v["B"])), None, None),
+        ("per row", Terms(*weights), (t, v["A"]), (ds, v["B"])),
     ):
         forward, backward = (
-            functools.partial(linear.linear_fwd, v["x"], *weights, **term[0], bias=v["bias"]),
-            functools.partial(linear.linear_bwd_x, v["dy"], *weights, **term[1]),
+            functools.partial(linear.linear_fwd, v["x"], terms, start=of_y, bias=v["bias"]),
+            functools.partial(linear.linear_bwd_x, v["dy"], terms, start=of_x),
         )
         yield f"forward, {what}", lambda forward=forward: [forward()]
         yield f"dx, {what}", lambda backward=backward: [backward()]
@@ -135,14 +136,14 @@ def _merge_grad(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Ite
 
 def _merge(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     v = _values(rows, n, d, rank, dtype)
-    weights = (v["weight"], v["task_vectors"], v["lam"])
-    yield "merge", lambda: [merge.merge_weight(*weights, (v["A"], v["B"]), torch.empty_like(v["weight"]))]
+    terms = Terms(v["weight"], v["task_vectors"], v["lam"], (v["A"], v["B"]))
+    yield "merge", lambda: [merge.merge_weight(terms, torch.empty_like(v["weight"]))]
 
 
 def _flat(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     v = _values(1, 1, n * d, 1, dtype)
     weight, taus, lam = v["weight"], v["task_vectors"], v["lam"]
-    yield "flat merge", lambda: [merge.merge_weight(weight, taus, lam, None, torch.empty_like(weight))]
+    yield "flat merge", lambda: [merge.merge_weight(Terms(weight, taus, lam), torch.empty_like(weight))]
     yield "flat reduction", lambda: _given(weight_grad.weight_grad_of_merge(weight, taus, A=None, B=None))
 
 

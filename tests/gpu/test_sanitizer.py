@@ -18,6 +18,7 @@ KERNELS = ("linear_fwd_kernel", "weight_grad_kernel", "entropy_fwd_kernel", "ent
 SANITIZED = """
 import torch
 from pmkernels.kernels import entropy, linear, merge, weight_grad
+from pmkernels.low_rank import Terms
 
 torch.manual_seed(0)
 N, D, M, K, R = 70, 150, 33, 3, 5
@@ -29,12 +30,13 @@ def make(*shape):
 
 weight, task_vectors, lam, A, B = make(N, D), make(K, N, D), make(K), make(N, R), make(D, R)
 x, dy, bias, t = make(M, D), make(M, N), make(N), make(M, R)
-linear.linear_fwd(x, weight, task_vectors, lam, low_rank=(A, B), bias=bias)
-linear.linear_fwd(x, weight, task_vectors, lam, start=(t, A))
-linear.linear_bwd_x(dy, weight, task_vectors, lam, low_rank=(A, B))
+terms = Terms(weight, task_vectors, lam, (A, B))
+linear.linear_fwd(x, terms, bias=bias)
+linear.linear_fwd(x, terms._replace(low_rank=None), start=(t, A))
+linear.linear_bwd_x(dy, terms)
 weight_grad.weight_grad(dy, x, task_vectors, A=A, B=B, need_bias=True)
 weight_grad.weight_grad_of_merge(weight, task_vectors, A=A, B=B)
-merge.merge_weight(weight, task_vectors, lam, (A, B), torch.empty_like(weight))
+merge.merge_weight(terms, torch.empty_like(weight))
 entropy.entropy_bwd(make(M), dy, *entropy.entropy_fwd(dy))
 torch.cuda.synchronize()
 print("finished")

@@ -29,6 +29,16 @@ def test_every_shipped_configuration_can_be_read_and_every_kernel_has_one() -> N
                 assert all(size & (size - 1) == 0 for size in sizes)
 
 
+def test_files_are_those_that_were_given() -> None:
+    files = configs.config_files()
+    given = Configs(files)
+    entries = given.entries("sm_90")
+    files.clear()
+    assert given.entries("sm_90") == entries
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        given.files["sm_90"] = "{}"  # type: ignore[index]
+
+
 def test_a_gpus_own_file_comes_first() -> None:
     default = configs.config_files()["default"]
     line = {"op": "merge", "dtype": "any", "config": {"block_n": 8, "block_d": 512}}

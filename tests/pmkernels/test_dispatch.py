@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 
 import torch
 
@@ -25,6 +26,27 @@ def test_what_is_in_force_nests_and_comes_back() -> None:
             raise KeyError("the context ends")
         assert dispatch.in_force() is outer
     assert dispatch.in_force() is before
+
+
+def test_contexts_that_overlap_leave_nothing_behind() -> None:
+    """As those of two threads may: the one that was entered first ends first."""
+    before, one, other = dispatch.in_force(), Configs(file="sm_90"), Configs(multiprocessors=7)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(dispatch.using(one))
+    second.enter_context(dispatch.using(other))
+    first.close()
+    assert dispatch.in_force() is other
+    second.close()
+    assert dispatch.in_force() is before
+
+
+def test_what_is_in_force_is_so_in_the_threads_that_autograd_starts() -> None:
+    seen: list[Configs] = []
+    with dispatch.using(Configs(multiprocessors=7)) as given:
+        thread = threading.Thread(target=lambda: seen.append(dispatch.in_force()))
+        thread.start()
+        thread.join()
+    assert seen == [given]
 
 
 def test_a_launch_is_given_what_fits_and_gives_what_is_used() -> None:

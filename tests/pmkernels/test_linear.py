@@ -374,3 +374,16 @@ def test_rows_of_float64_and_factors_of_float32_are_summed_as_the_reference_sums
     gamma = torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0]])
     y = pmkernels.pareto_linear(x, weight, **parts, gamma=gamma, strategy="eager")
     assert torch.equal(y, pmkernels.reference.pareto_linear(x, weight, **parts, gamma=gamma))
+
+
+def test_a_lambda_in_float64_has_a_gradient_in_float64_in_a_float32_layer() -> None:
+    values = arguments((5,), None, torch.float32)
+    x, weight, task_vectors = (values[name].detach() for name in ("x", "weight", "task_vectors"))
+    lam = values["lam"].detach().double().requires_grad_()
+    dy, dW = torch.randn(5, N), torch.randn(N, D)
+    y = pmkernels.pareto_linear(x, weight, task_vectors=task_vectors, lam=lam)
+    merged = pmkernels.merge_weight(weight, task_vectors=task_vectors, lam=lam)
+    for output, upstream, exact in ((y, dy, dy.double().t() @ x.double()), (merged, dW, dW.double())):
+        (found,) = torch.autograd.grad(output, lam, upstream)
+        truth = torch.einsum("nd,knd->k", exact, task_vectors.double())
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)

@@ -84,15 +84,36 @@ def test_it_merges_and_reduces(dummy: Calls) -> None:
 
 
 def test_auto_takes_it_where_it_is_cheapest_and_supports_the_case(dummy: Calls) -> None:
-    for rows, taken in ((3, True), (9, False)):
-        for dtype in (torch.float32, torch.float64):
-            dummy.clear()
-            check_linear(linear_arguments((rows,), 20, 18, dtype=dtype), strategy="auto")
-            assert bool(dummy) == (taken and dtype != torch.float64), (rows, dtype)
     x = torch.zeros(1, dtype=torch.bfloat16)
     with dispatch.using(Configs(runs=True)):
+        for rows, taken in ((3, True), (9, False)):
+            for dtype in (torch.float32, torch.float64):
+                dummy.clear()
+                check_linear(linear_arguments((rows,), 20, 18, dtype=dtype), strategy="auto")
+                assert bool(dummy) == (taken and dtype != torch.float64), (rows, dtype)
         assert strategies.choose("forward", "auto", x, rows=8, **LAYER) == "dummy"
         assert strategies.choose("forward", "auto", x, rows=8224, **LAYER) == "streamed"
+
+
+def test_auto_asks_with_the_whole_case_and_takes_no_interpreted_kernel(
+    dummy: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Case] = []
+
+    def frozen_in_float32(case: Case) -> Exception | None:
+        asked.append(case)
+        return None if case.dtypes["weight"] == torch.float32 else TypeError("weight: expected float32")
+
+    changed = dataclasses.replace(strategies.TABLE["dummy"], supports=frozen_in_float32)
+    monkeypatch.setitem(strategies.TABLE, "dummy", changed)
+    values = linear_arguments((9,), 20, 18)
+    check_linear(values, strategy="auto")
+    assert set(dummy) == {"forward", "dx", "weight_grad"}, "dear, but kernels are interpreted here"
+    parts = {name: value for name, value in values.items() if name not in ("x", "bias")}
+    pmkernels.merge_weight(**parts).sum().backward()
+    assert {case.operation for case in asked} == {None, "forward", "dx", "weight_grad", "merge"}
+    assert all({*parts} <= {*case.dtypes} and not case.asked for case in asked)
+    assert all((case.tasks, case.rank) == (3, 2) for case in asked)
 
 
 def test_what_has_one_kernel_is_computed_as_auto_does(dummy: Calls) -> None:
@@ -185,6 +206,18 @@ def test_measured_choices_and_rates_come_before_counted_ones() -> None:
         assert dispatch.rates("tuned", CPU).memory == 1e12
         assert dispatch.rates("tuned", CPU).measured
         assert not dispatch.rates("default", CPU).measured
+
+
+def test_what_auto_stands_for_is_a_strategy_that_there_is(dummy: Calls) -> None:
+    with pytest.raises(ValueError, match="auto: expected one of auto, fused, streamed, eager, dummy, got 'bogus'"):
+        Configs(auto="bogus")
+    given = Configs(auto="dummy")
+    with dispatch.using(given):
+        assert strategies.resolve("auto", {"x": torch.zeros(1)}, CPU) == "dummy"
+        gone = strategies.TABLE.pop("dummy")
+        with pytest.raises(ValueError, match="strategy: expected one of auto, fused, streamed, eager, got 'dummy'"):
+            strategies.resolve("auto", {"x": torch.zeros(1)}, CPU)
+        strategies.TABLE["dummy"] = gone
 
 
 def test_a_wish_that_cannot_be_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
