@@ -61,31 +61,25 @@ def check_parts(parts: Parts) -> None:
     if absent and len(absent) < 4 and absent != ["G", "gamma"]:
         given = ", ".join(name for name in low_rank if name not in absent)
         raise ValueError(f"{absent[0]}: expected together with {given}, got None")
-    if A is not None and B is not None:
-        _check_low_rank(weight, A, G, B, gamma, tasks)
-    check_frozen(weight=weight, task_vectors=task_vectors)
-
-
-def _check_low_rank(
-    weight: Tensor, A: Tensor, G: Tensor | None, B: Tensor, gamma: Tensor | None, tasks: int | None
-) -> None:
-    for name, value in (("A", A), ("G", G), ("B", B), ("gamma", gamma)):
+    for name, value in low_rank.items():
         if value is not None:
-            check_tensor(name, value, weight.device, learned=True)
-    if weight.ndim != 2:
-        raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
-    n, d = weight.shape
-    if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
-        raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
-    rank = A.shape[1]
-    if B.shape != (d, rank):
-        raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
-    if G is None or gamma is None:
-        return
-    if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
-        raise ValueError(f"G: expected shape [{rank}, {rank}, {'K' if tasks is None else tasks}], got {list(G.shape)}")
-    if gamma.ndim == 0 or gamma.shape[-1] != G.shape[2]:
-        raise ValueError(f"gamma: expected shape [{G.shape[2]}] or [*, {G.shape[2]}], got {list(gamma.shape)}")
+            check_tensor(name, value, device, learned=True)
+    if A is not None and B is not None:
+        if weight.ndim != 2:
+            raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
+        n, d = weight.shape
+        if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
+            raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+        rank = A.shape[1]
+        if B.shape != (d, rank):
+            raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
+    if G is not None and gamma is not None:
+        if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
+            expected = f"[{rank}, {rank}, {'K' if tasks is None else tasks}]"
+            raise ValueError(f"G: expected shape {expected}, got {list(G.shape)}")
+        if gamma.ndim == 0 or gamma.shape[-1] != G.shape[2]:
+            raise ValueError(f"gamma: expected shape [{G.shape[2]}] or [*, {G.shape[2]}], got {list(gamma.shape)}")
+    check_frozen(weight=weight, task_vectors=task_vectors)
 
 
 def check_frozen(**tensors: Tensor | None) -> None:

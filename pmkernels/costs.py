@@ -39,10 +39,8 @@ class Rates:
 
 
 def _rates(half: float, tf32: float, plain: float, memory: float, cache: float, megabytes: float, sms: int) -> Rates:
-    tera = 1e12
-    return Rates(
-        0.8 * half * tera, 0.8 * tf32 * tera, 0.8 * plain * tera, memory * tera, cache * tera, megabytes * 1e6, sms
-    )
+    half, tf32, plain = (0.8 * rate * 1e12 for rate in (half, tf32, plain))
+    return Rates(half, tf32, plain, memory * 1e12, cache * 1e12, megabytes * 1e6, sms)
 
 
 # vendor's dense TFLOP/s (16-bit with float32 sums, TF32, float32), TB/s reached, L2 TB/s (estimated), L2 MB, SMs
@@ -68,15 +66,8 @@ def estimate(multiprocessors: int, capability: tuple[int, int]) -> Rates:
     listed = "nvidia-l40s" if capability == (8, 9) else "nvidia-rtx-a6000" if capability == (8, 6) else None
     like = GPUS[listed or near.get(capability[0], "nvidia-h100-pcie")]
     share = multiprocessors / like.multiprocessors
-    return replace(
-        like,
-        half=share * like.half,
-        tf32=share * like.tf32,
-        float32=share * like.float32,
-        memory=share * like.memory,
-        cache=share * like.cache,
-        multiprocessors=multiprocessors,
-    )
+    scaled = {name: share * getattr(like, name) for name in ("half", "tf32", "float32", "memory", "cache")}
+    return replace(like, **scaled, multiprocessors=multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -149,11 +140,6 @@ class Problem:
         return 2.0 * self.rows * self.n * self.d
 
     @property
-    def low_rank_product(self) -> float:
-        """Return the operations of x·B and t·Aᵀ for every row."""
-        return 2.0 * self.rows * self.rank * (self.n + self.d)
-
-    @property
     def factors(self) -> float:
         """Return the bytes of A and B in the model's type."""
         return float(self.rank * (self.n + self.d) * self.size)
@@ -197,27 +183,18 @@ class Pass:
     programs: int = 0
     launches: int = 1
 
-    @property
-    def product_efficiency(self) -> float:
-        """Return the share of the tensor cores' rate that a kernel of this form reaches."""
-        return FORMS[self.form].product_efficiency
-
-    @property
-    def memory_efficiency(self) -> float:
-        """Return the share of the bytes per second that a kernel of this form reaches."""
-        return FORMS[self.form].memory_efficiency
-
     def seconds(self, rates: Rates, kind: str) -> float:
         """Return the longest of its four times, and its launches."""
+        form = FORMS[self.form]
         idle = max(1.0, rates.multiprocessors / self.programs) if self.programs else 1.0
         waves = idle
-        if self.programs and FORMS[self.form].alone:
+        if self.programs and form.alone:
             waves = math.ceil(self.programs / rates.multiprocessors) * rates.multiprocessors / self.programs
         longest = max(
-            waves * self.products / (self.product_efficiency * rates.products(kind)),
+            waves * self.products / (form.product_efficiency * rates.products(kind)),
             idle * self.simple / rates.float32,
-            idle * self.memory / (self.memory_efficiency * rates.memory),
-            idle * self.cache / (self.memory_efficiency * rates.cache),
+            idle * self.memory / (form.memory_efficiency * rates.memory),
+            idle * self.cache / (form.memory_efficiency * rates.cache),
         )
         return longest + self.launches * rates.launch
 
@@ -247,17 +224,15 @@ def bound(operation: str, problem: Problem, *, cached: bool = False) -> Bound:
     if operation in ("forward", "dx"):
         return Bound(p.product, (1 if cached else p.tasks + 1) * p.weight + p.activations)
     if operation == "preference":
-        return Bound(p.product + p.low_rank_product, p.weight + p.factors + p.activations)
+        # x·B and t·Aᵀ for every row besides
+        return Bound(p.product + 2.0 * p.rows * p.rank * (p.n + p.d), p.weight + p.factors + p.activations)
     raise _unknown(operation)
 
 
 def served_seconds(problem: Problem, operations: float, bandwidth: float) -> float:
     """Return the bound of ``preference``, with x read once more: Bᵀx comes before t·Aᵀ."""
-    least = bound("preference", problem)
-    return (
-        max(least.operations / operations, least.bytes / bandwidth)
-        + problem.rows * problem.d * problem.size / bandwidth
-    )
+    least, x = bound("preference", problem), problem.rows * problem.d * problem.size
+    return max(least.operations / operations, least.bytes / bandwidth) + x / bandwidth
 
 
 def from_memory(again: float, touched: float, cache_bytes: float) -> float:
@@ -271,15 +246,8 @@ def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
         return []
     low_rank = 0 if p.per_row else p.rank
     blocks = sum(math.ceil(16 * math.ceil(low_rank / 16) * size / SUM_BLOCK) for size in (p.n, p.d))
-    return [
-        Pass(
-            "partial sums",
-            memory=from_memory(partial, partial, cache_bytes),
-            cache=partial,
-            form="partial sums",
-            programs=1 + blocks,
-        )
-    ]
+    memory = from_memory(partial, partial, cache_bytes)
+    return [Pass("partial sums", memory=memory, cache=partial, form="partial sums", programs=1 + blocks)]
 
 
 def bias_sums(p: Problem, cache_bytes: float) -> list[Pass]:
@@ -375,14 +343,9 @@ def _reduced_from_rows(p: Problem, tiles: Tiles) -> list[Pass]:
         form="dW from rows",
         programs=blocks_n * blocks_d * tiles.splits,
     )
-    epilogue = Pass(
-        "reduction",
-        simple=tiles.splits * 4.0 * p.n * p.d * p.tasks,
-        memory=task_vectors + partial,
-        cache=tiles.splits * task_vectors,
-        form="reduction",
-        launches=0,
-    )
+    simple, memory = tiles.splits * 4.0 * p.n * p.d * p.tasks, task_vectors + partial
+    cache = tiles.splits * task_vectors
+    epilogue = Pass("reduction", simple=simple, memory=memory, cache=cache, form="reduction", launches=0)
     return [from_rows, epilogue, *_partial_sums(p, partial, tiles.cache_bytes), *_casts(p)]
 
 
@@ -398,26 +361,16 @@ def streamed(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[P
         x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)
         kept = from_memory(wide, wide, tiles.cache_bytes)
         longer = p.product * (p.d + p.rank) / p.d
+        products, programs = 2.0 * p.rows * p.rank * p.d, math.ceil(p.rows / WIDEN_ROWS)
         return [
-            Pass(
-                "widen",
-                products=2.0 * p.rows * p.rank * p.d,
-                memory=x + wide,
-                form="widen",
-                programs=math.ceil(p.rows / WIDEN_ROWS),
-            ),
+            Pass("widen", products=products, memory=x + wide, form="widen", programs=programs),
             Pass("product", products=longer, memory=p.weight + p.factors + kept + p.output),
         ]
     if operation != "weight_grad":
         raise _unknown(operation)
     task_vectors, partial = p.tasks * p.weight, p.partials(tiles.block_n, tiles.block_d)
-    reduction = Pass(
-        "reduction",
-        simple=4.0 * p.n * p.d * p.tasks,
-        memory=task_vectors + again + partial,
-        cache=task_vectors + p.weight,
-        form="reduction",
-    )
+    memory, cache = task_vectors + again + partial, task_vectors + p.weight
+    reduction = Pass("reduction", simple=4.0 * p.n * p.d * p.tasks, memory=memory, cache=cache, form="reduction")
     return [gemm, reduction, *_partial_sums(p, partial, tiles.cache_bytes), *bias_sums(p, tiles.cache_bytes)]
 
 

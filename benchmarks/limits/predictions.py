@@ -140,7 +140,8 @@ def prediction(kernels: Kernels, gpu: str) -> Prediction:
 def at_full_rate(kernels: Kernels) -> Kernels:
     """Yield the kernels as if those bound by memory reached its full rate."""
     for times, kernel in kernels:
-        yield times, replace(kernel, form="library product") if kernel.memory_efficiency < 1 else kernel
+        below = costs.FORMS[kernel.form].memory_efficiency < 1
+        yield times, replace(kernel, form="library product") if below else kernel
 
 
 def of_operation(

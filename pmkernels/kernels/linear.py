@@ -140,16 +140,7 @@ def linear_fwd_kernel(
 
 
 @triton.jit
-def sum_splits_kernel(
-    partial_ptr,
-    bias_ptr,
-    y_ptr,
-    size,
-    N,
-    splits,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def sum_splits_kernel(partial_ptr, bias_ptr, y_ptr, size, N, splits, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     partial_ptr += element

@@ -1,7 +1,6 @@
-"""Where the rows of a tensor [*, F] lie, whatever its strides.
+"""Where the rows of a tensor [*, F] lie, whatever its strides: no copy, up to two leading dimensions that stay two."""
 
-There is no copy for up to two leading dimensions that stay two."""
-
+import math
 from typing import NamedTuple
 
 import triton
@@ -16,12 +15,9 @@ def row_offsets(rows, inner, stride_outer, stride_inner):
 
 
 class Rows(NamedTuple):
-    """A tensor [*, F] as M rows.
+    """A tensor [*, F] as M rows: m starts at (m // inner)·stride_outer + (m % inner)·stride_inner elements."""
 
-    Row m starts at (m // inner)·stride_outer + (m % inner)·stride_inner elements.
-    """
-
-    tensor: Tensor
+    tensor: Tensor | None
     M: int
     inner: int
     stride_outer: int
@@ -32,6 +28,10 @@ class Rows(NamedTuple):
     def layout(self) -> tuple[int, int, int, int]:
         """Return what a kernel takes of the layout: inner, stride_outer, stride_inner, stride_feature."""
         return self.inner, self.stride_outer, self.stride_inner, self.stride_feature
+
+
+# where a kernel is given none
+NO_ROWS = Rows(None, 0, 1, 0, 0, 0)
 
 
 def as_rows(x: Tensor) -> Rows:
@@ -46,10 +46,7 @@ def as_rows(x: Tensor) -> Rows:
             merged.append((size, stride))
     if len(merged) > 2:
         return as_rows(x.contiguous())
-    count = 1
-    for size in x.shape[:-1]:
-        count *= size
-    feature = x.stride(-1)
+    count, feature = math.prod(x.shape[:-1]), x.stride(-1)
     if len(merged) == 2:
         return Rows(x, count, merged[1][0], merged[0][1], merged[1][1], feature)
     return Rows(x, count, 1, merged[0][1] if merged else 0, 0, feature)

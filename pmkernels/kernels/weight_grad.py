@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmkernels import dispatch, launch
-from pmkernels.kernels.rows import as_matrix, as_rows, row_offsets
+from pmkernels.kernels.rows import NO_ROWS, as_matrix, as_rows, row_offsets
 from pmkernels.low_rank import WeightGradients
 
 # of the rows, for the sums of their columns: one program would read too slowly, and each part is a partial sum
@@ -267,10 +267,7 @@ def _launch(
     d_weight: Tensor | None = None,
     need_bias: bool = False,
 ) -> WeightGradients:
-    """Reduce the dW of ``rows`` = (dy, x), or ``d_weight``.
-
-    Longer than 60 lines because the launch names each of the kernel's arguments.
-    """
+    """Reduce the dW of ``rows`` = (dy, x), or ``d_weight``."""
     n, d = shape
     sample = rows[1] if rows is not None else d_weight
     assert sample is not None
@@ -281,9 +278,8 @@ def _launch(
     # a dW of 16 bits that is there is exact, and so should be what is made of it; one formed in registers need not be
     # better than that dW would be
     precision = (launch.rank_precision if rows is None else launch.dot_precision)(sample.dtype)
-    dy_rows, x_rows = (as_rows(rows[0]), as_rows(rows[1])) if rows is not None else (None, None)
-    aligned = launch.is_aligned(*(rows or ()), d_weight, task_vectors)
-    count = 0 if x_rows is None else x_rows.M
+    dy_rows, x_rows = (NO_ROWS, NO_ROWS) if rows is None else (as_rows(rows[0]), as_rows(rows[1]))
+    aligned, count = launch.is_aligned(*(rows or ()), d_weight, task_vectors), x_rows.M
     config = dispatch.config(op, sample, rows=count, rank=rank, aligned=aligned)
     blocks_n, blocks_d = triton.cdiv(n, config.block_n), triton.cdiv(d, config.block_d)
     tiles = blocks_n * blocks_d
@@ -304,14 +300,12 @@ def _launch(
     d_bias = partials(BIAS_PARTS.value, n) if need_bias else None
     programs = tiles * splits + bias_programs
     if programs > 0:
-        of_rows = (None, None) if dy_rows is None or x_rows is None else (dy_rows.tensor, x_rows.tensor)
         padded = (None if factor is None else _padded(factor, rank) for factor in (A, B))
         weight_grad_kernel[(programs,)](
-            *of_rows,
-            *(d_weight, task_vectors, *padded, d_lam, p, q, d_bias),
+            *(dy_rows.tensor, x_rows.tensor, d_weight, task_vectors, *padded, d_lam, p, q, d_bias),
             *(count, n, d, rank, splits, rows_per_split, bias_programs),
-            *((1, 0, 0, 0) if dy_rows is None else dy_rows.layout),
-            *((1, 0, 0, 0) if x_rows is None else x_rows.layout),
+            *dy_rows.layout,
+            *x_rows.layout,
             *launch.strides(d_weight, 2),
             *launch.strides(task_vectors, 3),
             K=tasks,
