@@ -131,11 +131,7 @@ def rank_precision(dtype: torch.dtype) -> str:
 
 def precisions(dtype: torch.dtype) -> dict[str, Any]:
     """Return a kernel's constants for products of a model's tiles, and over the rank."""
-    return {
-        "COMPUTE": compute_type(dtype),
-        "PRECISION": dot_precision(dtype),
-        "RANK_PRECISION": rank_precision(dtype),
-    }
+    return {"COMPUTE": compute_type(dtype), "PRECISION": dot_precision(dtype), "RANK_PRECISION": rank_precision(dtype)}
 
 
 def compute_type(dtype: torch.dtype) -> Any:

@@ -49,14 +49,7 @@ def widen_weight(weight: Tensor, A: Tensor) -> Tensor:
 
 
 def preference_linear(
-    x: Tensor,
-    wide: Tensor,
-    G: Tensor,
-    B: Tensor,
-    gamma: Tensor,
-    bias: Tensor | None = None,
-    *,
-    strategy: str = "auto",
+    x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None = None, *, strategy: str = "auto"
 ) -> Tensor:
     """Compute y = x·Wᵀ + (C(γ)·Bᵀx)·Aᵀ + b, C(γ) = G ×₃ γ, for inference.
 

@@ -9,6 +9,7 @@ so a backward holds at most one layer's dW at a time and keeps none. All is plai
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,13 +123,12 @@ def weight_gradients(
     x: Tensor,
     task_vectors: Tensor | None,
     *,
-    A: Tensor | None,
-    B: Tensor | None,
     need_bias: bool = False,
     by_kernel: bool = False,
+    **factors: Any,
 ) -> WeightGradients:
-    """Return dλ, P and Q from one layer's dW in memory, and db. ``by_kernel``: dW is reduced by one."""
-    reduced = (weight_grad_of_merge if by_kernel else reductions)(dense_gradient(dy, x), task_vectors, A=A, B=B)
+    """Return :func:`reductions` of one layer's dW in memory, and db. ``by_kernel``: dW is reduced by one."""
+    reduced = (weight_grad_of_merge if by_kernel else reductions)(dense_gradient(dy, x), task_vectors, **factors)
     return reduced._replace(d_bias=column_sums(dy)) if need_bias else reduced
 
 

@@ -148,30 +148,20 @@ def case_of(tensors: Mapping[str, Tensor | None], device: torch.device, *, asked
     return Case(device, dtypes, tasks, 0 if A is None else A.shape[1], asked=asked)
 
 
-def choose(
-    operation: str,
-    strategy: str,
-    like: Tensor,
-    *,
-    rows: int,
-    n: int,
-    d: int,
-    rank: int,
-    tasks: int,
-    per_row: bool = False,
-    case: Case | None = None,
-) -> str:
-    """Return the strategy of one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer [n, d].
+def choose(operation: str, strategy: str, like: Tensor, *, case: Case | None = None, **layer: Any) -> str:
+    """Return the strategy of one operation (of :data:`pmkernels.costs.OPERATIONS`) of a layer.
 
     A strategy other than ``auto`` is taken where it supports the operation. Otherwise it is what was measured on this
     GPU at the nearest number of rows, where a tuned configuration file has this layer, else the cheapest by
-    :mod:`pmkernels.costs`. ``case``: what is to be supported; None: x of this dtype, asked for by name.
+    :mod:`pmkernels.costs`. ``layer``: what a :class:`~pmkernels.costs.Problem` has but its kind. ``case``: what is to be
+    supported; None: x of this dtype, asked for by name.
     """
-    case = (case or Case(like.device, {"x": like.dtype}, tasks, rank))._replace(operation=operation)
+    problem = costs.Problem(**layer, kind=launch.precision_kind(like.dtype))
+    if case is None:
+        case = Case(like.device, {"x": like.dtype}, problem.tasks, problem.rank)
+    case = case._replace(operation=operation)
     if strategy != AUTO and TABLE[strategy].supports(case) is None:
         return strategy
-    kind = launch.precision_kind(like.dtype)
-    problem = costs.Problem(rows=rows, n=n, d=d, tasks=tasks, rank=rank, kind=kind, per_row=per_row)
     known = (s for s in tuple(TABLE.values()) if operation != "preference" or s.preference is not None)
     able = tuple(s.name for s in known if s.supports(case) is None) or (EAGER,)
     return _cheapest(dispatch.in_force(), dispatch.gpu_file(like.device), like.device, able, operation, problem)
@@ -203,19 +193,10 @@ def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Te
     """Return the strategy of an operation of a layer, for rows like x or dy and ``others`` of its tensors."""
     if strategy == EAGER:
         return TABLE[EAGER]
-    weight, per_row = parts.weight, parts.per_row
-    n = weight.shape[0] if weight.ndim else 1
-    rows, d = math.prod(like.shape[:-1]), weight.numel() // max(n, 1)
     case = case_of({"x": like, **parts._asdict(), **others}, like.device, asked=strategy != AUTO)
-    size = {"rows": rows, "n": n, "d": d, "rank": parts.rank, "tasks": parts.tasks}
-    return TABLE[choose(operation, strategy, like, **size, per_row=per_row, case=case)]
-
-
-def predicted_seconds(
-    file: str, gpu: costs.Rates, operation: str, strategy: str, problem: costs.Problem, *, cached: bool = False
-) -> float:
-    """Predict the seconds of an operation on a GPU, with a configuration file's tiles."""
-    return costs.seconds(predicted_passes(file, gpu, operation, strategy, problem, cached=cached), gpu, problem.kind)
+    rows, n = math.prod(like.shape[:-1]), parts.weight.shape[0] if parts.weight.ndim else 1
+    layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": parts.tasks, "rank": parts.rank}
+    return TABLE[choose(operation, strategy, like, case=case, **layer, per_row=parts.per_row)]
 
 
 def predicted_passes(

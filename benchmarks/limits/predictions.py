@@ -66,8 +66,9 @@ def predicted(
 
     ``configuration``: the file that they are read from, instead of the one that a GPU of :data:`DEVICES` takes.
     """
-    name = configuration or configuration_file(gpu)
-    return strategies.predicted_seconds(name, rates_of(gpu), operation, strategy, counted, cached=cached)
+    name, rates = configuration or configuration_file(gpu), rates_of(gpu)
+    kernels = strategies.predicted_passes(name, rates, operation, strategy, counted, cached=cached)
+    return costs.seconds(kernels, rates, counted.kind)
 
 
 def choice(operation: str, counted: Problem, gpu: str) -> str:

@@ -360,13 +360,7 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 
 
 def weight_grad(
-    dy: Tensor,
-    x: Tensor,
-    task_vectors: Tensor | None,
-    *,
-    A: Tensor | None,
-    B: Tensor | None,
-    need_bias: bool = False,
+    dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None, need_bias: bool = False
 ) -> WeightGradients:
     """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given.
 

@@ -55,9 +55,9 @@ def test_predictions_are_those_that_choose_a_strategy(operation: str, strategy: 
     for layers in predictions.GROUPS.values():
         for layer in layers:
             counted = predictions.problem(layer, 8)
-            expected = strategies.predicted_seconds(
-                predictions.configuration_file(H200), predictions.rates_of(H200), operation, strategy, counted
-            )
+            name, rates = predictions.configuration_file(H200), predictions.rates_of(H200)
+            kernels = strategies.predicted_passes(name, rates, operation, strategy, counted)
+            expected = costs.seconds(kernels, rates, counted.kind)
             assert predictions.predicted(operation, strategy, counted, H200) == pytest.approx(expected)
 
 
