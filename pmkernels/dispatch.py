@@ -88,16 +88,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 def rates(name: str, device: torch.device) -> costs.Rates:
     """Return a device's rates: measured ones of a file, known ones, or an estimate."""
-    return _rates(_in_force, name, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _rates(configs: Configs, name: str, device: torch.device) -> costs.Rates:
     known = costs.GPUS.get(gpu_name(device.index) if device.type == "cuda" else "nvidia-h200")
     if known is None:
         properties = torch.cuda.get_device_properties(device)
         known = costs.estimate(properties.multi_processor_count, (properties.major, properties.minor))
-    return replace(known, **(read_rates(configs.files[name]) if name in configs.files else {}))
+    return replace(known, **read_rates(_in_force.files.get(name, "{}")))
 
 
 def lookup(name: str, op: str, dtype: str, rows: int, rank: int, aligned: bool) -> Config:

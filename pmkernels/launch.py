@@ -135,10 +135,8 @@ def precisions(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def compute_type(dtype: torch.dtype) -> Any:
-    """Return the type in which tiles are multiplied: the model's own.
-
-    The interpreter would multiply bfloat16 as raw bits, so there it is float32.
-    """
+    """Return the type in which tiles are multiplied: the model's own."""
+    # the interpreter would multiply bfloat16 as raw bits
     if INTERPRETING and dtype == torch.bfloat16:
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -119,18 +119,11 @@ def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None
 
 
 def _gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    parts: Parts,
-    asked: list[bool],
-    strategy: str,
-    *,
-    bias: Tensor | None = None,
-    cached: Tensor | None = None,
+    dy: Tensor, x: Tensor | None, parts: Parts, asked: list[bool], strategy: str, **others: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return the gradients ``asked`` for, by name: x, lam, A, G, B, gamma, bias."""
+    """Return the gradients ``asked`` for, by name: x, lam, A, G, B, gamma, bias. ``others``: bias and cached."""
     need_x, *parameters, need_bias = asked
-    needs, others = Needs(*parameters), {"bias": bias, "cached": cached}
+    needs, cached = Needs(*parameters), others.get("cached")
     of_x = strategies.pick("dx", strategy, dy, parts, **others) if need_x else None
     of_w = of_x if of_x and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts, **others)
     # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row

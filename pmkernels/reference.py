@@ -7,6 +7,8 @@ Symbols and shapes: N out, D in, R rank, K tasks, M rows.
 (Chen & Kwok, "Pareto Merging", arXiv 2408.12105, equations 5 and 6).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,27 +71,17 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def pareto_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    task_vectors: Tensor | None = None,
-    lam: Tensor | None = None,
-    A: Tensor | None = None,
-    G: Tensor | None = None,
-    B: Tensor | None = None,
-    gamma: Tensor | None = None,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, *, gamma: Tensor | None = None, bias: Tensor | None = None, **parts: Any
 ) -> Tensor:
-    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D].
+    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D] and the parts of W.
 
     gamma is [K] for all rows, or [*, K] that broadcasts to x's.
     """
     bias = None if bias is None else bias.to(x.dtype)
     if gamma is None or gamma.ndim == 1:
-        merged = merge_weight(weight, task_vectors=task_vectors, lam=lam, A=A, G=G, B=B, gamma=gamma)
-        return F.linear(x, merged.to(x.dtype), bias)
-    assert A is not None and G is not None and B is not None
-    base = merge_weight(weight, task_vectors=task_vectors, lam=lam).to(x.dtype)
+        return F.linear(x, merge_weight(weight, gamma=gamma, **parts).to(x.dtype), bias)
+    A, G, B = (parts.pop(name) for name in ("A", "G", "B"))
+    base = merge_weight(weight, **parts).to(x.dtype)
     core = preference_core(G, gamma)
     t = torch.einsum("...ij,...j->...i", core, (x @ B.to(x.dtype)).to(core.dtype))
     return F.linear(x, base, bias) + t.to(x.dtype) @ A.to(x.dtype).T

@@ -153,15 +153,15 @@ def choose(operation: str, strategy: str, like: Tensor, *, case: Case | None = N
 
     A strategy other than ``auto`` is taken where it supports the operation. Otherwise it is what was measured on this
     GPU at the nearest number of rows, where a tuned configuration file has this layer, else the cheapest by
-    :mod:`pmkernels.costs`. ``layer``: what a :class:`~pmkernels.costs.Problem` has but its kind. ``case``: what is to be
-    supported; None: x of this dtype, asked for by name.
+    :mod:`pmkernels.costs`. ``layer``: what a :class:`~pmkernels.costs.Problem` has but its kind. ``case``: what is to
+    be supported; None: x of this dtype, asked for by name.
     """
-    problem = costs.Problem(**layer, kind=launch.precision_kind(like.dtype))
     if case is None:
-        case = Case(like.device, {"x": like.dtype}, problem.tasks, problem.rank)
+        case = Case(like.device, {"x": like.dtype}, layer["tasks"], layer["rank"])
     case = case._replace(operation=operation)
     if strategy != AUTO and TABLE[strategy].supports(case) is None:
         return strategy
+    problem = costs.Problem(**layer, kind=launch.precision_kind(like.dtype))
     known = (s for s in tuple(TABLE.values()) if operation != "preference" or s.preference is not None)
     able = tuple(s.name for s in known if s.supports(case) is None) or (EAGER,)
     return _cheapest(dispatch.in_force(), dispatch.gpu_file(like.device), like.device, able, operation, problem)

@@ -210,10 +210,7 @@ def core_grad_kernel(
 
 
 def core_grad(u: Tensor, s: Tensor, gamma: Tensor, dtype: torch.dtype, limit: int) -> Tensor:
-    """Return dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32. ``dtype`` is the model's.
-
-    ``limit`` as in :func:`factor_grad`.
-    """
+    """Return dG [R, R, K] = Σ_m γ_mk u_m s_mᵀ in float32. ``dtype`` is the model's, ``limit`` factor_grad's."""
     (rows, rank), (groups, tasks) = u.shape, gamma.shape
     if tasks == 0:
         return torch.zeros(rank, rank, 0, dtype=torch.float32, device=u.device)

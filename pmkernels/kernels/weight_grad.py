@@ -258,7 +258,6 @@ def sum_parts(part_ptr, out_ptr, block, parts, size, BLOCK: tl.constexpr):
 
 def _launch(
     op: str,
-    shape: tuple[int, int],
     task_vectors: Tensor | None,
     A: Tensor | None,
     B: Tensor | None,
@@ -268,9 +267,9 @@ def _launch(
     need_bias: bool = False,
 ) -> WeightGradients:
     """Reduce the dW of ``rows`` = (dy, x), or ``d_weight``."""
-    n, d = shape
     sample = rows[1] if rows is not None else d_weight
     assert sample is not None
+    n, d = sample.shape if rows is None else (rows[0].shape[-1], sample.shape[-1])
     low_rank = A if A is not None else B
     wanted = 0 if low_rank is None else low_rank.shape[1]
     rank = -(-wanted // 16) * 16
@@ -362,12 +361,8 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 def weight_grad(
     dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None, need_bias: bool = False
 ) -> WeightGradients:
-    """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given.
-
-    dy [*, N], x [*, D]; task_vectors [K, N, D]; A [N, R] (for Q), B [D, R] (for P). ``need_bias``: also Σ_m dy [N].
-    """
-    shape = (dy.shape[-1], x.shape[-1])
-    return _launch("weight_grad", shape, task_vectors, A, B, rows=(dy, x), need_bias=need_bias)
+    """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given, and db where it is wanted."""
+    return _launch("weight_grad", task_vectors, A, B, rows=(dy, x), need_bias=need_bias)
 
 
 def weight_grad_of_merge(
@@ -375,8 +370,7 @@ def weight_grad_of_merge(
 ) -> WeightGradients:
     """Return the reductions of a dW that is there, of any shape if without A."""
     if A is not None or B is not None:
-        shape = (d_weight.shape[0], d_weight.shape[1])
-        return _launch("merge_grad", shape, task_vectors, A, B, d_weight=d_weight)
+        return _launch("merge_grad", task_vectors, A, B, d_weight=d_weight)
     if task_vectors is None:
         return WeightGradients()
     matrices = as_matrix(d_weight, task_vectors)
@@ -384,5 +378,4 @@ def weight_grad_of_merge(
         matrices = as_matrix(d_weight.contiguous(), task_vectors.contiguous())
         assert matrices is not None
     matrix, taus = matrices
-    shape = (matrix.shape[0], matrix.shape[1])
-    return _launch("flat" if shape[0] == 1 else "merge_grad", shape, taus, None, None, d_weight=matrix)
+    return _launch("flat" if matrix.shape[0] == 1 else "merge_grad", taus, None, None, d_weight=matrix)
