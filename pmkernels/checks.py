@@ -1,11 +1,45 @@
-"""The checks of public functions. An error names the argument, what was expected and what came."""
+"""The border of public functions: their checks, and autocast, which casts x there and nothing inside.
 
-from typing import Any
+An error names the argument, what was expected and what came.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from pmkernels.low_rank import Parts
+
+# asked for once: torch.compile of the oldest PyTorch we support cannot look into the question
+_HAVE_AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Say whether autocast is on for that kind of device; some kinds have none."""
+    return device_type in _HAVE_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off: inside an operation a float32 product of small matrices must stay float32."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """Make a backward that autocast leaves alone. loss.backward() may be called in its region."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, gradient: Tensor, *rest: Any) -> Any:
+        with no_autocast(gradient.device.type):
+            return backward(ctx, gradient, *rest)
+
+    return cast(Backward, wrapped)
 
 
 def check_tensor(name: str, value: Any, device: torch.device | None = None, learned: bool = False) -> None:
@@ -22,9 +56,15 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None, lear
         raise ValueError(f"{name}: expected device {device}, that of weight, got {value.device}")
 
 
-def broadcasts(lead: torch.Size, to: torch.Size) -> bool:
-    """Say whether the leading dimensions of γ are those of x, or 1."""
-    return len(lead) == len(to) and all(size in (1, wanted) for size, wanted in zip(lead, to, strict=True))
+def check_gamma(gamma: Tensor, x: Tensor, tasks: int) -> None:
+    """Check that γ is [K], or that its leading dimensions are those of x, or 1."""
+    lead, to = gamma.shape[:-1], x.shape[:-1]
+    fits = not lead or (
+        len(lead) == len(to) and all(size in (1, wanted) for size, wanted in zip(lead, to, strict=True))
+    )
+    if not gamma.ndim or gamma.shape[-1] != tasks or not fits:
+        expected = f"[{tasks}] or [*, {tasks}] with {x.ndim} dimensions broadcastable to {tuple(to)}"
+        raise ValueError(f"gamma: expected shape {expected}, got {list(gamma.shape)}")
 
 
 def check_cached(cached: Any, weight: Tensor, dtype: torch.dtype) -> None:

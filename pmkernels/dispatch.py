@@ -111,23 +111,10 @@ def _entry(configs: Configs, name: str, asked: Asked) -> Entry:
     raise LookupError(f"configs/{name}.json: expected an entry for {what}, got none")
 
 
-def config(
-    op: str,
-    like: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    rows: int,
-    rank: int,
-    aligned: bool = True,
-) -> Config:
-    """Return the configuration of ``op`` for tensors like ``like``, or of a dtype and device.
+def config(op: str, like: Tensor, *, rows: int, rank: int, aligned: bool = True) -> Config:
+    """Return the configuration of ``op`` for tensors like ``like``.
 
     ``aligned``: see :func:`pmkernels.launch.is_aligned`. Scattered loads take an address register pair per element and
     want small tiles.
     """
-    if like is not None:
-        dtype, device = like.dtype, like.device
-    assert device is not None
-    assert dtype is not None
-    return lookup(gpu_file(device), op, launch.precision_kind(dtype), launch.bucket(rows), rank, aligned)
+    return lookup(gpu_file(like.device), op, launch.precision_kind(like.dtype), launch.bucket(rows), rank, aligned)

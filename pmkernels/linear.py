@@ -12,8 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import products, strategies
-from pmkernels.autocast import autocast_enabled, no_autocast, without_autocast
-from pmkernels.checks import broadcasts, check_cached, check_parts, check_tensor
+from pmkernels.checks import (
+    autocast_enabled,
+    check_cached,
+    check_gamma,
+    check_parts,
+    check_tensor,
+    no_autocast,
+    without_autocast,
+)
 from pmkernels.low_rank import Needs, Parts, Terms, gradients_of_weight
 from pmkernels.operators import PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER
@@ -89,11 +96,8 @@ def pareto_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x: expected {weight.dtype}, the dtype of weight, got {x.dtype}")
-    if gamma is not None and parts.per_row and not broadcasts(gamma.shape[:-1], x.shape[:-1]):
-        raise ValueError(
-            f"gamma: expected shape [{gamma.shape[-1]}] or [*, {gamma.shape[-1]}] with {x.ndim} dimensions "
-            f"broadcastable to {tuple(x.shape[:-1])}, got {list(gamma.shape)}"
-        )
+    if gamma is not None and parts.per_row:
+        check_gamma(gamma, x, gamma.shape[-1])
     if cached is not None:
         check_cached(cached, weight, x.dtype)
     tensors = dict(zip(INPUTS, (x, *parts, bias, cached), strict=True))

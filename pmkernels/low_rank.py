@@ -47,11 +47,6 @@ class Parts(NamedTuple):
         """Return R, 0 without a low-rank term."""
         return 0 if self.A is None else self.A.shape[1]
 
-    @property
-    def tasks(self) -> int:
-        """Return K, 0 without task vectors."""
-        return 0 if self.task_vectors is None else self.task_vectors.shape[0]
-
     def core(self) -> Tensor | None:
         """Return C(γ) [R, R], None where the term has none or one per row."""
         return None if self.G is None or self.gamma is None or self.per_row else preference_core(self.G, self.gamma)

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
-from pmkernels.autocast import no_autocast, without_autocast
-from pmkernels.checks import check_cached, check_parts, check_tensor
+from pmkernels.checks import check_cached, check_parts, check_tensor, no_autocast, without_autocast
 from pmkernels.low_rank import Needs, Parts, gradients_of_weight
 from pmkernels.operators import LEARNED, PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER
@@ -28,8 +27,6 @@ def merge_weight(
     strategy: str = "auto",
 ) -> Tensor:
     """Merge W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ for one preference.
-
-    Longer than 60 lines because it says all there is to say about its arguments, and checks them.
 
     Args:
         weight: W0, any number of dimensions, frozen; two with a low-rank term.
@@ -57,9 +54,8 @@ def merge_weight(
     if out is not None:
         check_tensor("out", out, weight.device)
         if out.shape != weight.shape or out.dtype != weight.dtype:
-            raise ValueError(
-                f"out: expected {list(weight.shape)} in {weight.dtype}, got {list(out.shape)} in {out.dtype}"
-            )
+            expected = f"{list(weight.shape)} in {weight.dtype}"
+            raise ValueError(f"out: expected {expected}, got {list(out.shape)} in {out.dtype}")
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError("out: expected memory of its own for every element, got an expanded tensor")
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):

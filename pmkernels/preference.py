@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmkernels import strategies
-from pmkernels.autocast import no_autocast
-from pmkernels.checks import broadcasts, check_tensor
+from pmkernels.checks import check_gamma, check_tensor, no_autocast
 from pmkernels.launch import padded_rank
 from pmkernels.low_rank import groups_of
 from pmkernels.operators import operator
@@ -103,13 +102,7 @@ def _check_shapes(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, 
         raise ValueError(f"x: expected shape [*, {d}], got {list(x.shape)}")
     if G.ndim != 3 or G.shape[:2] != (rank, rank):
         raise ValueError(f"G: expected shape [{rank}, {rank}, K], got {list(G.shape)}")
-    tasks, lead = G.shape[2], x.shape[:-1]
-    fits = gamma.ndim == 1 or (gamma.ndim > 1 and broadcasts(gamma.shape[:-1], lead))
-    if not fits or gamma.shape[-1] != tasks:
-        raise ValueError(
-            f"gamma: expected shape [{tasks}] or [*, {tasks}] with {x.ndim} dimensions broadcastable to "
-            f"{tuple(lead)}, got {list(gamma.shape)}"
-        )
+    check_gamma(gamma, x, G.shape[2])
     if bias is not None and bias.shape != (wide.shape[0],):
         raise ValueError(f"bias: expected shape [{wide.shape[0]}], got {list(bias.shape)}")
 

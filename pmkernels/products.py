@@ -58,17 +58,14 @@ def scratch(terms: Terms, dtype: torch.dtype) -> Tensor:
     return merge_weight(terms, torch.empty_like(weight, dtype=dtype))
 
 
-def merge(terms: Terms, out: Tensor | None = None) -> Tensor:
+def merge(terms: Terms, out: Tensor | None = None, *, by_kernel: bool = False) -> Tensor:
     """Return W like W0, in a new tensor or in ``out``."""
+    if by_kernel:
+        return merge_weight(terms, torch.empty_like(terms.weight) if out is None else out)
     merged = assemble(terms, terms.weight.dtype)
     if out is not None:
         return out.copy_(merged)
     return merged.clone() if merged is terms.weight else merged
-
-
-def merge_by_kernel(terms: Terms, out: Tensor | None = None) -> Tensor:
-    """Return what :func:`merge` does, by one kernel."""
-    return merge_weight(terms, torch.empty_like(terms.weight) if out is None else out)
 
 
 def forward(

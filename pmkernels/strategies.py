@@ -42,10 +42,6 @@ class Case(NamedTuple):
     asked: bool = True
 
 
-Supports = Callable[[Case], Exception | None]
-Cost = Callable[[str, costs.Problem, str, costs.Rates], list[costs.Pass] | None]
-
-
 @dataclass(frozen=True, eq=False)
 class Strategy:
     """One way of computing a layer y = x·Wᵀ + b, W = W0 + Σ_k λ_k τ_k + left·rightᵀ.
@@ -65,12 +61,12 @@ class Strategy:
     """
 
     name: str
-    supports: Supports
+    supports: Callable[[Case], Exception | None]
     forward: Callable[..., Tensor]
     dx: Callable[..., Tensor]
     weight_grad: Callable[..., WeightGradients]
     merge: Callable[..., Tensor]
-    cost: Cost
+    cost: Callable[[str, costs.Problem, str, costs.Rates], list[costs.Pass] | None]
     rows: type[RowProducts] = RowProducts
     reduce: Callable[..., WeightGradients] = products.reductions
     preference: Callable[..., Tensor] | None = None
@@ -81,11 +77,7 @@ TABLE: dict[str, Strategy] = configs.TABLE
 
 
 def register(strategy: Strategy) -> Strategy:
-    """Add a strategy to the table, under a name that is not taken.
-
-    Raises:
-        ValueError: a name that is taken.
-    """
+    """Add a strategy to the table. A name that is taken is a ValueError."""
     if strategy.name in (*RESERVED, *TABLE) or not strategy.name:
         taken = ", ".join((*RESERVED, *TABLE))
         raise ValueError(f"strategy: expected a name other than {taken}, got {strategy.name!r}")
@@ -97,8 +89,7 @@ def register(strategy: Strategy) -> Strategy:
 def unregister(name: str) -> None:
     """Take a strategy of one's own out of the table. Graphs that it computed must be done with.
 
-    Raises:
-        ValueError: another name than that of a strategy that was registered from outside.
+    Any other name is a ValueError.
     """
     own = [other for other in TABLE if other not in STRATEGIES]
     if name not in own:
@@ -195,7 +186,8 @@ def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Te
         return TABLE[EAGER]
     case = case_of({"x": like, **parts._asdict(), **others}, like.device, asked=strategy != AUTO)
     rows, n = math.prod(like.shape[:-1]), parts.weight.shape[0] if parts.weight.ndim else 1
-    layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": parts.tasks, "rank": parts.rank}
+    tasks = 0 if parts.task_vectors is None else parts.task_vectors.shape[0]
+    layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": tasks, "rank": parts.rank}
     return TABLE[choose(operation, strategy, like, case=case, **layer, per_row=parts.per_row)]
 
 
@@ -271,23 +263,21 @@ def _absent(*_: Any, **__: Any) -> Any:
     raise ModuleNotFoundError("triton")
 
 
+_LIBRARY: dict[str, Any] = {"forward": products.forward, "dx": products.dx}
+_LIBRARY |= {"weight_grad": products.weight_gradients, "merge": products.merge}
+_STREAMED: dict[str, Any] = {name: functools.partial(product, by_kernel=True) for name, product in _LIBRARY.items()}
 if launch.HAS_TRITON:
     from pmkernels.kernels import linear, low_rank, preference, weight_grad
 
-    _FUSED = linear.linear_fwd, linear.linear_bwd_x, weight_grad.weight_grad
-    _PREFERENCE = preference.preference_linear, preference.preference_linear_of_wide
-    _KERNELS: dict[str, Any] = {"rows": low_rank.KernelRowProducts, "reduce": weight_grad.weight_grad_of_merge}
+    _STREAMED |= {"rows": low_rank.KernelRowProducts, "reduce": weight_grad.weight_grad_of_merge}
+    _FUSED = {**_STREAMED, "forward": linear.linear_fwd, "dx": linear.linear_bwd_x}
+    _FUSED |= {"weight_grad": weight_grad.weight_grad, "preference": preference.preference_linear}
+    _STREAMED["preference"] = preference.preference_linear_of_wide
 else:
     # the names are there, and what they answer is that nothing supports them
-    _FUSED, _PREFERENCE, _KERNELS = (_absent,) * 3, (_absent,) * 2, {}
-_KERNELS |= {"merge": products.merge_by_kernel, "kernels": True}
-_LIBRARY: tuple[Any, Any, Any] = products.forward, products.dx, products.weight_gradients
-_forward, _dx, _weight_grad = (functools.partial(product, by_kernel=True) for product in _LIBRARY)
-_STREAMED = _forward, _dx, _weight_grad
-register(Strategy(FUSED, _supported_by_kernels, *_FUSED, cost=_cost_of_fused, preference=_PREFERENCE[0], **_KERNELS))
-register(
-    Strategy(STREAMED, _supported_by_streams, *_STREAMED, cost=_cost_of_streamed, preference=_PREFERENCE[1], **_KERNELS)
-)
-register(Strategy(EAGER, lambda case: None, *_LIBRARY, merge=products.merge, cost=lambda *_: None))
+    _STREAMED = _FUSED = dict.fromkeys([*_LIBRARY, "reduce", "preference"], _absent)
+register(Strategy(FUSED, _supported_by_kernels, cost=_cost_of_fused, kernels=True, **_FUSED))
+register(Strategy(STREAMED, _supported_by_streams, cost=_cost_of_streamed, kernels=True, **_STREAMED))
+register(Strategy(EAGER, lambda case: None, cost=lambda *_: None, **_LIBRARY))
 # those that come with the library
 STRATEGIES = names()

@@ -8,15 +8,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
-from pmkernels.autocast import no_autocast, without_autocast
-from pmkernels.checks import check_frozen, check_tensor
+from pmkernels.checks import check_frozen, check_tensor, no_autocast, without_autocast
 from pmkernels.launch import HAS_TRITON
 from pmkernels.operators import contiguous_like, differentiable, operator
 from pmkernels.reference import accumulate_dtype
 from pmkernels.strategies import EAGER
 
 if HAS_TRITON:
-    from pmkernels.kernels import vectors as kernels
+    from pmkernels.kernels import merge as kernels
 
 
 def merge_vectors(

@@ -92,17 +92,15 @@ def shrink(
     t = None if G is None else torch.empty_like(s)
     if rows.M == 0:
         return s, t
-    tasks, strides = 0, (0, 0, 0)
-    if G is not None:
-        out, into, task = G.stride()
-        tasks, strides = G.shape[2], (into, out, task) if transposed else (out, into, task)
+    if G is not None and transposed:
+        G = G.transpose(0, 1)
     config = dispatch.config("shrink", x, rows=rows.M, rank=rank)
     shrink_kernel[(triton.cdiv(rows.M, config.block_m),)](
         *(rows.tensor, factor.contiguous(), G, gamma, s, t),
         *(rows.M, d, rank, 1 if gamma is None else rows.M // gamma.shape[0]),
         *rows.layout,
-        *strides,
-        K=tasks,
+        *launch.strides(G, 3),
+        K=0 if G is None else G.shape[2],
         MIX=t is not None,
         RANK=launch.padded_rank(rank),
         PRECISION=launch.rank_precision(x.dtype),

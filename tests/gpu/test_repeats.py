@@ -17,7 +17,7 @@ from torch.utils import deterministic
 import pmkernels
 from pmkernels import configs
 from pmkernels.graphs import capture, warm_up
-from pmkernels.kernels import linear, low_rank, merge, preference, vectors, weight_grad
+from pmkernels.kernels import linear, low_rank, merge, preference, weight_grad
 from pmkernels.launch import MAX_RANK, MAX_RANK_FROM_TILES
 from pmkernels.low_rank import Terms
 from pmkernels.reference import preference_core
@@ -153,8 +153,8 @@ def _vectors(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterat
     weight, taus = v["weight"][0], v["task_vectors"][:, 0]
     lam = torch.randn(len(sizes), TASKS, generator=torch.Generator().manual_seed(2)).cuda()
     offsets = torch.tensor([0, *sizes], device="cuda").cumsum(0)
-    yield "vectors", lambda: [vectors.merge_vectors_fwd(weight, taus, lam, offsets)]
-    yield "reduction of vectors", lambda: [vectors.merge_vectors_bwd(weight, taus, offsets)]
+    yield "vectors", lambda: [merge.merge_vectors_fwd(weight, taus, lam, offsets)]
+    yield "reduction of vectors", lambda: [merge.merge_vectors_bwd(weight, taus, offsets)]
 
 
 def _sum(rows: int, n: int, d: int, rank: int, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:

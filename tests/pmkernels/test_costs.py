@@ -113,9 +113,9 @@ def test_every_share_is_one_at_most_and_says_where_it_comes_from() -> None:
 
 
 def test_counted_tiles_are_those_that_are_launched() -> None:
-    summed = dispatch.config("sum", dtype=torch.float32, device=torch.device("cpu"), rows=0, rank=0)
+    summed = dispatch.config("sum", torch.zeros(1, dtype=torch.float32), rows=0, rank=0)
     assert summed.block_d == costs.SUM_BLOCK
-    widened = dispatch.config("widen", dtype=torch.bfloat16, device=torch.device("cpu"), rows=8224, rank=16)
+    widened = dispatch.config("widen", torch.zeros(1, dtype=torch.bfloat16), rows=8224, rank=16)
     assert widened.block_m == costs.WIDEN_ROWS
     reduced = dispatch.lookup("sm_90", "merge_grad", "16-bit", 1, 16, True)
     kernels = strategies.predicted_passes("sm_90", H200, "weight_grad", "streamed", LAYER)

@@ -56,9 +56,9 @@ def test_a_launch_is_given_what_fits_and_gives_what_is_used() -> None:
         asked.append(wanted)
         return dataclasses.replace(entry.config, num_warps=2 * entry.config.num_warps)
 
-    plain = dispatch.config("merge", dtype=torch.float32, device=CPU, rows=5, rank=3)
+    plain = dispatch.config("merge", torch.zeros(1, dtype=torch.float32), rows=5, rank=3)
     with dispatch.using(Configs(launch=wider)):
-        changed = dispatch.config("merge", dtype=torch.float32, device=CPU, rows=5, rank=3)
+        changed = dispatch.config("merge", torch.zeros(1, dtype=torch.float32), rows=5, rank=3)
     assert changed == dataclasses.replace(plain, num_warps=2 * plain.num_warps)
     assert [(one.op, one.rows, one.rank) for one in asked] == [("merge", 8, 3)]
-    assert dispatch.config("merge", dtype=torch.float32, device=CPU, rows=5, rank=3) == plain
+    assert dispatch.config("merge", torch.zeros(1, dtype=torch.float32), rows=5, rank=3) == plain

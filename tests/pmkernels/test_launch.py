@@ -48,8 +48,8 @@ def test_float32_products_are_exact_unless_torch_was_told_otherwise(precision: N
     assert launch.dot_precision(torch.bfloat16) == "tf32"
     matmul.fp32_precision = "tf32"
     assert launch.dot_precision(torch.float32) == "tf32"
-    exact = dispatch.config("linear", dtype=torch.bfloat16, device=CPU, rows=8, rank=16)
-    assert dispatch.config("linear", dtype=torch.float32, device=CPU, rows=8, rank=16) != exact
+    exact = dispatch.config("linear", torch.zeros(1, dtype=torch.bfloat16), rows=8, rank=16)
+    assert dispatch.config("linear", torch.zeros(1, dtype=torch.float32), rows=8, rank=16) != exact
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,5 @@ def test_partial_sums_stay_below_the_size_of_a_weight() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for rank in range(1, launch.MAX_RANK_FROM_TILES + 1):
             for aligned in (True, False):
-                found = dispatch.config("weight_grad", dtype=dtype, device=CPU, rows=8, rank=rank, aligned=aligned)
+                found = dispatch.config("weight_grad", torch.zeros(1, dtype=dtype), rows=8, rank=rank, aligned=aligned)
                 assert rank < min(found.block_n, found.block_d)
