@@ -307,26 +307,17 @@ def fused(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[Pass
     n, d = (p.d, p.n) if operation == "dx" else (p.n, p.d)
     blocks_n = math.ceil(n / tiles.block_n)
     partial = 4.0 * tiles.splits * p.rows * n if tiles.splits > 1 else 0.0
-    x = float(p.rows * d * p.size)
+    rows, x = row_blocks * tiles.block_m, float(p.rows * d * p.size)
     if operation == "preference":
-        kernel = Pass(
-            "fused",
-            products=2.0 * row_blocks * tiles.block_m * d * (n + blocks_n * p.rank),
-            memory=p.weight + p.factors + p.activations + partial,
-            cache=row_blocks * p.weight + blocks_n * x,
-            form="product with t",
-            programs=row_blocks * blocks_n * tiles.splits,
-        )
+        products, form = 2.0 * rows * d * (n + blocks_n * p.rank), "product with t"
+        memory, cache = p.weight + p.factors + p.activations + partial, row_blocks * p.weight + blocks_n * x
+        programs = row_blocks * blocks_n * tiles.splits
+        kernel = Pass("fused", products=products, memory=memory, cache=cache, form=form, programs=programs)
     else:
-        read = (p.tasks + 1) * p.weight
-        kernel = Pass(
-            "fused",
-            products=2.0 * row_blocks * tiles.block_m * p.n * p.d,
-            simple=row_blocks * _assembly(p),
-            memory=read + p.activations + partial,
-            cache=row_blocks * read + blocks_n * p.rows * d * p.size,
-            form="assembly in the product",
-        )
+        read, form = (p.tasks + 1) * p.weight, "assembly in the product"
+        products, simple = 2.0 * rows * p.n * p.d, row_blocks * _assembly(p)
+        memory, cache = read + p.activations + partial, row_blocks * read + blocks_n * x
+        kernel = Pass("fused", products=products, simple=simple, memory=memory, cache=cache, form=form)
     return [kernel, Pass("sum", memory=partial)] if tiles.splits > 1 else [kernel]
 
 
@@ -335,14 +326,9 @@ def _reduced_from_rows(p: Problem, tiles: Tiles) -> list[Pass]:
     task_vectors, partial = p.tasks * p.weight, p.partials(tiles.block_n, tiles.block_d, tiles.splits)
     # programs of their own read dy once more for db
     bias = p.output if p.bias else 0.0
-    from_rows = Pass(
-        "dW from rows",
-        products=p.product,
-        memory=p.activations + bias,
-        cache=(blocks_n * p.rows * p.d + blocks_d * p.rows * p.n) * p.size + bias,
-        form="dW from rows",
-        programs=blocks_n * blocks_d * tiles.splits,
-    )
+    memory, cache = p.activations + bias, (blocks_n * p.rows * p.d + blocks_d * p.rows * p.n) * p.size + bias
+    programs, form = blocks_n * blocks_d * tiles.splits, "dW from rows"
+    from_rows = Pass(form, products=p.product, memory=memory, cache=cache, form=form, programs=programs)
     simple, memory = tiles.splits * 4.0 * p.n * p.d * p.tasks, task_vectors + partial
     cache = tiles.splits * task_vectors
     epilogue = Pass("reduction", simple=simple, memory=memory, cache=cache, form="reduction", launches=0)

@@ -80,8 +80,7 @@ def _fake_entropy(logits: Tensor) -> tuple[Tensor, ...]:
 @operator("softmax_entropy", "(Tensor logits) -> (Tensor, Tensor, Tensor)", fake=_fake_entropy)
 def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return H of each row, with max z and the normaliser for the backward."""
-    with torch.cuda.device_of(logits):
-        return kernels.entropy_fwd(logits)
+    return kernels.entropy_fwd(logits)
 
 
 @operator(
@@ -91,8 +90,7 @@ def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 )
 def entropy_backward_operator(grad: Tensor, logits: Tensor, *of_rows: Tensor) -> Tensor:
     """Return dlogits of dH."""
-    with torch.cuda.device_of(logits):
-        return kernels.entropy_bwd(grad, logits, *of_rows)
+    return kernels.entropy_bwd(grad, logits, *of_rows)
 
 
 @differentiable(entropy_operator, keep=lambda _, inputs, output: (*inputs, *output))

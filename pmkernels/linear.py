@@ -115,7 +115,7 @@ def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None
     start = None
     if parts.per_row:
         assert parts.A is not None
-        _, t = chosen.rows(parts, x).inward(x)
+        _, t = chosen.rows(parts, x).shrink(x)
         start = t, parts.A
     if cached is not None:
         return products.forward(x, Terms(cached), start=start, bias=bias, by_kernel=chosen.kernels)
@@ -192,8 +192,7 @@ class _Eager(torch.autograd.Function):
 def linear_operator(x: Tensor, *rest: Any) -> Tensor:
     """Compute y = x·W(γ)ᵀ + b by a strategy. ``cached``: W(γ), or with one γ per row the base, put together before."""
     *tensors, bias, cached, strategy = rest
-    with torch.cuda.device_of(x):
-        return _forward(x, Parts(*tensors).contiguous(), bias, cached, strategy)
+    return _forward(x, Parts(*tensors).contiguous(), bias, cached, strategy)
 
 
 def _fake_gradients(
@@ -213,8 +212,7 @@ def linear_backward_operator(dy: Tensor, x: Tensor | None, *rest: Any) -> list[T
     """Return the gradients from x to bias that ``needs`` asks for, empty tensors for others."""
     *tensors, bias, cached, needs, strategy = rest
     parts = Parts(*tensors).contiguous()
-    with torch.cuda.device_of(dy):
-        gradients = _gradients(dy, x, parts, needs, strategy, bias=bias, cached=cached)
+    gradients = _gradients(dy, x, parts, needs, strategy, bias=bias, cached=cached)
     return in_order(gradients, dy, dict(zip(("x", *LEARNED), (dy, *parts[2:], bias), strict=True)))
 
 

@@ -196,15 +196,9 @@ class RowProducts:
         """Say whether the low-rank gradients come from dW where λ wants that anyway."""
         return True
 
-    def inward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and t of x [*, D], in the type of the sums."""
-        return self._shrink(x, self.parts.B, transposed=False)
-
-    def outward(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u and ds of dy [*, N], in the type of the sums."""
-        return self._shrink(dy, self.parts.A, transposed=True)
-
-    def _shrink(self, rows: Tensor, factor: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    def shrink(self, rows: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Return s and t of x [*, D], in the type of the sums; ``transposed``: u and ds of dy [*, N]."""
+        factor = self.parts.A if transposed else self.parts.B
         assert factor is not None
         s = converted(rows.reshape(*self.shape, rows.shape[-1]) @ converted(factor, rows.dtype), self.wide)
         return s, s if self.core is None else s @ converted(self.core if transposed else self.core.mT, s.dtype)
@@ -229,11 +223,11 @@ class RowProducts:
         gradients: dict[str, Tensor] = {}
         ds = None
         if needs.B or needs.core or need_ds:
-            u, ds = self.outward(dy)
+            u, ds = self.shrink(dy, transposed=True)
         if needs.low_rank:
             assert x is not None
             if needs.P:
-                s, t = self.inward(x)
+                s, t = self.shrink(x)
             if needs.A:
                 gradients["A"] = self.factor_gradient(dy, t)
             if ds is not None and needs.B:

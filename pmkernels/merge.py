@@ -120,16 +120,14 @@ class _Eager(torch.autograd.Function):
 def merge_operator(*rest: Any) -> Tensor:
     """Return W(γ) in a new tensor like ``weight``."""
     *tensors, strategy = rest
-    with torch.cuda.device_of(tensors[0]):
-        return _merged(Parts(*tensors).contiguous(), strategy)
+    return _merged(Parts(*tensors).contiguous(), strategy)
 
 
 @operator("merge_weight_out", f"({PARTS}, Tensor(a!) out, str strategy) -> ()", fake=lambda *_: None, mutates=("out",))
 def merge_out_operator(*rest: Any) -> None:
     """Write W(γ) into ``out``."""
     *tensors, out, strategy = rest
-    with torch.cuda.device_of(out):
-        _merged(Parts(*tensors).contiguous(), strategy, out)
+    _merged(Parts(*tensors).contiguous(), strategy, out)
 
 
 @operator(
@@ -140,8 +138,7 @@ def merge_out_operator(*rest: Any) -> None:
 def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
     """Return the gradients from lam to gamma that ``needs`` asks for, empty tensors for others."""
     *tensors, needs, strategy = rest
-    with torch.cuda.device_of(d_weight):
-        gradients = _gradients(Parts(d_weight, *tensors), needs, strategy)
+    gradients = _gradients(Parts(d_weight, *tensors), needs, strategy)
     return in_order(gradients, d_weight, dict(zip(Parts._fields[2:], tensors[1:], strict=True)))
 
 

@@ -7,6 +7,7 @@ Operators cannot return an optional tensor: a gradient that was not asked for is
 checked by the public functions.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,18 @@ Fake = Callable[..., Any]
 
 
 def operator(name: str, schema: str, *, fake: Fake, mutates: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function the operator ``pmkernels::name``; ``fake`` makes its results without computing them."""
+    """Make a function the operator ``pmkernels::name``, which works on the device of its first argument.
+
+    ``fake`` makes its results without computing them.
+    """
 
     def make(function: Callable[..., Any]) -> Any:
-        made = torch.library.custom_op(f"pmkernels::{name}", function, mutates_args=mutates, schema=schema)
+        @functools.wraps(function)
+        def there(first: Tensor, *rest: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *rest)
+
+        made = torch.library.custom_op(f"pmkernels::{name}", there, mutates_args=mutates, schema=schema)
         made.register_fake(fake)
         OPERATORS[name] = made
         return made

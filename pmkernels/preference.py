@@ -127,8 +127,7 @@ def preference_operator(
     compute = strategies.TABLE[chosen].preference
     assert compute is not None
     groups = groups_of(gamma, x.shape[:-1]).contiguous()
-    with torch.cuda.device_of(x):
-        return compute(x, wide, G, B, groups, bias)
+    return compute(x, wide, G, B, groups, bias)
 
 
 def _eager(x: Tensor, wide: Tensor, G: Tensor, B: Tensor, gamma: Tensor, bias: Tensor | None) -> Tensor:

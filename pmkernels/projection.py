@@ -89,9 +89,8 @@ def _fake_projected(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor,
 @operator("project_task_vectors", "(Tensor task_vectors, Tensor A, Tensor B) -> (Tensor, Tensor)", fake=_fake_projected)
 def projection_operator(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return T [K, R, R], and τ_k·B of all tasks for the backward."""
-    with torch.cuda.device_of(task_vectors):
-        right = _shrink(task_vectors, B)
-        return A.t() @ right, right
+    right = _shrink(task_vectors, B)
+    return A.t() @ right, right
 
 
 @operator(
@@ -101,10 +100,9 @@ def projection_operator(task_vectors: Tensor, A: Tensor, B: Tensor) -> tuple[Ten
 )
 def projection_backward_operator(grad: Tensor, task_vectors: Tensor, A: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return dA = Σ_k τ_kB·dT_kᵀ and dB = Σ_k τ_kᵀA·dT_k."""
-    with torch.cuda.device_of(task_vectors):
-        left = _shrink(task_vectors.transpose(1, 2), A)
-        dA, dB = torch.einsum("knj,kij->ni", right, grad), torch.einsum("kdi,kij->dj", left, grad)
-        return dA.contiguous(), dB.contiguous()
+    left = _shrink(task_vectors.transpose(1, 2), A)
+    dA, dB = torch.einsum("knj,kij->ni", right, grad), torch.einsum("kdi,kij->dj", left, grad)
+    return dA.contiguous(), dB.contiguous()
 
 
 @differentiable(projection_operator, keep=lambda _, inputs, output: (*inputs[:2], output[1]))

@@ -73,10 +73,7 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def pareto_linear(
     x: Tensor, weight: Tensor, *, gamma: Tensor | None = None, bias: Tensor | None = None, **parts: Any
 ) -> Tensor:
-    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D] and the parts of W.
-
-    gamma is [K] for all rows, or [*, K] that broadcasts to x's.
-    """
+    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D]. gamma is [K] for all rows, or [*, K] that broadcasts to x's."""
     bias = None if bias is None else bias.to(x.dtype)
     if gamma is None or gamma.ndim == 1:
         return F.linear(x, merge_weight(weight, gamma=gamma, **parts).to(x.dtype), bias)

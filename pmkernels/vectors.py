@@ -137,9 +137,8 @@ def _project(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
 )
 def vectors_operator(weight: Tensor, task_vectors: Tensor, lam: Tensor, offsets: Tensor) -> Tensor:
     """Merge w0 + Σ_k λ_lk τ_k piece by piece."""
-    with torch.cuda.device_of(weight):
-        weight, lam, offsets = weight.contiguous(), lam.contiguous(), offsets.contiguous()
-        return kernels.merge_vectors_fwd(weight, _rows_contiguous(task_vectors), lam, offsets)
+    weight, lam, offsets = weight.contiguous(), lam.contiguous(), offsets.contiguous()
+    return kernels.merge_vectors_fwd(weight, _rows_contiguous(task_vectors), lam, offsets)
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
@@ -153,8 +152,7 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
 )
 def vectors_backward_operator(grad: Tensor, task_vectors: Tensor, offsets: Tensor) -> Tensor:
     """Return dλ [L, K] of the merged [S]."""
-    with torch.cuda.device_of(grad):
-        return kernels.merge_vectors_bwd(grad, _rows_contiguous(task_vectors), offsets.contiguous())
+    return kernels.merge_vectors_bwd(grad, _rows_contiguous(task_vectors), offsets.contiguous())
 
 
 @differentiable(vectors_operator, keep=lambda _, inputs, merged: (inputs[1], inputs[3]))

@@ -284,7 +284,7 @@ class KernelRowProducts(RowProducts):
         self.parts, self.lead, self.dtype = parts, like.shape[:-1], like.dtype
         # partial sums stay below the size of a weight
         self.limit = parts.weight.numel()
-        self.G, self.gamma, core = parts.G, parts.gamma, None if parts.per_row else parts.core()
+        self.G, self.gamma, core = parts.G, parts.gamma, parts.core()
         if parts.gamma is not None and parts.per_row:
             self.gamma = groups_of(parts.gamma, self.lead).contiguous()
         elif core is not None:
@@ -292,7 +292,9 @@ class KernelRowProducts(RowProducts):
 
     from_tiles = staticmethod(launch.from_tiles)
 
-    def _shrink(self, rows: Tensor, factor: Tensor | None, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    def shrink(self, rows: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """Return s and t of x [*, D]; ``transposed``: u and ds of dy [*, N]."""
+        factor = self.parts.A if transposed else self.parts.B
         assert factor is not None
         s, t = shrink(rows, factor, self.G, self.gamma, transposed=transposed)
         return s, s if t is None else t
