@@ -36,10 +36,8 @@ def softmax_entropy(logits: Tensor, *, strategy: str = "auto") -> Tensor:
         raise TypeError(f"logits: expected a floating-point tensor, got {got}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [*, C] with C at least 1, got {list(logits.shape)}")
-    if strategies.resolve(strategy, {"logits": logits}, logits.device, own="kernels") == EAGER:
-        entropy: Tensor = _Eager.apply(logits)
-        return entropy
-    entropy, _, _ = entropy_operator(logits)
+    chosen = strategies.resolve(strategy, {"logits": logits}, logits.device, own="kernels")
+    entropy: Tensor = _Eager.apply(logits) if chosen == EAGER else entropy_operator(logits)[0]
     return entropy
 
 
@@ -73,11 +71,11 @@ class _Eager(torch.autograd.Function):
         return grad_logits.to(logits.dtype)
 
 
-def _fake_entropy(logits: Tensor) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3))
-
-
-@operator("softmax_entropy", "(Tensor logits) -> (Tensor, Tensor, Tensor)", fake=_fake_entropy)
+@operator(
+    "softmax_entropy",
+    "(Tensor logits) -> (Tensor, Tensor, Tensor)",
+    fake=lambda logits: tuple(logits.new_empty(logits.shape[:-1], dtype=torch.float32) for _ in range(3)),
+)
 def entropy_operator(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return H of each row, with max z and the normaliser for the backward."""
     return kernels.entropy_fwd(logits)
@@ -94,6 +92,5 @@ def entropy_backward_operator(grad: Tensor, logits: Tensor, *of_rows: Tensor) ->
 
 
 @differentiable(entropy_operator, keep=lambda _, inputs, output: (*inputs, *output))
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:
-    gradient: Tensor = entropy_backward_operator(grad, *ctx.saved_tensors)
-    return gradient
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    return entropy_backward_operator(grad, *ctx.saved_tensors)

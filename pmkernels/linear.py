@@ -100,13 +100,10 @@ def pareto_linear(
         check_gamma(gamma, x, gamma.shape[-1])
     if cached is not None:
         check_cached(cached, weight, x.dtype)
-    tensors = dict(zip(INPUTS, (x, *parts, bias, cached), strict=True))
-    chosen = strategies.resolve(strategy, tensors, x.device)
+    inputs = x, *parts, bias, cached
+    chosen = strategies.resolve(strategy, dict(zip(INPUTS, inputs, strict=True)), x.device)
     with no_autocast(device_type):
-        if chosen == EAGER:
-            y: Tensor = _Eager.apply(x, *parts, bias, cached)
-        else:
-            y = linear_operator(x, *parts, bias, cached, chosen)
+        y: Tensor = _Eager.apply(*inputs) if chosen == EAGER else linear_operator(*inputs, chosen)
         return y
 
 
@@ -132,7 +129,9 @@ def _gradients(
     of_w = of_x if of_x and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts, **others)
     # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
     whole = (
-        needs.lam and not parts.per_row and (parts.A is None or of_w.rows.from_tiles(parts.rank, *parts.weight.shape))
+        needs.lam
+        and not parts.per_row
+        and (parts.A is None or of_w.rows.from_tiles(parts.A.shape[1], *parts.weight.shape))
     )
     gradients: dict[str, Tensor] = {}
     ds = None
@@ -195,10 +194,8 @@ def linear_operator(x: Tensor, *rest: Any) -> Tensor:
     return _forward(x, Parts(*tensors).contiguous(), bias, cached, strategy)
 
 
-def _fake_gradients(
-    dy: Tensor, x: Tensor | None, weight: Tensor, task_vectors: Tensor | None, *rest: Any
-) -> list[Tensor]:
-    *tensors, _, needs, _ = rest
+def _fake_gradients(dy: Tensor, _: Tensor | None, weight: Tensor, *rest: Any) -> list[Tensor]:
+    _, *tensors, _, needs, _ = rest
     dx = dy.new_empty((*dy.shape[:-1], weight.shape[1])) if needs[0] else dy.new_empty(0)
     return [dx, *fakes(needs[1:], tensors, dy)]
 

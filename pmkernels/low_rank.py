@@ -42,11 +42,6 @@ class Parts(NamedTuple):
         """Say whether γ has more dimensions than K."""
         return self.gamma is not None and self.gamma.ndim > 1
 
-    @property
-    def rank(self) -> int:
-        """Return R, 0 without a low-rank term."""
-        return 0 if self.A is None else self.A.shape[1]
-
     def core(self) -> Tensor | None:
         """Return C(γ) [R, R], None where the term has none or one per row."""
         return None if self.G is None or self.gamma is None or self.per_row else preference_core(self.G, self.gamma)

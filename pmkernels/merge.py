@@ -92,10 +92,7 @@ def _gradients(parts: Parts, asked: list[bool], strategy: str) -> dict[str, Tens
 
 
 class _Eager(torch.autograd.Function):
-    """The eager form, and a W(γ) that is there with the gradient of the merge.
-
-    An operator may not return its argument. Nothing of its own is saved but the parameters.
-    """
+    """The eager form, and a W(γ) that is there with a merge's gradient: operators may not return an argument."""
 
     @staticmethod
     def forward(ctx: Any, *rest: Any) -> Tensor:

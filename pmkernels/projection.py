@@ -44,10 +44,8 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor, *, strategy
         raise ValueError(f"B: expected shape [{d}, {A.shape[1]}] in {A.dtype}, got {list(B.shape)} in {B.dtype}")
     chosen = strategies.resolve(strategy, {"task_vectors": task_vectors, "A": A, "B": B}, device, own="kernels")
     with no_autocast(device.type):
-        if chosen == EAGER:
-            projected: Tensor = _Eager.apply(task_vectors, A, B)
-            return projected
-        projected, _ = projection_operator(task_vectors, A, B)
+        inputs = task_vectors, A, B
+        projected: Tensor = _Eager.apply(*inputs) if chosen == EAGER else projection_operator(*inputs)[0]
         return projected
 
 

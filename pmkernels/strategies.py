@@ -87,10 +87,7 @@ def register(strategy: Strategy) -> Strategy:
 
 
 def unregister(name: str) -> None:
-    """Take a strategy of one's own out of the table. Graphs that it computed must be done with.
-
-    Any other name is a ValueError.
-    """
+    """Take a strategy of one's own out of the table, once its graphs are done with. Any other name is a ValueError."""
     own = [other for other in TABLE if other not in STRATEGIES]
     if name not in own:
         raise ValueError(f"strategy: expected one of those registered ({', '.join(own) or 'none'}), got {name!r}")
@@ -108,10 +105,7 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
 
     ``own``: a field of :class:`Strategy` that the operation asks for; a strategy without it computes it as ``auto``
     does. ``auto`` goes on as it is where more than ``eager`` can be taken: the operators ask :func:`choose`, out of the
-    compiler's sight.
-
-    Raises:
-        ValueError, TypeError: an unknown strategy, or one that was asked for and cannot do this.
+    compiler's sight. An unknown strategy, or one that was asked for and cannot do this, is a ValueError or TypeError.
     """
     meant = strategy if strategy != AUTO else dispatch.in_force().auto or AUTO
     if meant != AUTO and meant not in TABLE:
@@ -187,7 +181,7 @@ def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Te
     case = case_of({"x": like, **parts._asdict(), **others}, like.device, asked=strategy != AUTO)
     rows, n = math.prod(like.shape[:-1]), parts.weight.shape[0] if parts.weight.ndim else 1
     tasks = 0 if parts.task_vectors is None else parts.task_vectors.shape[0]
-    layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": tasks, "rank": parts.rank}
+    layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": tasks, "rank": case.rank}
     return TABLE[choose(operation, strategy, like, case=case, **layer, per_row=parts.per_row)]
 
 

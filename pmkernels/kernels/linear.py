@@ -170,11 +170,8 @@ def linear_fwd(
     if y.numel() == 0:
         return y
     rows = as_rows(x)
-    t, left, right = None, None, None
-    if low_rank is not None:
-        left, right = low_rank
-    elif start is not None:
-        t, left = start
+    left, right = (None, None) if low_rank is None else low_rank
+    t, left = (None, left) if start is None else start
     rank = 0 if left is None else left.shape[1]
     aligned = launch.is_aligned(x, weight, task_vectors)
     config = dispatch.config("linear", x, rows=rows.M, rank=rank, aligned=aligned)

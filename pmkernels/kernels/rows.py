@@ -57,12 +57,10 @@ def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
 
     Each of ``others`` may have one more dimension in front (task vectors), which stays.
     """
-    order = sorted(range(first.ndim), key=lambda i: -first.stride()[i])
-    shape = [first.shape[i] for i in order]
-    strides = [[t.stride(t.ndim - first.ndim + i) for i in order] for t in (first, *others)]
+    tensors = (first, *others)
     merged: list[tuple[int, list[int]]] = []
-    for i, size in enumerate(shape):
-        here = [stride[i] for stride in strides]
+    for i in sorted(range(first.ndim), key=lambda i: -first.stride()[i]):
+        size, here = first.shape[i], [t.stride(t.ndim - first.ndim + i) for t in tensors]
         if size == 1:
             continue
         if merged and all(before == stride * size for before, stride in zip(merged[-1][1], here, strict=True)):
@@ -71,9 +69,9 @@ def as_matrix(first: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
             merged.append((size, here))
     if len(merged) > 2:
         return None
-    merged = [(1, [0] * len(strides))] * (2 - len(merged)) + merged
+    merged = [(1, [0] * len(tensors))] * (2 - len(merged)) + merged
     views = []
-    for index, tensor in enumerate((first, *others)):
+    for index, tensor in enumerate(tensors):
         extra = tensor.ndim - first.ndim
         sizes = [*tensor.shape[:extra], *(length for length, _ in merged)]
         places = [*tensor.stride()[:extra], *(s[index] for _, s in merged)]
