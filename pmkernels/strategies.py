@@ -111,7 +111,7 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
     if meant != AUTO and meant not in TABLE:
         raise ValueError(f"strategy: expected one of {', '.join(names())}, got {meant!r}")
     if meant == EAGER or (meant == AUTO and not dispatch.as_on_a_gpu(device) and len(TABLE) < len(STRATEGIES)):
-        # off the GPU auto is eager, unless one of the user's own can do it
+        # off the GPU auto is eager, unless the table has one of the user's own; auto is a name besides
         return EAGER
     if own is not None and meant not in (AUTO, EAGER) and not getattr(TABLE[meant], own):
         meant = AUTO
