@@ -1,4 +1,4 @@
-"""The border of public functions: their checks, and autocast, which casts x there and nothing inside.
+"""The border of public functions: their checks, and autocast. It casts x there and nothing inside.
 
 An error names the argument, what was expected and what came.
 """
@@ -57,9 +57,9 @@ def check_tensor(name: str, value: Any, device: torch.device | None = None, lear
 
 
 def check_gamma(gamma: Tensor, x: Tensor, tasks: int) -> None:
-    """Check that γ is [K], or that its leading dimensions are those of x, or 1."""
+    """Check that γ is [K] or has the leading dimensions of x, or 1."""
     lead, to = gamma.shape[:-1], x.shape[:-1]
-    fits = not lead or (
+    fits = gamma.ndim <= 1 or (
         len(lead) == len(to) and all(size in (1, wanted) for size, wanted in zip(lead, to, strict=True))
     )
     if not gamma.ndim or gamma.shape[-1] != tasks or not fits:

@@ -30,7 +30,7 @@ class Config:
     splits: int = 0
 
     def options(self, *constants: str) -> dict[str, Any]:
-        """Return the options of a launch and the named constants of its kernel: BLOCK_M, …, UNROLL, STAGES."""
+        """Return the options of a launch and the named constants of its kernel. BLOCK_M, …, UNROLL, STAGES."""
         sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
         values = {**sizes, "UNROLL": self.unroll, "STAGES": self.num_stages}
         # a·b + c is one instruction on every GPU

@@ -18,7 +18,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Terms(NamedTuple):
-    """The terms of W = W0 + Σ_k λ_k τ_k + left·rightᵀ, each None where W has none of it."""
+    """The terms of W = W0 + Σ_k λ_k τ_k + left·rightᵀ. Each is None where W has none of it."""
 
     weight: Tensor
     task_vectors: Tensor | None = None
@@ -192,7 +192,7 @@ class RowProducts:
         return True
 
     def shrink(self, rows: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        """Return s and t of x [*, D], in the type of the sums; ``transposed``: u and ds of dy [*, N]."""
+        """Return s and t of x [*, D], in the type of the sums. ``transposed``: u and ds of dy [*, N]."""
         factor = self.parts.A if transposed else self.parts.B
         assert factor is not None
         s = converted(rows.reshape(*self.shape, rows.shape[-1]) @ converted(factor, rows.dtype), self.wide)

@@ -92,7 +92,7 @@ def _gradients(parts: Parts, asked: list[bool], strategy: str) -> dict[str, Tens
 
 
 class _Eager(torch.autograd.Function):
-    """The eager form, and a W(γ) that is there with a merge's gradient: operators may not return an argument."""
+    """The eager form, and a W(γ) that is there with a merge's gradient. Operators may not return an argument."""
 
     @staticmethod
     def forward(ctx: Any, *rest: Any) -> Tensor:

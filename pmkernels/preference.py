@@ -1,4 +1,4 @@
-"""preference_linear: a folded layer at a preference per row, for inference, at about the price of the plain layer.
+"""preference_linear: a folded layer at a preference per row, for inference. It costs about what the plain layer does.
 
 A folded layer has no task vectors: y = x·Wᵀ + t·Aᵀ + b with t = C(γ)·Bᵀx. With W and A side by side in one matrix
 (:func:`widen_weight`) that is [x | t] times that matrix: a product R columns longer, whose sum has the low-rank part in

@@ -87,7 +87,7 @@ def register(strategy: Strategy) -> Strategy:
 
 
 def unregister(name: str) -> None:
-    """Take a strategy of one's own out of the table, once its graphs are done with. Any other name is a ValueError."""
+    """Take a strategy of one's own out of the table. Its graphs are done with; any other name is a ValueError."""
     own = [other for other in TABLE if other not in STRATEGIES]
     if name not in own:
         raise ValueError(f"strategy: expected one of those registered ({', '.join(own) or 'none'}), got {name!r}")
@@ -175,7 +175,7 @@ def _cheapest(
 
 
 def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Tensor | None) -> Strategy:
-    """Return the strategy of an operation of a layer, for rows like x or dy and ``others`` of its tensors."""
+    """Return the strategy of a layer's operation, for rows like x or dy. ``others``: of its tensors."""
     if strategy == EAGER:
         return TABLE[EAGER]
     case = case_of({"x": like, **parts._asdict(), **others}, like.device, asked=strategy != AUTO)

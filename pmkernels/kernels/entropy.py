@@ -105,7 +105,7 @@ def entropy_bwd_kernel(
 
 
 def _launch(rows: int, classes: int) -> tuple[tuple[int], dict[str, Any]]:
-    """Return a grid and its constants: 2048 logits at a time, many rows of few classes."""
+    """Return a grid and its constants. 2048 logits at a time: many rows of few classes."""
     block_c = min(max(triton.next_power_of_2(classes), 16), 2048)
     config = Config(block_m=2048 // block_c, num_warps=4)
     return (triton.cdiv(rows, config.block_m),), {"BLOCK_C": block_c, **config.options("BLOCK_M")}

@@ -1,4 +1,4 @@
-"""A folded layer with a preference per row, for inference: y = x·Wᵀ + t·Aᵀ + b with t_m = C(γ_m)·Bᵀx_m.
+"""A folded layer with a preference per row, for inference. y = x·Wᵀ + t·Aᵀ + b with t_m = C(γ_m)·Bᵀx_m.
 
 W [N, D] and A [N, RANK] lie side by side in one matrix ``wide`` [N, D + RANK]. There are two ways to compute y, and in
 both the low-rank part is in the float32 sum before y is rounded:

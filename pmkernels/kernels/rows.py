@@ -1,4 +1,4 @@
-"""Where the rows of a tensor [*, F] lie, whatever its strides: no copy, up to two leading dimensions that stay two."""
+"""Where the rows of a tensor [*, F] lie, whatever its strides. No copy, up to two leading dimensions that stay two."""
 
 import math
 from typing import NamedTuple

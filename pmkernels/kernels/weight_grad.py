@@ -284,9 +284,8 @@ def _launch(
     tiles = blocks_n * blocks_d
     splits, rows_per_split = 1, count
     if rows is not None:
-        splits, rows_per_split = launch.splits_of_rows(
-            config, dispatch.multiprocessors(sample.device), count, n, d, tiles, rank
-        )
+        multiprocessors = dispatch.multiprocessors(sample.device)
+        splits, rows_per_split = launch.splits_of_rows(config, multiprocessors, count, n, d, tiles, rank)
     need_bias = need_bias and n > 0
     bias_programs = blocks_n * BIAS_PARTS.value if need_bias else 0
 
@@ -316,15 +315,13 @@ def _launch(
             PRECISION=precision,
             **config.options("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES"),
         )
-    reduced = _summed(d_lam, p, q, d_bias)
-    if wanted == rank:
-        return reduced
-    P, Q = (None if product is None else product[:, :wanted] for product in (reduced.P, reduced.Q))
-    return reduced._replace(P=P, Q=Q)
+    return _summed(d_lam, p, q, d_bias, wanted)
 
 
-def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Tensor | None) -> WeightGradients:
-    """Add up the partial sums [parts, *], all in one launch."""
+def _summed(
+    d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Tensor | None, rank: int
+) -> WeightGradients:
+    """Add up the partial sums [parts, *], all in one launch. ``rank``: columns of P and Q, without the padding."""
     partials = (d_lam, p, q, d_bias)
     first = next((partial for partial in partials if partial is not None), None)
     if first is None:
@@ -350,7 +347,8 @@ def _summed(d_lam: Tensor | None, p: Tensor | None, q: Tensor | None, d_bias: Te
             BLOCK=config.block_d,
             **config.options(),
         )
-    return WeightGradients(*outs)
+    d_lam, P, Q, d_bias = outs
+    return WeightGradients(d_lam, None if P is None else P[:, :rank], None if Q is None else Q[:, :rank], d_bias)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:
@@ -361,7 +359,7 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 def weight_grad(
     dy: Tensor, x: Tensor, task_vectors: Tensor | None, *, A: Tensor | None, B: Tensor | None, need_bias: bool = False
 ) -> WeightGradients:
-    """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given, and db where it is wanted."""
+    """Return dλ, P and Q of dW = dyᵀ·x, each where its factor is given. And db, where it is wanted."""
     return _launch("weight_grad", task_vectors, A, B, rows=(dy, x), need_bias=need_bias)
 
 
