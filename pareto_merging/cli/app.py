@@ -8,9 +8,13 @@ from typing import Any
 
 import typer
 
-from pareto_merging.cli.commands import convert, demo, evaluate, export, plan
 from pareto_merging.cli.compare import compare
+from pareto_merging.cli.convert import convert
+from pareto_merging.cli.demo import demo
+from pareto_merging.cli.evaluate import evaluate
+from pareto_merging.cli.export import export
 from pareto_merging.cli.options import Stopped, tell
+from pareto_merging.cli.plan import plan
 from pareto_merging.cli.serve import serve
 from pareto_merging.cli.train import Train, train
 from pareto_merging.errors import Interrupted, TrainingError, UserError

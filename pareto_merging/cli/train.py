@@ -25,7 +25,8 @@ def train(
     """
     from pareto_merging.errors import Interrupted
     from pareto_merging.run.config import read_config
-    from pareto_merging.run.folder import SET_NAME, describe_precision, train_run
+    from pareto_merging.run.folder import SET_NAME
+    from pareto_merging.run.train import describe_precision, train_run
 
     settings = read_config(config)
     try:

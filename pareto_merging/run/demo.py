@@ -23,7 +23,8 @@ from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.preferences import two_task_grid
 from pareto_merging.run.config import RunConfig
-from pareto_merging.run.folder import SET_NAME, check_new, train_run
+from pareto_merging.run.folder import SET_NAME, check_new
+from pareto_merging.run.train import train_run
 from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.devices import one_thread
 from pareto_merging.system.environment import environment

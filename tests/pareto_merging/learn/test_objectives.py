@@ -25,7 +25,7 @@ from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import preference
 from pareto_merging.run.config import read_config
-from pareto_merging.run.folder import train_run
+from pareto_merging.run.train import train_run
 
 
 class Teacher(Objective):
