@@ -89,6 +89,9 @@ def test_wrong_arguments_say_what_was_expected(tmp_path: Path, capsys: pytest.Ca
     out.write_text("{")
     assert cli.main(["--quick", "--resume", str(out)]) == 2
     assert "expected JSON" in capsys.readouterr().err and out.read_text() == "{"
+    for more in ([], ["--resume", str(tmp_path / "other.json")]):
+        assert cli.main(["--quick", "--out", str(out), *more]) == 2
+        assert f"{out}: --out: expected a new file" in capsys.readouterr().err and out.read_text() == "{"
     for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--only", "kernels"]):
         with pytest.raises(SystemExit) as exit_:
             cli.parse(wrong)
