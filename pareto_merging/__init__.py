@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pareto_merging.learn.settings import MethodSettings as MethodSettings
     from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
     from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
+    from pareto_merging.model.attention import ParetoAttention as ParetoAttention
     from pareto_merging.model.files import load_folded as load_folded
     from pareto_merging.model.files import load_heads as load_heads
     from pareto_merging.model.files import load_pareto_set as load_pareto_set
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     from pareto_merging.model.files import save_pareto_set as save_pareto_set
     from pareto_merging.model.fold import fold as fold
     from pareto_merging.model.fold import merge as merge
-    from pareto_merging.model.forms import ParetoAttention as ParetoAttention
-    from pareto_merging.model.forms import ParetoLinear as ParetoLinear
     from pareto_merging.model.learned import get_lambda as get_lambda
     from pareto_merging.model.learned import lambda_names as lambda_names
     from pareto_merging.model.learned import learned_parameters as learned_parameters
     from pareto_merging.model.learned import set_lambda as set_lambda
+    from pareto_merging.model.linear import ParetoLinear as ParetoLinear
     from pareto_merging.model.parametrize import parametrize as parametrize
     from pareto_merging.model.state import get_preference as get_preference
     from pareto_merging.model.state import preference as preference
@@ -58,10 +58,11 @@ _NAMES = {
     "learn.loop": ("learn_pareto_set",),
     "learn.settings": ("MethodSettings",),
     "measure.evaluation": ("evaluate_model", "evaluate_preferences"),
+    "model.attention": ("ParetoAttention",),
     "model.files": ("load_folded", "load_heads", "load_pareto_set", "save_folded", "save_pareto_set"),
-    "model.forms": ("ParetoAttention", "ParetoLinear"),
     "model.fold": ("fold", "merge"),
     "model.learned": ("get_lambda", "lambda_names", "learned_parameters", "set_lambda"),
+    "model.linear": ("ParetoLinear",),
     "model.parametrize": ("parametrize",),
     "model.state": ("get_preference", "preference", "set_preference"),
     "model.stored": ("remember_stored",),

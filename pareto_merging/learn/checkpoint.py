@@ -13,8 +13,8 @@ from pareto_merging.errors import UserError
 from pareto_merging.learn.adam import MOMENTS
 from pareto_merging.learn.learner import Learner
 from pareto_merging.learn.settings import ModelSettings
+from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.learned import learned_parameters
-from pareto_merging.model.pieces import TensorDigest
 from pareto_merging.model.state import pareto_state
 
 CHECKPOINT_NAME = "checkpoint.safetensors"

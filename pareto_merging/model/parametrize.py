@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights, check_copies, names_in, read_tensor
+from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.layer import pareto_modules
 from pareto_merging.model.learned import Granularity, lambda_group
 from pareto_merging.model.parameters import part_name
-from pareto_merging.model.pieces import TensorDigest, pieces_of
+from pareto_merging.model.pieces import pieces_of
 from pareto_merging.model.preprocessing import Preprocess, PreprocessName, check_density, make_preprocess
 from pareto_merging.model.state import Computation, ParetoState, pareto_states
 from pareto_merging.model.stored import PretrainedWeights, forget_stored

@@ -1,11 +1,9 @@
-"""Large tensors in pieces, and their SHA-256: which weights a Pareto set belongs to."""
+"""Large tensors worked through in pieces, so that temporaries stay small beside any model."""
 
 import functools
-import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,29 +54,3 @@ def extremes(tensor: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
     return low, high
-
-
-class TensorDigest:
-    """SHA-256 over named tensors. 16-bit values count as the float32 they stand for, so precision changes nothing."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, str] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.parts[name] = tensor_digest(tensor)
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256("\n".join(f"{k} {v}" for k, v in sorted(self.parts.items())).encode()).hexdigest()
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Digest a tensor's dtype, shape and numbers, as :class:`TensorDigest` takes them. Copies a piece at a time."""
-    value = tensor.detach()
-    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    digest = hashlib.sha256(f"{dtype} {list(value.shape)} ".encode())
-    for index in pieces_of(value.shape):
-        piece = value[index].cpu().to(dtype).contiguous()
-        # not view(-1): the strides of a single number may be anything
-        raw: Any = piece.as_strided((piece.numel(),), (1,)).view(torch.uint8).numpy()
-        digest.update(raw)
-    return digest.hexdigest()

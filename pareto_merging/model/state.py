@@ -56,7 +56,7 @@ class Computation:
 class ParetoState:
     """The tasks of a Pareto model and how it was built, shared by its layers. ``now`` is how it is computed.
 
-    ``core`` is how γ becomes the r×r core of the low-rank term (:func:`.parameters.preference_core`),
+    ``core`` is how γ becomes the r×r core of the low-rank term (:func:`.cores.preference_core`),
     ``rounding_error`` ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same. ``digests`` and ``stored_dtypes`` are of
     the pretrained weights and of each task.
     """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pareto_merging.model.copies import LazyTensors, names_in, read_tensor, tensor_of
-from pareto_merging.model.pieces import TensorDigest, extremes, pieces_of, tensor_digest, widest
+from pareto_merging.model.digests import TensorDigest, tensor_digest
+from pareto_merging.model.pieces import extremes, pieces_of, widest
 from pareto_merging.model.preprocessing import Preprocess
 from pareto_merging.model.stored import Precision, PretrainedWeights, holds
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmkernels
-from pareto_merging.model.forms import ParetoAttention, ParetoLinear
+from pareto_merging.model.attention import ParetoAttention
 from pareto_merging.model.layer import ParetoModule, pareto_modules
+from pareto_merging.model.linear import ParetoLinear
 from pareto_merging.model.parameters import LEARNED, part_name
 
 

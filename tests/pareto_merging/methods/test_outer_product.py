@@ -17,10 +17,10 @@ from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.weight_distance import WeightDistance
 from pareto_merging.methods import outer_product
+from pareto_merging.model.cores import preference_core
 from pareto_merging.model.files import load_folded, load_pareto_set, save_folded, save_pareto_set
 from pareto_merging.model.fold import fold, merge
 from pareto_merging.model.learned import learned_parameters
-from pareto_merging.model.parameters import preference_core
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
 

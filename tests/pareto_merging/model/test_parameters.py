@@ -15,11 +15,13 @@ from support.networks import (
 from torch import nn
 
 import pmkernels
+from pareto_merging.model.attention import ParetoAttention
+from pareto_merging.model.cores import preference_core
 from pareto_merging.model.fold import fold, merge
-from pareto_merging.model.forms import ParetoAttention, ParetoLinear
 from pareto_merging.model.layer import ParetoModule, pareto_modules
 from pareto_merging.model.learned import lambda_names, learned_parameters
-from pareto_merging.model.parameters import merged_parameters, part_name, preference_core
+from pareto_merging.model.linear import ParetoLinear
+from pareto_merging.model.parameters import merged_parameters, part_name
 from pareto_merging.model.parametrize import parametrize
 from pmkernels import reference
 

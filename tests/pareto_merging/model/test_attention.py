@@ -1,77 +1,20 @@
-"""ParetoLinear and ParetoAttention: same results as the original at W(γ), in every layout and with every mask."""
-
-import copy
+"""ParetoAttention: same results as the original at W(γ), in every layout and with every mask."""
 
 import pytest
 import torch
 from helpers import noisy_copy, randomize
-from support.networks import linears
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pareto_merging.model.attention import ParetoAttention
 from pareto_merging.model.fold import fold, merge
-from pareto_merging.model.forms import ParetoAttention, ParetoLinear
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.state import set_preference
-from pareto_merging.model.strategy import set_strategy
+
+# every test here runs twice: with the eager strategy and with the kernels
+pytestmark = pytest.mark.usefixtures("strategy")
 
 GAMMA = [0.2, 0.8]
 BATCH, LENGTH, SOURCE, SIZE, HEADS = 3, 4, 5, 8, 2
-
-
-@pytest.mark.usefixtures("strategy")
-def test_linear_from_linears() -> None:
-    pretrained = nn.Linear(6, 4)
-    finetuned = [noisy_copy(pretrained, 1), noisy_copy(pretrained, 2), noisy_copy(pretrained, 3)]
-    layer = ParetoLinear.from_linears(pretrained, finetuned, rank=2, init_lambda=0.2)
-    assert isinstance(layer, nn.Linear)
-    assert torch.equal(layer.lam, torch.full((3,), 0.2))
-    x = torch.randn(5, 6)
-    expected = pretrained.weight + 0.2 * sum(f.weight - pretrained.weight for f in finetuned)
-    bias = pretrained.bias + 0.2 * sum(f.bias - pretrained.bias for f in finetuned)
-    torch.testing.assert_close(layer(x), x @ expected.T + bias)
-    assert "tasks=3, rank=2" in repr(layer)
-    plain = ParetoLinear.from_linears(pretrained, finetuned, rank=0)
-    assert "A" not in plain._parameters
-    named = ParetoLinear.from_linears(pretrained, {"MNIST": finetuned[0], "DTD": finetuned[1]})
-    set_preference(named, {"MNIST": 1})
-    assert torch.equal(named.pareto.now.gamma, torch.tensor([1.0, 0.0]))
-    # its own constructor makes what nn.Linear's makes
-    assert ParetoLinear(3, 2)(torch.zeros(1, 3)).shape == (1, 2)
-    with pytest.raises(ValueError, match="expected at least one copy that differs from pretrained"):
-        ParetoLinear.from_linears(pretrained, [copy.deepcopy(pretrained)], rank=0)
-
-
-@pytest.mark.usefixtures("strategy")
-def test_starting_values_of_the_low_rank_term() -> None:
-    pretrained = nn.Linear(600, 400)
-    layer = ParetoLinear.from_linears(pretrained, [noisy_copy(pretrained, 1)], rank=16)
-    assert not bool(layer.G.any())
-    for factor, size in ((layer.A, 400), (layer.B, 600)):
-        bound = (6 / size) ** 0.5
-        assert factor.shape == (size, 16)
-        assert 0.98 * bound < factor.detach().abs().max() <= bound
-        assert factor.detach().var() == pytest.approx(bound**2 / 3, rel=0.05)
-    again = ParetoLinear.from_linears(pretrained, [noisy_copy(pretrained, 1)], rank=16)
-    assert torch.equal(layer.A, again.A)
-
-
-@pytest.mark.usefixtures("strategy")
-def test_autocast(tiny_vit: nn.Module) -> None:
-    model = randomize(parametrize(tiny_vit, [noisy_copy(tiny_vit, 1), noisy_copy(tiny_vit, 2)], rank=2))
-    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x)
-        plain = merge(model, [0.5, 0.5])(x)
-    truth = model(x)
-    assert (y - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-3
-
-
-def test_linear_reads_what_a_plain_layer_would() -> None:
-    model = linears()
-    set_strategy(model, "cached")
-    y = torch.randn(3, 6)
-    torch.testing.assert_close(model[0](y), F.linear(y, model[0].weight, model[0].bias))
 
 
 def attention(**settings: object) -> tuple[nn.MultiheadAttention, ParetoAttention]:
@@ -103,7 +46,6 @@ def assert_same(expected: tuple[Tensor, Tensor | None], got: tuple[Tensor, Tenso
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("kind", ["self", "key is value", "all differ"])
@@ -119,7 +61,6 @@ def test_layouts(batch_first: bool, need_weights: bool, kind: str) -> None:
     )
 
 
-@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("mask", ["none", "2D bool", "2D float", "3D float", "padding", "both", "causal"])
@@ -147,7 +88,6 @@ def test_masks(mask: str, need_weights: bool, batched: bool) -> None:
     assert_same(plain(query, key, value, **arguments), model(query, key, value, **arguments))
 
 
-@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -169,7 +109,6 @@ def test_forms_of_attention(settings: dict[str, object]) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-@pytest.mark.usefixtures("strategy")
 def test_weights_per_head_and_gradient_of_the_input() -> None:
     plain, model = attention(batch_first=True)
     query, key, value = (t.requires_grad_() for t in inputs(True))
@@ -184,7 +123,6 @@ def test_weights_per_head_and_gradient_of_the_input() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("strategy")
 def test_dropout_is_applied_in_training_only() -> None:
     _, model = attention(batch_first=True, dropout=0.5)
     query, key, value = inputs(True)
@@ -195,7 +133,6 @@ def test_dropout_is_applied_in_training_only() -> None:
         assert not torch.equal(first, second)
 
 
-@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("folding", [False, True])
 def test_a_preference_per_item_in_either_layout(batch_first: bool, folding: bool) -> None:
@@ -214,7 +151,6 @@ def test_a_preference_per_item_in_either_layout(batch_first: bool, folding: bool
         module(query[0], key[0], value[0])
 
 
-@pytest.mark.usefixtures("strategy")
 def test_mask_errors() -> None:
     _, model = attention(batch_first=True)
     query, key, value = inputs(True)

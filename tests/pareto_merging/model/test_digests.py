@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pareto_merging.model import pieces
+from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.parametrize import parametrize
-from pareto_merging.model.pieces import TensorDigest
 
 # every test here runs twice: with the eager strategy and with the kernels
 pytestmark = pytest.mark.usefixtures("strategy")
