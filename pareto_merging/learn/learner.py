@@ -14,6 +14,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.adam import Adam, pieces
 from pareto_merging.learn.gradient import Execution, GradientOfStep, StepGradient
+from pareto_merging.learn.guards import first_nonfinite
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
@@ -186,37 +187,6 @@ class Learner:
             if not bool(torch.isfinite(part).all()):
                 return StepFailure(None, step, name, "its gradient is not finite")
         return StepFailure(None, step, "the sum of the gradient", "it overflows")
-
-
-def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:
-    """Name where a NaN or inf first appears between images [n, …] and logits. A parameter or a module."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return f"parameter {name}"
-    if not bool(torch.isfinite(images).all()):
-        return "the images"
-    layers: list[str] = []
-
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs = output if isinstance(output, tuple | list) else (output,)
-            if not layers and any(
-                isinstance(o, Tensor) and o.is_floating_point() and not bool(torch.isfinite(o).all()) for o in outputs
-            ):
-                layers.append(f"layer {name or 'the whole model'}")
-
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            logits = head(model(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if layers:
-        return layers[0]
-    return "the head" if not bool(torch.isfinite(logits).all()) else "the objective"
 
 
 def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> dict[str, Task]:

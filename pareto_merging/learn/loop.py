@@ -1,40 +1,26 @@
 """Learning a Pareto set: the loop, with its guards, its log and its checkpoints."""
 
 import contextlib
-import json
-import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME, restore_checkpoint, save_checkpoint
 from pareto_merging.learn.entropy import MEAN_PREDICTION
 from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
-from pareto_merging.learn.learner import Learner, StepFailure, StepResult
+from pareto_merging.learn.guards import CollapseWatch, clamped, stop_requested
+from pareto_merging.learn.learner import Learner, StepFailure
+from pareto_merging.learn.log import LOG_KEYS, Write, open_log, status_of
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.model.learned import learned_parameters
-from pareto_merging.model.state import pareto_state
-from pareto_merging.system.files import write_text
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
-
-LOG_NAME = "log.jsonl"
-# what its lines have whatever the objective watches
-LOG_KEYS = ("event", "step", "loss", "gamma", "objective", "seconds", "warnings")
-Write: TypeAlias = Callable[[Mapping[str, Any]], None]
-# averages go over about this many steps before anything is said about them
-SMOOTHING = 0.95
 
 
 @dataclass
@@ -99,12 +85,12 @@ def learn_pareto_set(
     folder = None if folder is None else Path(folder)
     first = restore_checkpoint(learner, folder) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)
-    watch, start = _CollapseWatch(learner.tasks, settings, warn), time.monotonic()
+    watch, start = CollapseWatch(learner.tasks, settings, warn), time.monotonic()
     with (
-        _open_log(learner, folder, first) as log,
+        open_log(learner, folder, first) as log,
         eval_mode(model, *(task.head for task in learner.tasks.values())),
-        _clamped(model, (0.0, 1.0) if settings.optimiser.clamp_lambda else None),
-        _stop_requested() as stop,
+        clamped(model, (0.0, 1.0) if settings.optimiser.clamp_lambda else None),
+        stop_requested() as stop,
         progress_bar("learning", total, first, progress) as advance,
         contextlib.closing(learner.batches(first, workers)) as batches,
         _last_good_state(learner, folder, log),
@@ -132,122 +118,6 @@ def learn_pareto_set(
     result.seconds = time.monotonic() - start
     result.collapsed = watch.collapsed
     return result
-
-
-@contextlib.contextmanager
-def _open_log(learner: Learner, folder: Path | None, first: int) -> Iterator[Write]:
-    """Start the log, or keep its lines up to step ``first``. Gives what writes an entry; no folder: nothing."""
-    if folder is None:
-        yield lambda entry: None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path, state = folder / LOG_NAME, pareto_state(learner.model)
-    write_text(path, "".join(line + "\n" for line in (_lines_until(path, first) if first else ())))
-    with path.open("a", buffering=1, encoding="utf-8") as stream:
-
-        def write(entry: Mapping[str, Any]) -> None:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-        event = {"event": "resumed", "step": first} if first else {"event": "started", "step": 0}
-        write({**event, "steps": learner.total, "remaining": learner.total - first})
-        weights = {"event": "weights", "step": first, "dtype": str(learner.dtype).removeprefix("torch.")}
-        write({**weights, "stored": state.stored_dtypes, "rounding_error": state.rounding_error})
-        yield write
-
-
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """Yield the log's lines of steps and events up to ``step``."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        # a killed run may have left half a line
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step:
-                yield line
-
-
-class _CollapseWatch:
-    """Watches the entropy of each task's mean prediction. It falls when every image ends up in one class.
-
-    On a batch of n images and C classes it can reach log min(n, C); staying under a share of that is reported once.
-    """
-
-    def __init__(self, tasks: Mapping[str, Task], settings: MethodSettings, warn: Callable[[str], None]) -> None:
-        self.warn, self.threshold = warn, settings.log.collapse_threshold
-        self.collapsed: list[str] = []
-        self._means: list[float] = []
-        self._steps = 0
-        self._ceilings: dict[str, float] = {}
-        for name, task in tasks.items():
-            weight = getattr(task.head, "weight", None)
-            classes = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else math.inf
-            self._ceilings[name] = math.log(max(2, min(settings.sampling.batch_size, classes)))
-
-    def look(self, step: int, values: Sequence[float]) -> list[str]:
-        """Update the running means; warn of and return the tasks that have newly collapsed."""
-        self._means = self._means or list(values)
-        self._steps += 1
-        self._means = [SMOOTHING * old + (1 - SMOOTHING) * new for old, new in zip(self._means, values, strict=True)]
-        new: list[str] = []
-        if self._steps < 1 / (1 - SMOOTHING):
-            return new
-        for (name, ceiling), mean in zip(self._ceilings.items(), self._means, strict=True):
-            if name not in self.collapsed and mean < self.threshold * ceiling:
-                self.collapsed.append(name)
-                new.append(name)
-                self.warn(
-                    f"step {step}: task {name} may be collapsing: the entropy of its mean prediction is {mean:.2f} of "
-                    f"at most {ceiling:.2f} (most images fall into few classes); consider information_maximisation, a "
-                    "larger tensor_norm or fewer steps"
-                )
-        return new
-
-
-@contextlib.contextmanager
-def _clamped(model: nn.Module, bounds: tuple[float, float] | None) -> Iterator[None]:
-    """Use λ clamped inside the block. It is learned and saved as it is; afterwards the model holds what was used."""
-    if bounds is None:
-        yield
-        return
-    try:
-        with pareto_state(model).now.changed(lambda_range=bounds):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in learned_parameters(model).items():
-                if name.startswith("lam."):
-                    parameter.clamp_(*bounds)
-
-
-@contextlib.contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether Ctrl-C or SIGTERM has come. A second Ctrl-C interrupts at once as usual."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    # only the main thread may set handlers; elsewhere whoever owns the process decides
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def status_of(outcome: StepResult) -> str:
-    """Return what a progress bar says of one step. The loss, and the first of what the objective watches."""
-    text = f"loss {outcome.loss:.4f}"
-    for name, values in list(outcome.watched.items())[:1]:
-        text += f"  {name} " + " ".join(f"{value:.2f}" for value in values)
-    return text
 
 
 @contextlib.contextmanager

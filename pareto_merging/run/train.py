@@ -8,7 +8,8 @@ from torch import nn
 
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
-from pareto_merging.learn.loop import LOG_NAME, TrainingResult, learn_pareto_set
+from pareto_merging.learn.log import LOG_NAME
+from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.state import pareto_state

@@ -20,7 +20,8 @@ from torch import nn
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors
 from pareto_merging.errors import TrainingError, UserError
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
-from pareto_merging.learn.loop import LOG_NAME, learn_pareto_set
+from pareto_merging.learn.log import LOG_NAME
+from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.model.parametrize import parametrize
 
 # those of these tests run twice, with the eager strategy and with the kernels

@@ -16,7 +16,7 @@ from pareto_merging.errors import Interrupted, UserError
 from pareto_merging.learn import loop
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
 from pareto_merging.learn.learner import Learner
-from pareto_merging.learn.loop import status_of
+from pareto_merging.learn.log import status_of
 from pareto_merging.learn.objectives import OBJECTIVES, Objective, ObjectiveKind, TaskTerms, register
 from pareto_merging.learn.scalarize import SCALARIZATIONS
 from pareto_merging.learn.scalarize import register as register_scalarization
