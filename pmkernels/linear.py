@@ -12,15 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import products, strategies
-from pmkernels.checks import (
-    autocast_enabled,
-    check_cached,
-    check_gamma,
-    check_parts,
-    check_tensor,
-    no_autocast,
-    without_autocast,
-)
+from pmkernels.autocast import autocast_enabled, no_autocast, without_autocast
+from pmkernels.checks import check_cached, check_gamma, check_parts, check_tensor
 from pmkernels.low_rank import Needs, Parts, Terms, gradients_of_weight
 from pmkernels.operators import PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER

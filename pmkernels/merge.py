@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
-from pmkernels.checks import check_cached, check_parts, check_tensor, no_autocast, without_autocast
+from pmkernels.autocast import no_autocast, without_autocast
+from pmkernels.checks import check_cached, check_parts, check_tensor
 from pmkernels.low_rank import Needs, Parts, gradients_of_weight
 from pmkernels.operators import LEARNED, PARTS, differentiable, fakes, in_order, operator, wanted
 from pmkernels.strategies import EAGER

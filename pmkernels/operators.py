@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmkernels.checks import without_autocast
+from pmkernels.autocast import without_autocast
 
 # of an operator's schema: what W(γ) is made of
 LEARNED = "Tensor? task_vectors, Tensor? lam, Tensor? A, Tensor? G, Tensor? B, Tensor? gamma"

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pmkernels import strategies
-from pmkernels.checks import check_gamma, check_tensor, no_autocast
+from pmkernels.autocast import no_autocast
+from pmkernels.checks import check_gamma, check_tensor
 from pmkernels.launch import padded_rank
 from pmkernels.low_rank import groups_of
 from pmkernels.operators import operator

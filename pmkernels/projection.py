@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pmkernels import strategies
-from pmkernels.checks import check_frozen, check_tensor, no_autocast, without_autocast
+from pmkernels.autocast import no_autocast, without_autocast
+from pmkernels.checks import check_frozen, check_tensor
 from pmkernels.launch import HAS_TRITON
 from pmkernels.operators import differentiable, operator
 from pmkernels.strategies import EAGER

@@ -29,7 +29,7 @@ from pareto_merging.learn.settings import LossSettings, MethodSettings
 from pareto_merging.model.cache import MergedWeights
 from pareto_merging.model.parameters import LowRankTerm, merged_parameters
 from pareto_merging.model.state import pareto_state
-from pmkernels.checks import autocast_enabled
+from pmkernels.autocast import autocast_enabled
 from pmkernels.graphs import capture, warm_up
 
 CudaGraphs: TypeAlias = Literal["auto", "on", "off"]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import pmkernels
 from pareto_merging.model.parameters import LEARNED, LOW_RANK, MergedParameter, merged_parameter, part_name
 from pareto_merging.model.state import Computation, ParetoState
-from pmkernels.checks import autocast_enabled
+from pmkernels.autocast import autocast_enabled
 
 if TYPE_CHECKING:
     ModuleBase = nn.Module

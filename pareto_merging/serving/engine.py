@@ -22,7 +22,7 @@ from pareto_merging.serving.graphs import Graphs, batch_sizes, can_capture
 from pareto_merging.serving.layers import serve_layers
 from pareto_merging.system.devices import find_device
 from pareto_merging.system.progress import progress_bar
-from pmkernels.checks import no_autocast
+from pmkernels.autocast import no_autocast
 
 # from this many items on, a preference they share is worth merging at once
 MERGE_FROM = 32
