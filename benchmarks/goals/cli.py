@@ -94,7 +94,9 @@ def open_record(chosen: argparse.Namespace, command: Sequence[str]) -> Record:
         RecordError: the file to go on from is not one, or ``--out`` names a file that is there.
     """
     if chosen.out is not None and chosen.out != chosen.resume and chosen.out.exists():
-        raise RecordError(f"{chosen.out}: --out: expected a new file, got one that is there (--resume goes on from one)")
+        raise RecordError(
+            f"{chosen.out}: --out: expected a new file, got one that is there (--resume goes on from one)"
+        )
     header = results.header(command)
     if chosen.resume is None:
         path = chosen.out
