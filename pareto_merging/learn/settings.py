@@ -172,6 +172,8 @@ class _Group(Generic[Kind]):
         self.kind = kind
 
     def __get__(self, settings: Any, owner: Any = None) -> Kind:
+        if settings is None:
+            return self  # type: ignore[return-value]
         return self.kind.model_construct(**{name: getattr(settings, name) for name in self.kind.model_fields})
 
 

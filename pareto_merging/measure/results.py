@@ -14,7 +14,11 @@ from pareto_merging.methods.registry import METHODS
 FORMAT = "pareto-comparison-result"
 
 
-class Stored(BaseModel, extra="allow"):
+# a whole number in a file stays one
+Number = int | float
+
+
+class Stored(BaseModel, extra="allow", strict=True):
     """What stands in a file, in the order of its keys. Those that are unknown here are kept."""
 
 
@@ -28,17 +32,17 @@ class Point(Stored):
     """
 
     kinds: list[str]
-    gamma: list[float] | None
-    accuracy: list[float]
-    entropy: list[float] = []
+    gamma: list[Number] | None
+    accuracy: list[Number]
+    entropy: list[Number] = []
 
 
 class UnseenScore(Stored):
     """The model chosen for a task without a checkpoint. Accuracy (%), entropy (nats) and γ, None for the only one."""
 
-    accuracy: float
-    entropy: float
-    gamma: list[float] | None
+    accuracy: Number
+    entropy: Number
+    gamma: list[Number] | None
 
 
 class Try(Stored):
@@ -51,9 +55,9 @@ class Try(Stored):
 
     choice: Choice
     warnings: list[str] = []
-    seconds: float | None = None
+    seconds: Number | None = None
     peak_bytes: int | None = None
-    score: float | None = None
+    score: Number | None = None
     error: str | None = None
 
 
@@ -71,9 +75,9 @@ class Result(Stored):
     seed: int
     is_bound: bool
     tasks: list[str]
-    reference_point: list[float]
+    reference_point: list[Number]
     candidates: list[Try] = []
-    tuning_seconds: float = 0.0
+    tuning_seconds: Number = 0.0
     status: Literal["done", "failed", "skipped"]
     reason: str = ""
 
@@ -101,19 +105,19 @@ class Measured(Result):
 
     preference_aware: bool
     choice: Choice
-    seconds: float
+    seconds: Number
     peak_bytes: int
     facts: dict[str, Any] = {}
     points: list[Point]
     unseen: dict[str, UnseenScore] = {}
 
     @property
-    def accuracies(self) -> list[list[float]]:
+    def accuracies(self) -> list[list[Number]]:
         """Return the accuracies of its models, [n][tasks] in percent."""
         return [point.accuracy for point in self.points]
 
     @property
-    def gammas(self) -> list[list[float]] | None:
+    def gammas(self) -> list[list[Number]] | None:
         """Return the preferences of its models, [n][K]; None for a single model."""
         return [point.gamma or [] for point in self.points] if self.preference_aware else None
 

@@ -45,10 +45,11 @@ class ParetoModule(ModuleBase):
         """Return parameter ``name`` and what is added to it, as they are stored."""
         return merged_parameter(self, name)
 
-    def pareto_learned(self) -> list[nn.Parameter]:
-        """List the learned parameters of this module itself."""
-        parts = (self._parameters.get(part_name(name, part)) for name in self.pareto_names for part in LEARNED)
-        return [parameter for parameter in parts if parameter is not None]
+    def pareto_learned(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the learned parameters of this module itself, by attribute name."""
+        for name in (part_name(name, part) for name in self.pareto_names for part in LEARNED):
+            if (parameter := self._parameters.get(name)) is not None:
+                yield name, parameter
 
     def pareto_gamma_on(self, device: torch.device) -> Tensor:
         """Return the current preference, on ``device``."""
@@ -149,7 +150,7 @@ class ParetoModule(ModuleBase):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
-        learned = {id(t) for p in self.pareto_learned() for t in (p, p.grad) if t is not None}
+        learned = {id(t) for _, p in self.pareto_learned() for t in (p, p.grad) if t is not None}
 
         def keep_float32(tensor: Tensor) -> Tensor:
             result = fn(tensor)

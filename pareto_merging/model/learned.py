@@ -74,10 +74,12 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
     """
-    lambdas = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
-    names: dict[nn.Parameter, str] = {value: name for name, value in lambdas.items()}
+    learned = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
+    seen = set(learned.values())
     for parameter in merged_parameters(model):
         for part in LOW_RANK:
-            if isinstance(value := getattr(parameter, part), nn.Parameter):
-                names.setdefault(value, f"{part}.{parameter.path}")
-    return {name: value for value, name in names.items()}
+            value = getattr(parameter, part)
+            if isinstance(value, nn.Parameter) and value not in seen:
+                seen.add(value)
+                learned[f"{part}.{parameter.path}"] = value
+    return learned

@@ -153,7 +153,7 @@ def parametrize(
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for _, pareto in pareto_modules(model):
-            for parameter in pareto.pareto_learned():
+            for _, parameter in pareto.pareto_learned():
                 parameter.requires_grad_(True)
         object.__setattr__(model, "pareto", state)
         device = next((t.device for t in model.state_dict().values()), state.now.gamma.device)

@@ -68,6 +68,7 @@ def compare_run(
     ``methods``: see :func:`chosen_methods`. ``effort``, ``grid``: see :class:`Comparison`. ``seeds``: how many, from
     the configuration's on. UserError: a mistake in any of them or in a file. Interrupted: Ctrl-C.
     """
+    folder = Path(folder)
     workspace = Workspace(config, suite_folder)
     names = workspace.task_names
     wanted = chosen_methods(methods, len(names))

@@ -64,7 +64,7 @@ def run_demo(
     Everything is written beside ``out`` first and takes its place at the end, so that a demo is there whole or not.
     UserError: ``out`` exists, unless ``overwrite`` is given and it holds an earlier demo.
     """
-    out = out.absolute()
+    out = Path(out).absolute()
     if not overwrite or not out.exists():
         check_new(out)
     elif not _is_demo(out):

@@ -35,6 +35,7 @@ def train_run(
     Raises:
         UserError: see :func:`start_run` and :class:`Workspace`. TrainingError, Interrupted: :func:`learn_pareto_set`.
     """
+    folder = Path(folder)
     start_run(config, folder, resume)
     workspace = Workspace(config)
     workspace.check_files()

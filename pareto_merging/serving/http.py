@@ -166,7 +166,9 @@ class Service:
 
     def _read(self, body: bytes | dict[str, Any], fields: type[queries.EmbedFields]) -> Item:
         query = queries.parse_query(body, fields, self.tasks, self.limits)
-        return Item(self.engine.preprocess(queries.decode_image(query.image, self.limits)), query)
+        image = self.engine.preprocess(queries.decode_image(query.image, self.limits))
+        # the last batch is kept until the next one comes, and files are large
+        return Item(image, query._replace(image=b""))
 
     def _named(self, query: queries.Query) -> dict[str, float]:
         # float32 to seven digits: 0.7 and not 0.699999988079071

@@ -73,6 +73,7 @@ def test_every_setting_is_in_one_group_and_reads_the_same_there() -> None:
             setattr(view, next(iter(kind.model_fields)), 1)
     assert (settings.model.rank, settings.loss.mu, settings.sampling.concentration) == (4, 0.5, 1.0)
     assert (settings.optimiser.learning_rate, settings.log.checkpoint_every) == (0.1, 7)
+    assert all(type(vars(MethodSettings)[group]) is type(getattr(MethodSettings, group)) for group in GROUPS)
     changed = settings.model_copy(update={"mu": 0.7})
     assert (changed.mu, changed.loss.mu, settings.loss.mu) == (0.7, 0.7, 0.5)
 

@@ -11,7 +11,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.measure.results import FORMAT, Measured, read_result
 
 ABOUT: dict[str, Any] = {"method": "ties", "title": "TIES", "seed": 3, "is_bound": False, "tasks": ["a"]}
-ABOUT |= {"reference_point": [10.0]}
+ABOUT |= {"reference_point": [10]}
 TRIED = [{"choice": {"density": 0.2}, "seconds": 1.5, "peak_bytes": 7, "score": None}]
 TRIED += [{"choice": {"density": 0.5}, "warnings": ["slow"], "error": "NaN"}]
 FILES: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ FILES: dict[str, dict[str, Any]] = {
         "seconds": 1.5,
         "peak_bytes": 7,
         "facts": {"thresholds": [0.1]},
-        "points": [{"kinds": ["equal"], "gamma": [1.0], "accuracy": [50.0], "entropy": [0.5]}],
+        "points": [{"kinds": ["equal"], "gamma": [1], "accuracy": [50], "entropy": [0.5]}],
         "unseen": {"b": {"accuracy": 40.0, "entropy": 0.25, "gamma": None}},
     },
 }
@@ -79,3 +79,12 @@ def test_a_missing_key_is_one_sentence(
         else:
             with pytest.raises(UserError, match=r"result\.json: expected a result of a comparison, got another file$"):
                 read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("is_bound", "yes"), ("seed", "3"), ("reference_point", ["10"]), ("tasks", 1)]
+)
+def test_a_value_of_another_type_is_one_sentence(key: str, value: Any, tmp_path: Path) -> None:
+    path = written(tmp_path / "result.json", {**FILES["done"], key: value})
+    with pytest.raises(UserError, match="expected a result of a comparison, got another file"):
+        read_result(path)

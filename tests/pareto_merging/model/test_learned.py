@@ -81,3 +81,12 @@ def test_a_tensor_that_two_layers_share_is_learned_once(copies: Copies) -> None:
     model[1].register_parameter("A", model[0].A)
     learned = learned_parameters(model)
     assert len(learned) == len({id(parameter) for parameter in learned.values()}) == before - 1
+
+
+def test_a_lambda_that_two_groups_share_has_the_name_of_each(copies: Copies) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = parametrize(net, copies(net, 2), low_rank="none")
+    model[1].register_parameter("lam", model[0].lam)
+    learned = learned_parameters(model)
+    assert list(learned) == [f"lam.{name}" for name in lambda_names(model)]
+    assert learned["lam.0.weight"] is learned["lam.1.weight"]

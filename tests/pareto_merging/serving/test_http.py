@@ -10,6 +10,7 @@ from support.servers import (
     SIZE,
     TASKS,
     Running,
+    encoded,
     merged_features,
     near,
     png,
@@ -17,6 +18,7 @@ from support.servers import (
 )
 
 from pareto_merging.model.files import load_heads
+from pareto_merging.serving.queries import EmbedFields
 
 PREFERENCES = [
     ([0.2, 0.3, 0.5], [0.2, 0.3, 0.5]),
@@ -88,3 +90,9 @@ def test_metrics(folded: Path) -> None:
     assert 'path="other",status="404"' in text
     assert "pareto_merging_batch_size_count 1.0" in text
     assert "pareto_merging_pending_requests 0.0" in text
+
+
+def test_a_file_is_not_kept_beside_its_picture(shared: Running) -> None:
+    """A server keeps its last batch until the next one comes."""
+    item = shared.service._read({"image": encoded()}, EmbedFields)
+    assert item.query.image == b"" and item.image.shape == (3, SIZE, SIZE)
