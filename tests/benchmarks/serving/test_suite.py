@@ -1,30 +1,20 @@
 """The serving suite, rehearsed; and one tower at one batch: what is right from first to last has a time."""
 
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.folded_cases import COUNT, CPU, drawn, images, request
 from torch import Tensor
 
 from benchmarks import results, run
-from benchmarks.common import towers
 from benchmarks.serving import folded, layers, suite, summary, variants
 from benchmarks.serving import names as variant_names
 from pareto_merging import merge
-
-CPU = torch.device("cpu")
-ITEMS, COUNT = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,28 +93,6 @@ def test_what_the_cpu_leaves_out_is_said() -> None:
     ]
     report = {**report_of(device="cpu"), "left_out": ["ViT-B/32, batch 128"]}
     assert "Left out on the CPU: ViT-B/32, batch 128." in summary.markdown(report)
-
-
-def build(folder: Path, dtype: torch.dtype) -> folded.Case:
-    return folded.build_case(towers.TINY.name, suite.TINY_ENCODER, folder, dtype, CPU)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> folded.Case:
-    return build(tmp_path_factory.mktemp("single"), torch.float32)
-
-
-def images(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(ITEMS, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@functools.cache
-def drawn() -> Tensor:
-    return folded.preferences(COUNT)
-
-
-def request(number: int, count: int = COUNT) -> folded.Request:
-    return folded.Request.make(drawn()[number][:count], ITEMS, CPU)
 
 
 def a_cell(case: folded.Case) -> suite.Cell:

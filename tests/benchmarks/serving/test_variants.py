@@ -1,55 +1,24 @@
 """Every way to serve a preference per item, against the plain model of each item's own."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.folded_cases import COUNT, ITEMS, build, drawn, images, request
 from torch import Tensor
 
-from benchmarks.common import errors, towers
+from benchmarks.common import errors
 from benchmarks.serving import folded, suite, variants
 from benchmarks.serving import names as variant_names
 from pareto_merging import merge
-
-CPU = torch.device("cpu")
-ITEMS, COUNT = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def build(folder: Path, dtype: torch.dtype) -> folded.Case:
-    return folded.build_case(towers.TINY.name, suite.TINY_ENCODER, folder, dtype, CPU)
 
 
 @pytest.fixture(scope="module")
 def exact_case(tmp_path_factory: pytest.TempPathFactory) -> folded.Case:
     return build(tmp_path_factory.mktemp("exact"), torch.float64)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> folded.Case:
-    return build(tmp_path_factory.mktemp("single"), torch.float32)
-
-
-def images(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(ITEMS, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@functools.cache
-def drawn() -> Tensor:
-    return folded.preferences(COUNT)
-
-
-def request(number: int, count: int = COUNT) -> folded.Request:
-    return folded.Request.make(drawn()[number][:count], ITEMS, CPU)
 
 
 def one_by_one(case: folded.Case, x: Tensor, of: folded.Request) -> Tensor:

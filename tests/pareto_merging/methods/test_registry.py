@@ -1,5 +1,6 @@
 """Every method by its name: on transformers and convolutions, one to three copies, as modules and as state dicts."""
 
+import importlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from method_cases import conv_net, image_tasks, labelled_tasks, state_of
 from torch import Tensor, nn
 
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.methods import adamerging, pareto, registry, task_arithmetic
+from pareto_merging.methods import FILES, adamerging, pareto, registry, task_arithmetic
 from pareto_merging.methods.interface import Choice, Merged, Method, Problem, check_needs
 from pareto_merging.methods.registry import METHODS, register
 
@@ -280,3 +281,10 @@ def test_compare_runs_a_method_of_ones_own(dummy: Method, tmp_path: Path, capsys
     assert dummy.title in (tmp_path / "out" / "compare.md").read_text()
     assert command_line.run("compare", "--list") == 0
     assert dummy.title in capsys.readouterr().out
+
+
+def test_every_method_of_a_file_is_in_the_table() -> None:
+    for file in set(FILES.values()):
+        module = importlib.import_module(f"pareto_merging.methods.{file}")
+        keys = [method.key for method in getattr(module, "VARIANTS", None) or (module.METHOD,)]
+        assert keys == [key for key, other in FILES.items() if other == file], file
