@@ -28,6 +28,7 @@ FILES = {
     "pareto-data-free": "data_free",
     "pareto": "pareto",
     "pareto++": "pareto",
+    "pareto-closed-form": "sequential",
     "outer-product-1": "outer_product",
     "outer-product-2": "outer_product",
 }

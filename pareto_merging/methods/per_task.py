@@ -25,7 +25,7 @@ def each_finetuned(
     """
     model = copy_of(pretrained)
     copies, tensors = check_copies(model, finetuned)
-    _check_tasks(tasks, task_names(finetuned))
+    check_tasks(tasks, task_names(finetuned))
     for task, weights in copies.items():
         with torch.no_grad():
             for names, tensor in tensors:
@@ -33,7 +33,7 @@ def each_finetuned(
         yield task, model, tensors
 
 
-def _check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
+def check_tasks(tasks: Mapping[str, Task], names: Sequence[str]) -> None:
     """Raise ValueError unless ``tasks`` has images and a head for ``names`` and nothing else."""
     if not isinstance(tasks, Mapping):
         raise TypeError(f"tasks: expected a mapping from task name to Task, got {type(tasks).__name__}")

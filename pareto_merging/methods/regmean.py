@@ -17,36 +17,22 @@ Unlike the published code, which knows nn.Linear by its hooks, we find each use 
 that the model makes: see :class:`GramRecorder`.
 """
 
-import inspect
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.methods.interface import Copies, Merged, Method, among, on_images, one_model
+from pareto_merging.methods.linear_maps import LinearMaps, Rows
 from pareto_merging.methods.per_task import check_count, check_number, chosen_images, each_finetuned, image_of, to_model
 from pareto_merging.methods.streaming import merge_tensors
 from pareto_merging.model.copies import check_copies
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
-
-_MATMULS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
-_ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
-
-class Rows(NamedTuple):
-    """Rows [start, stop) of a parameter as a linear map x·Pᵀ. ``right``: all of it as x·P."""
-
-    name: str
-    start: int
-    stop: int
-    right: bool
 
 
 def merge(
@@ -162,28 +148,16 @@ def _solve(name: str, grams: dict[Rows, Tensor], change: Tensor, ridge: float) -
         target.copy_(solved)
 
 
-class GramRecorder(TorchFunctionMode):
+class GramRecorder(LinearMaps):
     """A mode that adds up XᵀX of the inputs of every linear map.
-
-    That is every 2-D parameter that is used as one while the mode is active. Uses are known by the identity of the
-    parameter in ``F.linear(x, P)`` (nn.Linear and whoever calls it), ``F.multi_head_attention_forward`` (P in its in-,
-    q-, k-, v- and out-projection) and ``x @ P`` (matmul, mm), where W = Pᵀ. Results are unchanged. PyTorch's fused
-    transformer paths step aside for an active mode. Not seen: scripted modules, and a matrix computed from the
-    parameter (``x @ P.t()``, weight norm); those parameters are averaged.
 
     Of a parameter used several times all inputs count. If it is used in other ways too (an embedding, say), these do
     not; nor does ``x @ P`` where there is an F.linear. An attention whose queries, keys and values come from several
     tensors has one Gram each; where it also has uses with a single one, each kind is averaged over its rows first.
-
-    ``parameters``: by the name that their Grams shall have; those not of two dimensions are left out.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        kept = {name: p for name, p in parameters.items() if p.ndim == 2 and p.is_floating_point()}
-        self._names = {id(parameter): name for name, parameter in kept.items()}
-        # alive for as long as their ids are looked up
-        self._parameters = kept
+        super().__init__(parameters)
         self._grams: dict[Rows, Tensor] = {}
         self._counts: dict[Rows, int] = {}
 
@@ -195,44 +169,7 @@ class GramRecorder(TorchFunctionMode):
         self._grams, self._counts = {}, {}
         return means
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward:
-            return self._attention(func, args, kwargs)
-        if func is F.linear:
-            x, weight = (*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs))[:2]
-            self._record(weight, x)
-        elif func in _MATMULS:
-            x, weight = (*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs))[:2]
-            self._record(weight, x, right=True)
-        return func(*args, **kwargs)
-
-    def _attention(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        bound = _ATTENTION.bind(*args, **kwargs)
-        given = bound.arguments
-        query, key, value = given["query"], given["key"], given["value"]
-        if given.get("use_separate_proj_weight"):
-            for part, x in (("q", query), ("k", key), ("v", value)):
-                self._record(given[f"{part}_proj_weight"], x)
-        elif (packed := given["in_proj_weight"]) is not None:
-            size, parts = len(packed) // 3, [(query, 0, 1), (key, 1, 2), (value, 2, 3)]
-            if key is value:
-                parts = [(query, 0, 3)] if query is key else [(query, 0, 1), (key, 1, 3)]
-            for x, start, stop in parts:
-                self._record(packed, x, start * size, stop * size)
-        # the output projection's input comes out of an attention whose output projection does nothing
-        weight, bias = given["out_proj_weight"], given["out_proj_bias"]
-        given["out_proj_weight"] = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        given["out_proj_bias"] = None
-        joined, attention = func(*bound.args, **bound.kwargs)
-        self._record(weight, joined)
-        return F.linear(joined, weight, bias), attention
-
-    def _record(self, weight: Any, x: Tensor, start: int = 0, stop: int | None = None, right: bool = False) -> None:
-        name = self._names.get(id(weight))
-        if name is None or not x.numel():
-            return
-        rows = Rows(name, start, len(weight) if stop is None else stop, right)
+    def use(self, rows: Rows, x: Tensor, bias: Tensor | None, output: Callable[[], Tensor]) -> None:
         flat = x.detach().reshape(-1, x.shape[-1])
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if rows not in self._grams:
