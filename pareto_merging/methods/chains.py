@@ -6,8 +6,10 @@ the same chain: the model with one set of weights, seen from its images to its f
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -29,8 +31,6 @@ WRITERS: dict[str, tuple[tuple[tuple[str, str], ...], ...]] = {
     ),
     "Block": ((("norm1", "attn.proj"), ("norm2", "mlp.fc2")),),
 }
-# what may stand between a writing map and the stream; where it does, no errors are made good
-_SCALES = ("ls_1", "ls_2", "ls1", "ls2", "layer_scale1", "layer_scale2")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,16 @@ class Residual:
 
 @dataclass
 class Batch:
-    """Some images of one task, the stream of each chain, and what blocks are given beside it."""
+    """Some images of one task, the stream of each chain, and what blocks are given beside it.
+
+    ``expert_after``: the fine-tuned model's stream after the block in hand, once it is known.
+    """
 
     images: Tensor
     streams: dict[str, Tensor] = field(default_factory=dict)
     others: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
+    expert_after: Tensor | None = None
 
 
 @dataclass
@@ -109,18 +113,22 @@ class Layout:
 
 
 def survey(model: nn.Module, images: Tensor) -> Layout:
-    """Find out what a plain module consists of by running it on a few images."""
+    """Find out what a plain module consists of by running it on a few images, in eval mode."""
     known = {name: module for name, module in model.named_modules() if _writers(module)}
     calls: list[tuple[str, Any, Any]] = []
+    seen: dict[tuple[str, bool], Any] = {}
     with contextlib.ExitStack() as hooks:
         for name, module in known.items():
             hook = module.register_forward_hook(lambda m, args, out, name=name: calls.append((name, args[:1], out)))
             hooks.callback(hook.remove)
+            for inner in _watched(name, module):
+                watched = model.get_submodule(inner)
+                hook = watched.register_forward_hook(partial(_remember, seen, inner))
+                hooks.callback(hook.remove)
         model(images)
     names = [name for name, _, _ in calls]
     chained = all(
-        len(after[1]) == 1 and after[1][0] is hidden_of(before[2])
-        for before, after in zip(calls, calls[1:], strict=False)
+        len(after[1]) == 1 and after[1][0] is hidden_of(before[2]) for before, after in itertools.pairwise(calls)
     )
     if not calls or not chained or len(set(names)) < len(names) or len({type(known[n]) for n in names}) > 1:
         return Layout()
@@ -128,9 +136,47 @@ def survey(model: nn.Module, images: Tensor) -> Layout:
         return Layout()
     layout = Layout(names, type(known[names[0]]).__name__, tuples=not isinstance(calls[-1][2], Tensor))
     for name in names:
-        layout.residuals |= _residuals(name, known[name])
+        own = _residuals(name, known[name])
+        if all(_is_written(model, weight, residual, seen) for weight, residual in own.items()):
+            layout.residuals |= own
     layout.read = _read_rows(model, images, layout, hidden_of(calls[-1][2]))
     return layout
+
+
+def _remember(
+    seen: dict[tuple[str, bool], Any], name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> None:
+    """Keep a module's input, and its output."""
+    seen[name, False], seen[name, True] = arguments[0] if arguments else None, hidden_of(output)
+
+
+def _watched(name: str, block: nn.Module) -> set[str]:
+    """Return the modules whose inputs and outputs show how a block writes into the stream."""
+    pairs = _writers(block)
+    return {
+        name,
+        *(f"{name}.{norm}" for norm, _ in pairs),
+        *(f"{name}.{_writing(block, writer)}" for _, writer in pairs),
+    }
+
+
+def _writing(model: nn.Module, writer: str) -> str:
+    """Return the module whose output a writing map's is: nn.MultiheadAttention never calls its own."""
+    owner = writer.rpartition(".")[0]
+    return owner if isinstance(model.get_submodule(owner), nn.MultiheadAttention) else writer
+
+
+def _is_written(model: nn.Module, weight: str, residual: Residual, seen: Mapping[tuple[str, bool], Any]) -> bool:
+    """Tell if the stream afterwards is that before plus the map's output: nothing scales it in between."""
+    writing = _writing(model, weight.removesuffix(".weight"))
+    streams = (residual.before, False), (writing, True), (residual.after, residual.at_output)
+    values = [seen.get(key) for key in streams]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) < 3 or len({tensor.shape for tensor in tensors}) > 1:
+        return False
+    before, output, after = tensors
+    expected, exact = before + output, after.dtype in (torch.float32, torch.float64)
+    return bool((after - expected).abs().max() <= (1e-4 if exact else 3e-2) * expected.abs().max())
 
 
 def hidden_of(output: Any) -> Any:
@@ -148,8 +194,6 @@ def _writers(block: nn.Module) -> tuple[tuple[str, str], ...]:
 
 def _residuals(name: str, block: nn.Module) -> dict[str, Residual]:
     """Return where the stream is around each writing map of one block."""
-    if any(not isinstance(getattr(block, scale, nn.Identity()), nn.Identity) for scale in _SCALES):
-        return {}
     pairs, residuals = _writers(block), {}
     for index, (norm, writer) in enumerate(pairs):
         is_last = index + 1 == len(pairs)

@@ -59,8 +59,8 @@ class LinearMaps(TorchFunctionMode):
         if func is F.layer_norm:
             self._norm(_LAYER_NORM.bind(*args, **kwargs).arguments)
         elif func is F.linear:
-            x, weight, *rest = (*args, *(kwargs[name] for name in ("input", "weight") if name in kwargs))
-            bias = rest[0] if rest else kwargs.get("bias")
+            given = (*args, *(kwargs[name] for name in ("input", "weight", "bias") if name in kwargs), None)
+            x, weight, bias = given[:3]
             self._matrix(weight, x, bias, lambda: F.linear(x, weight, bias))
         elif func in _MATMULS:
             x, weight = (*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs))[:2]

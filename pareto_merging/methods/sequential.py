@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.methods import regmean
-from pareto_merging.methods.chains import Batch, Layout, Piece, cut, hidden_of, streams_on, survey
+from pareto_merging.methods.chains import Batch, Layout, Piece, cut, streams_on, survey
 from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images
 from pareto_merging.methods.per_task import check_count, check_number, check_tasks, chosen_images, image_of, to_model
 from pareto_merging.methods.sites import (
@@ -81,8 +81,8 @@ def merge_sequential(
         images, ridge, batch_size, seed, progress: see :func:`start_sequential`, which says what is raised too.
     """
     model = parametrize(pretrained, finetuned, rank, low_rank, seed=seed, **settings)
-    how = {"images": images, "ridge": ridge, "batch_size": batch_size, "seed": seed, "progress": progress}
-    facts = start_sequential(model, pretrained, finetuned, tasks, **how)
+    how: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
+    facts = start_sequential(model, pretrained, finetuned, tasks, ridge=ridge, **how)
     return Merged(pareto_state(model).task_names, partial(merge_at, model), low_rank != "none", facts, pareto=model)
 
 
@@ -240,8 +240,9 @@ class _Solver:
                 self._factorise(name)
         self.solved |= {name for site in sites for name in (site.rows.name, site.bias) if name is not None}
         if not is_last:
-            for task, batch in ((task, batch) for task in self.batches for batch in self.batches[task]):
-                self._advance(piece, batch, experts[task], task)
+            for task, batches in self.batches.items():
+                for batch in batches:
+                    self._advance(piece, batch, experts[task], task)
 
     def _is_wanted(self, site: Site) -> bool:
         inner = tuple(f"{name}." for name in self.layout.blocks)
@@ -255,7 +256,9 @@ class _Solver:
 
     def _advance(self, piece: Piece, batch: Batch, expert: Mapping[str, Tensor], task: str) -> None:
         """Run a piece for all chains of one batch."""
-        streams = {"expert": piece(expert, batch, "expert"), "base": piece(self.base, batch, "base")}
+        known, batch.expert_after = batch.expert_after, None
+        streams = {"expert": piece(expert, batch, "expert") if known is None else known}
+        streams["base"] = piece(self.base, batch, "base")
         if self.factors:
             streams["own"] = piece({**self.base, **self.own[task]}, batch, "own")
         home = streams_on(streams["base"].device, list(itertools.chain(*self.batches.values())), streams["base"], 3)
@@ -309,22 +312,24 @@ class _Solver:
         """Add the rows of one batch to the sums of the base's chain and of the task's own."""
         residual = self.layout.residuals.get(site.rows.name)
         targets = expert_outputs(self.plain, piece, site, expert, batch, residual)
+        if residual is not None and residual.at_output:
+            batch.expert_after = targets[0]
         chains = [("base", self.base)]
         if self._has_low_rank(site) and self.factors:
             chains.append(("own", {**self.base, **self.own[task]}))
+        swapped = residual is not None and residual.swapped
         weight, bias = self._affine(site)
         for (chain, weights), total in zip(chains, sums, strict=False):
-            inputs, before = merged_inputs(self.plain, piece, site, weights, batch, chain, residual)
-            for x, target in zip(inputs, targets, strict=True):
-                y = target
-                if residual is not None and before is not None:
-                    y = target - before
-                    y = y.transpose(0, 1) if residual.swapped else y
+            inputs = merged_inputs(self.plain, piece, site, weights, batch, chain, residual)
+            # a bias that is no parameter of its own, a part of one say, stays
+            used_bias = bias if site.bias is not None or inputs.bias is None else rows_of(inputs.bias)[0]
+            for x, target in zip(inputs.uses, targets, strict=True):
+                y = target if inputs.before is None else target - inputs.before
+                y = y.transpose(0, 1) if swapped else y
                 rows = rows_of(x)
-                difference = rows_of(y) - affine(rows, weight, bias, site.is_norm)
+                difference = rows_of(y) - affine(rows, weight, used_bias, site.is_norm)
                 if not site.is_norm and bias is not None:
                     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-                swapped = residual is not None and residual.swapped
                 total.add(rows, difference, self._row_weights(x, swapped))
 
     def _row_weights(self, x: Tensor, swapped: bool) -> Tensor | None:
@@ -369,7 +374,7 @@ class _Solver:
                 rows = slice(None) if right else slice(site.rows.start, site.rows.stop)
                 maps[k, rows] = _solved(name, self.ridge, gram, cross)
                 metrics[k] += gram
-        factors = tucker(maps - maps.mean(dim=0), metrics, self.ranks[name])
+        factors = tucker(list(maps - maps.mean(dim=0)), list(metrics), self.ranks[name])
         if factors is None:
             return
         A, G, B = factors

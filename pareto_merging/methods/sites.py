@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,13 @@ class _Catcher(LinearMaps):
         super().__init__({site.rows.name: weights[site.rows.name]})
         self.site, self.stop, self.wants_outputs = site, stop, outputs
         self.weight = weights[site.rows.name]
+        self.bias: Tensor | None = None
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
     def use(self, rows: Rows, x: Tensor, bias: Tensor | None, output: Callable[[], Tensor]) -> None:
         if rows == self.site.rows:
+            self.bias = bias
             self._keep(x, output)
 
     def use_norm(self, name: str, x: Tensor, bias: Tensor | None, normalised: Callable[[], Tensor]) -> None:
@@ -71,6 +74,7 @@ class _Catcher(LinearMaps):
             return result if bias is None else result + bias
 
         if self.site.is_norm:
+            self.bias = bias
             self._keep(normalised(), output)
 
     def _keep(self, x: Tensor, output: Callable[[], Tensor]) -> None:
@@ -94,10 +98,18 @@ def _stream_at(model: nn.Module, name: str, keep: Callable[[Tensor], None], *, a
         yield
 
 
+class Inputs(NamedTuple):
+    """What comes into a site: x [*, D] per use, the stream before it if it writes into one, and its bias if any."""
+
+    uses: list[Tensor]
+    before: Tensor | None
+    bias: Tensor | None
+
+
 def merged_inputs(
     model: nn.Module, piece: Piece, site: Site, weights: Weights, batch: Batch, chain: str, residual: Residual | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """Return what comes into a site, x [*, D] per use, and the stream before it where it writes into one."""
+) -> Inputs:
+    """Return what comes into a site of a merged model. The forward is stopped after it."""
     streams: list[Tensor] = []
     catcher = _Catcher(weights, site, stop=True, outputs=False)
     with contextlib.ExitStack() as stack:
@@ -106,7 +118,7 @@ def merged_inputs(
         stack.enter_context(contextlib.suppress(Reached))
         stack.enter_context(catcher)
         piece(weights, batch, chain)
-    return catcher.inputs, streams[0] if streams else None
+    return Inputs(catcher.inputs, streams[0] if streams else None, catcher.bias)
 
 
 def expert_outputs(

@@ -28,6 +28,7 @@ AWARE = {
     "pareto-data-free",
     "pareto",
     "pareto++",
+    "pareto-closed-form",
     "outer-product-1",
     "outer-product-2",
 }
