@@ -1,4 +1,4 @@
-"""A model run piece by piece with other weights, its streams kept where the pieces meet.
+"""A model run piece by piece with other weights, its streams kept in between.
 
 A transformer whose blocks are known (:data:`WRITERS`) is cut before its first block, between its blocks, and after the
 last; any other model is one piece. A piece is run with any weights (``torch.func.functional_call``) on the stream of

@@ -1,4 +1,4 @@
-"""Finding each use of a matrix as a linear map in the calls that a model makes.
+"""Each use of a matrix as a linear map, found in the calls that a model makes.
 
 Unlike hooks on nn.Linear this sees whoever calls ``F.linear``, attention's projections inside
 ``F.multi_head_attention_forward``, and ``x @ P``.

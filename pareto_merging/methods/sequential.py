@@ -12,11 +12,12 @@ last block that nothing reads afterwards count :data:`UNREAD`. Weights and biase
 solved likewise, channel by channel (within blocks the maps after them do as much).
 
 The preference-dependent terms come from a chain of each task's own, the model at γ = e_k: with the residuals that (1)
-leaves there, without their mean over the tasks so that the equal preference is the base,
+leaves there,
 
-    M_k = (E_kᵀX_k)(X_kᵀX_k + ρI)⁻¹ − mean_j (E_jᵀX_j)(X_jᵀX_j + ρI)⁻¹,    X = u    (2)
+    M_k = (E_kᵀX_k)(X_kᵀX_k + ρI)⁻¹,    X = u    (2)
 
-are written as A·G_k·Bᵀ with shared A and B: see :func:`.tucker.tucker`. (1) is the regression of RegMean (Jin et al.,
+are written as A·G_k·Bᵀ with shared A and B and Σ_k G_k = 0, so that the equal preference is the base: see
+:func:`.tucker.tucker`. (1) is the regression of RegMean (Jin et al.,
 ICLR 2023) on the merged model's inputs instead of each fine-tuned model's own.
 """
 
@@ -33,7 +34,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.methods import regmean
 from pareto_merging.methods.chains import Batch, Layout, Piece, cut, streams_on, survey
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, on_images
+from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
 from pareto_merging.methods.per_task import check_count, check_number, check_tasks, chosen_images, image_of, to_model
 from pareto_merging.methods.sites import (
     NormSums,
@@ -51,7 +52,7 @@ from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import set_lambda
 from pareto_merging.model.parameters import MergedParameter, merged_parameters
 from pareto_merging.model.parametrize import LowRank, parametrize
-from pareto_merging.model.state import pareto_state, pareto_states
+from pareto_merging.model.state import ParetoState, pareto_state, pareto_states
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 
@@ -126,12 +127,7 @@ def start_sequential(
     """
     started, ridge = time.monotonic(), check_number("ridge", ridge)
     check_count("batch_size", batch_size)
-    state = pareto_state(model)
-    if state.folded or state.core != "tensor":
-        got = "a folded model" if state.folded else f"core {state.core}"
-        raise ValueError(f"model: expected a Pareto model with a learned core, got {got}")
-    if pareto_states(pretrained):
-        raise ValueError("pretrained: expected a plain module, got a Pareto model")
+    state = _check_models(model, pretrained)
     check_tasks(tasks, state.task_names)
     chosen = {name: _images(tasks[name], name, images, seed) for name in state.task_names}
     same: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
@@ -141,8 +137,7 @@ def start_sequential(
     for name, buffer in plain.named_buffers():
         buffer.copy_(model.get_buffer(name))
     stored = {parameter.path: parameter for parameter in merged_parameters(model)}
-    batches = {name: _batches(items, batch_size) for name, items in chosen.items()}
-    solver = _Solver(plain, finetuned, batches, stored, ridge)
+    solver = _Solver(plain, finetuned, {name: _batches(chosen[name], batch_size) for name in chosen}, stored, ridge)
     with eval_mode(plain):
         solver.run(progress)
     _write(model, plain, stored, solver.factors)
@@ -153,6 +148,17 @@ def start_sequential(
         "ridge": ridge,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _check_models(model: nn.Module, pretrained: nn.Module) -> ParetoState:
+    """Return the state of a Pareto model that can be started; ValueError for another, or a ``pretrained`` that is."""
+    state = pareto_state(model)
+    if state.folded or state.core != "tensor":
+        got = "a folded model" if state.folded else f"core {state.core}"
+        raise ValueError(f"model: expected a Pareto model with a learned core, got {got}")
+    if pareto_states(pretrained):
+        raise ValueError("pretrained: expected a plain module, got a Pareto model")
+    return state
 
 
 def _images(task: Task, name: str, images: int, seed: int) -> list[Tensor]:
@@ -176,12 +182,11 @@ def _write(
     set_lambda(model, torch.zeros(()))
     for name, own in factors.items():
         parameter, (A, G, B) = stored[name], own
-        size = A.shape[1]
         assert parameter.A is not None and parameter.G is not None and parameter.B is not None
         # columns beyond those that can be of use stay as they were drawn, for learning to find some
-        parameter.A[:, :size].copy_(A)
-        parameter.B[:, :size].copy_(B)
-        parameter.G.zero_()[:size, :size].copy_(G)
+        parameter.A[:, : A.shape[1]].copy_(A)
+        parameter.B[:, : B.shape[1]].copy_(B)
+        parameter.G.zero_()[: A.shape[1], : B.shape[1]].copy_(G)
 
 
 class _Solver:
@@ -374,11 +379,11 @@ class _Solver:
                 rows = slice(None) if right else slice(site.rows.start, site.rows.stop)
                 maps[k, rows] = _solved(name, self.ridge, gram, cross)
                 metrics[k] += gram
-        factors = tucker(list(maps - maps.mean(dim=0)), list(metrics), self.ranks[name])
+        # of one task the base is the model itself
+        factors = tucker(list(maps), list(metrics), self.ranks[name]) if len(maps) > 1 else None
         if factors is None:
             return
         A, G, B = factors
-        G = G - G.mean(dim=2, keepdim=True)
         for k, task in enumerate(self.batches):
             value = (base + A @ G[:, :, k] @ B.t()).to(base.dtype)
             self.own[task][name] = value.t().contiguous() if right else value
@@ -395,16 +400,19 @@ def _solved(name: str, ridge: float, gram: Tensor, cross: Tensor) -> Tensor:
     return torch.cholesky_solve(cross.t(), lower).t()
 
 
-def choices(tasks: int, method: Any) -> list[Choice]:
-    """Return the choice among values of ``ridge``: few images want more."""
-    return [{}, {"ridge": 1e-2}, {"ridge": 1e-1}]
+def _run(problem: Problem, choice: Choice) -> Merged:
+    """Run it on a problem, with the structure that its settings give Pareto Merging's model."""
+    structure = problem.method.model_arguments() | {"preprocess": "none", "core": "tensor"}
+    given: dict[str, Any] = {"tasks": problem.tasks, "progress": problem.progress}
+    return merge_sequential(problem.pretrained, problem.finetuned, **given, **{**structure, **choice})
 
 
+# few images want more than the published value
 METHOD = Method(
     "pareto-closed-form",
     "Pareto Merging, expert-guided, closed form",
     "images",
-    on_images(merge_sequential),
-    choices,
+    _run,
+    lambda tasks, method: [{}, {"ridge": 1e-2}, {"ridge": 1e-1}],
     "1 model + low rank",
 )

@@ -1,4 +1,4 @@
-"""What is solved by least squares: the linear maps and norms that a piece of a model uses, and the sums for each."""
+"""What is solved by least squares: linear maps and norms, and the sums for each."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -182,7 +182,7 @@ class Sums:
         self.cross -= change @ self.gram
 
     def damped(self, ridge: float, columns: int) -> tuple[Tensor, Tensor]:
-        """Return XᵀX + ρI and EᵀX of the first ``columns`` columns; ρ is ``ridge`` of the mean diagonal."""
+        """Return XᵀX + ρI and EᵀX of the first columns. ρ is ``ridge`` of the mean diagonal."""
         gram = self.gram[:columns, :columns].clone()
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         return gram, self.cross[:, :columns]

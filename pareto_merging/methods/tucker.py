@@ -16,42 +16,54 @@ COLUMN = 2.0**0.5
 
 
 class Factors(NamedTuple):
-    """A [N, r], G [r, r, K], B [D, r]: M_k ≈ A·G[:, :, k]·Bᵀ."""
+    """A [N, r], G [r, s, K], B [D, s]: M_k ≈ A·G[:, :, k]·Bᵀ."""
 
     A: Tensor
     G: Tensor
     B: Tensor
 
 
+def balanced(maps: Tensor, metrics: Tensor) -> Tensor:
+    """Return K matrices [K, N, D] of sum 0, nearest to ``maps`` in metrics C_k [K, D, D].
+
+    min Σ_k ‖(M_k − D_k)·C_k^{1/2}‖² with Σ_k D_k = 0 has D_k = M_k − Λ·C_k⁻¹, Λ = (Σ_k M_k)·(Σ_k C_k⁻¹)⁻¹: what M_k
+    have in common goes where each task's inputs are small.
+    """
+    inverses = torch.cholesky_inverse(torch.linalg.cholesky(metrics))
+    return maps - torch.linalg.solve(inverses.sum(dim=0), maps.sum(dim=0), left=False) @ inverses
+
+
 def tucker(maps: Sequence[Tensor], metrics: Sequence[Tensor], rank: int) -> Factors | None:
-    """Return shared factors of K maps M_k [N, D], near in the metrics C_k [D, D]; None where all are zero.
+    """Return shared factors of K maps M_k [N, D], near in metrics C_k [D, D].
 
-    A and B minimise Σ_k ‖(M_k − A·G_k·Bᵀ)·C^{1/2}‖² with C = mean_k C_k, up to the iteration's local optimum; then
-    each G_k minimises ‖(M_k − A·G_k·Bᵀ)·C_k^{1/2}‖². With C_k = XᵀX that is the distance of outputs. r is ``rank``, or
-    the smaller of N and D. The columns of A and of B are orthogonal and of length √2. In float64.
+    A and B minimise Σ_k ‖(M_k − A·G_k·Bᵀ)·C^{1/2}‖² with C = mean_k C_k and the M_k :func:`balanced`, up to the
+    iteration's local optimum; then all G_k minimise Σ_k ‖(M_k − A·G_k·Bᵀ)·C_k^{1/2}‖² with Σ_k G_k = 0. With
+    C_k = XᵀX that is the distance of outputs. r and s are ``rank``, or N and D where those are smaller. The columns of
+    A and of B are orthogonal and of length √2. In float64.
 
-    Raises ValueError where C is not positive definite.
+    None where all are zero. Raises ValueError where a C_k is not positive definite.
     """
     tensor, metric = torch.stack([m.double() for m in maps]), torch.stack([c.double() for c in metrics])
     if not bool(tensor.any()):
         return None
-    rank = min(rank, *tensor.shape[1:])
+    if bool(torch.linalg.cholesky_ex(metric).info.any()):
+        raise ValueError("metrics: expected positive definite ones, got one that is not")
+    tensor = balanced(tensor, metric)
     # C = L·Lᵀ: ‖M·C^{1/2}‖ = ‖M·L‖
-    lower, info = torch.linalg.cholesky_ex(metric.mean(dim=0))
-    if int(info):
-        raise ValueError("metrics: expected a positive definite mean, got one that is not")
+    lower = torch.linalg.cholesky(metric.mean(dim=0))
     A, B = _iterate(tensor @ lower, rank)
     A = COLUMN * A
     B = COLUMN * torch.linalg.qr(torch.linalg.solve_triangular(lower.t(), B, upper=True)).Q
     right = metric @ B
-    core = torch.linalg.solve(B.t() @ right, A.t() @ tensor @ right / COLUMN**2, left=False)
+    inner = B.t() @ right
+    core = balanced(torch.linalg.solve(inner, A.t() @ tensor @ right / COLUMN**2, left=False), inner)
     return Factors(A, core.permute(1, 2, 0).contiguous(), B)
 
 
 def _iterate(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return orthonormal A [N, r] and B [D, r] of a tensor [K, N, D]."""
+    """Return orthonormal A [N, r] and B [D, s] of a tensor [K, N, D]."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(tensor.shape[2], rank, dtype=tensor.dtype, generator=generator)
+    start = torch.randn(tensor.shape[2], min(rank, tensor.shape[2]), dtype=tensor.dtype, generator=generator)
     B = torch.linalg.qr(start.to(tensor.device)).Q
     # some steps towards the leading right singular space, which the sweeps then need not find
     for _ in range(3):
@@ -63,8 +75,10 @@ def _iterate(tensor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """Return orthonormal columns [N, r] that span the leading left singular vectors of a matrix [N, m]."""
+    """Return orthonormal columns [N, r], r ≤ N, that span a matrix's leading left singular vectors."""
+    rank = min(rank, matrix.shape[0])
     if matrix.shape[0] <= matrix.shape[1]:
         return torch.linalg.eigh(matrix @ matrix.t()).eigenvectors[:, -rank:]
     vectors = torch.linalg.eigh(matrix.t() @ matrix).eigenvectors[:, -rank:]
+    # where the matrix has no more, nothing is lost by any columns at all
     return torch.linalg.qr(matrix @ vectors).Q
