@@ -50,9 +50,10 @@ class Residual:
 
 @dataclass
 class Batch:
-    """Some images of one task, the stream of each chain, and what blocks are given beside it.
+    """Some images of one task, and the stream of each chain.
 
-    ``expert_after``: the fine-tuned model's stream after the block in hand, once it is known.
+    ``others`` and ``keywords`` are what blocks are given beside it, ``expert_after`` is the
+    fine-tuned model's stream after the block in hand, once it is known.
     """
 
     images: Tensor
@@ -113,7 +114,7 @@ class Layout:
 
 
 def survey(model: nn.Module, images: Tensor) -> Layout:
-    """Find out what a plain module consists of by running it on a few images, in eval mode."""
+    """Find out what a plain module consists of by running it on a few images."""
     known = {name: module for name, module in model.named_modules() if _writers(module)}
     calls: list[tuple[str, Any, Any]] = []
     seen: dict[tuple[str, bool], Any] = {}
@@ -167,7 +168,7 @@ def _writing(model: nn.Module, writer: str) -> str:
 
 
 def _is_written(model: nn.Module, weight: str, residual: Residual, seen: Mapping[tuple[str, bool], Any]) -> bool:
-    """Tell if the stream afterwards is that before plus the map's output: nothing scales it in between."""
+    """Tell if a map's output is added to the stream as it is."""
     writing = _writing(model, weight.removesuffix(".weight"))
     streams = (residual.before, False), (writing, True), (residual.after, residual.at_output)
     values = [seen.get(key) for key in streams]
@@ -302,7 +303,7 @@ def _images(batch: Batch, model: nn.Module) -> Tensor:
 
 
 def streams_on(device: torch.device, batches: Sequence[Batch], stream: Tensor, chains: int) -> torch.device:
-    """Return where the streams of all batches are kept: with the model where they take little of what is free."""
+    """Return where all streams are kept. With the model, if they take little of what is free."""
     if device.type != "cuda":
         return device
     size = stream.numel() * stream.element_size() * len(batches) * chains

@@ -1,4 +1,4 @@
-"""Each use of a matrix as a linear map, found in the calls that a model makes.
+"""Uses of matrices as linear maps, found in the calls that a model makes.
 
 Unlike hooks on nn.Linear this sees whoever calls ``F.linear``, attention's projections inside
 ``F.multi_head_attention_forward``, and ``x @ P``.
@@ -28,11 +28,11 @@ class Rows(NamedTuple):
 
 
 class LinearMaps(TorchFunctionMode):
-    """A mode that tells :meth:`use` of every use of a 2-D parameter as a linear map.
+    """A mode that finds every use of a 2-D parameter as a linear map.
 
-    Uses are known by the identity of the parameter in ``F.linear(x, P)`` (nn.Linear and whoever calls it),
-    ``F.multi_head_attention_forward`` (P in its in-, q-, k-, v- and out-projection) and ``x @ P`` (matmul, mm), where
-    W = Pᵀ. Results are unchanged. PyTorch's fused transformer paths step aside for an active mode. Not seen: scripted
+    Each comes to :meth:`use`. They are known by the identity of the parameter in ``F.linear(x, P)`` (nn.Linear and
+    whoever calls it), ``F.multi_head_attention_forward`` (P in its in-, q-, k-, v- and out-projection) and ``x @ P``
+    (matmul, mm), where W = Pᵀ. Results are unchanged. PyTorch's fused transformer paths step aside for an active mode. Not seen: scripted
     modules, and a matrix computed from the parameter (``x @ P.t()``, weight norm).
 
     ``parameters``: by the name that their uses shall have; those that are not floating point are left out.
@@ -46,11 +46,11 @@ class LinearMaps(TorchFunctionMode):
         self._parameters = kept
 
     def use(self, rows: Rows, x: Tensor, bias: Tensor | None, output: Callable[[], Tensor]) -> None:
-        """Take note of one use: x [*, D] times ``rows``, plus ``bias``; ``output()`` computes the result [*, N]."""
+        """Take note of x [*, D] times ``rows`` plus ``bias``. ``output()`` computes it, [*, N]."""
         raise NotImplementedError
 
     def use_norm(self, name: str, x: Tensor, bias: Tensor | None, normalised: Callable[[], Tensor]) -> None:
-        """Take note of ``F.layer_norm`` of x [*, D] with weight ``name``; ``normalised()`` is x without them [*, D]."""
+        """Take note of ``F.layer_norm`` of x [*, D] with weight ``name``. ``normalised()`` is without."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

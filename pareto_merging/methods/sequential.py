@@ -1,4 +1,4 @@
-"""Pareto Merging in closed form: base and low-rank terms by least squares, layer by layer, without a step.
+"""Pareto Merging in closed form: least squares layer by layer, without a step.
 
 The fine-tuned models are at hand, so what each of their layers gives on unlabelled images is known. In forward order
 every linear map is solved by ridge regression of the fine-tuned models' own outputs of that map, y, on the inputs u
@@ -74,7 +74,9 @@ def merge_sequential(
     progress: bool = True,
     **settings: Any,
 ) -> Merged:
-    """Return a model for every preference without a step of learning; ``result.pareto`` is the Pareto model.
+    """Return a model for every preference without a step of learning.
+
+    ``result.pareto`` is the Pareto model, whose base and low-rank terms :func:`start_sequential` solves.
 
     Args:
         tasks: by task name, unlabelled images (the heads are not run).
@@ -151,7 +153,7 @@ def start_sequential(
 
 
 def _check_models(model: nn.Module, pretrained: nn.Module) -> ParetoState:
-    """Return the state of a Pareto model that can be started; ValueError for another, or a ``pretrained`` that is."""
+    """Return the state of a Pareto model that can be started. ValueError for other models."""
     state = pareto_state(model)
     if state.folded or state.core != "tensor":
         got = "a folded model" if state.folded else f"core {state.core}"
@@ -272,7 +274,7 @@ class _Solver:
         batch.streams.setdefault("own", batch.streams["base"])
 
     def _solve_site(self, piece: Piece, site: Site, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Solve equation 1 for one site; the sums for equation 2 are kept where it has a low-rank term."""
+        """Solve equation 1 for one site. Where it has a low-rank term, the sums for equation 2 are kept."""
         sums: Any = None
         own: list[Sums] = []
         for task, batches in self.batches.items():
@@ -304,7 +306,7 @@ class _Solver:
         return Sums.of(len(weight), weight.shape[1] + (bias is not None), weight.device)
 
     def _affine(self, site: Site) -> tuple[Tensor, Tensor | None]:
-        """Return the current weight [N, D] (of a norm [D]) and bias of a site, in float32 or wider."""
+        """Return a site's merged weight [N, D] (a norm's [D]) and bias. In float32 or wider."""
         name, start, stop, right = site.rows
         weight = self.base[name].t() if right else self.base[name][start:stop]
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -314,7 +316,7 @@ class _Solver:
     def _add(
         self, piece: Piece, site: Site, batch: Batch, expert: Mapping[str, Tensor], task: str, sums: Sequence[Any]
     ) -> None:
-        """Add the rows of one batch to the sums of the base's chain and of the task's own."""
+        """Add the rows of one batch to the sums of both chains."""
         residual = self.layout.residuals.get(site.rows.name)
         targets = expert_outputs(self.plain, piece, site, expert, batch, residual)
         if residual is not None and residual.at_output:
@@ -349,7 +351,7 @@ class _Solver:
         return read.to(wide).clamp_min(UNREAD).expand(*x.shape[:-1], 1).reshape(-1, 1)
 
     def _solve(self, site: Site, sums: Any) -> Tensor:
-        """Put the solution of equation 1 into the merged weights, and return the change [N, D + 1]."""
+        """Put equation 1's solution into the merged weights. Returns the change [N, D + 1]."""
         name, start, stop, right = site.rows
         weight, bias = self._affine(site)
         if site.is_norm:
@@ -378,7 +380,8 @@ class _Solver:
                 gram, cross = of_task.damped(self.ridge, size)
                 rows = slice(None) if right else slice(site.rows.start, site.rows.stop)
                 maps[k, rows] = _solved(name, self.ridge, gram, cross)
-                metrics[k] += gram
+                # where nothing came in, no direction counts more than another
+                metrics[k] += gram if bool(gram.any()) else torch.eye(size, dtype=gram.dtype, device=gram.device)
         # of one task the base is the model itself
         factors = tucker(list(maps), list(metrics), self.ranks[name]) if len(maps) > 1 else None
         if factors is None:

@@ -15,7 +15,7 @@ from pareto_merging.methods.linear_maps import LinearMaps, Rows
 
 @dataclass(frozen=True)
 class Site:
-    """A linear map, or the weight and bias of a norm, by the names of its parameters.
+    """A linear map, or a norm's weight and bias, by their names.
 
     Attributes:
         rows: of the weight. bias: None where there is none of the model's own. uses: how often a forward uses it.
@@ -53,7 +53,7 @@ class _Finder(LinearMaps):
 
 
 class _Catcher(LinearMaps):
-    """A mode that keeps the inputs and outputs of one site, and may stop the forward after its last use."""
+    """A mode that keeps inputs and outputs of a site, and may stop after it."""
 
     def __init__(self, weights: Weights, site: Site, *, stop: bool, outputs: bool) -> None:
         super().__init__({site.rows.name: weights[site.rows.name]})
@@ -99,7 +99,9 @@ def _stream_at(model: nn.Module, name: str, keep: Callable[[Tensor], None], *, a
 
 
 class Inputs(NamedTuple):
-    """What comes into a site: x [*, D] per use, the stream before it if it writes into one, and its bias if any."""
+    """What comes into a site: x [*, D] per use.
+
+    And the stream before it, where it writes into one, and its bias."""
 
     uses: list[Tensor]
     before: Tensor | None
@@ -124,7 +126,7 @@ def merged_inputs(
 def expert_outputs(
     model: nn.Module, piece: Piece, site: Site, weights: Weights, batch: Batch, residual: Residual | None
 ) -> list[Tensor]:
-    """Return what a fine-tuned model has after a site: its outputs y [*, N] per use, or the stream [*, N]."""
+    """Return a fine-tuned model's outputs [*, N] of a site. Or the stream after it."""
     if residual is None:
         catcher = _Catcher(weights, site, stop=True, outputs=True)
         with contextlib.suppress(Reached), catcher:
@@ -146,7 +148,7 @@ def expert_outputs(
 
 @dataclass
 class Sums:
-    """XᵀX [D, D] and EᵀX [N, D] over the rows of X and E, in float64."""
+    """XᵀX [D, D] and EᵀX [N, D] over rows of X and E, in float64."""
 
     gram: Tensor
     cross: Tensor
@@ -189,7 +191,10 @@ class Sums:
 
 
 class NormSums:
-    """What per-channel regression of y = x·w + b needs: the sums of 1, x, x², e and x·e by channel, in float64."""
+    """What regression of y = x·w + b by channel needs.
+
+    The sums of 1, x, x², e and x·e, [5, D] in float64.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.sums = torch.zeros(5, size, dtype=torch.float64, device=device)

@@ -24,7 +24,7 @@ class Factors(NamedTuple):
 
 
 def balanced(maps: Tensor, metrics: Tensor) -> Tensor:
-    """Return K matrices [K, N, D] of sum 0, nearest to ``maps`` in metrics C_k [K, D, D].
+    """Return K matrices [K, N, D] of sum 0, nearest to ``maps``. C_k [K, D, D] are the metrics.
 
     min Σ_k ‖(M_k − D_k)·C_k^{1/2}‖² with Σ_k D_k = 0 has D_k = M_k − Λ·C_k⁻¹, Λ = (Σ_k M_k)·(Σ_k C_k⁻¹)⁻¹: what M_k
     have in common goes where each task's inputs are small.
