@@ -287,12 +287,14 @@ def cut(model: nn.Module, layout: Layout) -> list[Piece]:
 
 def _block(model: nn.Module, name: str, full: Mapping[int, str]) -> Piece:
     block = model.get_submodule(name)
+    # to look for tied parameters in each call takes a tenth of a small block's time
+    is_tied = len(list(block.named_parameters(remove_duplicate=False))) > len(list(block.parameters()))
     names = {own: full[id(parameter)] for own, parameter in block.named_parameters()}
 
     def run(weights: Weights, batch: Batch, chain: str) -> Any:
         device = next(iter(weights.values())).device
         arguments = (batch.streams[chain].to(device), *batch.others)
-        return hidden_of(functional_call(block, dict(weights), arguments, batch.keywords))
+        return hidden_of(functional_call(block, dict(weights), arguments, batch.keywords, tie_weights=is_tied))
 
     return Piece(names, run)
 

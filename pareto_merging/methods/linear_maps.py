@@ -32,8 +32,8 @@ class LinearMaps(TorchFunctionMode):
 
     Each comes to :meth:`use`. They are known by the identity of the parameter in ``F.linear(x, P)`` (nn.Linear and
     whoever calls it), ``F.multi_head_attention_forward`` (P in its in-, q-, k-, v- and out-projection) and ``x @ P``
-    (matmul, mm), where W = Pᵀ. Results are unchanged. PyTorch's fused transformer paths step aside for an active mode. Not seen: scripted
-    modules, and a matrix computed from the parameter (``x @ P.t()``, weight norm).
+    (matmul, mm), where W = Pᵀ. Results are unchanged. PyTorch's fused transformer paths step aside for an active mode.
+    Not seen: scripted modules, and a matrix computed from the parameter (``x @ P.t()``, weight norm).
 
     ``parameters``: by the name that their uses shall have; those that are not floating point are left out.
     """

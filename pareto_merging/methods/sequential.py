@@ -278,17 +278,19 @@ class _Solver:
         sums: Any = None
         own: list[Sums] = []
         for task, batches in self.batches.items():
-            of_task = [self._sums(site), self._sums(site)]
+            chains: dict[str, Mapping[str, Tensor]] = {"base": self.base}
+            # as long as no term depends on the preference, the chain of the base is the task's own
+            if self._has_low_rank(site) and self.factors:
+                chains["own"] = {**self.base, **self.own[task]}
+            of_task = {chain: self._sums(site) for chain in chains}
             for batch in batches:
-                self._add(piece, site, batch, experts[task], task, of_task)
-            if not all(each.is_finite for each in of_task):
+                self._add(piece, site, batch, experts[task], chains, of_task)
+            if not all(each.is_finite for each in of_task.values()):
                 what = f"finite inputs and fine-tuned outputs of {site.rows.name}"
                 raise UserError(f"task {task}: expected {what}, got NaN or inf")
-            base, preferred = of_task
             if self._has_low_rank(site):
-                # the sums of the base's chain serve both where the two chains are one
-                own.append(preferred if self.factors else base.copy())
-            sums = base if sums is None else sums.__iadd__(base)
+                own.append(of_task["own"] if "own" in of_task else of_task["base"].copy())
+            sums = of_task["base"] if sums is None else sums.__iadd__(of_task["base"])
         change = self._solve(site, sums)
         for each in own:
             each.without(change)
@@ -314,19 +316,22 @@ class _Solver:
         return weight.to(wide), bias
 
     def _add(
-        self, piece: Piece, site: Site, batch: Batch, expert: Mapping[str, Tensor], task: str, sums: Sequence[Any]
+        self,
+        piece: Piece,
+        site: Site,
+        batch: Batch,
+        expert: Mapping[str, Tensor],
+        chains: Mapping[str, Mapping[str, Tensor]],
+        sums: Mapping[str, Any],
     ) -> None:
-        """Add the rows of one batch to the sums of both chains."""
+        """Add the rows of one batch to the sums of each chain."""
         residual = self.layout.residuals.get(site.rows.name)
         targets = expert_outputs(self.plain, piece, site, expert, batch, residual)
         if residual is not None and residual.at_output:
             batch.expert_after = targets[0]
-        chains = [("base", self.base)]
-        if self._has_low_rank(site) and self.factors:
-            chains.append(("own", {**self.base, **self.own[task]}))
         swapped = residual is not None and residual.swapped
         weight, bias = self._affine(site)
-        for (chain, weights), total in zip(chains, sums, strict=False):
+        for chain, weights in chains.items():
             inputs = merged_inputs(self.plain, piece, site, weights, batch, chain, residual)
             # a bias that is no parameter of its own, a part of one say, stays
             used_bias = bias if site.bias is not None or inputs.bias is None else rows_of(inputs.bias)[0]
@@ -337,7 +342,7 @@ class _Solver:
                 difference = rows_of(y) - affine(rows, weight, used_bias, site.is_norm)
                 if not site.is_norm and bias is not None:
                     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-                total.add(rows, difference, self._row_weights(x, swapped))
+                sums[chain].add(rows, difference, self._row_weights(x, swapped))
 
     def _row_weights(self, x: Tensor, swapped: bool) -> Tensor | None:
         """Return [M, 1] for the rows of x, or None where all count the same."""
@@ -351,20 +356,25 @@ class _Solver:
         return read.to(wide).clamp_min(UNREAD).expand(*x.shape[:-1], 1).reshape(-1, 1)
 
     def _solve(self, site: Site, sums: Any) -> Tensor:
-        """Put equation 1's solution into the merged weights. Returns the change [N, D + 1]."""
+        """Put equation 1's solution into the merged weights. Returns the change [N, D + 1], as rounded."""
         name, start, stop, right = site.rows
-        weight, bias = self._affine(site)
+        # copies: what is solved is written where they are
+        weight, bias = (None if value is None else value.clone() for value in self._affine(site))
+        assert weight is not None
         if site.is_norm:
             change, shift = sums.solve(self.ridge)
         else:
-            gram, cross = sums.damped(self.ridge, sums.gram.shape[0])
-            whole = _solved(name, self.ridge, gram, cross)
-            change, shift = (whole[:, :-1], whole[:, -1]) if bias is not None else (whole, None)
+            whole = _solved(name, self.ridge, *sums.damped(self.ridge, sums.gram.shape[0]))
+            change, shift = (whole, None) if bias is None else (whole[:, :-1], whole[:, -1])
         target = self.base[name].t() if right else self.base[name][start:stop]
         target.copy_(weight + change)
-        if bias is not None and site.bias is not None:
+        if site.bias is not None and bias is not None:
             self.base[site.bias][start:stop].copy_(bias + shift)
-        return change if site.is_norm else whole
+        after, shifted = self._affine(site)
+        change = after.double() - weight
+        if site.is_norm or bias is None or shifted is None:
+            return change
+        return torch.cat([change, (shifted.double() - bias)[:, None]], dim=1)
 
     def _factorise(self, name: str) -> None:
         """Solve equation 2 for one parameter, and give each task's own chain its weights."""
