@@ -48,12 +48,11 @@ def check_cached(cached: Any, weight: Tensor, dtype: torch.dtype) -> None:
 
 def check_parts(parts: Parts) -> None:
     """Check types, devices, shapes and the number of tasks of everything but gamma's leading dimensions."""
-    weight, task_vectors, lam, A, G, B, gamma = parts
+    weight, task_vectors, lam, A, G, B, gamma, A_c, B_c = parts
     check_tensor("weight", weight)
     device = weight.device
-    if (task_vectors is None) != (lam is None):
-        given, missing = ("task_vectors", "lam") if lam is None else ("lam", "task_vectors")
-        raise ValueError(f"{missing}: expected together with {given}, got None")
+    _check_together(task_vectors=task_vectors, lam=lam)
+    _check_together(A_c=A_c, B_c=B_c)
     tasks: int | None = None
     if task_vectors is not None and lam is not None:
         check_tensor("task_vectors", task_vectors, device)
@@ -70,25 +69,43 @@ def check_parts(parts: Parts) -> None:
     if absent and len(absent) < 4 and absent != ["G", "gamma"]:
         given = ", ".join(name for name in low_rank if name not in absent)
         raise ValueError(f"{absent[0]}: expected together with {given}, got None")
-    for name, value in low_rank.items():
+    for name, value in (("G", G), ("gamma", gamma)):
         if value is not None:
             check_tensor(name, value, device, learned=True)
-    if A is not None and B is not None:
-        if weight.ndim != 2:
-            raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
-        n, d = weight.shape
-        if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
-            raise ValueError(f"A: expected shape [{n}, R], got {list(A.shape)}")
+    _check_factors(weight, A=A, B=B)
+    _check_factors(weight, A_c=A_c, B_c=B_c)
+    if G is not None and gamma is not None and A is not None:
         rank = A.shape[1]
-        if B.shape != (d, rank):
-            raise ValueError(f"B: expected shape [{d}, {rank}], got {list(B.shape)}")
-    if G is not None and gamma is not None:
         if G.ndim != 3 or G.shape[:2] != (rank, rank) or (tasks is not None and G.shape[2] != tasks):
             expected = f"[{rank}, {rank}, {'K' if tasks is None else tasks}]"
             raise ValueError(f"G: expected shape {expected}, got {list(G.shape)}")
         if gamma.ndim == 0 or gamma.shape[-1] != G.shape[2]:
             raise ValueError(f"gamma: expected shape [{G.shape[2]}] or [*, {G.shape[2]}], got {list(gamma.shape)}")
     check_frozen(weight=weight, task_vectors=task_vectors)
+
+
+def _check_together(**pair: Tensor | None) -> None:
+    """Check that of two arguments, by name, both are given or neither."""
+    absent = [name for name, value in pair.items() if value is None]
+    if len(absent) == 1:
+        (given,) = pair.keys() - absent
+        raise ValueError(f"{absent[0]}: expected together with {given}, got None")
+
+
+def _check_factors(weight: Tensor, **pair: Tensor | None) -> None:
+    """Check the two factors of a low-rank term, by name, against ``weight``."""
+    (left, A), (right, B) = pair.items()
+    if A is None or B is None:
+        return
+    for name, value in pair.items():
+        check_tensor(name, value, weight.device, learned=True)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected 2 dimensions for a low-rank term, got {list(weight.shape)}")
+    n, d = weight.shape
+    if A.ndim != 2 or A.shape[0] != n or A.shape[1] < 1:
+        raise ValueError(f"{left}: expected shape [{n}, R], got {list(A.shape)}")
+    if B.shape != (d, A.shape[1]):
+        raise ValueError(f"{right}: expected shape [{d}, {A.shape[1]}], got {list(B.shape)}")
 
 
 def check_frozen(**tensors: Tensor | None) -> None:

@@ -115,9 +115,9 @@ SUM_BLOCK = 1024
 class Problem:
     """One operation of one layer.
 
-    ``kind`` is ``16-bit``, ``tf32`` or ``float32``; ``per_row``: a preference per row, so the low-rank term is not part
-    of the merged weight; ``bias``: its gradient is wanted with the weight's. ``dx`` is counted with the roles of n and
-    d exchanged.
+    ``kind`` is ``16-bit``, ``tf32`` or ``float32``; ``per_row``: a preference per row, so of the low-rank terms only
+    the constant one, of ``constant`` of the ``rank`` columns, is part of the merged weight; ``bias``: its gradient is
+    wanted with the weight's. ``dx`` is counted with the roles of n and d exchanged.
     """
 
     rows: int
@@ -128,6 +128,12 @@ class Problem:
     kind: str = "16-bit"
     per_row: bool = False
     bias: bool = False
+    constant: int = 0
+
+    @property
+    def merged_rank(self) -> int:
+        """Return the rank of what is merged into the weight, and reduced from its gradient."""
+        return self.constant if self.per_row else self.rank
 
     @property
     def size(self) -> int:
@@ -162,7 +168,7 @@ class Problem:
     def partials(self, block_n: int, block_d: int, splits: int = 1) -> float:
         """Return the bytes of the partial sums of P, Q and dλ. The rank is padded."""
         blocks_n, blocks_d = math.ceil(self.n / block_n), math.ceil(self.d / block_d)
-        rank = 0 if self.per_row else 16 * math.ceil(self.rank / 16)
+        rank = 16 * math.ceil(self.merged_rank / 16)
         return 4.0 * splits * (rank * (blocks_d * self.n + blocks_n * self.d) + blocks_n * blocks_d * self.tasks)
 
 
@@ -244,8 +250,7 @@ def _partial_sums(p: Problem, partial: float, cache_bytes: float) -> list[Pass]:
     """Count the sums of P, Q and dλ: partial ones read again, in one launch."""
     if not partial:
         return []
-    low_rank = 0 if p.per_row else p.rank
-    blocks = sum(math.ceil(16 * math.ceil(low_rank / 16) * size / SUM_BLOCK) for size in (p.n, p.d))
+    blocks = sum(math.ceil(16 * math.ceil(p.merged_rank / 16) * size / SUM_BLOCK) for size in (p.n, p.d))
     memory = from_memory(partial, partial, cache_bytes)
     return [Pass("partial sums", memory=memory, cache=partial, form="partial sums", programs=1 + blocks)]
 
@@ -288,7 +293,7 @@ def product(p: Problem) -> list[Pass]:
 
 def _assembly(p: Problem) -> float:
     # an element of τ is converted and multiplied, one of the low-rank term multiplied for each r
-    return p.n * p.d * (4.0 * p.tasks + 2.0 * (0 if p.per_row else p.rank))
+    return p.n * p.d * (4.0 * p.tasks + 2.0 * p.merged_rank)
 
 
 def _merge(p: Problem) -> Pass:
@@ -341,7 +346,7 @@ def streamed(operation: str, p: Problem, tiles: Tiles = DEFAULT_TILES) -> list[P
     if operation == "merge":
         return [_merge(p)]
     if operation in ("forward", "dx"):
-        merged = p.tasks or (p.rank and not p.per_row)
+        merged = p.tasks or p.merged_rank
         return [_merge(p), replace(gemm, memory=again + p.activations)] if merged else [gemm]
     if operation == "preference":
         x, wide = float(p.rows * p.d * p.size), float(p.rows * (p.d + p.rank) * p.size)

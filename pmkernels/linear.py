@@ -33,13 +33,16 @@ def pareto_linear(
     G: Tensor | None = None,
     B: Tensor | None = None,
     gamma: Tensor | None = None,
+    A_c: Tensor | None = None,
+    B_c: Tensor | None = None,
     bias: Tensor | None = None,
     cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
     """Compute y = x·W(γ)ᵀ + b.
 
-    W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ is equation 6 of Chen & Kwok, arXiv 2408.12105.
+    W(γ) = W0 + Σ_k λ_k τ_k + A_c·B_cᵀ + A·(G ×₃ γ)·Bᵀ is equation 6 of Chen & Kwok, arXiv 2408.12105, and a constant
+    low-rank term.
 
     Longer than 60 lines because it says all there is to say about a layer's arguments, and checks them.
 
@@ -54,25 +57,28 @@ def pareto_linear(
         gamma: the preference, float32: ``[K]`` for all rows, or exactly ``x.ndim`` dimensions ``[*, K]`` whose leading
             ones are 1 or x's (``[32, 1, K]`` against ``[32, 257, in]``: one preference per image). Its values are not
             looked at here.
+        A_c, B_c: ``[out, r_c]``, ``[in, r_c]``, float32, or both None. They add A_c·B_cᵀ whatever γ is, with or without
+            the rest.
         bias: ``[out]`` or None.
         cached: W(γ) of the same values in the compute dtype, as :func:`merge_weight` returned it: nothing is put
             together, forward or backward, and the gradients are what they are without it. With a preference per row,
-            W without its low-rank term. Whoever keeps it answers for its being up to date.
+            W without its term of the preference, W0 + Σ_k λ_k τ_k + A_c·B_cᵀ. Whoever keeps it answers for its being up
+            to date.
         strategy: ``"auto"``; or ``"eager"`` (plain PyTorch, any device), ``"fused"`` (W assembled tile by tile inside
             the product: allocates nothing of W's size), ``"streamed"`` (W merged into a scratch tensor, then the
             library's product; so is dW, except in float16). The last two need a CUDA GPU, float32, bfloat16 or
-            float16, K and R up to 32 and 64. ``"auto"`` takes what was measured on this GPU or is counted to be
+            float16, K up to 32 and r_c + r up to 64. ``"auto"`` takes what was measured on this GPU or is counted to be
             fastest, for each of forward, dx and the weight's gradient.
 
     Returns:
-        ``[*, out]`` in the compute dtype. Differentiable once in x, lam, A, G, B, gamma and bias; the backward keeps
-        x and the parameters, and forms the gradient of one layer's weight at a time.
+        ``[*, out]`` in the compute dtype. Differentiable once in x, lam, A, G, B, gamma, A_c, B_c and bias; the
+        backward keeps x and the parameters, and forms the gradient of one layer's weight at a time.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device, number of tasks, strategy, or a frozen
             tensor that requires a gradient. The message names the argument, what was expected and what came.
     """
-    parts = Parts(weight, task_vectors, lam, A, G, B, gamma)
+    parts = Parts(weight, task_vectors, lam, A, G, B, gamma, A_c, B_c)
     check_parts(parts)
     check_tensor("x", x, weight.device)
     if weight.ndim != 2:
@@ -115,22 +121,21 @@ def _forward(x: Tensor, parts: Parts, bias: Tensor | None, cached: Tensor | None
 def _gradients(
     dy: Tensor, x: Tensor | None, parts: Parts, asked: list[bool], strategy: str, **others: Tensor | None
 ) -> dict[str, Tensor]:
-    """Return the gradients ``asked`` for, by name: x, lam, A, G, B, gamma, bias. ``others``: bias and cached."""
+    """Return the gradients ``asked`` for, by name: x and those of LEARNED. ``others``: bias and cached."""
     need_x, *parameters, need_bias = asked
     needs, cached = Needs(*parameters), others.get("cached")
     of_x = strategies.pick("dx", strategy, dy, parts, **others) if need_x else None
     of_w = of_x if of_x and not needs.lam else strategies.pick("weight_grad", strategy, dy, parts, **others)
-    # one pass over dW gives everything where λ wants it anyway; otherwise the low-rank gradients go row by row
-    whole = (
-        needs.lam
-        and not parts.per_row
-        and (parts.A is None or of_w.rows.from_tiles(parts.A.shape[1], *parts.weight.shape))
-    )
+    of_dW, by_rows = needs.divided(parts, of_w.rows.from_tiles)
     gradients: dict[str, Tensor] = {}
     ds = None
-    if parts.per_row or (needs.low_rank and not whole):
-        gradients, ds = of_w.rows(parts, dy).gradients(dy, x, needs, need_x and parts.per_row)
-    core = parts.core() if whole or (of_x is not None and cached is None) else None
+    if by_rows.low_rank or (need_x and parts.per_row):
+        gradients, ds = of_w.rows(parts, dy).gradients(dy, x, by_rows, need_x and parts.per_row)
+    if by_rows.constant:
+        alone = Needs(False, by_rows.A_c, False, by_rows.B_c, False)
+        named, _ = of_w.rows(parts.constant(), dy).gradients(dy, x, alone, False)
+        gradients |= {f"{name}_c": gradient for name, gradient in named.items()}
+    core = parts.core() if of_dW.low_rank or (of_x is not None and cached is None) else None
     if of_x is not None:
         start = None
         if parts.per_row:
@@ -142,11 +147,10 @@ def _gradients(
             gradients["x"] = of_x.dx(dy, parts.terms(core, by_columns=of_x.kernels), start=start)
     if needs.lam:
         assert x is not None and parts.lam is not None
-        A, B = parts.A if whole and needs.B else None, parts.B if whole and needs.P else None
         # a λ in float64 has a gradient in float64, all the way
         rows = (dy, x) if parts.lam.dtype != torch.float64 else (dy.double(), x.double())
-        reduced = of_w.weight_grad(*rows, parts.task_vectors, A=A, B=B, need_bias=need_bias)
-        gradients |= gradients_of_weight(reduced, parts, core, needs)
+        reduced = of_w.weight_grad(*rows, parts.task_vectors, **of_dW.factors(parts), need_bias=need_bias)
+        gradients |= gradients_of_weight(reduced, parts, core, of_dW)
     if need_bias and "bias" not in gradients:
         gradients["bias"] = products.column_sums(dy)
     return gradients
@@ -207,8 +211,8 @@ def linear_backward_operator(dy: Tensor, x: Tensor | None, *rest: Any) -> list[T
 
 
 def _kept(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> tuple[Tensor | None, ...]:
-    # of λ, A, G, B and γ: without them nobody asks for x
-    return inputs[0] if any(ctx.needs_input_grad[3:8]) else None, *inputs[1:-1]
+    # of λ, factors, G and γ: without them nobody asks for x
+    return inputs[0] if any(ctx.needs_input_grad[3 : 1 + len(Parts._fields)]) else None, *inputs[1:-1]
 
 
 @differentiable(linear_operator, keep=_kept)

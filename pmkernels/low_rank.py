@@ -1,11 +1,13 @@
-"""The parts of W(γ), and the one internal form of its low-rank term.
+"""The parts of W(γ), and the one internal form of its low-rank terms.
 
-Inside the kernels the term is a pair (left [N, R], right [D, R]), left = A·C(γ), of the :class:`Terms` of W. With one γ
-per row there is no such pair: t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`RowProducts`).
+There are two, the constant one A_c·B_cᵀ and the preference's A·C(γ)·Bᵀ. Inside the kernels they are one pair of
+matrices of the :class:`Terms` of W, left = [A_c | A·C(γ)] [N, R] and right = [B_c | B] [D, R]; one reduction of dW
+against [A_c | A] and [B_c | B] gives the gradients of both. With one γ per row the pair is the constant term alone, and
+t_m = C(γ_m)·Bᵀx_m and ds_m = C(γ_m)ᵀ·Aᵀdy_m are found row by row (:class:`RowProducts`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,8 @@ class Parts(NamedTuple):
     G: Tensor | None = None
     B: Tensor | None = None
     gamma: Tensor | None = None
+    A_c: Tensor | None = None
+    B_c: Tensor | None = None
 
     @property
     def per_row(self) -> bool:
@@ -47,24 +51,36 @@ class Parts(NamedTuple):
         return None if self.G is None or self.gamma is None or self.per_row else preference_core(self.G, self.gamma)
 
     def terms(self, core: Tensor | None, *, by_columns: bool) -> Terms:
-        """Return the terms of W, its low-rank one from ``core``: C(γ). With one γ per row it has none.
+        """Return the terms of W, the preference's from ``core``: C(γ). With one γ per row it has none.
 
         ``by_columns``: neighbouring n are neighbours in memory, as kernels read them; else left is in the type of the
         sums.
         """
-        weight, task_vectors, lam, A, _, B, _ = self
-        if A is None or B is None or self.per_row:
+        weight, task_vectors, lam, A, _, B, _, A_c, B_c = self
+        if self.per_row:
+            A = B = None
+        right = side_by_side(B_c, B)
+        if right is None:
             return Terms(weight, task_vectors, lam)
+        wide = accumulate_dtype(weight, lam)
         if by_columns:
-            left = (A.t().contiguous() if core is None else core.t() @ A.t()).t()
-        else:
-            wide = accumulate_dtype(weight, lam)
-            left = converted(A, wide) if core is None else converted(A, wide) @ converted(core, wide)
-        return Terms(weight, task_vectors, lam, (left, B))
+            A_c, A = (None if factor is None else factor.t() for factor in (A_c, A))
+            columns = A if A is None or core is None else core.t() @ A
+            left = columns if A_c is None else A_c if columns is None else torch.cat([A_c, columns])
+            assert left is not None
+            return Terms(weight, task_vectors, lam, (left.contiguous().t(), right))
+        A_c, A = (None if factor is None else converted(factor, wide) for factor in (A_c, A))
+        left = side_by_side(A_c, A if A is None or core is None else A @ converted(core, wide))
+        assert left is not None
+        return Terms(weight, task_vectors, lam, (left, right))
+
+    def constant(self) -> "Parts":
+        """Return W0 and the constant term as parts whose one low-rank term is A·Bᵀ."""
+        return Parts(self.weight, A=self.A_c, B=self.B_c)
 
     def contiguous(self) -> "Parts":
-        """Return the parts with λ, A, G and B contiguous. Their offsets then stay in int32."""
-        learned = {name: getattr(self, name) for name in ("lam", "A", "G", "B")}
+        """Return the parts with λ, G and all factors contiguous. Their offsets then stay in int32."""
+        learned = {name: getattr(self, name) for name in ("lam", "A", "G", "B", "A_c", "B_c")}
         return self._replace(**{name: t.contiguous() for name, t in learned.items() if t is not None})
 
 
@@ -76,6 +92,8 @@ class Needs(NamedTuple):
     G: bool
     B: bool
     gamma: bool
+    A_c: bool = False
+    B_c: bool = False
 
     @property
     def P(self) -> bool:
@@ -89,8 +107,42 @@ class Needs(NamedTuple):
 
     @property
     def low_rank(self) -> bool:
-        """Say whether any gradient of the low-rank term is wanted."""
+        """Say whether any gradient of the preference's term is wanted."""
         return self.P or self.B
+
+    @property
+    def constant(self) -> bool:
+        """Say whether any gradient of the constant term is wanted."""
+        return self.A_c or self.B_c
+
+    def of(self, *, low_rank: bool, constant: bool) -> "Needs":
+        """Return the needs without those of a term that is left out."""
+        A, G, B, gamma = (need and low_rank for need in self[1:5])
+        return Needs(self.lam, A, G, B, gamma, self.A_c and constant, self.B_c and constant)
+
+    def divided(self, parts: Parts, from_tiles: Callable[[int, int, int], bool]) -> tuple["Needs", "Needs"]:
+        """Return what comes from dW, and what of the low-rank terms goes row by row.
+
+        One pass over dW gives everything where λ wants it anyway, as far as ``from_tiles``(rank, n, d) allows; but with
+        one γ per row nothing of the preference's term.
+        """
+        of_dW, rank = {"constant": False, "low_rank": False}, 0
+        for name, factor in (("constant", parts.A_c), ("low_rank", None if parts.per_row else parts.A)):
+            if self.lam and factor is not None and getattr(self, name):
+                together = rank + factor.shape[1]
+                if from_tiles(together, *parts.weight.shape):
+                    of_dW[name], rank = True, together
+        return self.of(**of_dW), self.of(**{name: not whole for name, whole in of_dW.items()})
+
+    def factors(self, parts: Parts) -> dict[str, Tensor | None]:
+        """Return what dW is reduced against: A = [A_c | A] where Q is needed, B = [B_c | B] where P is.
+
+        A term of which no gradient is wanted has no part in either.
+        """
+        A_c, B_c = (parts.A_c, parts.B_c) if self.constant else (None, None)
+        A, B = (parts.A, parts.B) if self.low_rank else (None, None)
+        need_Q, need_P = self.B or self.B_c, self.P or self.A_c
+        return {"A": side_by_side(A_c, A) if need_Q else None, "B": side_by_side(B_c, B) if need_P else None}
 
 
 class WeightGradients(NamedTuple):
@@ -103,20 +155,30 @@ class WeightGradients(NamedTuple):
 
 
 def gradients_of_weight(reduced: WeightGradients, parts: Parts, core: Tensor | None, needs: Needs) -> dict[str, Tensor]:
-    """Return dλ, db, dA = P·Cᵀ, dB = Q·C, dG and dγ by name. Without a C, dA and dB are P and Q."""
+    """Return dλ, db, dA_c, dB_c, dA = P·Cᵀ, dB = Q·C, dG and dγ by name, of reductions against ``needs.factors``.
+
+    Without a C, dA and dB are P and Q, as dA_c and dB_c are: the first columns belong to the constant term.
+    """
     d_lam, P, Q, d_bias = reduced
-    gradients = {"lam": d_lam, "bias": d_bias}
-    if core is None:
-        gradients |= {"A": None if P is None else _packed(P), "B": None if Q is None else _packed(Q)}
-    elif Q is not None:
-        gradients["B"] = Q @ converted(core, Q.dtype)
-    if core is not None and P is not None:
+    gradients = {} if d_lam is None else {"lam": d_lam}
+    if d_bias is not None:
+        gradients["bias"] = d_bias
+    if needs.constant:
+        assert parts.A_c is not None
+        rank = parts.A_c.shape[1]
+        if needs.A_c and P is not None:
+            gradients["A_c"] = _packed(P[:, :rank])
+        if needs.B_c and Q is not None:
+            gradients["B_c"] = _packed(Q[:, :rank])
+        P, Q = (None if product is None else product[:, rank:] for product in (P, Q))
+    if needs.A and P is not None:
+        gradients["A"] = _packed(P) if core is None else P @ converted(core.t(), P.dtype)
+    if needs.B and Q is not None:
+        gradients["B"] = _packed(Q) if core is None else Q @ converted(core, Q.dtype)
+    if needs.core and P is not None:
         assert parts.A is not None
-        if needs.A:
-            gradients["A"] = P @ converted(core.t(), P.dtype)
-        if needs.core:
-            gradients |= gradients_of_core(converted(parts.A, P.dtype).t() @ P, parts, needs)
-    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        gradients |= gradients_of_core(converted(parts.A, P.dtype).t() @ P, parts, needs)
+    return gradients
 
 
 def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs, groups: Tensor | None = None) -> dict[str, Tensor]:
@@ -135,6 +197,13 @@ def gradients_of_core(dC: Tensor, parts: Parts, needs: Needs, groups: Tensor | N
         d_gamma = converted(flat @ converted(G.reshape(rank * rank, tasks), flat.dtype), gamma.dtype)
         gradients["gamma"] = d_gamma[0] if groups is None else d_gamma
     return gradients
+
+
+def side_by_side(constant: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """Return [A_c | A] of two factors, or the one that there is."""
+    if constant is None or factor is None:
+        return factor if constant is None else constant
+    return torch.cat([constant, factor], dim=1)
 
 
 def _packed(product: Tensor) -> Tensor:
@@ -166,10 +235,11 @@ def ungroup(d_groups: Tensor, lead: Sequence[int], gamma: Tensor) -> Tensor:
 
 
 class RowProducts:
-    """The low-rank term's products with rows, and its gradients from them.
+    """The products of A·C(γ)·Bᵀ with rows, and its gradients from them.
 
     These are s = x·B and t = s·Cᵀ, u = dy·A and ds = u·C; ``like`` is x or dy. With one γ for all rows there is one
-    group of them, and C is a matrix; without a C, t is s and ds is u.
+    group of them, and C is a matrix; without a C, t is s and ds is u. The constant term's are those of
+    :meth:`Parts.constant`.
     """
 
     def __init__(self, parts: Parts, like: Tensor) -> None:

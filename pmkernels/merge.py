@@ -23,15 +23,17 @@ def merge_weight(
     G: Tensor | None = None,
     B: Tensor | None = None,
     gamma: Tensor | None = None,
+    A_c: Tensor | None = None,
+    B_c: Tensor | None = None,
     out: Tensor | None = None,
     cached: Tensor | None = None,
     strategy: str = "auto",
 ) -> Tensor:
-    """Merge W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ for one preference.
+    """Merge W(γ) = W0 + Σ_k λ_k τ_k + A_c·B_cᵀ + A·(G ×₃ γ)·Bᵀ for one preference.
 
     Args:
         weight: W0, any number of dimensions, frozen; two with a low-rank term.
-        task_vectors, lam, A, G, B: as in :func:`pareto_linear`. gamma: ``[K]``.
+        task_vectors, lam, A, G, B, A_c, B_c: as in :func:`pareto_linear`. gamma: ``[K]``.
         out: where to write, the shape, dtype and device of ``weight``; not under autograd.
         cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
             this call's gradient: several losses can share one merge and still free each layer's dW at once.
@@ -40,12 +42,12 @@ def merge_weight(
 
     Returns:
         A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
-        G, B and gamma.
+        G, B, gamma, A_c and B_c.
 
     Raises:
         TypeError, ValueError: as :func:`pareto_linear`.
     """
-    parts = Parts(weight, task_vectors, lam, A, G, B, gamma)
+    parts = Parts(weight, task_vectors, lam, A, G, B, gamma, A_c, B_c)
     if cached is None:
         # the call that made a cached value has checked the rest
         check_parts(parts)
@@ -59,7 +61,7 @@ def merge_weight(
             raise ValueError(f"out: expected {expected}, got {list(out.shape)} in {out.dtype}")
         if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
             raise ValueError("out: expected memory of its own for every element, got an expanded tensor")
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (lam, A, G, B, gamma, out)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*parts[2:], out)):
             raise ValueError("out: expected None where a gradient is wanted, got a tensor (use torch.no_grad())")
     if cached is not None:
         check_cached(cached, weight, weight.dtype)
@@ -81,14 +83,13 @@ def _merged(parts: Parts, strategy: str, out: Tensor | None = None) -> Tensor:
 
 
 def _gradients(parts: Parts, asked: list[bool], strategy: str) -> dict[str, Tensor]:
-    """Return the gradients that are ``asked`` for, by name: lam, A, G, B, gamma. dW is in the place of ``weight``."""
+    """Return the gradients that are ``asked`` for, by name: lam to B_c. dW is in the place of ``weight``."""
     d_weight, needs = parts.weight, Needs(*asked)
     chosen = strategies.pick("merge", strategy, d_weight, parts)
-    A, B = parts.A if needs.B else None, parts.B if needs.P else None
     if parts.lam is not None and parts.lam.dtype == torch.float64:
         # which then has a gradient in float64
         d_weight = d_weight.double()
-    reduced = chosen.reduce(d_weight, parts.task_vectors if needs.lam else None, A=A, B=B)
+    reduced = chosen.reduce(d_weight, parts.task_vectors if needs.lam else None, **needs.factors(parts))
     return gradients_of_weight(reduced, parts, parts.core(), needs)
 
 
@@ -105,7 +106,7 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[2:7])
+        needs = list(ctx.needs_input_grad[2 : len(Parts._fields)])
         if ctx.strategy == EAGER:
             # autograd rounds each to the dtype of its tensor
             by_name = _gradients(Parts(d_weight, *ctx.saved_tensors), needs, EAGER)
@@ -134,7 +135,7 @@ def merge_out_operator(*rest: Any) -> None:
     fake=lambda d_weight, _, *rest: fakes(rest[-2], rest[:-2], d_weight),
 )
 def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
-    """Return the gradients from lam to gamma that ``needs`` asks for, empty tensors for others."""
+    """Return the gradients from lam to B_c that ``needs`` asks for, empty tensors for others."""
     *tensors, needs, strategy = rest
     gradients = _gradients(Parts(d_weight, *tensors), needs, strategy)
     return in_order(gradients, d_weight, dict(zip(Parts._fields[2:], tensors[1:], strict=True)))
@@ -142,6 +143,6 @@ def merge_backward_operator(d_weight: Tensor, *rest: Any) -> list[Tensor]:
 
 @differentiable(merge_operator, keep=lambda _, inputs, merged: inputs[1:-1])
 def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[2:7])
+    needs = list(ctx.needs_input_grad[2 : len(Parts._fields)])
     gradients = merge_backward_operator(d_weight, *ctx.saved_tensors, needs, ctx.strategy)
     return None, None, *wanted(gradients, needs), None

@@ -17,7 +17,7 @@ from torch import Tensor
 from pmkernels.autocast import without_autocast
 
 # of an operator's schema: what W(γ) is made of
-LEARNED = "Tensor? task_vectors, Tensor? lam, Tensor? A, Tensor? G, Tensor? B, Tensor? gamma"
+LEARNED = "Tensor? task_vectors, Tensor? lam, Tensor? A, Tensor? G, Tensor? B, Tensor? gamma, Tensor? A_c, Tensor? B_c"
 PARTS = f"Tensor weight, {LEARNED}"
 # name -> operator, of every operator there is
 OPERATORS: dict[str, Any] = {}

@@ -2,9 +2,9 @@
 
 Symbols and shapes: N out, D in, R rank, K tasks, M rows.
 
-    W(γ) = W0 + Σ_k λ_k τ_k + A·C(γ)·Bᵀ,   C(γ) = G ×₃ γ = Σ_k γ_k G[:, :, k]
+    W(γ) = W0 + Σ_k λ_k τ_k + A_c·B_cᵀ + A·C(γ)·Bᵀ,   C(γ) = G ×₃ γ = Σ_k γ_k G[:, :, k]
 
-(Chen & Kwok, "Pareto Merging", arXiv 2408.12105, equations 5 and 6).
+(Chen & Kwok, "Pareto Merging", arXiv 2408.12105, equations 5 and 6; the constant term A_c·B_cᵀ is ours).
 """
 
 from typing import Any
@@ -44,12 +44,16 @@ def merge_weight(
     G: Tensor | None = None,
     B: Tensor | None = None,
     gamma: Tensor | None = None,
+    A_c: Tensor | None = None,
+    B_c: Tensor | None = None,
 ) -> Tensor:
     """Return W(γ) in the dtype of ``weight``, summed in float32 (float64) and rounded once."""
-    dtype = accumulate_dtype(weight, lam, A)
+    dtype = accumulate_dtype(weight, lam, A, A_c)
     merged = weight.to(dtype)
     if task_vectors is not None and lam is not None:
         merged = merged + torch.einsum("k,k...->...", lam.to(dtype), task_vectors.to(dtype))
+    if A_c is not None and B_c is not None:
+        merged = merged + A_c.to(dtype) @ B_c.to(dtype).T
     if A is not None and B is not None:
         left = A.to(dtype)
         if G is not None and gamma is not None:
@@ -73,7 +77,10 @@ def project_task_vectors(task_vectors: Tensor, A: Tensor, B: Tensor) -> Tensor:
 def pareto_linear(
     x: Tensor, weight: Tensor, *, gamma: Tensor | None = None, bias: Tensor | None = None, **parts: Any
 ) -> Tensor:
-    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D]. gamma is [K] for all rows, or [*, K] that broadcasts to x's."""
+    """Return y = x·W(γ)ᵀ + b [*, N] of x [*, D]. gamma is [K] for all rows, or [*, K] that broadcasts to x's.
+
+    ``parts``: as in :func:`merge_weight`.
+    """
     bias = None if bias is None else bias.to(x.dtype)
     if gamma is None or gamma.ndim == 1:
         return F.linear(x, merge_weight(weight, gamma=gamma, **parts).to(x.dtype), bias)

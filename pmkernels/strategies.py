@@ -26,10 +26,12 @@ from pmkernels.low_rank import Parts, RowProducts, WeightGradients
 AUTO, FUSED, STREAMED, EAGER = "auto", "fused", "streamed", "eager"
 # what a model may be told besides: it keeps its merged weights, however they are computed
 RESERVED = (AUTO, "cached")
+# whose columns a case's rank counts
+RANKED = ("A_c", "A")
 
 
 class Case(NamedTuple):
-    """A case to support: a device, the tensors' types by argument, K and R.
+    """A case to support: a device, the tensors' types by argument, K and R, that of A_c and A together.
 
     ``operation``: one of :data:`pmkernels.costs.OPERATIONS`, None: all. ``asked``: for by name, not by ``auto``.
     """
@@ -48,7 +50,7 @@ class Strategy:
 
     - ``supports``(case): the error to raise for a case it cannot do, None if it can.
     - ``forward``(x, terms, start=, bias=) -> y. W is made of :class:`~pmkernels.low_rank.Terms`; start = (t, A) adds
-      t·Aᵀ.
+      t·Aᵀ, beside which W may have a low-rank term of its own, the constant one.
     - ``dx``(dy, terms, start=) -> dy·W, start = (ds, B).
     - ``weight_grad``(dy, x, τ, A=, B=, need_bias=) -> :class:`~pmkernels.low_rank.WeightGradients` of dW = dyᵀx.
     - ``merge``(terms, out) -> W like W0, in ``out`` where that is given.
@@ -128,9 +130,11 @@ def resolve(strategy: str, tensors: Mapping[str, Tensor | None], device: torch.d
 def case_of(tensors: Mapping[str, Tensor | None], device: torch.device, *, asked: bool) -> Case:
     """Return the case of a call with these tensors, by argument."""
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-    task_vectors, A, G = (tensors.get(name) for name in ("task_vectors", "A", "G"))
+    task_vectors, G = tensors.get("task_vectors"), tensors.get("G")
     tasks = task_vectors.shape[0] if task_vectors is not None else 0 if G is None else G.shape[2]
-    return Case(device, dtypes, tasks, 0 if A is None else A.shape[1], asked=asked)
+    factors = (tensors.get(name) for name in RANKED)
+    rank = sum(factor.shape[1] for factor in factors if factor is not None)
+    return Case(device, dtypes, tasks, rank, asked=asked)
 
 
 def choose(operation: str, strategy: str, like: Tensor, *, case: Case | None = None, **layer: Any) -> str:
@@ -182,6 +186,7 @@ def pick(operation: str, strategy: str, like: Tensor, parts: Parts, **others: Te
     rows, n = math.prod(like.shape[:-1]), parts.weight.shape[0] if parts.weight.ndim else 1
     tasks = 0 if parts.task_vectors is None else parts.task_vectors.shape[0]
     layer = {"rows": rows, "n": n, "d": parts.weight.numel() // max(n, 1), "tasks": tasks, "rank": case.rank}
+    layer["constant"] = 0 if parts.A_c is None else parts.A_c.shape[1]
     return TABLE[choose(operation, strategy, like, case=case, **layer, per_row=parts.per_row)]
 
 
@@ -215,8 +220,10 @@ def _supported_by_kernels(case: Case) -> Exception | None:
         most = f"K from 1 to {launch.MAX_TASKS}"
         return ValueError(f"{name}: expected {most} (more: strategy 'eager'), got K = {case.tasks}")
     if case.rank > launch.MAX_RANK:
-        expected = f"a rank from 1 to {launch.MAX_RANK} (more: strategy 'eager')"
-        return ValueError(f"A: expected {expected}, got rank {case.rank}")
+        given = [name for name in RANKED if name in case.dtypes]
+        what = "a rank" if len(given) < 2 else "ranks that sum up to one"
+        expected = f"{what} from 1 to {launch.MAX_RANK} (more: strategy 'eager')"
+        return ValueError(f"{' and '.join(given) or 'A'}: expected {expected}, got rank {case.rank}")
     return None
 
 

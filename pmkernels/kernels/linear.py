@@ -6,7 +6,8 @@ One kernel for both: dx is the same product with Wᵀ, which is W with its strid
 exchanged. It computes yᵀ = W·xᵀ, so that the assembled tile is the left operand, which may stay in registers.
 
 With one preference per row, W is the base W0 + Σ λ_k τ_k and the accumulator starts at the low-rank part t·Aᵀ
-(dx: ds·Bᵀ), t and ds from :mod:`pmkernels.kernels.low_rank`.
+(dx: ds·Bᵀ), t and ds from :mod:`pmkernels.kernels.low_rank`. A constant term of such a base is part of that start,
+[x·B_c | t]·[A_c | A]ᵀ.
 
 Few rows make few tiles, and reading W0 and τ wants every multiprocessor: D is then split over several programs, whose
 partial results are added in a fixed order by a second kernel.
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmkernels import dispatch, launch
+from pmkernels.kernels import low_rank as row_kernels
 from pmkernels.kernels.assembly import weight_tile
 from pmkernels.kernels.rows import as_rows, row_offsets
 from pmkernels.low_rank import Terms
@@ -170,6 +172,10 @@ def linear_fwd(
     if y.numel() == 0:
         return y
     rows = as_rows(x)
+    if start is not None and low_rank is not None:
+        # the kernel takes one of the two
+        s, _ = row_kernels.shrink(x, low_rank[1], None, None)
+        start, low_rank = (torch.cat([s, start[0]], dim=1), torch.cat([low_rank[0], start[1]], dim=1)), None
     left, right = (None, None) if low_rank is None else low_rank
     t, left = (None, left) if start is None else start
     rank = 0 if left is None else left.shape[1]
