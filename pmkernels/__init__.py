@@ -1,6 +1,6 @@
 """Kernels for the weight of one layer of a Pareto model.
 
-    W(γ) = W0 + Σ_k λ_k τ_k + A·(G ×₃ γ)·Bᵀ
+    W(γ) = W0 + Σ_k λ_k τ_k + A_c·B_cᵀ + A·(G ×₃ γ)·Bᵀ
 
 Six operations, each with its definition in plain PyTorch under the same name in :mod:`pmkernels.reference`
 (preference_linear's is pareto_linear).

@@ -13,6 +13,7 @@ from pmkernels import configs, dispatch, launch, reference
 
 FROZEN = ("weight", "task_vectors")
 LEARNED = ("lam", "A", "G", "B", "gamma")
+CONSTANT = ("A_c", "B_c")
 LOW_RANK = ("A", "G", "B", "gamma")
 
 
@@ -28,8 +29,12 @@ def linear_arguments(
     device: str = "cpu",
     seed: int = 0,
     without: Iterable[str] = (),
+    constant: int = 0,
 ) -> dict[str, Tensor]:
-    """Arguments of pareto_linear on the scale of a real layer: entries of W about 1/√D, task vectors a third of it."""
+    """Arguments of pareto_linear on the scale of a real layer: entries of W about 1/√D, task vectors a third of it.
+
+    ``constant``: the rank of A_c·B_cᵀ; 0: none.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def make(*shape: int, scale: float = 1.0, into: torch.dtype = torch.float32) -> Tensor:
@@ -47,6 +52,8 @@ def linear_arguments(
         "gamma": torch.softmax(make(*gamma_lead, tasks), dim=-1),
         "bias": make(n, into=dtype),
     }
+    if constant:
+        values |= {"A_c": make(n, constant), "B_c": make(d, constant, scale=(max(d, 1) * constant) ** -0.5)}
     values = {name: value for name, value in values.items() if name not in set(without)}
     for name, value in values.items():
         value.requires_grad_(name not in FROZEN)

@@ -28,10 +28,12 @@ class Case:
     aligned: bool = True
     frozen_lam: bool = False
     mixed: bool = False
+    constant: int = 0
 
     def __str__(self) -> str:
         more = [name for name in ("per_row", "frozen_lam", "mixed") if getattr(self, name)]
         more += [] if self.aligned else ["unaligned"]
+        more += [f"R_c={self.constant}"] if self.constant else []
         return " ".join([self.dtype, f"M={self.rows}", f"K={self.tasks}", f"R={self.rank}", *more])
 
 
@@ -61,6 +63,9 @@ def cases() -> Iterator[Case]:
     yield Case("bfloat16", 8224, 32, 64, per_row=True, aligned=False)
     yield Case("bfloat16", 100, 8, 16, per_row=True)
     yield Case("bfloat16", 8, 8, 0)
+    # the constant term beside the preference's
+    yield Case("bfloat16", 8224, 8, 16, constant=32)
+    yield Case("bfloat16", 8224, 8, 16, constant=32, per_row=True)
     # float32 weights under autocast
     yield Case("bfloat16", 8, 8, 16, mixed=True)
     yield Case("bfloat16", 8224, 8, 16, mixed=True)
@@ -86,6 +91,8 @@ def call(case: Case) -> None:
     if case.rank:
         arguments |= {"A": make(n, case.rank), "G": make(case.rank, case.rank, tasks), "B": make(d, case.rank)}
         arguments["gamma"] = make(tasks)
+    if case.constant:
+        arguments |= {"A_c": make(n, case.constant), "B_c": make(d, case.constant)}
     if not case.per_row and not case.mixed:
         _backward(pmkernels.merge_weight(**arguments, strategy="fused"), arguments)
     lead: tuple[int, ...] = (case.rows,)

@@ -126,11 +126,11 @@ class Case:
 def backward(case: Case, rows: int, names: Collection[str], strategy: str, cached: Tensor | None = None) -> Variant:
     """Return the gradients of ``names`` as a variant, without a forward.
 
-    They are some of x, lam, A, G, B, gamma and bias.
+    They are some of x and of ``linear.LEARNED``.
     """
     values = {**case.parts, "x": case.x[:rows], "bias": case.bias, "cached": cached}
     inputs = [values.get(name) for name in linear.INPUTS]
-    needs = [name in names for name in ("x", "lam", "A", "G", "B", "gamma", "bias")]
+    needs = [name in names for name in ("x", *linear.LEARNED)]
 
     def run() -> list[Tensor]:
         gradients = linear.linear_backward_operator(case.dy[:rows], *inputs, needs, strategy)

@@ -1,10 +1,11 @@
 """pareto_linear with W(γ) from an earlier call: the result and every gradient are what they are without it."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, check_linear, exactly, gradients, linear_arguments
+from kernel_cases import CONSTANT, LOW_RANK, check_linear, exactly, gradients, linear_arguments
 from torch import Tensor
 
 import pmkernels
@@ -27,7 +28,7 @@ def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def merged(values: dict[str, Tensor], strategy: str, dtype: torch.dtype | None = None) -> Tensor:
-    """What ``cached`` should be: W(γ), or with one γ per row the base, in the compute dtype."""
+    """What ``cached`` should be: W(γ), or with one γ per row W without its preference's term, in the compute dtype."""
     parts = {name: v.detach() for name, v in values.items() if name not in ("x", "bias")}
     if "gamma" in parts and parts["gamma"].ndim > 1:
         parts = {name: v for name, v in parts.items() if name not in LOW_RANK}
@@ -44,6 +45,16 @@ def test_result_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dty
     check_linear(values, torch.ones((), dtype=dtype).expand(3, 5, 20), strategy=strategy, cached=cached)
     values["lam"].requires_grad_(False)
     check_linear(values, strategy=strategy, cached=cached)
+
+
+@pytest.mark.parametrize("gamma_lead", [(), (3, 1)])
+def test_a_constant_term_is_in_it(gamma_lead: tuple[int, ...], strategy: str) -> None:
+    for without in ((), () if gamma_lead else LOW_RANK):
+        values = linear_arguments((3, 5), 20, 33, gamma_lead=gamma_lead, constant=3, without=without)
+        cached = merged(values, strategy)
+        check_linear(values, strategy=strategy, cached=cached)
+        values["lam"].requires_grad_(False)
+        check_linear(values, strategy=strategy, cached=cached)
 
 
 @pytest.mark.parametrize("without", [("bias",), ("task_vectors", "lam"), LOW_RANK, ("bias", *LOW_RANK)], ids=str)
@@ -71,12 +82,14 @@ def test_no_task_vectors(dtype: torch.dtype, strategy: str) -> None:
 
 def test_which_gradients_are_wanted_does_not_matter(strategy: str) -> None:
     """Each of the arguments alone, beside λ, and none; the others are frozen."""
-    names = ("x", "lam", "A", "G", "B", "gamma", "bias")
-    for wanted in (*((name,) for name in names), *(("lam", name) for name in ("A", "B", "gamma", "bias")), ()):
+    names = ("x", *linear.LEARNED)
+    beside = (*((name,) for name in ("A", "B", "gamma", "bias", *CONSTANT)), ("B", "A_c"), ("gamma", "B_c"))
+    for wanted in (*((name,) for name in names), *(("lam", *others) for others in beside), ()):
         for gamma_lead in ((), (2, 1)):
-            values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead)
-            for name in names:
-                values[name].requires_grad_(name in wanted)
+            constant = 2 if set(CONSTANT) & set(wanted) else 0
+            values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead, constant=constant)
+            for name, value in values.items():
+                value.requires_grad_(name in wanted)
             check_linear(values, strategy=strategy, cached=merged(values, strategy))
 
 
@@ -101,8 +114,8 @@ def test_the_weight_given_is_the_one_used(gamma_lead: tuple[int, ...], strategy:
 @pytest.mark.parametrize("same", ["eager", "streamed"] if KERNELS else ["eager"])
 @pytest.mark.parametrize("gamma_lead", [(), (3, 1)])
 def test_the_same_bits_as_without_where_the_product_is_the_same(gamma_lead: tuple[int, ...], same: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        values = linear_arguments((3, 5), 20, 18, gamma_lead=gamma_lead, dtype=dtype)
+    for dtype, constant in itertools.product((torch.float32, torch.bfloat16), (0, 3)):
+        values = linear_arguments((3, 5), 20, 18, gamma_lead=gamma_lead, dtype=dtype, constant=constant)
         results = []
         for cached in (None, merged(values, same), merged(values, same)):
             y = pmkernels.pareto_linear(**values, cached=cached, strategy=same)
@@ -227,11 +240,14 @@ def test_compiles_without_a_graph_break(strategy: str) -> None:
 def test_opcheck(gamma_lead: tuple[int, ...]) -> None:
     ops = torch.ops.pmkernels
 
-    values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead)
+    values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead, constant=2)
     cached = merged(values, "fused")
     columns = values["x"].detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
-    for x, name in ((values["x"], "fused"), (columns, "auto")):
+    for x, strategy in ((values["x"], "fused"), (columns, "auto")):
         arguments = {**values, "x": x, "cached": cached}
-        torch.library.opcheck(ops.pareto_linear, (*(arguments.get(key) for key in linear.INPUTS), name))
+        torch.library.opcheck(ops.pareto_linear, (*(arguments.get(key) for key in linear.INPUTS), strategy))
         frozen = [None if v is None else v.detach() for v in (arguments.get(key) for key in linear.INPUTS)]
-        torch.library.opcheck(ops.pareto_linear_backward, (torch.randn(2, 3, 6), *frozen, [True] * 7, name))
+        torch.library.opcheck(
+            ops.pareto_linear_backward,
+            (torch.randn(2, 3, 6), *frozen, [name in values for name in ("x", *linear.LEARNED)], strategy),
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import LOW_RANK, assert_close, check_linear, exactly, gradients, linear_arguments
+from kernel_cases import CONSTANT, LOW_RANK, assert_close, check_linear, exactly, gradients, linear_arguments
 from torch import Tensor
 
 import pmkernels
@@ -38,12 +38,26 @@ def test_forward_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dt
     check_linear(linear_arguments((3, 5), 70, 67, gamma_lead=gamma_lead, dtype=dtype), strategy=strategy)
 
 
+@pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gamma_lead", [(), (3, 1), (3, 5)], ids=["shared", "per item", "per row"])
+def test_a_constant_term_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dtype, strategy: str) -> None:
+    for frozen in ((), ("lam",)):
+        values = linear_arguments((3, 5), 70, 67, gamma_lead=gamma_lead, dtype=dtype, constant=5)
+        for name in frozen:
+            values[name].requires_grad_(False)
+        check_linear(values, strategy=strategy)
+
+
 # 0, 1, a prime, one less than a block, a block, one more: of rows, N and D (blocks are 16 to 128 wide)
 @pytest.mark.parametrize("m", [0, 1, 13, 31, 32, 33, 63, 64, 65, 129])
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (13, 17), (63, 127), (64, 128), (65, 129), (16, 16)])
 def test_shapes_on_and_off_the_blocks(m: int, n: int, d: int) -> None:
     for gamma_lead in ((), (m,)) if m in (1, 33) else ((),):
         check_linear(linear_arguments((m,), n, d, gamma_lead=gamma_lead), strategy="fused")
+    if (n, d) in ((1, 1), (13, 17), (65, 129)):
+        gamma_lead = (m,) if m in (0, 31, 32, 65) else ()
+        check_linear(linear_arguments((m,), n, d, gamma_lead=gamma_lead, constant=3), strategy="fused")
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 31, 32])
@@ -63,14 +77,29 @@ def test_ranks(rank: int, gamma_lead: tuple[int, ...], dtype: torch.dtype) -> No
         check_linear(values, strategy="fused")
 
 
-def test_no_rows_no_tasks_no_outputs_no_inputs() -> None:
+# rank of the constant term and of the preference's; together from tiles of dW, one of them, none
+@pytest.mark.parametrize(("constant", "rank"), [(1, 1), (16, 16), (32, 16), (16, 33), (48, 16), (17, 47), (64, 0)])
+@pytest.mark.parametrize("gamma_lead", [(), (4,)])
+def test_ranks_together(constant: int, rank: int, gamma_lead: tuple[int, ...]) -> None:
+    without = () if rank else LOW_RANK
+    values = linear_arguments(
+        (4,), 72, 68, rank=max(rank, 1), gamma_lead=gamma_lead, constant=constant, without=without
+    )
+    for frozen in ((), ("lam",)):
+        for name in frozen:
+            values[name].requires_grad_(False)
+        check_linear(values, strategy="fused")
+
+
+@pytest.mark.parametrize("constant", [0, 2])
+def test_no_rows_no_tasks_no_outputs_no_inputs(constant: int) -> None:
     for lead, n, d in (((0,), 5, 4), ((0, 3), 5, 4), ((3, 0), 5, 4), ((2,), 0, 4), ((2,), 5, 0), ((), 5, 4)):
-        values = linear_arguments(lead, n, d)
+        values = linear_arguments(lead, n, d, constant=constant)
         check_linear(values, strategy="fused")
         y = pmkernels.pareto_linear(**values, strategy="streamed")
         assert y.shape == (*lead, n)
     for gamma_lead in ((), (3,), (1,)):
-        values = linear_arguments((3,), 5, 4, tasks=0, gamma_lead=gamma_lead)
+        values = linear_arguments((3,), 5, 4, tasks=0, gamma_lead=gamma_lead, constant=constant)
         for strategy in KERNEL_STRATEGIES:
             check_linear(values, strategy=strategy)
             check_linear({k: v for k, v in values.items() if k not in ("task_vectors", "lam")}, strategy=strategy)
@@ -86,9 +115,9 @@ SUBSETS = [("bias",), ("task_vectors", "lam"), LOW_RANK, ("bias", *LOW_RANK), ("
 @pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
 @pytest.mark.parametrize("without", SUBSETS, ids=str)
 def test_optional_arguments(without: Sequence[str], strategy: str) -> None:
-    check_linear(linear_arguments((2, 3), 20, 18, without=without), strategy=strategy)
-    if "gamma" not in without:
-        check_linear(linear_arguments((2, 3), 20, 18, gamma_lead=(2, 1), without=without), strategy=strategy)
+    for constant, gamma_lead in itertools.product((0, 3), ((),) if "gamma" in without else ((), (2, 1))):
+        values = linear_arguments((2, 3), 20, 18, gamma_lead=gamma_lead, without=without, constant=constant)
+        check_linear(values, strategy=strategy)
 
 
 # --- fuzz -------------------------------------------------------------------------------------------------------------
@@ -149,9 +178,9 @@ def test_fuzz(chunk: int) -> None:
         gamma_lead = tuple(rng.choice((1, length)) for length in lead) if per_row else ()
         dtype = rng.choice(DTYPES)
         without = [*rng.choice(((), (), ("bias",))), *rng.choice(((), (), (), ("task_vectors", "lam"), LOW_RANK))]
-        values = linear_arguments(
-            lead, n, d, tasks=tasks, rank=rank, gamma_lead=gamma_lead, dtype=dtype, seed=seed, without=without
-        )
+        constant = min((0, 0, 1, 5, 32)[seed % 5], 64 - rank)
+        sizes = {"tasks": tasks, "rank": rank, "constant": constant, "gamma_lead": gamma_lead}
+        values = linear_arguments(lead, n, d, dtype=dtype, seed=seed, without=without, **sizes)
         for name in values:
             if values[name].requires_grad and rng.random() < 0.25:
                 values[name].requires_grad_(False)
@@ -218,8 +247,11 @@ def test_offsets_beyond_int32(name: str) -> None:
             torch.testing.assert_close(ours[key], theirs[key], msg=key)
 
 
+@pytest.mark.parametrize("constant", [0, 3])
 @pytest.mark.parametrize("gamma_lead", [(), (4,)])
-def test_unwritten_and_neighbouring_memory(gamma_lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_and_neighbouring_memory(
+    gamma_lead: tuple[int, ...], constant: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a kernel allocates starts as NaN between two guards: all of it is written, nothing beside it."""
     guard, buffers = 64, []
     empty = torch.empty
@@ -233,7 +265,7 @@ def test_unwritten_and_neighbouring_memory(gamma_lead: tuple[int, ...], monkeypa
         inside = buffer[guard : guard + plain.numel()].fill_(torch.nan)
         return inside.view(plain.shape)
 
-    values = linear_arguments((4,), 70, 67, rank=5, gamma_lead=gamma_lead, without=())
+    values = linear_arguments((4,), 70, 67, rank=5, gamma_lead=gamma_lead, constant=constant)
     for frozen in ((), ("lam",)):
         for name in frozen:
             values[name].requires_grad_(False)
@@ -260,8 +292,8 @@ def test_unwritten_and_neighbouring_memory(gamma_lead: tuple[int, ...], monkeypa
 
 def test_reads_stay_inside_their_tensors() -> None:
     """Every argument lies between NaNs: one read too many would show in the result."""
-    for gamma_lead in ((), (4,)):
-        values = linear_arguments((4,), 33, 35, rank=5, gamma_lead=gamma_lead)
+    for gamma_lead, constant in itertools.product(((), (4,)), (0, 3)):
+        values = linear_arguments((4,), 33, 35, rank=5, gamma_lead=gamma_lead, constant=constant)
         fenced = {}
         for name, value in values.items():
             buffer = torch.full((value.numel() + 4096,), torch.nan, dtype=value.dtype)
@@ -270,11 +302,12 @@ def test_reads_stay_inside_their_tensors() -> None:
         check_linear(fenced, strategy="fused")
 
 
+@pytest.mark.parametrize("constant", [0, 5])
 @pytest.mark.parametrize("gamma_lead", [(), (6, 1)])
-def test_same_bits_twice(gamma_lead: tuple[int, ...]) -> None:
+def test_same_bits_twice(gamma_lead: tuple[int, ...], constant: int) -> None:
     runs = []
     for fill in (0.0, 1e30):
-        values = linear_arguments((6, 11), 70, 140, gamma_lead=gamma_lead)
+        values = linear_arguments((6, 11), 70, 140, gamma_lead=gamma_lead, constant=constant)
         # whatever lies in freed memory must not matter
         del_me = [torch.full((70, 140), fill) for _ in range(8)]
         del del_me
@@ -285,7 +318,7 @@ def test_same_bits_twice(gamma_lead: tuple[int, ...]) -> None:
 
 def test_fused_equals_a_product_with_the_merged_weight() -> None:
     """W is summed in float32 and rounded once: in float16 the tile and merge_weight's result are the same bits."""
-    values = linear_arguments((40,), 40, 40, dtype=torch.float16, without=("bias",))
+    values = linear_arguments((40,), 40, 40, dtype=torch.float16, without=("bias",), constant=5)
     identity = torch.eye(40, dtype=torch.float16)
     parts = {name: v.detach() for name, v in values.items() if name != "x"}
     tile = pmkernels.pareto_linear(identity, **parts, strategy="fused").t()
@@ -341,12 +374,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ((3, 1), ("B",), ["shrink", "factor_grad"]),
         ((3, 1), ("G",), ["shrink", "shrink", "core_grad"]),
         ((3, 1), ("gamma",), ["shrink", "shrink", "preference_grad"]),
+        ((), ("lam", "A_c"), ["weight_grad+B"]),
+        ((), ("lam", "B_c"), ["weight_grad+A"]),
+        ((), ("lam", "A", "G", "B", "A_c", "B_c"), ["weight_grad+A+B"]),
+        ((), ("A_c",), ["shrink", "factor_grad"]),
+        ((), ("B_c",), ["shrink", "factor_grad"]),
+        # x·B_c stands beside t, dy·A_c beside ds
+        ((3, 1), ("x", "lam", "A_c"), ["shrink", "linear_bwd_x", "linear_fwd", "shrink", "weight_grad+B"]),
+        ((3, 1), ("lam", "A_c", "B_c"), ["weight_grad+A+B"]),
+        ((3, 1), ("A_c", "B_c"), ["shrink", "shrink", "factor_grad", "factor_grad"]),
     ],
 )
 def test_nothing_is_computed_that_nobody_asked_for(
     gamma_lead: tuple[int, ...], wanted: Sequence[str], expected: list[str], launched: list[str]
 ) -> None:
-    values = linear_arguments((3, 5), 20, 18, gamma_lead=gamma_lead)
+    constant = 2 if set(CONSTANT) & set(wanted) else 0
+    values = linear_arguments((3, 5), 20, 18, gamma_lead=gamma_lead, constant=constant)
     for name, value in values.items():
         value.requires_grad_(name in wanted)
     y = pmkernels.pareto_linear(**values, strategy="fused")
@@ -367,11 +410,13 @@ def _largest_allocation(run: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("gamma_lead", [(), (8,)])
-@pytest.mark.parametrize(("rank", "frozen"), [(4, False), (64, False), (4, True)])
-def test_nothing_of_the_size_of_a_weight_is_allocated(gamma_lead: tuple[int, ...], rank: int, frozen: bool) -> None:
+@pytest.mark.parametrize(("rank", "constant", "frozen"), [(4, 0, False), (64, 0, False), (4, 0, True), (16, 32, False)])
+def test_nothing_of_the_size_of_a_weight_is_allocated(
+    gamma_lead: tuple[int, ...], rank: int, constant: int, frozen: bool
+) -> None:
     n, d = 192, 160
     # in float32, where a byte count says how many elements: a 16-bit weight would hide below float32 partial sums
-    values = linear_arguments((8,), n, d, rank=rank, tasks=4, gamma_lead=gamma_lead)
+    values = linear_arguments((8,), n, d, rank=rank, tasks=4, gamma_lead=gamma_lead, constant=constant)
     values["lam"].requires_grad_(not frozen)
     limit = n * d * 4
 
@@ -389,7 +434,7 @@ def test_nothing_of_the_size_of_a_weight_is_allocated(gamma_lead: tuple[int, ...
 def test_the_graph_keeps_the_input_and_the_parameters(strategy: str) -> None:
     saved: list[int] = []
     for gamma_lead in ((), (8, 1)):
-        values = linear_arguments((8, 3), 20, 18, gamma_lead=gamma_lead)
+        values = linear_arguments((8, 3), 20, 18, gamma_lead=gamma_lead, constant=2)
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
             pmkernels.pareto_linear(**values, strategy=strategy)
@@ -405,34 +450,36 @@ def test_the_graph_keeps_the_input_and_the_parameters(strategy: str) -> None:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
+@pytest.mark.parametrize(("strategy", "constant"), [("fused", 2), ("streamed", 0)])
 @pytest.mark.parametrize("gamma_lead", [(), (2, 1)])
 @pytest.mark.parametrize("without", [(), *SUBSETS], ids=str)
-def test_opcheck_of_pareto_linear(without: Sequence[str], gamma_lead: tuple[int, ...], strategy: str) -> None:
+def test_opcheck_of_pareto_linear(
+    without: Sequence[str], gamma_lead: tuple[int, ...], strategy: str, constant: int
+) -> None:
     if "gamma" in without and gamma_lead:
         pytest.skip("no preference to vary")
-    values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead, without=without)
+    values = linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead, without=without, constant=constant)
     inputs = tuple(values.get(name) for name in linear.INPUTS)
     torch.library.opcheck(ops.pareto_linear, (*inputs, strategy))
     x, *rest = (None if value is None else value.detach() for value in inputs)
     dy = torch.randn(2, 3, 6)
-    needs = [
-        values[name].requires_grad if name in values else False for name in ("x", "lam", "A", "G", "B", "gamma", "bias")
-    ]
-    for wanted in (needs, [True, *[False] * 6]):
+    needs = [name in values for name in ("x", *linear.LEARNED)]
+    for wanted in (needs, [True, *[False] * len(linear.LEARNED)]):
         torch.library.opcheck(ops.pareto_linear_backward, (dy, x, *rest, wanted, strategy))
 
 
 @pytest.mark.parametrize(
-    "without", [(), ("task_vectors", "lam"), LOW_RANK, ("task_vectors", "lam", *LOW_RANK)], ids=str
+    ("without", "constant"),
+    [((), 2), (("task_vectors", "lam"), 0), (LOW_RANK, 2), (("task_vectors", "lam", *LOW_RANK), 0)],
+    ids=str,
 )
-def test_opcheck_of_merge_weight(without: Sequence[str]) -> None:
-    values = linear_arguments((2,), 6, 5, without=("x", "bias", *without))
+def test_opcheck_of_merge_weight(without: Sequence[str], constant: int) -> None:
+    values = linear_arguments((2,), 6, 5, without=("x", "bias", *without), constant=constant)
     inputs = tuple(values.get(name) for name in Parts._fields)
     torch.library.opcheck(ops.merge_weight, (*inputs, "fused"))
     frozen = tuple(None if value is None else value.detach() for value in inputs)
     torch.library.opcheck(ops.merge_weight_out, (*frozen, torch.empty(6, 5), "fused"))
-    needs = [name in values for name in ("lam", "A", "G", "B", "gamma")]
+    needs = [name in values for name in Parts._fields[2:]]
     torch.library.opcheck(ops.merge_weight_backward, (torch.randn(6, 5), *frozen[1:], needs, "fused"))
 
 
@@ -444,10 +491,10 @@ def test_opcheck_of_softmax_entropy() -> None:
     torch.library.opcheck(ops.softmax_entropy_backward, inputs)
 
 
-@pytest.mark.parametrize("strategy", KERNEL_STRATEGIES)
+@pytest.mark.parametrize(("strategy", "constant"), [("fused", 2), ("streamed", 0)])
 @pytest.mark.parametrize("gamma_lead", [(), (4,)])
-def test_compiles_without_a_graph_break(gamma_lead: tuple[int, ...], strategy: str) -> None:
-    values = linear_arguments((4,), 6, 5, gamma_lead=gamma_lead)
+def test_compiles_without_a_graph_break(gamma_lead: tuple[int, ...], strategy: str, constant: int) -> None:
+    values = linear_arguments((4,), 6, 5, gamma_lead=gamma_lead, constant=constant)
 
     def model(**arguments: Tensor) -> Tensor:
         return pmkernels.softmax_entropy(pmkernels.pareto_linear(**arguments, strategy=strategy), strategy=strategy)
@@ -560,10 +607,11 @@ def test_merge_weight_of_any_dimension_and_layout(shape: tuple[int, ...], dtype:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize(("rank", "constant"), [(1, 0), (16, 0), (40, 0), (16, 32), (0, 5)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_weight_with_a_low_rank_term(rank: int, dtype: torch.dtype) -> None:
-    values = linear_arguments((1,), 70, 67, rank=rank, dtype=dtype, without=("x", "bias"))
+def test_merge_weight_with_low_rank_terms(rank: int, constant: int, dtype: torch.dtype) -> None:
+    without = ("x", "bias", *(() if rank else LOW_RANK))
+    values = linear_arguments((1,), 70, 67, rank=max(rank, 1), constant=constant, dtype=dtype, without=without)
     exact = exactly(values)
     merged, truth = pmkernels.merge_weight(**values, strategy="fused"), reference.merge_weight(**exact)
     assert_close("W", merged, merged, truth, dtype, times=0, ulps=1 if dtype != torch.float32 else 8)
@@ -583,7 +631,7 @@ def merged_again(values: dict[str, Tensor]) -> Tensor:
 
 
 def test_merge_weight_out_and_cached() -> None:
-    values = linear_arguments((1,), 20, 18, without=("x", "bias"))
+    values = linear_arguments((1,), 20, 18, without=("x", "bias"), constant=2)
     frozen = {name: value.detach() for name, value in values.items()}
     expected = pmkernels.merge_weight(**frozen, strategy="fused")
     out = torch.full((18, 20), torch.nan).t()
@@ -686,7 +734,9 @@ def test_softmax_entropy_keeps_logits_and_three_numbers_a_row() -> None:
             ValueError,
             r"G: expected K from 1 to 32 .*got K = 33",
         ),
-        ({"rank": 65}, ValueError, r"A: expected a rank from 1 to 64 .*got rank 65"),
+        ({"rank": 65}, ValueError, r"^A: expected a rank from 1 to 64 .*got rank 65"),
+        ({"rank": 33, "constant": 32}, ValueError, "^A_c and A: expected ranks that sum up to .* 64 .*got rank 65"),
+        ({"constant": 65, "without": LOW_RANK}, ValueError, "^A_c: expected a rank from 1 to 64 .*got rank 65"),
         ({"dtype": torch.float64}, TypeError, r"x: expected float32, bfloat16 or float16 .*got torch.float64"),
     ],
 )

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 import pmkernels
 from pmkernels import reference
 
-K, N, D, R = 3, 7, 5, 2
-LEARNED = ("lam", "A", "G", "B", "gamma", "bias")
+K, N, D, R, R_C = 3, 7, 5, 2, 3
+PARTS = ("lam", "A", "G", "B", "gamma", "A_c", "B_c")
+LEARNED = (*PARTS, "bias")
+CONSTANT = ("A_c", "B_c")
 CASES = [
     ((4,), None),
     ((2, 3), None),
@@ -52,6 +54,8 @@ def arguments(
         "B": make(D, R).to(wide),
         "gamma": torch.softmax(make(*(gamma_lead or ()), tasks), dim=-1).to(wide),
         "bias": make(N).to(dtype),
+        "A_c": make(N, R_C).to(wide),
+        "B_c": make(D, R_C).to(wide),
     }
     for name in ("x", *LEARNED):
         values[name].requires_grad_()
@@ -67,13 +71,16 @@ def call(function: object, values: dict[str, Tensor], without: Sequence[str] = (
     return function(**{name: value for name, value in values.items() if name not in without})  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("without", [(), CONSTANT], ids=str)
 @pytest.mark.parametrize(("lead", "gamma_lead"), CASES)
-def test_forward_and_every_gradient_match_the_definition(lead: Sequence[int], gamma_lead: Sequence[int] | None) -> None:
-    values = arguments(lead, gamma_lead)
+def test_forward_and_every_gradient_match_the_definition(
+    lead: Sequence[int], gamma_lead: Sequence[int] | None, without: Sequence[str]
+) -> None:
+    values = {name: value for name, value in arguments(lead, gamma_lead).items() if name not in without}
     y, expected = call(pmkernels.pareto_linear, values), call(reference.pareto_linear, values)
     torch.testing.assert_close(y, expected)
     dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-    names = ("x", *LEARNED)
+    names = [name for name in ("x", *LEARNED) if name not in without]
     ours, theirs = gradients(y, dy, values, names), gradients(expected, dy, values, names)
     for name in names:
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"gradient of {name}: {text}")
@@ -81,7 +88,11 @@ def test_forward_and_every_gradient_match_the_definition(lead: Sequence[int], ga
 
 @pytest.mark.parametrize(("lead", "gamma_lead"), [((6,), None), ((2, 3), (2, 1))])
 @pytest.mark.parametrize(
-    "frozen", [("lam",), ("A",), ("G",), ("B",), ("gamma",), ("x", "lam"), ("A", "G", "B", "gamma")]
+    "frozen",
+    [
+        *(("lam",), ("A",), ("G",), ("B",), ("gamma",), ("A_c",), ("B_c",), ("x", "lam"), ("A", "G", "B", "gamma")),
+        *(("lam", "A_c"), ("lam", *CONSTANT), CONSTANT, ("A", "G", "gamma", "B_c"), ("B", "A_c")),
+    ],
 )
 def test_frozen_arguments_do_not_change_the_other_gradients(
     lead: Sequence[int], gamma_lead: Sequence[int] | None, frozen: Sequence[str]
@@ -101,13 +112,24 @@ def test_frozen_arguments_do_not_change_the_other_gradients(
 
 @pytest.mark.parametrize(
     "without",
-    [("bias",), ("task_vectors", "lam"), ("A", "G", "B", "gamma"), ("task_vectors", "lam", "A", "G", "B", "gamma")],
+    [
+        ("bias",),
+        ("task_vectors", "lam"),
+        ("A", "G", "B", "gamma"),
+        ("task_vectors", "lam", "A", "G", "B", "gamma"),
+        ("G", "gamma"),
+        ("task_vectors", "lam", "G", "gamma", "bias"),
+    ],
 )
-def test_optional_arguments(without: Sequence[str]) -> None:
-    values = arguments((4,), None)
-    torch.testing.assert_close(
-        call(pmkernels.pareto_linear, values, without), call(reference.pareto_linear, values, without)
-    )
+@pytest.mark.parametrize("also", [(), CONSTANT], ids=str)
+def test_optional_arguments(without: Sequence[str], also: Sequence[str]) -> None:
+    values = {name: value for name, value in arguments((4,), None).items() if name not in (*without, *also)}
+    y, expected = call(pmkernels.pareto_linear, values), call(reference.pareto_linear, values)
+    torch.testing.assert_close(y, expected)
+    names = [name for name in ("x", *LEARNED) if name in values]
+    ours, theirs = (gradients(each, torch.ones_like(y), values, names) for each in (y, expected))
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
 def test_gradcheck_of_the_definition_and_of_ours() -> None:
@@ -160,6 +182,8 @@ def test_strides_and_expanded_gradients(gamma_lead: Sequence[int] | None) -> Non
     strided["weight"] = values["weight"].t().contiguous().t()
     strided["task_vectors"] = values["task_vectors"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     strided["lam"] = values["lam"].repeat_interleave(2)[::2]
+    strided["A_c"] = values["A_c"].t().contiguous().t()
+    strided["B_c"] = values["B_c"].repeat_interleave(2, dim=1)[:, ::2]
     y = call(pmkernels.pareto_linear, strided)
     torch.testing.assert_close(y, contiguous)
     # y.sum().backward() sends a gradient of stride 0
@@ -255,7 +279,7 @@ def test_merge_weight_with_a_low_rank_term_and_every_gradient() -> None:
     parts = {name: value for name, value in values.items() if name not in ("x", "bias")}
     merged, expected = pmkernels.merge_weight(**parts), reference.merge_weight(**parts)
     torch.testing.assert_close(merged, expected)
-    names = ("lam", "A", "G", "B", "gamma")
+    names = PARTS
     dw = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, theirs = gradients(merged, dw, parts, names), gradients(expected, dw, parts, names)
     for name in names:
@@ -270,7 +294,7 @@ def test_a_cached_merge_has_the_gradient_of_a_new_one_and_costs_no_new_memory() 
     again = pmkernels.merge_weight(**parts, cached=cached)
     assert again.data_ptr() == cached.data_ptr()
     fresh = pmkernels.merge_weight(**parts)
-    for name in ("lam", "A", "G", "B", "gamma"):
+    for name in PARTS:
         torch.testing.assert_close(
             torch.autograd.grad(again.sum(), values[name], retain_graph=True)[0],
             torch.autograd.grad(fresh.sum(), values[name], retain_graph=True)[0],
@@ -330,6 +354,14 @@ def test_merge_weight_of_nothing_is_a_copy() -> None:
         ({"G": torch.zeros(2, 2, 4)}, ValueError, r"G: expected shape \[2, 2, 3\], got \[2, 2, 4\]"),
         ({"B": torch.zeros(5, 3)}, ValueError, r"B: expected shape \[5, 2\], got \[5, 3\]"),
         ({"B": None}, ValueError, "B: expected together with A, G, gamma"),
+        ({"A_c": torch.zeros(6, 2)}, ValueError, r"A_c: expected shape \[7, R\], got \[6, 2\]"),
+        ({"A_c": torch.zeros(7, 0)}, ValueError, r"A_c: expected shape \[7, R\], got \[7, 0\]"),
+        ({"A_c": torch.zeros(7, 3).half()}, TypeError, "A_c: expected float32"),
+        ({"A_c": None}, ValueError, "A_c: expected together with B_c, got None"),
+        ({"B_c": None}, ValueError, "B_c: expected together with A_c, got None"),
+        ({"B_c": torch.zeros(5, 2)}, ValueError, r"B_c: expected shape \[5, 3\], got \[5, 2\]"),
+        ({"B_c": torch.zeros(5, 3, device="meta")}, ValueError, "B_c: expected device cpu"),
+        ({"B_c": [[0.0]]}, TypeError, "B_c: expected a tensor, got list"),
         ({"gamma": torch.zeros(4)}, ValueError, r"gamma: expected shape \[3\] or \[\*, 3\], got \[4\]"),
         ({"gamma": torch.zeros(2, 3)}, ValueError, r"gamma: expected .* broadcastable to \(4,\), got \[2, 3\]"),
         ({"gamma": torch.zeros(4, 1, 3)}, ValueError, "gamma: expected .* with 2 dimensions"),
@@ -345,12 +377,17 @@ def test_errors_name_the_argument(change: dict[str, object], error: type[Excepti
         pmkernels.pareto_linear(**values)  # type: ignore[arg-type]
 
 
+def test_a_constant_term_needs_two_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"weight: expected 2 dimensions for a low-rank term, got \[2, 3, 4\]"):
+        pmkernels.merge_weight(torch.zeros(2, 3, 4), A_c=torch.zeros(2, 1), B_c=torch.zeros(3, 1))
+
+
 @pytest.mark.parametrize("per_row", [False, True])
-@pytest.mark.parametrize("wide", ["A", "B"])
+@pytest.mark.parametrize("wide", ["A", "B", "A_c", "B_c"])
 def test_one_factor_in_float64(wide: str, per_row: bool) -> None:
     """Factors may each be float32 or float64, whatever the others are."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"A": (8, 2), "G": (2, 2, 2), "B": (8, 2)}
+    shapes = {"A": (8, 2), "G": (2, 2, 2), "B": (8, 2), "A_c": (8, 3), "B_c": (8, 3)}
     parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     parts[wide] = parts[wide].double()
     gamma = torch.tensor([[0.3, 0.7]] * 3 if per_row else [0.3, 0.7])

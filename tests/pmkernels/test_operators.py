@@ -35,7 +35,9 @@ DROPPED: tuple[tuple[str, ...], ...] = (
     ("task_vectors", "lam", "G", "gamma"),
     ("task_vectors", "lam", *LOW_RANK),
 )
-GRADIENTS = ("x", "lam", "A", "G", "B", "gamma", "bias")
+GRADIENTS = ("x", *linear.LEARNED)
+# the rank of the constant term, by turns
+CONSTANTS = (0, 5)
 N, D = 20, 24
 Layout = Callable[[Tensor], Tensor]
 
@@ -76,11 +78,12 @@ Call = tuple[Any, tuple[Any, ...]]
 def calls_of_linear(
     rank: int, without: Sequence[str], layout: Layout = same, dtype: torch.dtype = torch.float32, turn: int = 0
 ) -> Iterator[Call]:
-    """pareto_linear and its backward: γ one and per row, both strategies, W(γ) given or not, by turns."""
+    """pareto_linear and its backward: γ one and per row, both strategies, W(γ) and A_c given or not, by turns."""
+    options: dict[str, Any] = {"tasks": 2, "rank": rank, "dtype": dtype, "without": without}
     for index, gamma_lead in enumerate(((), (2, 1))):
         if gamma_lead and "gamma" in without:
             continue
-        values = linear_arguments((2, 3), N, D, tasks=2, rank=rank, gamma_lead=gamma_lead, dtype=dtype, without=without)
+        values = linear_arguments((2, 3), N, D, gamma_lead=gamma_lead, constant=CONSTANTS[turn % 2], **options)
         values = {name: value.detach() for name, value in values.items()}
         if (turn // 2 + index) % 2:
             values["cached"] = torch.randn(N, D).to(dtype)
@@ -92,10 +95,11 @@ def calls_of_linear(
 
 
 def calls_of_merge(
-    rank: int, without: Sequence[str], layout: Layout = same, dtype: torch.dtype = torch.float32
+    rank: int, without: Sequence[str], layout: Layout = same, dtype: torch.dtype = torch.float32, turn: int = 0
 ) -> Iterator[Call]:
     """merge_weight, into a new tensor and into one that is there, and its backward."""
-    values = linear_arguments((2,), N, D, tasks=2, rank=rank, dtype=dtype, without=("x", "bias", *without))
+    options: dict[str, Any] = {"tasks": 2, "rank": rank, "dtype": dtype, "without": ("x", "bias", *without)}
+    values = linear_arguments((2,), N, D, constant=CONSTANTS[turn % 2], **options)
     inputs = [None if name not in values else layout(values[name].detach()) for name in Parts._fields]
     yield ops.merge_weight, (*inputs, "fused")
     yield ops.merge_weight_out, (*inputs, torch.empty(N, D, dtype=dtype), "fused")
@@ -132,7 +136,7 @@ def opcheck(operator: Any, arguments: Sequence[Any]) -> None:
 def test_opcheck_of_linear_and_merge(rank: int, without: tuple[str, ...]) -> None:
     turn = RANKS.index(rank) + DROPPED.index(without)
     for operator, arguments in itertools.chain(
-        calls_of_linear(rank, without, turn=turn), calls_of_merge(rank, without)
+        calls_of_linear(rank, without, turn=turn), calls_of_merge(rank, without, turn=turn)
     ):
         opcheck(operator, arguments)
 
@@ -149,7 +153,7 @@ def test_no_operator_is_left_out() -> None:
 
 
 def test_gradients_are_registered() -> None:
-    values = linear_arguments((2, 3), N, D, tasks=2, rank=4)
+    values = linear_arguments((2, 3), N, D, tasks=2, rank=4, constant=5)
     learned = {name: values.get(name) for name in linear.INPUTS}
     logits, lam = torch.randn(3, 5, requires_grad=True), torch.randn(2, 2, requires_grad=True)
     for operator, arguments in (
@@ -170,7 +174,10 @@ def test_gradients_are_registered() -> None:
 def test_every_stride_is_as_the_fake_says(layout: Layout, dtype: torch.dtype) -> None:
     rank = 17
     for turn, without in enumerate(((), ("G", "gamma"), ("task_vectors", "lam"))):
-        calls = (*calls_of_linear(rank, without, layout, dtype, turn), *calls_of_merge(rank, without, layout, dtype))
+        calls = (
+            *calls_of_linear(rank, without, layout, dtype, turn),
+            *calls_of_merge(rank, without, layout, dtype, turn),
+        )
         for operator, arguments in calls:
             assert_as_faked(operator, arguments)
     for operator, arguments in calls_of_the_others(rank, layout, dtype):
@@ -181,8 +188,8 @@ def test_every_stride_is_as_the_fake_says(layout: Layout, dtype: torch.dtype) ->
 def test_sizes_of_one(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "N", size[0])
     monkeypatch.setitem(globals(), "D", size[1])
-    for without in ((), ("G", "gamma")):
-        for operator, arguments in (*calls_of_linear(4, without), *calls_of_merge(4, without)):
+    for turn, without in enumerate(((), ("G", "gamma"), ())):
+        for operator, arguments in (*calls_of_linear(4, without, turn=turn), *calls_of_merge(4, without, turn=turn)):
             assert_as_faked(operator, arguments)
     for operator, arguments in calls_of_the_others(1):
         assert_as_faked(operator, arguments)
@@ -191,7 +198,7 @@ def test_sizes_of_one(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("without", [(), ("G", "gamma"), ("task_vectors", "lam", "G", "gamma")], ids=str)
 @pytest.mark.parametrize("rank", [4, 17])
 def test_compiled_gradients_have_the_same_values_and_strides(rank: int, without: tuple[str, ...]) -> None:
-    values = linear_arguments((2, 3), N, D, tasks=2, rank=rank, without=without)
+    values = linear_arguments((2, 3), N, D, tasks=2, rank=rank, without=without, constant=5 if rank == 17 else 0)
 
     def model(values: dict[str, Tensor], strategy: str) -> Tensor:
         y = pmkernels.pareto_linear(**values, strategy=strategy)

@@ -411,7 +411,13 @@ def test_strided_arguments_match_their_fakes() -> None:
         values = {name: v.detach() for name, v in linear_arguments((2, 3), 6, 5, gamma_lead=gamma_lead).items()}
         inputs = [values.get(name) for name in linear.INPUTS]
         for dy in (torch.randn(()).expand(2, 3, 6), torch.randn(6, 2, 3).movedim(0, -1)):
-            arguments = (dy, inputs[0].movedim(-1, 0).contiguous().movedim(0, -1), *inputs[1:], [True] * 7, strategy)
+            arguments = (
+                dy,
+                inputs[0].movedim(-1, 0).contiguous().movedim(0, -1),
+                *inputs[1:],
+                [name in values for name in ("x", *linear.LEARNED)],
+                strategy,
+            )
             torch.library.opcheck(ops.pareto_linear_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -166,6 +166,9 @@ def test_auto_is_eager_off_the_gpu_and_where_the_kernels_cannot() -> None:
         assert strategies.resolve("auto", {"x": x, "task_vectors": torch.zeros(33, 2, 2)}, CUDA) == "eager"
         assert strategies.resolve("auto", {"x": x, "G": torch.zeros(2, 2, 33)}, CUDA) == "eager"
         assert strategies.resolve("auto", {"x": x, "A": torch.zeros(2, 65)}, CUDA) == "eager"
+        both = {"A": torch.zeros(2, 33), "A_c": torch.zeros(2, 31)}
+        assert strategies.resolve("auto", {"x": x, **both}, CUDA) == "auto"
+        assert strategies.resolve("auto", {"x": x, **both, "A_c": torch.zeros(2, 32)}, CUDA) == "eager"
 
 
 def test_auto_is_a_matter_of_rows() -> None:
@@ -181,6 +184,10 @@ def test_auto_is_a_matter_of_rows() -> None:
     for rank, per_row in ((0, False), (16, True)):
         folded = {**LAYER, "tasks": 0, "rank": rank}
         assert strategies.choose("forward", "auto", x, rows=8, per_row=per_row, **folded) == "streamed"
+    # but a constant term is merged, whatever γ is
+    problem = costs.Problem(rows=8, **{**LAYER, "tasks": 0, "rank": 48}, per_row=True, constant=32)
+    assert [one.name for one in costs.streamed("forward", problem)] == ["merge", "product"]
+    assert [one.name for one in costs.streamed("forward", dataclasses.replace(problem, constant=0))] == ["product"]
 
 
 def test_a_float16_weight_gradient_is_never_in_memory() -> None:
