@@ -135,9 +135,10 @@ class Needs(NamedTuple):
         return self.of(**of_dW), self.of(**{name: not whole for name, whole in of_dW.items()})
 
     def factors(self, parts: Parts) -> dict[str, Tensor | None]:
-        """Return what dW is reduced against: A = [A_c | A] where Q is needed, B = [B_c | B] where P is.
+        """Return the factors that dW is reduced against, by name.
 
-        A term of which no gradient is wanted has no part in either.
+        These are A = [A_c | A] where Q is needed and B = [B_c | B] where P is; a term of which no gradient is wanted
+        has no part in either.
         """
         A_c, B_c = (parts.A_c, parts.B_c) if self.constant else (None, None)
         A, B = (parts.A, parts.B) if self.low_rank else (None, None)
@@ -155,9 +156,10 @@ class WeightGradients(NamedTuple):
 
 
 def gradients_of_weight(reduced: WeightGradients, parts: Parts, core: Tensor | None, needs: Needs) -> dict[str, Tensor]:
-    """Return dλ, db, dA_c, dB_c, dA = P·Cᵀ, dB = Q·C, dG and dγ by name, of reductions against ``needs.factors``.
+    """Return dλ, db, dA = P·Cᵀ, dB = Q·C, dG and dγ by name.
 
-    Without a C, dA and dB are P and Q, as dA_c and dB_c are: the first columns belong to the constant term.
+    ``reduced`` is against ``needs.factors``: the first columns of P and Q are dA_c and dB_c. Without a C, the rest are
+    dA and dB.
     """
     d_lam, P, Q, d_bias = reduced
     gradients = {} if d_lam is None else {"lam": d_lam}

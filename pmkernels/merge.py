@@ -37,12 +37,11 @@ def merge_weight(
         out: where to write, the shape, dtype and device of ``weight``; not under autograd.
         cached: W(γ) as an earlier call with the same values returned it. It is not computed again but returned, with
             this call's gradient: several losses can share one merge and still free each layer's dW at once.
-        strategy: ``"auto"``, ``"eager"``, or ``"fused"`` (as is ``"streamed"``): one kernel, where
-            :func:`pareto_linear` has one.
+        strategy: ``"auto"``, ``"eager"``, or ``"fused"`` (as is ``"streamed"``): one kernel.
 
     Returns:
-        A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in lam, A,
-        G, B, gamma, A_c and B_c.
+        A new tensor (or ``out``) like ``weight``, summed in float32 and rounded once. Differentiable once in all
+        but weight and task_vectors.
 
     Raises:
         TypeError, ValueError: as :func:`pareto_linear`.

@@ -31,9 +31,10 @@ RANKED = ("A_c", "A")
 
 
 class Case(NamedTuple):
-    """A case to support: a device, the tensors' types by argument, K and R, that of A_c and A together.
+    """A case to support: a device, the tensors' types by argument, K and R.
 
-    ``operation``: one of :data:`pmkernels.costs.OPERATIONS`, None: all. ``asked``: for by name, not by ``auto``.
+    R is the rank of A_c and A together. ``operation``: one of :data:`pmkernels.costs.OPERATIONS`, None: all.
+    ``asked``: for by name, not by ``auto``.
     """
 
     device: torch.device

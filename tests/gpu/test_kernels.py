@@ -48,8 +48,9 @@ def test_forward_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dt
 @pytest.mark.parametrize("without", WITHOUT, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_optional_arguments(without: Sequence[str], dtype: torch.dtype) -> None:
-    for gamma_lead in ((),) if "gamma" in without else ((), (2, 1)):
-        values = linear_arguments((2, 33), 80, 64, gamma_lead=gamma_lead, dtype=dtype, device="cuda", without=without)
+    options = {"dtype": dtype, "device": "cuda", "without": without}
+    for constant, gamma_lead in itertools.product((0, 32), ((),) if "gamma" in without else ((), (2, 1))):
+        values = linear_arguments((2, 33), 80, 64, rank=16, gamma_lead=gamma_lead, constant=constant, **options)
         for strategy in KERNEL_STRATEGIES:
             check_linear(values, strategy=strategy)
 
