@@ -3,9 +3,9 @@
     W(γ) = W0 + Σ_k λ_k τ_k + A_c·B_cᵀ + A·C(γ)·Bᵀ
 
 The low-rank terms come as two factors, ``left`` = [A_c | A·C(γ)] [N, R] and ``right`` = [B_c | B] [D, R], so that one
-function serves W and, with the roles of n and d exchanged, Wᵀ: left and right change places. They are added one rank-one
-update at a time and not by a matrix product of tiles: that is exact float32 on every GPU, needs no padding of R and a
-third fewer registers, and R multiply-adds per element hide behind the K + 1 elements of W0 and τ that have to be read
+function serves W and, with the roles of n and d exchanged, Wᵀ: left and right change places. They are added one rank-
+one update at a time and not by a matrix product of tiles: that is exact float32 on every GPU, needs no padding of R and
+a third fewer registers, and R multiply-adds per element hide behind the K + 1 elements of W0 and τ that have to be read
 for it.
 """
 
