@@ -245,9 +245,24 @@ def sample_dirichlet(concentration: float, tasks: int, rng: np.random.Generator)
     Drawn in the logarithm of the gamma variates (log Γ_a = log Γ_{a+1} + log U / a in distribution), because at a
     concentration such as 0.01 all of them underflow together.
     """
-    log_uniform = -rng.standard_exponential(tasks)
-    log_gamma = np.log(rng.standard_gamma(concentration + 1.0, tasks)) + log_uniform / concentration
-    return torch.softmax(torch.from_numpy(log_gamma), dim=0).float()
+    return _sample(np.full(tasks, concentration), (tasks,), rng)
+
+
+def sample_for_task(concentration: float, tasks: int, task: int, count: int, rng: np.random.Generator) -> Tensor:
+    """Draw ``count`` γ ~ Dirichlet(concentration · 1 + e_task), float32 [count, K].
+
+    Under linear scalarisation γ_k is a weight, and a density: E γ_k·f(γ) for γ ~ Dirichlet(p·1) is E f(γ) / K for
+    γ ~ Dirichlet(p·1 + e_k).
+    """
+    concentrations = np.full(tasks, concentration)
+    concentrations[task] += 1.0
+    return _sample(concentrations, (count, tasks), rng)
+
+
+def _sample(concentrations: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    log_uniform = -rng.standard_exponential(shape)
+    log_gamma = np.log(rng.standard_gamma(concentrations + 1.0, shape)) + log_uniform / concentrations
+    return torch.softmax(torch.from_numpy(log_gamma), dim=-1).float()
 
 
 def format_preference(gamma: Iterable[float]) -> str:

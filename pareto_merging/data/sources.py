@@ -177,6 +177,13 @@ def _images(items: Any) -> Tensor:
     return torch.stack([item[0] if isinstance(items[0], tuple | list) else item for item in items])
 
 
+def images_in_order(dataset: Dataset[Any], batch: int, count: int | None = None) -> Iterator[Tensor]:
+    """Yield the images of a dataset in order, [b, …], whether items are images or pairs; the first ``count`` of them."""
+    size: int = len(dataset)  # type: ignore[arg-type]
+    indices = range(size if count is None else min(count, size))
+    yield from _loader(dataset, 0, batch_sampler=[indices[i : i + batch] for i in indices[::batch]], collate_fn=_images)
+
+
 def labelled_batches(dataset: Dataset[Any], batch: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all items in order as (images [b, …], labels int64 [b])."""
     with _from_workers():

@@ -1,6 +1,7 @@
 """One task: its images, and the zero-shot head that turns the encoder's features into logits."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from torch.utils.data import Dataset
 from pareto_merging.checkpoints.heads import open_head
 
 
+class NoHead(nn.Module):
+    """The head of a task that has none: enough for what looks at features alone."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise ValueError("head: expected a head that turns features into logits, got none")
+
+
 @dataclass
 class Task:
     """One task's images and its frozen head, as merging and evaluation see it.
@@ -19,10 +27,14 @@ class Task:
         images: a map-style dataset of image tensors or of (image, anything) pairs; evaluation and supervised training
             want (image, label).
         head: maps features to logits [n, classes].
+        teacher: for the objectives ``distillation`` and ``features``, what the merged model is to say of each image: a
+            tensor of logits [images, classes] (with features behind or instead of them, as the objective wants), or a
+            module or function of images that gives features, asked in every step. None: the fine-tuned model.
     """
 
     images: Dataset[Any]
-    head: nn.Module
+    head: nn.Module = field(default_factory=NoHead)
+    teacher: Tensor | Callable[[Tensor], Tensor] | None = None
 
 
 class ZeroShotHead(nn.Module):

@@ -52,7 +52,8 @@ class Adam:
         groups = {kind: names for kind, names in groups.items() if names}
         self._groups = list(groups.values())
         self.vectors = [nn.Parameter(self._gathered(learned, names)) for names in self._groups]
-        moved = [{"params": [vector], "lr": rates[kind]} for vector, kind in zip(self.vectors, groups, strict=True)]
+        self._rates = [rates[kind] for kind in groups]
+        moved = [{"params": [vector], "lr": rate} for vector, rate in zip(self.vectors, self._rates, strict=True)]
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(moved, lr=settings.learning_rate, betas=settings.betas, fused=fused)
 
@@ -68,8 +69,10 @@ class Adam:
             for name, place in zip(names, pieces(vector.detach(), [self.learned[name] for name in names]), strict=True)
         }
 
-    def step(self, gradient: Tensor) -> None:
-        """Move the long vectors by the flat gradient [P] of what is learned."""
+    def step(self, gradient: Tensor, share: float = 1.0) -> None:
+        """Move the long vectors by the flat gradient [P] of what is learned, at this share of the rates."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
         for vector, part in zip(self.vectors, gradient.split([v.numel() for v in self.vectors]), strict=True):
             vector.grad = part
         self.optimizer.step()

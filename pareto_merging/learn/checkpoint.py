@@ -11,24 +11,30 @@ from torch import Tensor
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
 from pareto_merging.errors import UserError
 from pareto_merging.learn.adam import MOMENTS
+from pareto_merging.learn.held_back import BestState
 from pareto_merging.learn.learner import Learner
-from pareto_merging.learn.settings import ModelSettings
+from pareto_merging.learn.settings import MethodSettings, ModelSettings
 from pareto_merging.model.digests import TensorDigest
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT = "pareto-checkpoint"
+# what a checkpoint meant that was written before there was a choice
+_SINCE = {name: field.default for name, field in MethodSettings.model_fields.items()}
 
 
-def save_checkpoint(learner: Learner, folder: Path, step: int) -> None:
-    """Write the state after ``step`` into the folder, atomically."""
+def save_checkpoint(learner: Learner, folder: Path, step: int, best: BestState | None = None) -> None:
+    """Write the state after ``step`` into the folder, atomically; and the best so far, where images are held back."""
     tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in learned_parameters(learner.model).items()}
     metadata = {"format": FORMAT, "step": step, **_identity(learner)}
+    if best is not None:
+        tensors |= {f"best.{name}": tensor for name, tensor in best.tensors.items()}
+        metadata["best"] = {"step": best.step, "score": best.score, "looks": best.looks}
     write_tensors(folder / CHECKPOINT_NAME, tensors | learner.adam.moments(), metadata)
 
 
-def restore_checkpoint(learner: Learner, folder: Path) -> int:
+def restore_checkpoint(learner: Learner, folder: Path, best: BestState | None = None) -> int:
     """Load the folder's checkpoint and return how many steps it has done. 0 if there is none.
 
     Raises UserError for one of other settings, weights or heads, a damaged one, or another file.
@@ -60,7 +66,21 @@ def restore_checkpoint(learner: Learner, folder: Path) -> int:
         for name, parameter in everything.items():
             parameter.copy_(tensors[f"parameter.{name}"])
     learner.adam.load(step, tensors)
+    if best is not None:
+        _restore_best(best, metadata, {name: tensors[f"best.{name}"] for name in everything if f"best.{name}" in tensors})
     return step
+
+
+def _restore_best(best: BestState, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
+    """Go on from the best state that a checkpoint has. One without is as if none was looked at."""
+    try:
+        saved = json.loads(metadata.get("best", "null"))
+        looks = {int(step): float(score) for step, score in saved["looks"].items()}
+        step, score = int(saved["step"]), float(saved["score"])
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return
+    if len(tensors) == len(learned_parameters(best.model)):
+        best.step, best.score, best.looks, best.tensors = step, score, looks, tensors
 
 
 def _identity(learner: Learner) -> dict[str, Any]:
@@ -77,7 +97,8 @@ def _identity(learner: Learner) -> dict[str, Any]:
         heads[name] = digest.hexdigest()
     model = json.loads(json.dumps(state.settings))
     identity = {"settings": settings, "task_names": list(learner.names), "model": model}
-    return {**identity, "digests": state.digests, "heads": heads}
+    digests = state.digests | ({"base": state.base_digest} if state.base_digest else {})
+    return {**identity, "digests": digests, "heads": heads}
 
 
 def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str, Any]) -> Iterator[str]:
@@ -100,7 +121,7 @@ def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str,
                 yield f"{part} ({before!r}, now {now!r})"
             continue
         for key in dict.fromkeys((*now, *before)):
-            if before.get(key) != now.get(key) and not (part == "settings" and key in agreed):
+            if before.get(key, _SINCE.get(key)) != now.get(key) and not (part == "settings" and key in agreed):
                 label = "" if part == "settings" else f"{part}: "
                 yield f"{label}{key} ({_short(before.get(key))}, now {_short(now.get(key))})"
 

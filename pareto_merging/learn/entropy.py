@@ -25,8 +25,8 @@ class Entropy(Objective):
     def __init__(self, model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
         self.information_maximisation = settings.loss.information_maximisation
 
-    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
-        return entropy_terms(logits, self.information_maximisation)
+    def terms(self, task: int, outputs: Tensor, targets: Tensor | None) -> TaskTerms:
+        return entropy_terms(outputs, self.information_maximisation)
 
 
 def entropy_terms(logits: Tensor, information_maximisation: float = 0.0) -> TaskTerms:

@@ -22,12 +22,13 @@ class Gathered:
     """Vectors and factors of one Pareto model, and the gradient through them.
 
     ``learned`` has P numbers in all. ``wanted`` is what a value is differentiated by: the learned parameters, but L =
-    A·C in the place of A and nothing in that of G.
+    A·C in the place of A and nothing in that of G; with a preference per item there is no one C, and A and G are wanted
+    themselves.
     """
 
-    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, learned: Mapping[str, nn.Parameter], *, one_gamma: bool = True) -> None:
         self.parameters, self.state = list(learned.values()), pareto_state(model)
-        self.factors = MergedFactors(model, self.parameters)
+        self.factors = MergedFactors(model, self.parameters if one_gamma else ())
         leaves, cores = self.factors.leaves, self.factors.cores
         self.wanted = [leaves.get(id(p), p) for p in self.parameters if id(p) not in cores]
         members = list(_vectors(model))
@@ -42,7 +43,7 @@ class Gathered:
     def lent(self) -> contextlib.AbstractContextManager[None]:
         """Let the model's layers use what is merged, inside the block. Views of the vectors, and L with B."""
         vectors = None if self.vectors is None else self.vectors.by_weight()
-        return self.state.now.changed(factors=self.factors.by_weight, vectors=vectors)
+        return self.state.now.changed(factors=self.factors.by_weight or None, vectors=vectors)
 
     def gradient(self, value: Tensor) -> Tensor:
         """Return d value / d :attr:`wanted` as one flat tensor, which :meth:`finish` makes the parameters'."""

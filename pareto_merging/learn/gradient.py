@@ -12,7 +12,7 @@ whole of it is captured once and replayed, so that Python launches one graph ins
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -76,15 +76,28 @@ def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
     return ((A.mT @ A @ C) * (C @ (B.mT @ B))).sum(dim=(-2, -1))
 
 
+def mean_low_rank_square(A: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
+    """Return the mean of ‖A·(G ×₃ γ)·Bᵀ‖²_F over the γ of ``gamma`` [n, K], of layers A [L, N, r] -> [L].
+
+    The square is a quadratic form in γ, of which only the mean of γγᵀ [K, K] counts.
+    """
+    moment = gamma.t() @ gamma / len(gamma)
+    slices = G.permute(0, 3, 1, 2)
+    squares = (A.mT @ A)[:, None] @ slices @ (B.mT @ B)[:, None]
+    mixed = moment @ slices.flatten(2)
+    return (squares.flatten(2) * mixed).sum(dim=(-2, -1))
+
+
 def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     """Return ‖A·(G ×₃ γ)·Bᵀ‖_F over all low-rank layers together, zero where there are none.
 
     Our reading: the Frobenius norm of the whole personalised part, √Σ_layers ‖·‖², not a sum of the layers' norms.
-    Its gradient at G = 0 is 0. Layers of one shape are computed together, in a few batched products.
+    Its gradient at G = 0 is 0. Layers of one shape are computed together, in a few batched products. With a preference
+    per item, gamma [*, K], it is the root of the mean square.
     """
     shapes: dict[Any, list[LowRankTerm]] = {}
     for parameter in merged_parameters(model):
-        if (term := parameter.low_rank(gamma)) is not None:
+        if (term := parameter.low_rank(gamma if gamma.ndim == 1 else None)) is not None:
             key = (term.A.shape, term.G.shape, term.B.shape, term.A.dtype, term.A.device)
             shapes.setdefault(key, []).append(term)
     if not shapes:
@@ -93,7 +106,11 @@ def tensor_norm(model: nn.Module, gamma: Tensor) -> Tensor:
     total = torch.zeros((), dtype=wide, device=gamma.device)
     for group in shapes.values():
         A, G, B = (torch.stack(parts).to(wide) for parts in zip(*group, strict=True))
-        total = total + low_rank_square(A, G @ gamma.to(G), B).sum().to(gamma.device)
+        if gamma.ndim == 1:
+            squares = low_rank_square(A, G @ gamma.to(G), B)
+        else:
+            squares = mean_low_rank_square(A, G, B, gamma.to(G).flatten(0, -2))
+        total = total + squares.sum().to(gamma.device)
     # the gradient of a root is not finite at 0, where this one is 0
     positive = total > 0
     return torch.where(positive, torch.where(positive, total, 1.0).sqrt(), total.detach().clamp(min=0))
@@ -154,6 +171,16 @@ def _scalarized(values: Tensor, gamma: Tensor, settings: LossSettings) -> tuple[
     return loss.detach(), coefficients
 
 
+def _parts(gammas: Tensor, images: int) -> Iterator[tuple[Tensor, slice]]:
+    """Yield each preference of one task [n, K] with its part of the task's images."""
+    start = 0
+    for number, gamma in enumerate(gammas):
+        stop = images * (number + 1) // len(gammas)
+        if stop > start:
+            yield gamma, slice(start, stop)
+        start = stop
+
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -182,7 +209,8 @@ class GradientOfStep:
         self.device = self.parameters[0].device
         if execution.cuda_graphs == "on" and self.device.type != "cuda":
             raise ValueError(f"cuda_graphs: expected auto or off without a CUDA GPU, got 'on' for {self.device}")
-        self.heads = [task.head for task in tasks.values()] if kind.needs == "images" else []
+        self.heads = [task.head for task in tasks.values()] if kind.needs != "weights" else []
+        self.per_item, self.in_parts = settings.sampling.preference == "per-item", False
         for name, head in zip(self.state.task_names, self.heads, strict=False):
             for part, tensor in (*head.named_parameters(), *head.named_buffers()):
                 if tensor.device != self.device:
@@ -195,9 +223,9 @@ class GradientOfStep:
             # one more model in memory, not two
             self.state.now.cache.clear()
         self.objective = kind(model, tasks, settings)
-        self.gathered = Gathered(model, learned) if kind.needs == "images" else None
+        self.gathered = Gathered(model, learned, one_gamma=not self.per_item) if self.heads else None
         self.gamma = torch.zeros(len(self.state.task_names), dtype=torch.float32, device=self.device)
-        self._norm = functools.partial(tensor_norm, model, self.gamma)
+        self._norm = lambda: tensor_norm(model, self.gamma)
         # the images of each task, then what the objective wants beside them
         self._inputs: list[Tensor] = []
         self._shapes: list[Any] = []
@@ -217,8 +245,19 @@ class GradientOfStep:
             budget = (free + reserved) // 2
         return MergedWeights(budget, in_place=True)
 
+    def take_parts(self) -> None:
+        """Take one preference for each of several parts of a task's images, where a model cannot take one per item."""
+        if self.tasks_at_once == "all":
+            raise ValueError("tasks_at_once: expected one for a model that takes no preference per item, got all")
+        # a merged weight is used once
+        self.in_parts, self.cache = True, None
+
     def __call__(self, batch: Sequence[Tensor], gamma: Tensor, targets: Sequence[Tensor] = ()) -> StepGradient:
-        """Return the gradient at ``gamma`` [K] for images and targets of each task. They lie on the device."""
+        """Return the gradient at ``gamma`` for images and targets of each task. They lie on the device.
+
+        ``gamma``: [K] for all images; per item [K, n, K], n of each task: each is that of one image or, where n is
+        less, of one of n parts of the task's images.
+        """
         self._place(batch, targets, gamma)
         if self.graphs != "off" and self._graph is None:
             if not self._warm:
@@ -234,12 +273,13 @@ class GradientOfStep:
     def _place(self, batch: Sequence[Tensor], targets: Sequence[Tensor], gamma: Tensor) -> None:
         """Put images, targets and γ where a captured graph looks for them. Other shapes want another graph."""
         given = [*batch, *targets]
-        shapes = [(tensor.shape, tensor.dtype) for tensor in given]
+        shapes = [(tensor.shape, tensor.dtype) for tensor in (*given, gamma)]
         if self.tasks_at_once == "all" and len({(shape[1:], dtype) for shape, dtype in shapes[: len(batch)]}) > 1:
             got = ", ".join(str(list(images.shape[1:])) for images in batch)
             raise ValueError(f"tasks_at_once: expected images of one shape and type for 'all', got {got}")
         if shapes != self._shapes:
             self._inputs = [torch.empty_like(tensor) for tensor in given] if self.graphs != "off" else []
+            self.gamma = torch.zeros(gamma.shape, dtype=torch.float32, device=self.device)
             self._shapes, self._graph, self._outputs, self._warm = shapes, None, None, False
         with torch.no_grad():
             self.gamma.copy_(gamma)
@@ -268,7 +308,8 @@ class GradientOfStep:
         # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
         plain = torch.autocast(kind, enabled=False) if enabled else _NOTHING
         dtype = torch.get_autocast_dtype(kind) if enabled else None
-        with self.state.now.changed(gamma=self.gamma, cache=self.cache), plain:
+        gamma = self.gamma[0] if self.per_item else self.gamma
+        with self.state.now.changed(gamma=gamma, cache=self.cache), plain:
             if self.gathered is None:
                 return self._closed_form()
             if self.cache is not None:
@@ -279,6 +320,8 @@ class GradientOfStep:
             with self.gathered.lent():
                 if self.tasks_at_once == "all":
                     return self._all_at_once(self.gathered, dtype)
+                if self.per_item:
+                    return self._one_by_one(self.gathered, dtype)
                 runs = [functools.partial(self._terms, k, dtype) for k in range(len(self.heads))]
                 return pareto_gradient(runs, self.parameters, self.gamma, self.settings, self._norm, self.gathered)
 
@@ -286,11 +329,34 @@ class GradientOfStep:
         place = len(self.heads) + task
         return self._inputs[place] if place < len(self._inputs) else None
 
-    def _terms(self, task: int, autocast: torch.dtype | None) -> TaskTerms:
+    def _terms(self, task: int, autocast: torch.dtype | None, part: slice = slice(None)) -> TaskTerms:
         """Run the forward of the batch in hand. ``autocast``: the caller's type, if they have it on."""
         with self._casting(autocast):
-            logits = self.heads[task](self.model(self._inputs[task]))
-        return self.objective.terms(task, logits, self._targets(task))
+            outputs = self.objective.outputs(self.model(self._inputs[task][part]), self.heads[task])
+        targets = self._targets(task)
+        return self.objective.terms(task, outputs, None if targets is None else targets[part])
+
+    def _one_by_one(self, gathered: Gathered, autocast: torch.dtype | None) -> StepGradient:
+        """Differentiate the mean of S_1 … S_K, each image at a preference of its own: one task after another."""
+        tasks, rows = len(self.heads), []
+        total: Tensor | None = None
+        for task, gammas in enumerate(self.gamma):
+            row: Tensor | None = None
+            images = len(self._inputs[task])
+            for gamma, part in _parts(gammas, images) if self.in_parts else [(gammas, slice(0, images))]:
+                share = (part.stop - part.start) / images
+                # also in the backward, where checkpointed layers run their forward again
+                with self.state.now.changed(gamma=gamma):
+                    term = self._terms(task, autocast, part)
+                    gradient = gathered.gradient(term.objective * (share / tasks))
+                total = gradient if total is None else total.add_(gradient)
+                row = share * _row(term) if row is None else row + share * _row(term)
+            assert row is not None
+            rows.append(row)
+        assert total is not None
+        terms = torch.stack(rows)
+        outcome = StepGradient(terms[:, 0].mean(), terms, gathered.finish(total))
+        return _with_norm(outcome, self.parameters, self.settings, self._norm)
 
     def _casting(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         # nothing cast in an earlier step may be used in a captured one, so nothing is kept
@@ -300,15 +366,20 @@ class GradientOfStep:
         """Run one forward and one backward of all tasks' images. Every dW is formed once, for the loss itself."""
         batch = self._inputs[: len(self.heads)]
         sizes = [len(images) for images in batch]
-        with self._casting(autocast):
+        gamma = self.gamma.flatten(0, 1) if self.per_item else self.gamma
+        with self._casting(autocast), self.state.now.changed(gamma=gamma):
             features = self.model(torch.cat(batch))
             if not isinstance(features, Tensor) or len(features) != sum(sizes):
                 got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
                 raise ValueError(f"tasks_at_once: expected a model of [{sum(sizes)}, *] features for 'all', got {got}")
-            logits = [head(part) for head, part in zip(self.heads, features.split(sizes), strict=True)]
-        terms = [self.objective.terms(k, part, self._targets(k)) for k, part in enumerate(logits)]
+            parts = zip(features.split(sizes), self.heads, strict=True)
+            outputs = [self.objective.outputs(part, head) for part, head in parts]
+        terms = [self.objective.terms(k, part, self._targets(k)) for k, part in enumerate(outputs)]
         values = torch.stack([term.objective for term in terms])
-        loss, coefficients = _scalarized(values, self.gamma, self.settings)
+        if self.per_item:
+            loss, coefficients = values.detach().mean(), torch.full_like(values, 1 / len(values))
+        else:
+            loss, coefficients = _scalarized(values, self.gamma, self.settings)
         total = gathered.finish(gathered.gradient((values * coefficients).sum()))
         outcome = StepGradient(loss, torch.stack([_row(term) for term in terms]), total)
         return _with_norm(outcome, self.parameters, self.settings, self._norm)

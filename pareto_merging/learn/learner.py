@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.data.sources import BatchStream, batch_indices
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.sources import BatchStream, batch_indices, images_in_order
+from pareto_merging.data.tasks import NoHead, Task
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.adam import Adam, pieces
 from pareto_merging.learn.gradient import Execution, GradientOfStep, StepGradient
 from pareto_merging.learn.guards import first_nonfinite
 from pareto_merging.learn.objectives import OBJECTIVES
+from pareto_merging.learn.per_item import item_preferences, why_not_per_item
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
@@ -59,9 +60,10 @@ class Learner:
         state = pareto_state(model)
         self.names = state.task_names
         everything = learned_parameters(model)
-        settings.check_model(state.settings, has_core=any(name.startswith("G.") for name in everything))
-        self.needs_images = OBJECTIVES[settings.loss.objective].needs == "images"
-        self.tasks = _checked_tasks(tasks, self.names) if self.needs_images else dict(tasks or {})
+        has_core = any(name.startswith("G.") for name in everything)
+        settings.check_model(state.settings, has_core=has_core, start=state.start)
+        self.needs_images = OBJECTIVES[settings.loss.objective].needs != "weights"
+        self.tasks = checked_tasks(tasks, self.names, settings) if self.needs_images else dict(tasks or {})
         gamma = settings.sampling.gamma
         self._fixed = None if gamma is None else check_preference(gamma, self.names, per_item=False)
         self.model, self.settings = model, settings
@@ -82,6 +84,23 @@ class Learner:
         self.watches = self.objective.watches if self.needs_images else ()
         dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
         self.dtype = dtypes[0] if dtypes else torch.float32
+        self.why_in_parts: str | None = None
+        if self.gradient.per_item:
+            self._choose_parts(on_warning)
+
+    def _choose_parts(self, on_warning: Callable[[str], None] | None) -> None:
+        """Find out if the model takes a preference per item; else images are cut into parts of one preference."""
+        first = next(iter(self.tasks.values()))
+        images = self._on_device(next(images_in_order(first.images, 2, 2)))
+        with eval_mode(self.model):
+            self.why_in_parts = why_not_per_item(self.model, images)
+        if self.why_in_parts is None:
+            return
+        self.gradient.take_parts()
+        if on_warning is not None:
+            parts = item_preferences(self.settings.sampling, len(self.names), 1, in_parts=True).shape[1]
+            on_warning(f"preference: going on with {parts} preferences per task and step instead of one per item, because "
+                       f"the model takes one at a time: {self.why_in_parts}")
 
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
         """Yield one list of K batches of images per step, after step ``first``. Empty where none are needed."""
@@ -105,17 +124,19 @@ class Learner:
             return [equal_preference(tasks)]
         if self._fixed is not None:
             return [self._fixed]
+        if sampling.preference == "per-item":
+            return [item_preferences(sampling, tasks, step, in_parts=self.why_in_parts is not None)]
         rng = np.random.default_rng([sampling.seed, 2, step])
         return [sample_dirichlet(sampling.concentration, tasks, rng) for _ in range(sampling.preferences_per_step)]
 
-    def _targets(self, step: int) -> list[Tensor]:
+    def _targets(self, step: int, batch: Sequence[Tensor]) -> list[Tensor]:
         """Return what the objective wants beside the images of this step. Empty where it wants nothing."""
         if not self.objective.has_targets:
             return []
         targets, size = [], self.settings.sampling.batch_size
         for k, task in enumerate(self.tasks.values()):
             indices = batch_indices(len(task.images), size, step - 1, self._order(k))  # type: ignore[arg-type]
-            targets.append(self.objective.targets(k, indices).to(self.device))
+            targets.append(self.objective.targets_of(k, indices, batch[k]).to(self.device))
         return targets
 
     def step(self, step: int, batch: Sequence[Tensor]) -> StepResult:
@@ -124,7 +145,7 @@ class Learner:
         ``batch``: the images of each task on the device; empty for an objective on weights. Raises StepFailure if
         objectives, gradient or new parameters are not finite; then nothing of the step remains.
         """
-        targets, gammas = self._targets(step), self.gammas(step)
+        targets, gammas = self._targets(step, batch), self.gammas(step)
         outcomes = []
         for gamma in gammas:
             outcome = self.gradient(batch, gamma, targets)
@@ -133,16 +154,24 @@ class Learner:
         gradients = [outcome.gradient for outcome in outcomes]
         gradient = gradients[0] if len(gammas) == 1 else torch.stack(gradients).mean(dim=0)
         before = [tensor.clone() for tensor in self.adam.state()]
-        self.adam.step(gradient)
+        self.adam.step(gradient, self._share_of_rates(step))
         losses, terms, sums = self._read(outcomes, [gradient, *self.adam.state()])
         if not bool(torch.isfinite(terms[..., 0]).all() and torch.isfinite(sums).all()):
             seen = list(zip(gammas, gradients, terms[..., 0].tolist(), strict=True))
             raise self._failed(step, batch, seen, before)
         self.adam.scatter()
         objectives, *watched = (_means(column.tolist()) for column in terms.unbind(dim=2))
-        rounded = [[round(value, 6) for value in gamma.tolist()] for gamma in gammas]
+        # per item, of each task the mean
+        rows = gammas[0].mean(dim=1) if self.gradient.per_item else gammas
+        rounded = [[round(value, 6) for value in gamma.tolist()] for gamma in rows]
         by_name = dict(zip(self.watches, watched, strict=True))
         return StepResult(sum(losses) / len(losses), objectives, rounded, by_name)
+
+    def _share_of_rates(self, step: int) -> float:
+        """Return what the schedule makes of the rates at a step, from 1 on."""
+        if self.settings.optimiser.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - 1) / self.total))
 
     def _read(self, outcomes: Sequence[StepGradient], summed: Sequence[Tensor]) -> tuple[list[float], Tensor, Tensor]:
         """Return losses, terms [preferences, K, 1 + watched] and sums on the host. Waits for the device once."""
@@ -168,7 +197,8 @@ class Learner:
         self.adam.put_back(before)
         for gamma, gradient, values in seen:
             if not all(map(math.isfinite, values)) or not bool(torch.isfinite(gradient).all()):
-                with preference(self.model, gamma):
+                one = gamma.flatten(0, -2).mean(dim=0) if self.gradient.per_item else gamma
+                with preference(self.model, one):
                     return self._diagnosed(step, batch, gradient, values)
         bad = next((name for name, value in updated.items() if not bool(torch.isfinite(value).all())), None)
         return StepFailure(None, step, bad or "Adam's moments", "the parameter is not finite after the update")
@@ -189,8 +219,11 @@ class Learner:
         return StepFailure(None, step, "the sum of the gradient", "it overflows")
 
 
-def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> dict[str, Task]:
-    """Return the tasks in the model's order. ValueError or TypeError if they are not the model's, or lack images."""
+def checked_tasks(
+    tasks: Mapping[str, Task] | None, names: Sequence[str], settings: MethodSettings
+) -> dict[str, Task]:
+    """Return the tasks in the model's order. ValueError or TypeError if they are not the model's, or lack something."""
+    kind = OBJECTIVES[settings.loss.objective]
     if tasks is None or set(tasks) != set(names):
         got = "none" if tasks is None else ", ".join(tasks)
         raise ValueError(f"tasks: expected images and a head for each of {', '.join(names)}; got {got}")
@@ -199,6 +232,8 @@ def _checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str]) -> di
             raise TypeError(f"tasks: expected a Task for {name}, got {type(tasks[name]).__name__}")
         if not len(tasks[name].images):  # type: ignore[arg-type]
             raise ValueError(f"tasks: expected images for {name}, got none")
+        if kind.needs == "images" and isinstance(tasks[name].head, NoHead):
+            raise ValueError(f"tasks: expected a head for {name} with the objective {kind.name}, got none")
     return {name: tasks[name] for name in names}
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,29 @@ from pareto_merging.learn.checkpoint import CHECKPOINT_NAME, restore_checkpoint,
 from pareto_merging.learn.entropy import MEAN_PREDICTION
 from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
 from pareto_merging.learn.guards import CollapseWatch, clamped, stop_requested
+from pareto_merging.learn.held_back import LOOKS, BestState
 from pareto_merging.learn.learner import Learner, StepFailure
 from pareto_merging.learn.log import LOG_KEYS, Write, open_log, status_of
+from pareto_merging.learn.prepared import prepare
 from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.model.copies import Weights
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
 
 
 @dataclass
 class TrainingResult:
-    """What a run did. ``steps`` in all, ``resumed_from`` of them before; ``history`` has an entry for each other."""
+    """What a run did. ``steps`` in all, ``resumed_from`` of them before; ``history`` has an entry for each other.
+
+    ``chosen`` says which state was kept, where images were held back.
+    """
 
     steps: int
     resumed_from: int
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     collapsed: list[str] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 def learn_pareto_set(
@@ -47,8 +54,9 @@ def learn_pareto_set(
     cuda_graphs: CudaGraphs = "auto",
     tasks_at_once: TasksAtOnce = "one",
     on_warning: Callable[[str], None] | None = None,
+    finetuned: Sequence[Weights] | Mapping[str, Weights] | None = None,
 ) -> TrainingResult:
-    """Train λ, A, G and B of a Pareto model in place. Longer than 60 lines because there is much to say.
+    """Train what a Pareto model learns, in place. Longer than 60 lines because there is much to say.
 
     Args:
         model: from :func:`parametrize`; run in eval mode (no dropout, fixed batch-norm statistics), mode restored.
@@ -68,6 +76,9 @@ def learn_pareto_set(
             images of one shape and models that treat each image of a batch by itself.
         on_warning: what to do with a warning about collapse, or a model that cannot be captured; by default
             :func:`warnings.warn`.
+        finetuned: the copies that :func:`parametrize` was given, for the objectives ``distillation`` and ``features``.
+            None: W0 + τ_k, which is exact unless task vectors were preprocessed or the base is another (``start``); or
+            each task's own ``teacher``. Each is run once over its task's images, one after another, and not kept.
 
     Raises:
         ValueError: tasks that do not match the model's, settings that contradict it, CUDA graphs without a GPU, images
@@ -78,12 +89,16 @@ def learn_pareto_set(
     if not isinstance(settings, MethodSettings):
         raise TypeError(f"settings: expected MethodSettings, got {type(settings).__name__}")
     warn = on_warning or (lambda text: warnings.warn(text, stacklevel=3))
-    learner = Learner(model, tasks, settings, Execution(cache, cuda_graphs, tasks_at_once), on_warning=warn)
+    folder = None if folder is None else Path(folder)
+    prepared = prepare(model, tasks, settings, finetuned, folder=folder, resume=resume, progress=progress, warn=warn)
+    settings = prepared.settings
+    execution = Execution(cache, cuda_graphs, tasks_at_once)
+    learner = Learner(model, prepared.tasks, settings, execution, on_warning=warn)
     if taken := [name for name in LOG_KEYS if name in learner.watches]:
         expected = f"expected other names to watch than the log's own ({', '.join(LOG_KEYS)})"
         raise ValueError(f"objective {settings.objective}: {expected}, got {', '.join(taken)}")
-    folder = None if folder is None else Path(folder)
-    first = restore_checkpoint(learner, folder) if resume and folder is not None else 0
+    best = BestState(model, prepared.held, settings.loss) if prepared.held else None
+    first = restore_checkpoint(learner, folder, best) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)
     watch, start = CollapseWatch(learner.tasks, settings, warn), time.monotonic()
     with (
@@ -93,8 +108,12 @@ def learn_pareto_set(
         stop_requested() as stop,
         progress_bar("learning", total, first, progress) as advance,
         contextlib.closing(learner.batches(first, workers)) as batches,
-        _last_good_state(learner, folder, log),
+        _last_good_state(learner, folder, log, best),
     ):
+        for event in prepared.events:
+            log({"event": event.pop("event"), "step": first, **event})
+        if best is not None and not best.looks:
+            best.look(0)
         for step, batch in enumerate(batches, start=first + 1):
             outcome = learner.step(step, batch)
             means = outcome.watched.get(MEAN_PREDICTION)
@@ -111,17 +130,25 @@ def learn_pareto_set(
             result.steps = step
             log(entry)
             advance(step, status_of(outcome))
+            if best is not None and (step % max(1, total // LOOKS) == 0 or step == total):
+                best.look(step)
             if folder is not None and (step % settings.log.checkpoint_every == 0 or step == total or stop()):
-                save_checkpoint(learner, folder, step)
+                save_checkpoint(learner, folder, step, best)
             if stop() and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}", step)
+        if best is not None:
+            best.put_back()
+            result.chosen = {"step": best.step, "agreement": best.score, "looks": best.looks}
+            log({"event": "chosen", **result.chosen})
     result.seconds = time.monotonic() - start
     result.collapsed = watch.collapsed
     return result
 
 
 @contextlib.contextmanager
-def _last_good_state(learner: Learner, folder: Path | None, log: Write) -> Iterator[None]:
+def _last_good_state(
+    learner: Learner, folder: Path | None, log: Write, best: BestState | None
+) -> Iterator[None]:
     """Keep the state before a step that fails, and say where it is. Without a folder there is nowhere to keep it."""
     try:
         yield
@@ -129,7 +156,7 @@ def _last_good_state(learner: Learner, folder: Path | None, log: Write) -> Itera
         if folder is None:
             raise
         step, task, layer, reason = failure.step, failure.task, failure.layer, failure.reason
-        save_checkpoint(learner, folder, step - 1)
+        save_checkpoint(learner, folder, step - 1, best)
         log({"event": "stopped", "step": step, "task": task, "layer": layer, "reason": reason})
         kept = f"the state after step {step - 1} is in {folder / CHECKPOINT_NAME}"
         raise StepFailure(task, step, layer, reason, kept) from None

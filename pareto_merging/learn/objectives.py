@@ -45,8 +45,16 @@ class Objective(Protocol):
         """Return what is wanted of these images of task k. [n, *], on any device."""
         raise _lacking(self, "targets")
 
-    def terms(self, task: int, logits: Tensor, targets: Tensor | None) -> TaskTerms:
-        """Return S_k of a batch's logits [n, C], differentiable in them. Nothing may wait for the device."""
+    def targets_of(self, task: int, indices: Sequence[int], images: Tensor) -> Tensor:
+        """Return what is wanted of the images [n, …] in hand, by default that of their numbers. [n, *]."""
+        return self.targets(task, indices)
+
+    def outputs(self, features: Tensor, head: nn.Module) -> Any:
+        """Return what ``terms`` looks at of the model's features [n, D] and the task's head: by default the logits."""
+        return head(features)
+
+    def terms(self, task: int, outputs: Any, targets: Tensor | None) -> TaskTerms:
+        """Return S_k of a batch's outputs, differentiable in them. Nothing may wait for the device."""
         raise _lacking(self, "terms")
 
     def values(self, gamma: Tensor) -> Tensor:
@@ -67,12 +75,15 @@ class ObjectiveKind:
         make: (model, tasks, settings) -> the :class:`Objective` of one run; ``module:function`` is imported when it is
             first called. The model is a Pareto model, tasks a mapping by task name in the model's order (empty where
             none are given), settings a :class:`MethodSettings`. It may run them: they are in eval mode.
-        needs: unlabelled ``"images"`` and a head of every task, or the ``"weights"`` alone.
+        needs: unlabelled ``"images"`` and a head of every task, images without a head (``"features"``), or the
+            ``"weights"`` alone.
+        has_teachers: whether every task must have a ``teacher``; the fine-tuned models are, where none is given.
     """
 
     name: str
     make: str | Callable[[nn.Module, Mapping[str, Task], Any], Objective]
-    needs: Literal["images", "weights"] = "images"
+    needs: Literal["images", "features", "weights"] = "images"
+    has_teachers: bool = False
 
     def __call__(self, model: nn.Module, tasks: Mapping[str, Task], settings: Any) -> Objective:
         """Return the objective of one run."""
@@ -86,10 +97,12 @@ OBJECTIVES: dict[str, ObjectiveKind] = {}
 
 def register(kind: ObjectiveKind, *, replace: bool = False) -> ObjectiveKind:
     """Add an objective to the table. ValueError as :func:`.register.add_member`, or for ``needs`` of another kind."""
-    if kind.needs not in ("images", "weights"):
-        raise ValueError(f"objective: expected needs to be images or weights, got {kind.needs!r}")
+    if kind.needs not in ("images", "features", "weights"):
+        raise ValueError(f"objective: expected needs to be images, features or weights, got {kind.needs!r}")
     return add_member(OBJECTIVES, "objective", kind.name, kind, replace=replace)
 
 
 register(ObjectiveKind("entropy", "pareto_merging.learn.entropy:Entropy"))
+register(ObjectiveKind("distillation", "pareto_merging.learn.distillation:Distillation", has_teachers=True))
+register(ObjectiveKind("features", "pareto_merging.learn.distillation:Distillation", needs="features", has_teachers=True))
 register(ObjectiveKind("weight-distance", "pareto_merging.learn.weight_distance:make", needs="weights"))

@@ -27,14 +27,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "icml2025": {"cosine": 0.0, "tensor_norm": 0.1, "concentration": 0.1},
     # arXiv 2408.12105 v1, section 4.1 and appendix 1
     "arxiv-v1": {"cosine": 0.1, "tensor_norm": 1.0, "concentration": 1.0},
+    # ours: docs/study.md says why each is what it is
+    "expert": {
+        "objective": "distillation",
+        "scalarization": "linear",
+        "cosine": 0.0,
+        "tensor_norm": 0.0,
+        "preference": "per-item",
+        "concentration": 0.3,
+        "constant_rank": 32,
+        "start": "sequential",
+        "steps": 200,
+        "learning_rate": 3e-3,
+        "lambda_learning_rate": 3e-2,
+        "schedule": "cosine",
+        "few_images": "regularise",
+    },
 }
+# under which learning at full rates follows the images and not the task: docs/study.md
+FEW_IMAGES = 128
 # as the keys stand in files, and everywhere
 _ORDER = (
-    *("preset", "objective", "scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
+    *("preset", "objective", "temperature", "entropy_weight", "features_weight", "teacher_outputs"),
+    *("scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
     *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
-    *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
-    *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold"),
-    "checkpoint_every",
+    *("start", "start_images", "ridge", "rank", "low_rank", "constant_rank", "init_lambda", "learn_lambda"),
+    *("clamp_lambda", "granularity", "buffers", "steps", "batch_size", "learning_rate", "lambda_learning_rate"),
+    *("schedule", "betas", "few_images", "held_back", "seed", "collapse_threshold", "checkpoint_every"),
 )
 
 
@@ -73,6 +92,9 @@ class ModelSettings(Strict):
     low_rank: Literal["attention", "in-projection", "all", "none"] = Field(
         "attention", description="which matrices have the low-rank term"
     )
+    constant_rank: int = Field(
+        0, ge=0, le=4096, description="r_c of A_c·B_cᵀ, a term on every matrix that no preference changes; not published"
+    )
     init_lambda: float = Field(0.3, description="where every λ starts")
     granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="what shares one λ vector")
     buffers: Literal["pretrained", "average"] = Field(
@@ -80,12 +102,36 @@ class ModelSettings(Strict):
     )
 
 
+class StartSettings(Strict):
+    """What learning begins with."""
+
+    start: Literal["pretrained", "regmean", "sequential"] = Field(
+        "pretrained",
+        description="the base: the pretrained weights, RegMean's merge, or the sequential closed form, which finds the "
+        "low-rank terms too; not published",
+    )
+    start_images: int = Field(400, ge=1, description="unlabelled images of each task that such a merge looks at")
+    ridge: float = Field(1e-3, gt=0, description="ρ of the sequential closed form, in units of the mean diagonal")
+
+
 class LossSettings(Strict):
     """What is minimised."""
 
-    preset: Literal["icml2025", "arxiv-v1"] = Field("icml2025", description="where the fields not given come from")
+    preset: Literal["icml2025", "arxiv-v1", "expert"] = Field(
+        "icml2025", description="where the fields not given come from; expert is ours, the others are published"
+    )
     objective: Annotated[str, OneOf(OBJECTIVES)] = Field(
-        "entropy", description="S_k: entropy of the predictions (unlabelled images), or ‖W(γ) − W_k‖² (no data)"
+        "entropy",
+        description="S_k: entropy of the predictions, distance to the fine-tuned model's predictions (distillation) or "
+        "features, all on unlabelled images; or ‖W(γ) − W_k‖² (no data)",
+    )
+    temperature: float = Field(4.0, gt=0, description="T of distillation: T²·KL of the softmax of logits / T")
+    entropy_weight: float = Field(0.0, ge=0, description="weight of the entropy beside distillation or features")
+    features_weight: float = Field(0.0, ge=0, description="weight of the features' cosine distance beside distillation")
+    teacher_outputs: Literal["auto", "cached", "in-step"] = Field(
+        "auto",
+        description="what a fine-tuned model says of an image: computed once and kept, or in every step, as images want "
+        "that differ each time they are read; auto finds out",
     )
     scalarization: Annotated[str, OneOf(SCALARIZATIONS)] = Field(
         "smooth-tchebycheff", description="how S_1 … S_K become one loss at γ"
@@ -111,14 +157,19 @@ class LossSettings(Strict):
 class SamplingSettings(Strict):
     """What a step is given: preferences and images."""
 
-    preference: Literal["dirichlet", "equal", "fixed"] = Field(
-        "dirichlet", description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`"
+    preference: Literal["dirichlet", "equal", "fixed", "per-item"] = Field(
+        "dirichlet",
+        description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`; per-item: one for "
+        "each image of task k from Dirichlet(p·1 + e_k), which is the linear scalarisation's gradient",
     )
     gamma: tuple[float, ...] | None = Field(None, description="the one γ learned for with `preference: fixed`")
     concentration: float = Field(
         0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
     )
-    preferences_per_step: int = Field(1, ge=1, description="γ per step; each costs a forward and backward per task")
+    preferences_per_step: int = Field(
+        1, ge=1, description="γ per step; each costs a forward and backward per task; per-item where a model cannot: γ per "
+        "task and step, at least 4"
+    )
     batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
     seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
 
@@ -143,7 +194,16 @@ class OptimiserSettings(Strict):
     lambda_learning_rate: float | None = Field(
         None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
     )
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of both rates; cosine: to zero")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's momentum parameters")
+    few_images: Literal["as-given", "regularise"] = Field(
+        "as-given",
+        description="regularise: where a task has fewer than 128 images, a stronger ridge, a tenth of the rates and a "
+        "fifth of the images held back; the log says what was chosen",
+    )
+    held_back: float = Field(
+        0.0, ge=0, le=0.5, description="share of each task's images kept aside; the state of best agreement there is kept"
+    )
 
     @field_validator("betas")
     @classmethod
@@ -177,10 +237,11 @@ class _Group(Generic[Kind]):
         return self.kind.model_construct(**{name: getattr(settings, name) for name in self.kind.model_fields})
 
 
-class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSettings, LossSettings):
+class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, StartSettings, ModelSettings, LossSettings):
     """How a Pareto set is learned. "Our reading" marks what the paper leaves open."""
 
     model: ClassVar[_Group[ModelSettings]] = _Group(ModelSettings)
+    begin: ClassVar[_Group[StartSettings]] = _Group(StartSettings)
     loss: ClassVar[_Group[LossSettings]] = _Group(LossSettings)
     sampling: ClassVar[_Group[SamplingSettings]] = _Group(SamplingSettings)
     optimiser: ClassVar[_Group[OptimiserSettings]] = _Group(OptimiserSettings)
@@ -195,17 +256,31 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
             return {**PRESETS.get(preset, PRESETS["icml2025"]), **values}
         return values
 
+    @model_validator(mode="after")
+    def _check_together(self) -> "MethodSettings":
+        if self.preference == "per-item":
+            if self.scalarization != "linear":
+                what = "linear with preference: per-item, which nothing else can be written as"
+                raise ValueError(f"scalarization: expected {what}, got {self.scalarization}")
+            if self.cosine:
+                raise ValueError(f"cosine: expected 0 with preference: per-item, got {self.cosine:g}")
+            if self.core != "tensor":
+                raise ValueError(f"core: expected tensor with preference: per-item, got {self.core}")
+        if self.start != "pretrained" and self.clamp_lambda:
+            raise ValueError("clamp_lambda: expected false where start is a merge, from which λ is an offset, got true")
+        return self
+
     def model_arguments(self) -> dict[str, Any]:
         """Return the settings that are the model's, as keyword arguments of :func:`pareto_merging.parametrize`."""
         return {**self.model.model_dump(), "seed": self.seed}
 
-    def check_model(self, built: Mapping[str, Any], *, has_core: bool = True) -> None:
+    def check_model(self, built: Mapping[str, Any], *, has_core: bool = True, start: str = "pretrained") -> None:
         """Raise ValueError if a setting that was given contradicts what a model was ``built`` with.
 
         What was not given contradicts nothing, but settings that were dumped and read again count as given. Nothing
         contradicts a function of the user's own. ``init_lambda`` is where λ started, wherever it is now; ``rank``
-        counts where the model ``has_core`` of that size, ``density`` where task vectors were thinned. The seed is that
-        of the batches too, so it may differ.
+        counts where the model ``has_core`` of that size, ``density`` where task vectors were thinned; ``start`` is what
+        the model's base is. The seed is that of the batches too, so it may differ.
         """
         given = self.model_fields_set & ModelSettings.model_fields.keys()
         if not has_core or built.get("core") != "tensor":
@@ -217,8 +292,20 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, ModelSett
             for name in ModelSettings.model_fields
             if name in given and built.get(name, "function") not in ("function", getattr(self, name))
         ]
+        if "start" in self.model_fields_set and self.start != start:
+            wrong.append(f"start is {self.start!r} and the model's {start!r}")
         if wrong:
             raise ValueError(f"settings: expected none that contradicts the model, but {', '.join(wrong)}")
+
+    def for_images(self, images: int) -> "MethodSettings":
+        """Return the settings for tasks of at least so many images each, regularised where they are few."""
+        if self.few_images != "regularise" or images >= FEW_IMAGES:
+            return self
+        slow = {"learning_rate": self.learning_rate / 10}
+        if self.lambda_learning_rate is not None:
+            slow["lambda_learning_rate"] = self.lambda_learning_rate / 10
+        kept = {"ridge": max(self.ridge, 0.1), "held_back": self.held_back or 0.2, "few_images": "as-given"}
+        return self.model_copy(update={**slow, **kept})
 
     def steps_for(self, tasks: int) -> int:
         """Return ``steps``, or 2000 for two tasks to 4000 for eight. That is the paper's; straight between is ours."""

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.data.tasks import ZeroShotHead
-from pareto_merging.errors import UserError
+from pareto_merging.errors import UserError, user_errors
+from pareto_merging.model.base import base_tensors, set_base
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import fold
 from pareto_merging.model.layer import pareto_modules
-from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.learned import get_lambda, learned_parameters, set_lambda
 from pareto_merging.model.parameters import LEARNED, part_name
 from pareto_merging.model.parametrize import CORES, INITIAL_SCALE, NOTED, parametrize
 from pareto_merging.model.preprocessing import PREPROCESS_NAMES, Preprocess
@@ -30,15 +31,18 @@ from pareto_merging.model.state import Computation, ParetoState, pareto_state
 from pareto_merging.preferences import equal_preference
 from pareto_merging.version import VERSION
 
-# 2: task vectors may be preprocessed, and the low-rank term have another core. What uses neither is written as 1
-FORMAT_VERSION = 2
+# 2: task vectors may be preprocessed, and the low-rank term have another core. 3: there may be a constant low-rank
+# term, and another base than the pretrained weights. What uses none of this is written as 1
+FORMAT_VERSION = 3
+# of a base that is not the pretrained weights
+BASE = "base."
 SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
 
 
 def save_pareto_set(
     model: nn.Module, path: Path, *, preset: str = "", training: Mapping[str, Any] | None = None
 ) -> None:
-    """Write what a Pareto model has learned, atomically.
+    """Write what a Pareto model has learned, atomically; and its base, where that is not the pretrained weights.
 
     The header names the format and its version, the tasks, K, r, the layer map (module -> its merged parameters and
     which have a low-rank term), the grouping of λ, the initial scale, the digests of the pretrained and fine-tuned
@@ -52,21 +56,35 @@ def save_pareto_set(
         raise ValueError("model: expected a Pareto model with task vectors, got a folded one (use save_folded)")
     if not state.digests:
         raise ValueError("model: expected one made with digests=True (a file must say which weights it belongs to)")
-    is_new = state.settings.get("preprocess", "none") != "none" or state.settings.get("core", "tensor") != "tensor"
-    metadata = {"initial_scale": INITIAL_SCALE, **_header(model, SET_FORMAT, is_new, training)}
+    metadata = {"initial_scale": INITIAL_SCALE, **_header(model, SET_FORMAT, training)}
     metadata |= {"tasks": len(state.task_names), "preset": preset}
     metadata["lambda_grouping"] = metadata.pop("granularity", "tensor")
-    write_tensors(Path(path), learned, metadata)
+    base: dict[str, Tensor] = {}
+    if state.start != "pretrained":
+        metadata |= {"start": state.start, "base_digest": state.base_digest}
+        base = {f"{BASE}{name}": tensor for name, tensor in base_tensors(model).items()}
+    write_tensors(Path(path), learned | base, metadata)
 
 
-def _header(model: nn.Module, kind: str, is_new: bool, training: Mapping[str, Any] | None) -> dict[str, Any]:
+def _version(settings: Mapping[str, Any], start: str) -> int:
+    """Return the oldest version of the format that has what a model uses."""
+    if settings.get("constant_rank", 0) or start != "pretrained":
+        return 3
+    return 2 if settings.get("preprocess", "none") != "none" or settings.get("core", "tensor") != "tensor" else 1
+
+
+def _header(model: nn.Module, kind: str, training: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what both headers say. ``layers`` has by module the names of its merged and low-rank parameters."""
     state, layers = pareto_state(model), {}
     for name, module in pareto_modules(model):
         low_rank = [p for p in module.pareto_names if module.pareto_parameter(p).A is not None]
         layers[name] = {"merged": list(module.pareto_names), "low_rank": low_rank}
     built = {"task_names": list(state.task_names), **state.settings, "layers": layers, "digests": state.digests}
-    written = {"format": kind, "format_version": FORMAT_VERSION if is_new else 1, "package_version": VERSION}
+    # a folded model has both in its base
+    version = _version({"core": state.core}, "pretrained") if state.folded else _version(state.settings, state.start)
+    if version < 3:
+        built.pop("constant_rank", None)
+    written = {"format": kind, "format_version": version, "package_version": VERSION}
     return {**built, **written, "training": dict(training or {})}
 
 
@@ -110,6 +128,9 @@ def read_header(path: Path, expected_format: str, keys: Mapping[str, Any] | None
     for key, allowed in {"preprocess": (*PREPROCESS_NAMES, "function"), "core": CORES}.items():
         if header.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: expected {key} {', '.join(allowed)} in the header, got {str(header[key])[:40]}")
+    constant = header.get("constant_rank", 0)
+    if isinstance(constant, bool) or not isinstance(constant, int) or constant < 0:
+        raise UserError(f"{path}: expected a constant_rank of at least 0 in the header, got {str(constant)[:40]}")
     density = header.get("density", 1.0)
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise UserError(f"{path}: expected density in (0, 1] in the header, got {str(density)[:40]}")
@@ -160,6 +181,7 @@ def load_pareto_set(
             preprocess=name if preprocess is None else preprocess,
             density=header.get("density", 0.2),
             core=header.get("core", "tensor"),
+            constant_rank=header.get("constant_rank", 0),
             copy=copy,
         )
         state = pareto_state(model)
@@ -170,8 +192,29 @@ def load_pareto_set(
             if state.digests.get(name) != digest
         ]:
             raise UserError(f"{path}: belongs to other weights; digest of {'; '.join(wrong)}")
-        load_learned(model, read_tensors(path), path)
+        tensors = read_tensors(path)
+        base = {name.removeprefix(BASE): tensors.pop(name) for name in list(tensors) if name.startswith(BASE)}
+        load_learned(model, tensors, path)
+        _load_base(model, base, header, path)
     return model
+
+
+def _load_base(model: nn.Module, base: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
+    """Replace the base by that of a file, where it has one. UserError for one that is not whole."""
+    start, digest = header.get("start", "pretrained"), header.get("base_digest", "")
+    own = base_tensors(model)
+    if start == "pretrained" or not isinstance(start, str):
+        if base:
+            raise UserError(f"{path}: expected no tensors of a base for start {start!r}, got {next(iter(base))}")
+        return
+    if lacking := [name for name in own if name not in base]:
+        raise UserError(f"{path}: expected a base with every parameter, got none named {', '.join(lacking[:5])}")
+    with user_errors(str(path)):
+        lam = get_lambda(model)
+        set_base(model, base, start)
+        set_lambda(model, lam)
+    if pareto_state(model).base_digest != digest:
+        raise UserError(f"{path}: expected a base of digest {digest[:12]}…, got one in another precision or changed")
 
 
 def _tasks_of(
@@ -201,7 +244,7 @@ def _listed_low_rank(header: Mapping[str, Any]) -> Callable[[str, nn.Module], bo
 
 
 def load_learned(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy λ, A, G and B by name into a Pareto model. UserError names what is missing, extra, misshapen, not finite."""
+    """Copy what is learned by name into a Pareto model. UserError names what is missing, extra, misshapen, not finite."""
     learned = learned_parameters(model)
     problems = [f"lacks {name}" for name in learned if name not in tensors]
     problems += [f"has an unknown {name}" for name in tensors if name not in learned]
@@ -240,7 +283,7 @@ def save_folded(
     for name, (weight, _) in (heads or {}).items():
         tensors[f"head.{name}"] = weight
     metadata = {
-        **_header(folded, FOLDED_FORMAT, state.core != "tensor", training),
+        **_header(folded, FOLDED_FORMAT, training),
         "logit_scales": {name: scale for name, (_, scale) in (heads or {}).items()},
         "encoder": dict(encoder or {}),
         **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),

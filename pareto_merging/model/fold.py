@@ -8,12 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import pmkernels
 from pareto_merging.model.convert import convert, make_plain, restore
 from pareto_merging.model.layer import pareto_modules
-from pareto_merging.model.parameters import PARTS, MergedParameter, merged_parameters, part_name
+from pareto_merging.model.parameters import LOW_RANK, PARTS, MergedParameter, merged_parameters, part_name
 from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import Preference, check_preference
+
+# what joins the base
+FOLDED = tuple(part for part in PARTS if part not in LOW_RANK)
 
 
 def merge(model: nn.Module, gamma: Preference) -> nn.Module:
@@ -34,23 +36,38 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
     return plain
 
 
+def expert(model: nn.Module, task: int) -> nn.Module:
+    """Make the plain module of one fine-tuned model again, W0 + τ_k, with its task vector as it was rounded.
+
+    Raises ValueError for no Pareto model, or a folded one.
+    """
+    if pareto_state(model).folded:
+        raise ValueError("model: expected a Pareto model with task vectors, got a folded one")
+
+    def finetuned(stored: MergedParameter) -> Tensor:
+        tau = stored.task_vectors
+        return stored.weight if tau is None else stored.weight + tau[task]
+
+    plain = _copy_with(model, finetuned, keep_low_rank=False)
+    make_plain(plain)
+    return plain
+
+
 def fold(model: nn.Module) -> nn.Module:
-    """Fold λ into the base of a new model, W0 + Σ λ_k τ_k. It has no task vectors, and the low-rank terms.
+    """Fold λ and the constant term into the base of a new model, which keeps the preference-dependent terms.
+
+    The base is W0 + Σ λ_k τ_k + A_c·B_cᵀ; there are no task vectors.
 
     It takes preferences as the Pareto model does and gives the same results at about the memory of one plain model:
     what a server loads. Folding a folded model copies it. Raises ValueError if ``model`` is no Pareto model.
     """
     model = getattr(model, "_orig_mod", model)
     pareto_state(model)
-    folded = _copy_with(
-        model,
-        lambda stored: pmkernels.merge_weight(stored.weight, task_vectors=stored.task_vectors, lam=stored.used_lam),
-        keep_low_rank=True,
-    )
+    folded = _copy_with(model, lambda stored: stored.module.pareto_base(stored.name), keep_low_rank=True)
     state = pareto_state(folded)
     state.folded = True
     for _, module in list(pareto_modules(folded)):
-        for name, part in itertools.product(module.pareto_names, ("task_vectors", "lam")):
+        for name, part in itertools.product(module.pareto_names, FOLDED):
             module._parameters.pop(part_name(name, part), None)
         if kept := [name for name in module.pareto_names if module.pareto_parameter(name).A is not None]:
             # only the class of an unknown module depends on which of its parameters are merged
@@ -73,7 +90,7 @@ def _copy_with(model: nn.Module, value: Callable[[MergedParameter], Tensor], kee
         for _, module in pareto_modules(model):
             for name, part in itertools.product(module.pareto_names, PARTS):
                 parameter = module._parameters.get(part_name(name, part))
-                if parameter is not None and (part in ("task_vectors", "lam") or not keep_low_rank):
+                if parameter is not None and (part in FOLDED or not keep_low_rank):
                     memo[id(parameter)] = None
             # the current preference may carry a graph, which cannot be copied
             memo[id(module.pareto.now.gamma)] = module.pareto.now.gamma.detach().clone()

@@ -76,7 +76,7 @@ class ParetoModule(ModuleBase):
             return now.vectors[id(weight)]
         parts = stored.used_parts(gamma)
         if stored.A is None:
-            if stored.lam is None:
+            if stored.lam is None and stored.A_c is None:
                 return weight
             gamma = None
         else:
@@ -88,7 +88,13 @@ class ParetoModule(ModuleBase):
         kept = self._pareto_kept(stored, gamma, weight.dtype) if current else None
         if current and now.factors is not None and id(weight) in now.factors:
             gamma, parts["A"], parts["G"] = None, now.factors[id(weight)], None
-        return pmkernels.merge_weight(weight, gamma=gamma, cached=kept, strategy=now.kernel_strategy, **parts)
+        return _merge_weight(weight, gamma=gamma, cached=kept, strategy=now.kernel_strategy, **parts)
+
+    def pareto_base(self, name: str) -> Tensor:
+        """Merge what does not depend on the preference: W0 + Σλτ + A_c·B_cᵀ of parameter ``name``."""
+        stored = self.pareto_parameter(name)
+        parts = stored.parts() | {"lam": stored.used_lam} | dict.fromkeys(LOW_RANK)
+        return _merge_weight(stored.weight, strategy=self.pareto.now.kernel_strategy, **parts)
 
     def _pareto_kept(self, stored: MergedParameter, gamma: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Return a parameter merged at ``gamma`` as the model's cache keeps it. None: λ alone."""
@@ -102,7 +108,7 @@ class ParetoModule(ModuleBase):
             preference = None if gamma is None else self.pareto_gamma_on(weight.device)
             parts = self.pareto_parameter(name).used_parts(preference) | left_out
             narrow, strategy = out if weight.dtype == dtype else None, state.now.kernel_strategy
-            merged = pmkernels.merge_weight(weight, gamma=preference, out=narrow, strategy=strategy, **parts)
+            merged = _merge_weight(weight, gamma=preference, out=narrow, strategy=strategy, **parts)
             return merged if merged.dtype == dtype else merged.to(dtype) if out is None else out.copy_(merged)
 
         made_of = (weight, *(stored.parts() | left_out).values(), None if gamma is None else state.now.gamma)
@@ -114,7 +120,7 @@ class ParetoModule(ModuleBase):
         """Project x [*, in] through the rows ``rows`` of the merged matrix ``name``."""
         now, stored = self.pareto.now, self.pareto_parameter(name)
         weight = stored.weight
-        if stored.lam is None and stored.A is None:
+        if stored.lam is None and stored.A is None and stored.A_c is None:
             return F.linear(x, weight[rows], None if bias is None else bias[rows])
         parts = stored.used_parts()
         gamma = None if stored.A is None else self.pareto_gamma_for(x, batch_dim)
@@ -122,13 +128,15 @@ class ParetoModule(ModuleBase):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.dtype
         shared = gamma if gamma is not None and gamma.ndim == 1 else None
         # a folded weight with a preference per item is used as it is
-        kept = None if shared is None and stored.lam is None else self._pareto_kept(stored, shared, dtype)
+        as_stored = shared is None and stored.lam is None and stored.A_c is None
+        kept = None if as_stored else self._pareto_kept(stored, shared, dtype)
         if now.factors is not None and id(weight) in now.factors:
             gamma, parts["A"], parts["G"] = None, now.factors[id(weight)], None
         if rows != slice(None):
             weight, task_vectors = weight[rows], parts["task_vectors"]
             parts["task_vectors"] = None if task_vectors is None else task_vectors[:, rows]
-            parts["A"], bias, kept = (None if t is None else t[rows] for t in (parts["A"], bias, kept))
+            cut = (None if t is None else t[rows] for t in (parts["A_c"], parts["A"], bias, kept))
+            parts["A_c"], parts["A"], bias, kept = cut
         strategy = now.kernel_strategy
         return pmkernels.pareto_linear(x, weight, bias=bias, gamma=gamma, cached=kept, strategy=strategy, **parts)
 
@@ -149,7 +157,7 @@ class ParetoModule(ModuleBase):
             del self.__dict__["_pareto_loading"]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # λ, A, G and B stay float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
+        # what is learned stays float32 in a 16-bit model: 0.3 + 5e-4 vanishes in bfloat16
         learned = {id(t) for _, p in self.pareto_learned() for t in (p, p.grad) if t is not None}
 
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -164,6 +172,18 @@ class ParetoModule(ModuleBase):
             if state.now.cache is not None:
                 state.now.cache.clear()
         return self
+
+
+def _merge_weight(
+    weight: Tensor, *, task_vectors: Tensor | None, out: Tensor | None = None, cached: Tensor | None = None, **parts: Any
+) -> Tensor:
+    """Merge as :func:`pmkernels.merge_weight`, also a convolution's weight with a low-rank term, as a matrix."""
+    shape = weight.shape
+    if len(shape) > 2 and parts.get("A_c") is not None:
+        weight, out, cached = (None if t is None else t.flatten(1) for t in (weight, out, cached))  # type: ignore[assignment]
+        task_vectors = None if task_vectors is None else task_vectors.flatten(2)
+    merged = pmkernels.merge_weight(weight, task_vectors=task_vectors, out=out, cached=cached, **parts)
+    return merged.view(shape)
 
 
 def merged_property(name: str) -> property:

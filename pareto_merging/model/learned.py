@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.model.parameters import LOW_RANK, merged_parameters
+from pareto_merging.model.parameters import CONSTANT, LOW_RANK, merged_parameters
 from pareto_merging.model.state import pareto_state
 
 Granularity: TypeAlias = Literal["tensor", "module", "block", "model"]
@@ -69,7 +69,7 @@ def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return λ, A, G and B of a Pareto model by name, each tensor once. That is what is trained, and what a Pareto set
+    """Return λ, A_c, B_c, A, G and B of a Pareto model by name, each tensor once. That is what is trained, and what a Pareto set
     file holds.
 
     A λ vector carries the name of its group, ``lam.<group>``; the rest the name of its parameter, ``A.<parameter>``.
@@ -77,7 +77,7 @@ def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     learned = {f"lam.{group}": parameter for group, parameter in _lambdas(model).items()}
     seen = set(learned.values())
     for parameter in merged_parameters(model):
-        for part in LOW_RANK:
+        for part in (*CONSTANT, *LOW_RANK):
             value = getattr(parameter, part)
             if isinstance(value, nn.Parameter) and value not in seen:
                 seen.add(value)

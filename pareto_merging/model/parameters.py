@@ -1,7 +1,7 @@
 """A merged parameter: W0 and what is added to it.
 
-The parts of ``weight`` are attributes ``task_vectors``, ``lam``, ``A``, ``G``, ``B`` of its module; those of any other
-parameter carry its name in front: ``bias_lam``, ``in_proj_weight_G``.
+The parts of ``weight`` are attributes ``task_vectors``, ``lam``, ``A_c``, ``B_c``, ``A``, ``G``, ``B`` of its module;
+those of any other parameter carry its name in front: ``bias_lam``, ``in_proj_weight_G``.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from pareto_merging.model.cores import preference_core
 
+# the term that depends on the preference, and the one that does not
 LOW_RANK = ("A", "G", "B")
-LEARNED = ("lam", *LOW_RANK)
+CONSTANT = ("A_c", "B_c")
+LEARNED = ("lam", *CONSTANT, *LOW_RANK)
 PARTS = ("task_vectors", *LEARNED)
 
 
@@ -32,13 +34,13 @@ class LowRankTerm(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class MergedParameter:
-    """One parameter W0 + Σλτ + A·(G ×₃ γ)·Bᵀ, as stored.
+    """One parameter W0 + Σλτ + A_c·B_cᵀ + A·(G ×₃ γ)·Bᵀ, as stored.
 
     Attributes:
         module, name: the Pareto module that has it, and its attribute there.
         path: its name in the model, ``blocks.0.attn.in_proj_weight``; the attribute where it was asked of the module.
-        weight: W0. task_vectors: [K, *shape]. lam: [K]. A, G, B: None for what it does not have; G alone is None in a
-            structure that learns none.
+        weight: W0. task_vectors: [K, *shape]. lam: [K]. A_c, B_c, A, G, B: None for what it does not have; G alone is
+            None in a structure that learns none. Of a convolution A_c is [out, r] and B_c [in·k·k, r].
     """
 
     module: Any
@@ -47,6 +49,8 @@ class MergedParameter:
     weight: Tensor
     task_vectors: Tensor | None
     lam: Tensor | None
+    A_c: Tensor | None
+    B_c: Tensor | None
     A: Tensor | None
     G: Tensor | None
     B: Tensor | None
@@ -68,7 +72,7 @@ class MergedParameter:
 
     def parts(self) -> dict[str, Tensor | None]:
         """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""
-        return {"task_vectors": self.task_vectors, "lam": self.lam, "A": self.A, "G": self.G, "B": self.B}
+        return {part: getattr(self, part) for part in PARTS}
 
     def used_parts(self, gamma: Tensor | None = None) -> dict[str, Tensor | None]:
         """Return :meth:`parts` as used at ``gamma`` [K], by default the current one. λ is clamped, G there."""

@@ -39,7 +39,7 @@ OUTER_INITIAL_SCALE = "kaiming-uniform: A = 0, B ~ U(±sqrt(6/in))"
 # what a Pareto set file says of how its model was built
 NOTED = (
     *("rank", "low_rank", "init_lambda", "granularity", "buffers", "seed", "initial_scale"),
-    *("preprocess", "density", "core"),
+    *("preprocess", "density", "core", "constant_rank"),
 )
 
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
@@ -60,6 +60,7 @@ def parametrize(
     preprocess: PreprocessName | Preprocess = "none",
     density: float = 0.2,
     core: Core = "tensor",
+    constant_rank: int = 0,
     copy: bool = True,
 ) -> nn.Module:
     """Turn a pretrained module and K fine-tuned copies into a Pareto model. It has the same class and call signature.
@@ -105,6 +106,9 @@ def parametrize(
         density: the share of its entries each task vector keeps under ``"ties"`` and ``"dare"``.
         core: how the preference enters the low-rank term: ``"tensor"``, or one of the paper's outer products
             (:func:`preference_core`; they learn A and B only, r = K).
+        constant_rank: r_c of a term A_c·B_cᵀ that no preference changes, in every matrix and convolution (as [out,
+            in·k·k]; at most the matrix's own rank) but embeddings' tables. :func:`fold` and :func:`merge` add it to the
+            base: it costs nothing to serve. Not in the published method.
         digests: record a SHA-256 of every set of weights, for the Pareto set file (about a second per 1.5 GB).
         copy: False turns ``pretrained`` itself into the Pareto model and returns it: there is no second W0 in memory.
             On an error it is the plain module that it was.
@@ -122,7 +126,8 @@ def parametrize(
         raise TypeError("pretrained: expected a plain nn.Module, got a ScriptModule")
     if pareto_states(pretrained):
         raise ValueError("pretrained: expected a plain module, got a Pareto model")
-    settings = _Settings(rank, low_rank, init_lambda, granularity, buffers, seed, preprocess, density, core)
+    how = preprocess, density, core, constant_rank
+    settings = _Settings(rank, low_rank, init_lambda, granularity, buffers, seed, *how)
     settings.check()
     if not isinstance(copy, bool):
         raise ValueError(f"copy: expected True or False, got {copy!r}")
@@ -177,6 +182,7 @@ class _Settings:
     preprocess: PreprocessName | Preprocess
     density: float
     core: Core
+    constant_rank: int
 
     def check(self) -> None:
         """Raise ValueError for a setting out of range."""
@@ -195,6 +201,8 @@ class _Settings:
             raise ValueError(f"seed: expected a whole number, got {seed!r}")
         if self.core not in CORES:
             raise ValueError(f"core: expected {', '.join(CORES)}, got {self.core!r}")
+        if isinstance(self.constant_rank, bool) or not isinstance(self.constant_rank, int) or self.constant_rank < 0:
+            raise ValueError(f"constant_rank: expected a whole number of at least 0, got {self.constant_rank!r}")
         check_density(self.density)
 
     def noted(self) -> dict[str, Any]:
@@ -236,7 +244,21 @@ def _parts(
             # without a G that starts at zero it is A that does, or the model would not start at its base
             A.zero_()
         parts["B"] = nn.Parameter(B)
+    if settings.constant_rank and (size := constant_size(model, names[0], weight, settings.constant_rank)) is not None:
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        outputs, inputs, rank = size
+        parts["A_c"] = nn.Parameter(torch.zeros(outputs, rank, dtype=dtype, device=weight.device))
+        parts["B_c"] = nn.Parameter(_kaiming_uniform(inputs, rank, generator).to(weight.device, dtype))
     return parts
+
+
+def constant_size(model: nn.Module, name: str, weight: Tensor, rank: int) -> tuple[int, int, int] | None:
+    """Return out, in and r_c of the constant term of parameter ``name``; None where it has none."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if weight.ndim < 2 or not weight.numel() or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return None
+    outputs, inputs = weight.shape[0], weight[0].numel()
+    return outputs, inputs, min(rank, outputs, inputs)
 
 
 def wants_low_rank(model: nn.Module, name: str, low_rank: LowRank) -> bool:

@@ -56,6 +56,9 @@ class Computation:
 class ParetoState:
     """The tasks of a Pareto model and how it was built, shared by its layers. ``now`` is how it is computed.
 
+    ``start`` is what W0 is: the ``"pretrained"`` weights, or what a merge made of them (:mod:`.base`), whose digest is
+    ``base_digest`` then.
+
     ``core`` is how γ becomes the r×r core of the low-rank term (:func:`.cores.preference_core`),
     ``rounding_error`` ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same. ``digests`` and ``stored_dtypes`` are of
     the pretrained weights and of each task.
@@ -69,6 +72,8 @@ class ParetoState:
     digests: dict[str, str] = field(default_factory=dict)
     stored_dtypes: dict[str, str] = field(default_factory=dict)
     rounding_error: float = 0.0
+    start: str = "pretrained"
+    base_digest: str = ""
 
 
 def pareto_states(model: nn.Module) -> list[ParetoState]:

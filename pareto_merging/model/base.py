@@ -1,0 +1,55 @@
+"""The base of a Pareto model: its frozen weights W0, which may be those of another merge than the pretrained ones."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pareto_merging.model.digests import TensorDigest
+from pareto_merging.model.learned import set_lambda
+from pareto_merging.model.parameters import merged_parameters
+from pareto_merging.model.state import pareto_state
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen weights of a Pareto model by their names in the plain module. Tied ones come once."""
+    added = set()
+    for parameter in merged_parameters(model):
+        added |= {id(tensor) for tensor in parameter.parts().values() if tensor is not None}
+    return {name: p.detach() for name, p in model.named_parameters() if id(p) not in added and p.is_floating_point()}
+
+
+def set_base(model: nn.Module, base: Mapping[str, Tensor], start: str) -> None:
+    """Replace the frozen weights of a Pareto model by those of a merged model, and set every λ to 0.
+
+    W(γ) then begins at the merged model, and λ says how far learning moves along the task vectors from there.
+
+    Args:
+        base: by the parameters' names in the plain module; others than those named stay as they are.
+        start: what made it, as the setting ``start`` names it.
+
+    Raises:
+        ValueError: a folded model, names that the model does not have, other shapes, or numbers that are not finite.
+    """
+    state, own = pareto_state(model), base_tensors(model)
+    if state.folded:
+        raise ValueError("model: expected a Pareto model with task vectors, got a folded one")
+    for name, tensor in base.items():
+        if name not in own or own[name].shape != tensor.shape:
+            expected = f"a parameter of shape {list(own[name].shape)}" if name in own else "a parameter of the model"
+            raise ValueError(f"base: expected {expected}, got {name} {list(tensor.shape)}")
+        if not bool(torch.isfinite(tensor.to(own[name].dtype)).all()):
+            raise ValueError(f"base: expected finite numbers in {name} in {own[name].dtype}, got NaN or inf")
+    with torch.no_grad():
+        for name, tensor in base.items():
+            own[name].copy_(tensor)
+    set_lambda(model, torch.zeros(()))
+    note_base(model, start)
+
+
+def note_base(model: nn.Module, start: str) -> None:
+    """Note what made the base of a Pareto model, and its digest."""
+    state, digest = pareto_state(model), TensorDigest()
+    for name, tensor in base_tensors(model).items():
+        digest.add(name, tensor)
+    state.start, state.base_digest = start, digest.hexdigest()
