@@ -2,6 +2,7 @@
 
 min_λ Σ_k S_k(W0 + Σ_k λ_k τ_k), equation 1 of arXiv 2408.12105: one λ vector per parameter tensor ("layer-wise"), or
 one for the model ("task-wise"). AdaMerging++ has the task vectors trimmed and their signs elected by TIES first.
+"AdaMerging, expert-guided" is ours: the same λ, by the divergence from the fine-tuned models instead of the entropy.
 
 It is Pareto Merging without a low-rank term, at one preference, with linear scalarisation, and runs on that code, so
 the two differ in nothing but what the methods differ in. Where we differ from the published code: the loss is the mean
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeAlias, Unpack
 from torch import nn
 
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, Run, learning, learning_rates
@@ -31,7 +33,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # what makes the method AdaMerging; the preference is equal, unless it is AdaMerging + preference
 FIXED: dict[str, Any] = {
-    "objective": "entropy",
     "scalarization": "linear",
     "preferences_per_step": 1,
     "learn_lambda": True,
@@ -40,7 +41,14 @@ FIXED: dict[str, Any] = {
     "cosine": 0.0,
     "tensor_norm": 0.0,
     "information_maximisation": 0.0,
+    "constant_rank": 0,
+    "start": "pretrained",
 }
+
+
+def _objective(name: str) -> str:
+    """Return the objective: AdaMerging's entropy, unless it is one with teachers ("expert-guided", which is ours)."""
+    return name if OBJECTIVES[name].has_teachers else "entropy"
 
 
 def settings(
@@ -53,7 +61,9 @@ def settings(
     if preset not in PRESETS:
         raise ValueError(f"preset: expected {' or '.join(PRESETS)}, got {preset!r}")
     kind = {"granularity": "model" if task_wise else "tensor", "preprocess": "ties" if plus else "none"}
-    return MethodSettings.model_validate({"preference": "equal", **kind, **PRESETS[preset], **changes, **FIXED})
+    objective = _objective(changes.get("objective", "entropy"))
+    given = {"preference": "equal", **kind, **PRESETS[preset], **changes, **FIXED, "objective": objective}
+    return MethodSettings.model_validate(given)
 
 
 def merge(
@@ -73,7 +83,9 @@ def merge(
         run: ``folder`` and ``resume``, where a checkpoint is kept and gone on from: see :func:`learn_pareto_set`.
     """
     method = settings() if method is None else method
-    changes = {**FIXED, **({"preference": "equal"} if method.preference == "dirichlet" else {})}
+    changes: dict[str, Any] = {**FIXED, "objective": _objective(method.objective)}
+    if method.preference != "fixed":
+        changes["preference"] = "equal"
     method = method.model_copy(update=changes)
     # digests are for a checkpoint: there is no Pareto set file
     digests = run.get("folder") is not None
@@ -83,7 +95,7 @@ def merge(
     return Merged(learned.task_names, lambda gamma: merged, facts=learned.facts)
 
 
-def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", **kind: bool) -> MethodSettings:
+def settings_of(problem: Problem, choice: Choice, preset: Preset = "official", **kind: Any) -> MethodSettings:
     """Return AdaMerging's settings for a problem. Its preset, and what the problem's own say of any method."""
     names = ("seed", "init_lambda", "buffers", "density", "checkpoint_every", "collapse_threshold", "steps")
     shared = {name: getattr(problem.method, name) for name in names}
@@ -102,4 +114,5 @@ VARIANTS = (
     _variant("adamerging", "AdaMerging"),
     _variant("adamerging-fusionbench", "AdaMerging, FusionBench", preset="fusionbench"),
     _variant("adamerging++", "AdaMerging++", plus=True),
+    _variant("adamerging-expert", "AdaMerging, expert-guided", objective="distillation"),
 )

@@ -17,8 +17,10 @@ from torch import nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.loop import learn_pareto_set
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods.interface import Choice, Choices, Copies, Merged, Method, Problem, Run, learning, task_names
+from pareto_merging.methods.start import begin
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
@@ -48,15 +50,37 @@ def merge(
         method, preprocess = method.model_copy(update={"preprocess": preprocess}), None
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
     model = parametrize(pretrained, finetuned, **arguments, digests=digests)
-    learn_pareto_set(model, tasks, method, **run)
-    facts = {"lambda": dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))}
+    facts: dict[str, Any] = {}
+    if found := begin(model, pretrained, finetuned, tasks, method, **run):
+        facts["start"] = found
+    # what has no teachers has no use for the copies
+    copies = finetuned if OBJECTIVES[method.objective].has_teachers else None
+    result = learn_pareto_set(model, tasks, method, finetuned=copies, **run)
+    if result.chosen:
+        facts["chosen"] = result.chosen
+    facts["lambda"] = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))
     return Merged(task_names(finetuned), partial(merge_at, model), method.low_rank != "none", facts, pareto=model)
 
 
 def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSettings:
     """Return the problem's settings with a choice, as Pareto Merging's. Whatever the configuration's own run is."""
     same = {"objective": "entropy", "preprocess": "none", "core": "tensor", "preference": "dirichlet", "gamma": None}
-    return MethodSettings.model_validate({**problem.method.model_dump(), **same, **choice, **fixed})
+    same |= {"start": "pretrained", "constant_rank": 0}
+    return MethodSettings.model_validate({**of_preset(problem.method, "icml2025"), **same, **choice, **fixed})
+
+
+# of settings of another preset what any method can be told
+SHARED = (
+    *("seed", "steps", "batch_size", "rank", "low_rank", "init_lambda", "granularity", "buffers", "density"),
+    *("collapse_threshold", "checkpoint_every"),
+)
+
+
+def of_preset(method: MethodSettings, preset: str) -> dict[str, Any]:
+    """Return settings as they are if they are published ones, or ours, as ``preset`` is; else those it shares."""
+    if (method.preset == "expert") == (preset == "expert"):
+        return method.model_dump()
+    return {"preset": preset} | {name: getattr(method, name) for name in SHARED if name in method.model_fields_set}
 
 
 def choices(tasks: int, method: MethodSettings) -> list[Choice]:

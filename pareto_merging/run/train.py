@@ -11,6 +11,9 @@ from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
 from pareto_merging.learn.log import LOG_NAME
 from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
 from pareto_merging.learn.objectives import OBJECTIVES
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.teachers import TEACHERS_NAME
+from pareto_merging.methods.start import START_NAME, begin
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.stored import percent, summarize_dtypes
@@ -44,13 +47,25 @@ def train_run(
     if any(task.evaluation is not None for task in workspace.task_configs.values()):
         # folders that do not fit are said now, and not when it is learned
         workspace.evaluation_tasks()
-    tasks = workspace.merging_tasks() if OBJECTIVES[config.method.objective].needs == "images" else None
+    tasks = workspace.merging_tasks() if _needs_images(config.method) else None
     model = workspace.pareto_model()
     _check_task_vectors(model, on_warning)
     with locked(folder), _nothing_left_of_mistakes(folder):
         # on a resume too: how it is computed may differ from the first part
         write_text(folder / CONFIG_NAME, dump_config(config))
         with user_errors():
+            if config.method.start != "pretrained":
+                begin(
+                    model,
+                    workspace.pretrained(),
+                    workspace.finetuned(),
+                    tasks,
+                    config.method,
+                    folder=folder,
+                    resume=resume,
+                    progress=progress,
+                )
+            has_teachers = OBJECTIVES[config.method.objective].has_teachers
             result = learn_pareto_set(
                 model,
                 tasks,
@@ -62,10 +77,15 @@ def train_run(
                 cuda_graphs=config.cuda_graphs,
                 tasks_at_once=config.tasks_at_once,
                 on_warning=on_warning,
+                finetuned=workspace.finetuned() if has_teachers else None,
             )
     training = {"steps": result.steps, "collapsed": result.collapsed, "method": config.method.model_dump(mode="json")}
     save_pareto_set(model, folder / SET_NAME, preset=config.method.preset, training=training)
     return model, result
+
+
+def _needs_images(method: MethodSettings) -> bool:
+    return OBJECTIVES[method.objective].needs != "weights" or method.start != "pretrained"
 
 
 @contextlib.contextmanager
@@ -77,7 +97,7 @@ def _nothing_left_of_mistakes(folder: Path) -> Iterator[None]:
     except UserError:
         if is_new and not (folder / CHECKPOINT_NAME).exists():
             # so that nothing stands in the way of the next try
-            for name in (CONFIG_NAME, LOG_NAME, LOCK_NAME):
+            for name in (CONFIG_NAME, LOG_NAME, LOCK_NAME, START_NAME, TEACHERS_NAME):
                 (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()

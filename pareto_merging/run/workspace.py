@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pareto_merging.data.sources import open_images
-from pareto_merging.data.tasks import Task, ZeroShotHead, read_head
+from pareto_merging.data.tasks import NoHead, Task, ZeroShotHead, read_head
 from pareto_merging.errors import UserError, user_errors
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.pieces import extremes
@@ -236,7 +237,8 @@ class Workspace:
             if task.merging is None:
                 what = f"expected unlabelled images for the objective {self.method.objective}, got none"
                 raise UserError(f"tasks.{name}.merging: {what}")
-        return self._tasks("merging")
+        headless = OBJECTIVES[self.method.objective].needs == "features" and not self.method.entropy_weight
+        return self._tasks("merging", headless=headless)
 
     def files(self) -> list[Path]:
         """Return what the run reads: files, and what is named besides (folders of images)."""
@@ -271,10 +273,13 @@ class Workspace:
             raise UserError("tasks: expected `evaluation` images for at least one task, got none")
         return tasks
 
-    def _tasks(self, split: str, *, only_with_head: bool = False) -> dict[str, Task]:
-        """Return images and heads of the tasks that have the split."""
+    def _tasks(self, split: str, *, only_with_head: bool = False, headless: bool = False) -> dict[str, Task]:
+        """Return images and heads of the tasks that have the split. ``headless``: where there are heads."""
         tasks = {
-            name: Task(open_images(source, self.preprocessing), self.head(name))
+            name: Task(
+                open_images(source, self.preprocessing),
+                NoHead() if headless and task.head is None else self.head(name),
+            )
             for name, task in self.task_configs.items()
             if (source := getattr(task, split)) is not None and not (only_with_head and task.head is None)
         }

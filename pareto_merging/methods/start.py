@@ -1,0 +1,126 @@
+"""What learning begins with, by the setting ``start``: another base than the pretrained weights, found without a step.
+
+The table is :data:`STARTS`; a start is found once, and a run that goes on reads it from its folder.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
+from pareto_merging.data.tasks import Task
+from pareto_merging.errors import UserError
+from pareto_merging.learn.prepared import learned_from
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods import regmean, sequential
+from pareto_merging.methods.interface import Copies
+from pareto_merging.model.base import base_tensors, set_base
+from pareto_merging.model.files import BASE, load_learned
+from pareto_merging.model.learned import learned_parameters
+from pareto_merging.model.state import pareto_state
+
+START_NAME, FORMAT = "start.safetensors", "pareto-start"
+# (Pareto model, pretrained, copies, tasks, settings, progress) -> facts, as plain JSON; the model holds what was found
+Start = Callable[[nn.Module, nn.Module, Copies, Mapping[str, Task], MethodSettings, bool], dict[str, Any]]
+
+
+def _regmean(
+    model: nn.Module,
+    pretrained: nn.Module,
+    finetuned: Copies,
+    tasks: Mapping[str, Task],
+    settings: MethodSettings,
+    progress: bool,
+) -> dict[str, Any]:
+    how: dict[str, Any] = {"images": settings.start_images, "seed": settings.seed, "progress": progress}
+    merged = regmean.merge(pretrained, finetuned, tasks=tasks, **how).model()
+    own = base_tensors(model)
+    set_base(model, {name: p for name, p in merged.named_parameters() if name in own}, "regmean")
+    return {}
+
+
+def _sequential(
+    model: nn.Module,
+    pretrained: nn.Module,
+    finetuned: Copies,
+    tasks: Mapping[str, Task],
+    settings: MethodSettings,
+    progress: bool,
+) -> dict[str, Any]:
+    how: dict[str, Any] = {"images": settings.start_images, "ridge": settings.ridge, "seed": settings.seed}
+    return sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
+
+
+STARTS: dict[str, Start] = {"regmean": _regmean, "sequential": _sequential}
+
+
+def begin(
+    model: nn.Module,
+    pretrained: nn.Module,
+    finetuned: Copies,
+    tasks: Mapping[str, Task] | None,
+    settings: MethodSettings,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Give a Pareto model the start of its settings, in place; return what was found out, as plain JSON.
+
+    Args:
+        model: as :func:`parametrize` made it of ``pretrained`` and ``finetuned``.
+        tasks: unlabelled images by task name; those held back from learning are not looked at.
+        folder: where it is kept for a run that goes on with ``resume``, in ``start.safetensors``.
+
+    Raises:
+        ValueError: no images; otherwise as the start itself.
+    """
+    if settings.start == "pretrained":
+        return {}
+    if not tasks:
+        raise ValueError(f"tasks: expected unlabelled images of every task for start {settings.start}, got none")
+    path = None if folder is None else folder / START_NAME
+    identity = _identity(model, settings, tasks)
+    if path is not None and resume and (facts := _read(model, path, identity)) is not None:
+        return facts
+    settings, learned, _ = learned_from(tasks, settings)
+    facts = STARTS[settings.start](model, pretrained, finetuned, learned, settings, progress)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        base = {f"{BASE}{name}": tensor for name, tensor in base_tensors(model).items()}
+        metadata = {"format": FORMAT, "identity": identity, "facts": facts}
+        write_tensors(path, {**learned_parameters(model), **base}, metadata)
+    return facts
+
+
+def _identity(model: nn.Module, settings: MethodSettings, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Return what a start that is read must agree on."""
+    state = pareto_state(model)
+    names = ("start", "start_images", "ridge", "seed", "few_images", "held_back")
+    return {
+        "settings": {name: getattr(settings, name) for name in names},
+        "model": state.settings,
+        "digests": state.digests,
+        "images": {name: len(task.images) for name, task in tasks.items()},  # type: ignore[arg-type]
+    }
+
+
+def _read(model: nn.Module, path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give the model the start of a file and return its facts. None where there is none, or one of something else."""
+    if not path.exists():
+        return None
+    try:
+        metadata = read_metadata(path)
+        expected = json.loads(json.dumps(identity))
+        if metadata.get("format") != FORMAT or json.loads(metadata.get("identity", "null")) != expected:
+            return None
+        facts, tensors = json.loads(metadata["facts"]), read_tensors(path)
+    except (UserError, ValueError, KeyError):
+        return None
+    base = {name.removeprefix(BASE): tensors.pop(name) for name in list(tensors) if name.startswith(BASE)}
+    set_base(model, base, identity["settings"]["start"])
+    load_learned(model, tensors, path)
+    return facts if isinstance(facts, dict) else {}
