@@ -178,7 +178,7 @@ def _images(items: Any) -> Tensor:
 
 
 def images_in_order(dataset: Dataset[Any], batch: int, count: int | None = None) -> Iterator[Tensor]:
-    """Yield the images of a dataset in order, [b, …], whether items are images or pairs; the first ``count`` of them."""
+    """Yield the images of a dataset in order, [b, …]; the first ``count`` of them. Items are images, or pairs."""
     size: int = len(dataset)  # type: ignore[arg-type]
     indices = range(size if count is None else min(count, size))
     yield from _loader(dataset, 0, batch_sampler=[indices[i : i + batch] for i in indices[::batch]], collate_fn=_images)

@@ -67,7 +67,9 @@ def restore_checkpoint(learner: Learner, folder: Path, best: BestState | None = 
             parameter.copy_(tensors[f"parameter.{name}"])
     learner.adam.load(step, tensors)
     if best is not None:
-        _restore_best(best, metadata, {name: tensors[f"best.{name}"] for name in everything if f"best.{name}" in tensors})
+        _restore_best(
+            best, metadata, {name: tensors[f"best.{name}"] for name in everything if f"best.{name}" in tensors}
+        )
     return step
 
 

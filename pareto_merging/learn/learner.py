@@ -99,8 +99,10 @@ class Learner:
         self.gradient.take_parts()
         if on_warning is not None:
             parts = item_preferences(self.settings.sampling, len(self.names), 1, in_parts=True).shape[1]
-            on_warning(f"preference: going on with {parts} preferences per task and step instead of one per item, because "
-                       f"the model takes one at a time: {self.why_in_parts}")
+            on_warning(
+                f"preference: going on with {parts} preferences per task and step instead of one per item, because "
+                f"the model takes one at a time: {self.why_in_parts}"
+            )
 
     def batches(self, first: int, workers: int) -> Generator[list[Tensor], None, None]:
         """Yield one list of K batches of images per step, after step ``first``. Empty where none are needed."""
@@ -219,9 +221,7 @@ class Learner:
         return StepFailure(None, step, "the sum of the gradient", "it overflows")
 
 
-def checked_tasks(
-    tasks: Mapping[str, Task] | None, names: Sequence[str], settings: MethodSettings
-) -> dict[str, Task]:
+def checked_tasks(tasks: Mapping[str, Task] | None, names: Sequence[str], settings: MethodSettings) -> dict[str, Task]:
     """Return the tasks in the model's order. ValueError or TypeError if they are not the model's, or lack something."""
     kind = OBJECTIVES[settings.loss.objective]
     if tasks is None or set(tasks) != set(names):

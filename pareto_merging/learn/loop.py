@@ -146,9 +146,7 @@ def learn_pareto_set(
 
 
 @contextlib.contextmanager
-def _last_good_state(
-    learner: Learner, folder: Path | None, log: Write, best: BestState | None
-) -> Iterator[None]:
+def _last_good_state(learner: Learner, folder: Path | None, log: Write, best: BestState | None) -> Iterator[None]:
     """Keep the state before a step that fails, and say where it is. Without a folder there is nowhere to keep it."""
     try:
         yield

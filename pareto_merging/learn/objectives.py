@@ -104,5 +104,7 @@ def register(kind: ObjectiveKind, *, replace: bool = False) -> ObjectiveKind:
 
 register(ObjectiveKind("entropy", "pareto_merging.learn.entropy:Entropy"))
 register(ObjectiveKind("distillation", "pareto_merging.learn.distillation:Distillation", has_teachers=True))
-register(ObjectiveKind("features", "pareto_merging.learn.distillation:Distillation", needs="features", has_teachers=True))
+register(
+    ObjectiveKind("features", "pareto_merging.learn.distillation:Distillation", needs="features", has_teachers=True)
+)
 register(ObjectiveKind("weight-distance", "pareto_merging.learn.weight_distance:make", needs="weights"))

@@ -2,11 +2,11 @@
 
 Under linear scalarisation E_γ Σ_k γ_k S_k(γ), γ ~ Dirichlet(p·1), is (1/K)·Σ_k E S_k(γ) with γ ~ Dirichlet(p·1 + e_k):
 so each image of task k draws its own γ, and the loss is the plain mean over images. With one γ for a whole step a model
-of K tasks sees few preferences, and the images of tasks with γ_k ≈ 0 teach nothing. Nothing crosses tasks: each task's
-backward is independent of the others.
+of K tasks sees few preferences, and the images of tasks with γ_k ≈ 0 teach nothing. Nothing crosses tasks: the backward
+of each is independent of the others.
 
-Modules that read a merged tensor as a whole cannot follow. Then every task's images are cut into parts, each with a γ of
-its own: the same expectation, and a forward and backward for each part.
+Modules that read a merged tensor as a whole cannot follow. Then the images of every task are cut into parts with one γ
+each: the same expectation, and a forward and backward for each part.
 """
 
 import numpy as np
@@ -53,5 +53,5 @@ def why_not_per_item(model: nn.Module, images: Tensor) -> str | None:
     expected = torch.cat(apart)
     if together.shape != expected.shape:
         return f"expected features {list(expected.shape)} of two items, got {list(together.shape)}"
-    error = (together - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
-    return None if bool(error <= _TOLERANCE) else f"items at preferences of their own differ by {float(error):.1%}"
+    apart_by = float((together - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+    return None if apart_by <= _TOLERANCE else f"items at preferences of their own differ by {apart_by:.1%}"

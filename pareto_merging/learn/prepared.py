@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.held_back import split
@@ -53,7 +53,9 @@ def prepare(
     found = checked_tasks(tasks, pareto_state(model).task_names, settings)
     if not kind.has_teachers:
         if settings.optimiser.held_back:
-            raise ValueError(f"held_back: expected 0 with the objective {kind.name}, which has no teachers to agree with")
+            raise ValueError(
+                f"held_back: expected 0 with the objective {kind.name}, which has no teachers to agree with"
+            )
         return Prepared(settings, found)
     if folder is not None and not resume:
         (folder / TEACHERS_NAME).unlink(missing_ok=True)

@@ -46,14 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # under which learning at full rates follows the images and not the task: docs/study.md
 FEW_IMAGES = 128
-# as the keys stand in files, and everywhere
+# as the keys stand in files, and everywhere: what is new comes last
 _ORDER = (
-    *("preset", "objective", "temperature", "entropy_weight", "features_weight", "teacher_outputs"),
-    *("scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
+    *("preset", "objective", "scalarization", "mu", "cosine", "tensor_norm", "preference", "gamma", "concentration"),
     *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
-    *("start", "start_images", "ridge", "rank", "low_rank", "constant_rank", "init_lambda", "learn_lambda"),
-    *("clamp_lambda", "granularity", "buffers", "steps", "batch_size", "learning_rate", "lambda_learning_rate"),
-    *("schedule", "betas", "few_images", "held_back", "seed", "collapse_threshold", "checkpoint_every"),
+    *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
+    *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold"),
+    *("checkpoint_every", "temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank"),
+    *("start", "start_images", "ridge", "schedule", "few_images", "held_back"),
 )
 
 
@@ -93,7 +93,10 @@ class ModelSettings(Strict):
         "attention", description="which matrices have the low-rank term"
     )
     constant_rank: int = Field(
-        0, ge=0, le=4096, description="r_c of A_c·B_cᵀ, a term on every matrix that no preference changes; not published"
+        0,
+        ge=0,
+        le=4096,
+        description="r_c of A_c·B_cᵀ, a term on every matrix that no preference changes; not published",
     )
     init_lambda: float = Field(0.3, description="where every λ starts")
     granularity: Literal["tensor", "module", "block", "model"] = Field("tensor", description="what shares one λ vector")
@@ -130,7 +133,7 @@ class LossSettings(Strict):
     features_weight: float = Field(0.0, ge=0, description="weight of the features' cosine distance beside distillation")
     teacher_outputs: Literal["auto", "cached", "in-step"] = Field(
         "auto",
-        description="what a fine-tuned model says of an image: computed once and kept, or in every step, as images want "
+        description="what a fine-tuned model says of an image: computed once and kept, or in every step, for images "
         "that differ each time they are read; auto finds out",
     )
     scalarization: Annotated[str, OneOf(SCALARIZATIONS)] = Field(
@@ -159,16 +162,18 @@ class SamplingSettings(Strict):
 
     preference: Literal["dirichlet", "equal", "fixed", "per-item"] = Field(
         "dirichlet",
-        description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`; per-item: one for "
-        "each image of task k from Dirichlet(p·1 + e_k), which is the linear scalarisation's gradient",
+        description="γ of each step: sampled, always equal (one trade-off, as AdaMerging), or `gamma`; per-item: one "
+        "for each image of task k from Dirichlet(p·1 + e_k), which is the linear scalarisation's gradient",
     )
     gamma: tuple[float, ...] | None = Field(None, description="the one γ learned for with `preference: fixed`")
     concentration: float = Field(
         0.1, gt=0, description="p of γ ~ Dirichlet(p·1); icml2025: p = 0.1 (our reading), arxiv-v1: 1, uniform"
     )
     preferences_per_step: int = Field(
-        1, ge=1, description="γ per step; each costs a forward and backward per task; per-item where a model cannot: γ per "
-        "task and step, at least 4"
+        1,
+        ge=1,
+        description="γ per step; each costs a forward and backward per task; per-item where a model cannot: γ per "
+        "task and step, at least 4",
     )
     batch_size: int = Field(32, ge=1, le=2**20, description="images per task and step")
     seed: int = Field(0, ge=0, lt=2**63, description="of the batches, the preferences, and the start of A and B")
@@ -202,7 +207,10 @@ class OptimiserSettings(Strict):
         "fifth of the images held back; the log says what was chosen",
     )
     held_back: float = Field(
-        0.0, ge=0, le=0.5, description="share of each task's images kept aside; the state of best agreement there is kept"
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of each task's images kept aside; the state of best agreement there is kept",
     )
 
     @field_validator("betas")

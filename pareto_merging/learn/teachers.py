@@ -73,18 +73,24 @@ def with_teachers(
                 tasks[name] = replace(tasks[name], teacher=one)
     lacking = [name for name, task in tasks.items() if task.teacher is None]
     if lacking:
-        tasks |= _kept(model, {name: tasks[name] for name in lacking}, settings, finetuned, folder, batch_size, progress)
+        tasks |= _kept(
+            model, {name: tasks[name] for name in lacking}, settings, finetuned, folder, batch_size, progress
+        )
     for name, task in tasks.items():
         if isinstance(task.teacher, Tensor):
             _check(name, task, task.teacher)
     return tasks
 
 
+def _count(task: Task) -> int:
+    return len(task.images)  # type: ignore[arg-type]
+
+
 def _is_asked_in_step(task: Task, settings: MethodSettings) -> bool:
     """Tell if a task's teacher is asked in every step: as the settings say, or where an image read twice differs."""
     if settings.loss.teacher_outputs != "auto":
         return settings.loss.teacher_outputs == "in-step"
-    count = min(_LOOKS, len(task.images))  # type: ignore[arg-type]
+    count = min(_LOOKS, _count(task))
     once, again = (torch.cat(list(images_in_order(task.images, count, count))) for _ in range(2))
     return not torch.equal(once, again)
 
@@ -103,7 +109,7 @@ def _kept(
     path = None if folder is None else folder / TEACHERS_NAME
     outputs = {} if path is None else _read(path, identity)
     if not outputs:
-        total = sum(len(task.images) for task in tasks.values())  # type: ignore[arg-type]
+        total = sum(_count(task) for task in tasks.values())
         done = 0
         device = next(model.parameters()).device
         with progress_bar("asking the fine-tuned models", total, enabled=progress) as advance:
@@ -146,8 +152,7 @@ def _identity(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSetti
         digest = TensorDigest()
         for key, tensor in task.head.state_dict().items():
             digest.add(key, tensor)
-        size = len(task.images)  # type: ignore[arg-type]
-        about[name] = {"weights": digests.get(name, ""), "head": digest.hexdigest(), "images": size}
+        about[name] = {"weights": digests.get(name, ""), "head": digest.hexdigest(), "images": _count(task)}
     loss = settings.loss
     kind = [loss.objective == "features" or loss.features_weight > 0, needs_head(loss)]
     return {"tasks": about, "features and logits": kind}
@@ -167,7 +172,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _check(name: str, task: Task, outputs: Tensor) -> None:
     """Raise UserError unless there are finite numbers for each image of a task."""
-    size = len(task.images)  # type: ignore[arg-type]
+    size = _count(task)
     if outputs.ndim != 2 or len(outputs) != size or not outputs.is_floating_point():
         got = f"{list(outputs.shape)} {outputs.dtype}"
         raise UserError(f"task {name}: expected a teacher's outputs [{size}, *], one row for each image, got {got}")
@@ -190,7 +195,7 @@ def describe_teachers(
     """
     about: dict[str, Any] = {}
     for name, task in tasks.items():
-        entry: dict[str, Any] = {"images": len(task.images)}  # type: ignore[arg-type]
+        entry: dict[str, Any] = {"images": _count(task)}
         about[name] = entry
         if not isinstance(task.teacher, Tensor):
             entry["outputs"] = "in-step"

@@ -54,7 +54,7 @@ class WeightDistance(Objective):
         total = ((difference @ self._grams) * difference).sum(dim=(0, 2))
         shapes: dict[Any, list[tuple[int, LowRankTerm]]] = {}
         for index, parameter in enumerate(self._parameters):
-            if (term := parameter.low_rank(gamma)) is not None:
+            if (term := parameter.whole_low_rank(gamma)) is not None:
                 key = (term.A.shape, term.B.shape, term.A.device, index < len(self._task_vectors))
                 shapes.setdefault(key, []).append((index, term))
         for (*_, has_task_vectors), group in shapes.items():

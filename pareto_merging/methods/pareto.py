@@ -64,7 +64,13 @@ def merge(
 
 def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSettings:
     """Return the problem's settings with a choice, as Pareto Merging's. Whatever the configuration's own run is."""
-    same = {"objective": "entropy", "preprocess": "none", "core": "tensor", "preference": "dirichlet", "gamma": None}
+    same: dict[str, Any] = {
+        "objective": "entropy",
+        "preprocess": "none",
+        "core": "tensor",
+        "preference": "dirichlet",
+        "gamma": None,
+    }
     same |= {"start": "pretrained", "constant_rank": 0}
     return MethodSettings.model_validate({**of_preset(problem.method, "icml2025"), **same, **choice, **fixed})
 

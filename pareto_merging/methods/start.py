@@ -17,7 +17,7 @@ from pareto_merging.learn.prepared import learned_from
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import regmean, sequential
 from pareto_merging.methods.interface import Copies
-from pareto_merging.model.base import base_tensors, set_base
+from pareto_merging.model.base import base_tensors, note_base, set_base
 from pareto_merging.model.files import BASE, load_learned
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
@@ -51,7 +51,9 @@ def _sequential(
     progress: bool,
 ) -> dict[str, Any]:
     how: dict[str, Any] = {"images": settings.start_images, "ridge": settings.ridge, "seed": settings.seed}
-    return sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
+    facts = sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
+    note_base(model, "sequential")
+    return facts
 
 
 STARTS: dict[str, Start] = {"regmean": _regmean, "sequential": _sequential}

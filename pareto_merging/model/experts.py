@@ -18,7 +18,9 @@ class Expert:
     Several share one module, into which each loads its weights, rounded to the module's dtype, when it is called.
     """
 
-    def __init__(self, task: str, module: nn.Module, tensors: Sequence[tuple[list[str], Tensor]], weights: Weights) -> None:
+    def __init__(
+        self, task: str, module: nn.Module, tensors: Sequence[tuple[list[str], Tensor]], weights: Weights
+    ) -> None:
         self.task, self.module, self._tensors, self._weights = task, module, tensors, weights
 
     @torch.no_grad()
@@ -70,7 +72,9 @@ def experts_of(
     elif any(buffer.is_floating_point() for buffer in model.buffers()):
         reason = "it has buffers, which differ between the fine-tuned models"
     if reason is not None:
-        raise ValueError(f"finetuned: expected the fine-tuned copies, which the model does not hold ({reason}), got none")
+        raise ValueError(
+            f"finetuned: expected the fine-tuned copies, which the model does not hold ({reason}), got none"
+        )
     for number, task in enumerate(state.task_names):
         yield task, expert(model, number)
 

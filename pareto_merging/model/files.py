@@ -244,7 +244,7 @@ def _listed_low_rank(header: Mapping[str, Any]) -> Callable[[str, nn.Module], bo
 
 
 def load_learned(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy what is learned by name into a Pareto model. UserError names what is missing, extra, misshapen, not finite."""
+    """Copy what is learned by name into a Pareto model. UserError names what is missing, extra, misshapen or NaN."""
     learned = learned_parameters(model)
     problems = [f"lacks {name}" for name in learned if name not in tensors]
     problems += [f"has an unknown {name}" for name in tensors if name not in learned]
@@ -278,7 +278,6 @@ def save_folded(
             :func:`.encoders.default_preprocessing` describes it.
     """
     folded = fold(model)
-    state = pareto_state(folded)
     tensors = {f"model.{k}": tensor for k, tensor in folded.state_dict().items() if isinstance(tensor, Tensor)}
     for name, (weight, _) in (heads or {}).items():
         tensors[f"head.{name}"] = weight

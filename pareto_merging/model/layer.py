@@ -175,7 +175,12 @@ class ParetoModule(ModuleBase):
 
 
 def _merge_weight(
-    weight: Tensor, *, task_vectors: Tensor | None, out: Tensor | None = None, cached: Tensor | None = None, **parts: Any
+    weight: Tensor,
+    *,
+    task_vectors: Tensor | None,
+    out: Tensor | None = None,
+    cached: Tensor | None = None,
+    **parts: Any,
 ) -> Tensor:
     """Merge as :func:`pmkernels.merge_weight`, also a convolution's weight with a low-rank term, as a matrix."""
     shape = weight.shape

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pareto_merging.model.cores import preference_core
 
@@ -69,6 +71,22 @@ class MergedParameter:
             return LowRankTerm(self.A, self.G, self.B)
         gamma = self.module.pareto.now.gamma if gamma is None else gamma
         return LowRankTerm(self.A, preference_core(self.module.pareto.core, gamma.to(self.A)), self.B)
+
+    def whole_low_rank(self, gamma: Tensor | None = None) -> LowRankTerm | None:
+        """Return both low-rank terms as one, [A_c A]·(G' ×₃ γ)·[B_c B]ᵀ; G' is 1 for every task on A_c's diagonal."""
+        term = self.low_rank(gamma)
+        if self.A_c is None or self.B_c is None:
+            return term
+        gamma = self.module.pareto.now.gamma if gamma is None else gamma
+        rank = self.A_c.shape[1]
+        # divided by their sum, so that γ gives 1 exactly
+        ones = torch.eye(rank, dtype=self.A_c.dtype, device=self.A_c.device) / gamma.sum().to(self.A_c)
+        constant = ones[:, :, None].expand(rank, rank, gamma.shape[-1])
+        if term is None:
+            return LowRankTerm(self.A_c, constant, self.B_c)
+        size = term.G.shape[0]
+        G = torch.cat([F.pad(constant, (0, 0, 0, size)), F.pad(term.G, (0, 0, rank, 0))])
+        return LowRankTerm(torch.cat([self.A_c, term.A], dim=1), G, torch.cat([self.B_c, term.B], dim=1))
 
     def parts(self) -> dict[str, Tensor | None]:
         """Return what is added to W0, as keyword arguments of :mod:`pmkernels`."""

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.checkpoints import encoders
+from pareto_merging.data.sources import open_images
 from pareto_merging.errors import UserError, user_errors
+from pareto_merging.learn.distillation import needs_head
+from pareto_merging.learn.objectives import OBJECTIVES
+from pareto_merging.learn.teachers import KEPT_DTYPE
 from pareto_merging.model.copies import check_copies
 from pareto_merging.model.learned import lambda_group
-from pareto_merging.model.parametrize import wants_low_rank
+from pareto_merging.model.parametrize import constant_size, wants_low_rank
 from pareto_merging.model.pieces import widest
 from pareto_merging.model.preprocessing import make_preprocess
 from pareto_merging.model.stored import Precision, PretrainedWeights, describe_dtypes, percent, summarize_dtypes
@@ -55,14 +60,16 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
     buffers = sum(b.numel() for b in model.buffers())
     # the outer products learn no core and have a column for each task
     rank, has_core = (method.rank, True) if method.core == "tensor" else (tasks, False)
-    factors, cores = 0, 0
+    factors, cores, constant = 0, 0, 0
     for name, parameter in named:
+        if method.constant_rank and (size := constant_size(model, name, parameter, method.constant_rank)) is not None:
+            constant += (size[0] + size[1]) * size[2]
         if parameter.ndim == 2 and wants_low_rank(model, name, method.low_rank):
             factors += rank * sum(parameter.shape)
             cores += rank**2 * tasks if has_core else 0
     lambdas = tasks * len({lambda_group(name, method.granularity) for name, _ in named})
-    kept = factors + cores + lambdas
-    learned = kept if method.learn_lambda else factors + cores
+    kept = factors + cores + constant + lambdas
+    learned = kept if method.learn_lambda else factors + cores + constant
     rows = [
         ("frozen weights W0", frozen, narrow, "held once"),
         ("buffers", buffers, narrow, "batch-norm statistics and the like"),
@@ -70,6 +77,7 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
         ("λ", lambdas, wide, f"one vector per {method.granularity}, float32"),
         ("A and B", factors, wide, f"rank {rank}, {method.low_rank}, float32"),
         ("G", cores, wide, "float32"),
+        *([("A_c and B_c", constant, wide, f"rank {method.constant_rank}, float32")] if constant else []),
         ("Adam's moments", 2 * learned, wide, "during training"),
         ("gradients of the K tasks", (tasks + 1) * learned, wide, "during training"),
         ("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"),
@@ -86,11 +94,41 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
         if budget is None and strategy == "auto" and workspace.device.type == "cuda":
             limit = ", up to half of what is free"
         rows.append(("merged weights of a step", held, narrow, f"kept for its K tasks{limit}"))
+    if OBJECTIVES[method.objective].has_teachers:
+        rows.append(_teacher_row(workspace, model))
+    if method.start != "pretrained":
+        rows.append(
+            (f"base of start {method.start}", frozen, narrow, "on disk, in start.safetensors and the Pareto set file")
+        )
     rows.append(("Pareto set file", kept, wide, "on disk"))
     rows.append(("checkpoint", kept + 2 * learned, wide, "on disk, during training"))
     rows.append(("folded file", frozen + buffers, narrow, "on disk, and what a server holds, plus A, B and G"))
     counted = [PlanRow(kind, count, count * size, note) for kind, count, size, note in rows]
     return counted + _precision_rows(workspace, progress)
+
+
+def _teacher_row(workspace: Workspace, model: nn.Module) -> tuple[str, int, int, str]:
+    """Count what the fine-tuned models say of the images: float16, where it is kept."""
+    loss, numbers, unknown = workspace.method.loss, 0, []
+    size, width = encoders.image_size(workspace.encoder_description), 0
+    if loss.features_weight or loss.objective == "features":
+        with torch.no_grad():
+            width = model(torch.empty(1, 3, size, size, device="meta")).shape[-1]
+    for name, task in workspace.task_configs.items():
+        try:
+            if task.merging is None:
+                raise UserError("no images")
+            classes = workspace.head(name).weight.shape[0] if needs_head(loss) else 0
+            images = len(open_images(task.merging, workspace.preprocessing))  # type: ignore[arg-type]
+            numbers += images * (classes + width)
+        except UserError:
+            unknown.append(name)
+    note = "float16, in memory and in teachers.safetensors" if loss.teacher_outputs != "in-step" else "none is kept"
+    if loss.teacher_outputs == "in-step":
+        numbers = 0
+    if unknown:
+        note += f"; not counted: {', '.join(unknown)}, whose images or head are not there"
+    return "teachers' outputs", numbers, KEPT_DTYPE.itemsize, note
 
 
 def _precision_rows(workspace: Workspace, progress: bool) -> list[PlanRow]:

@@ -18,6 +18,7 @@ from pareto_merging.learn.settings import (
     ModelSettings,
     OptimiserSettings,
     SamplingSettings,
+    StartSettings,
 )
 from pareto_merging.model.learned import set_lambda
 from pareto_merging.model.parametrize import parametrize
@@ -28,9 +29,12 @@ KEYS = [
     *("preferences_per_step", "information_maximisation", "normalize_distance", "preprocess", "density", "core"),
     *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
     *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold", "checkpoint_every"),
+    *("temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank", "start", "start_images"),
+    *("ridge", "schedule", "few_images", "held_back"),
 ]
 GROUPS = {
     "model": ModelSettings,
+    "begin": StartSettings,
     "loss": LossSettings,
     "sampling": SamplingSettings,
     "optimiser": OptimiserSettings,

@@ -112,7 +112,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, m: m.update(format_version="3"), "expected format version 2 or older, got 3"),
+        (lambda t, m: m.update(format_version="4"), "expected format version 3 or older, got 4"),
         (lambda t, m: m.update(preprocess="prune"), "expected preprocess none, ties, dare, function in the header"),
         (lambda t, m: m.update(core="cross"), "expected core tensor, outer-product, outer-vector in the header"),
         (lambda t, m: m.update(density="0"), r"expected density in \(0, 1\] in the header, got 0"),
