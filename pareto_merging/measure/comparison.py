@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted, UserError
+from pareto_merging.learn.gradient import TasksAtOnce
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.measure.choose import FAILURES, Judge, choose_for_unseen, one_line, tune
 from pareto_merging.measure.evaluation import evaluate_model
@@ -43,6 +44,8 @@ class Compared(Protocol):
     def method(self) -> MethodSettings: ...
     @property
     def workers(self) -> int: ...
+    @property
+    def tasks_at_once(self) -> TasksAtOnce: ...
     def with_seed(self, seed: int) -> "Compared": ...
     def pretrained(self) -> nn.Module: ...
     def finetuned(self) -> Mapping[str, Mapping[str, Tensor]]: ...
@@ -115,6 +118,7 @@ class Comparison:
             self.models.training_tasks(),
             self.models.method,
             progress=self.progress,
+            tasks_at_once=self.models.tasks_at_once,
         )
 
     @cached_property

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 from torch import Tensor, nn
 
 from pareto_merging.data.tasks import Task
+from pareto_merging.learn.gradient import TasksAtOnce
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.copies import Weights
 from pareto_merging.preferences import Preference, check_preference, equal_preference
@@ -51,6 +52,7 @@ class Run(TypedDict, total=False):
     folder: Path | None
     resume: bool
     progress: bool
+    tasks_at_once: TasksAtOnce
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Problem:
             methods that need "images". training: labelled images and heads, for those that need "labels".
         method: Pareto Merging's settings; of the other methods that learn, its ``steps`` (where given) and ``seed``.
         folder: where a method that learns keeps checkpoints, and goes on from those that are there. None: nowhere.
+        tasks_at_once: of a method that learns, see :func:`learn_pareto_set`.
     """
 
     pretrained: nn.Module
@@ -71,6 +74,7 @@ class Problem:
     method: MethodSettings = field(default_factory=lambda: MethodSettings.model_validate({}))
     folder: Path | None = None
     progress: bool = True
+    tasks_at_once: TasksAtOnce = "one"
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -80,7 +84,8 @@ class Problem:
     def going_on(self) -> Run:
         """Return what a method that learns is told. It goes on from what the folder has."""
         resume = self.folder is not None and self.folder.exists()
-        return {"folder": self.folder, "resume": resume, "progress": self.progress}
+        how: Run = {"folder": self.folder, "resume": resume, "progress": self.progress}
+        return how if self.tasks_at_once == "one" else {**how, "tasks_at_once": self.tasks_at_once}
 
 
 # (problem, choice) -> what the method finds

@@ -51,7 +51,8 @@ def merge(
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
     model = parametrize(pretrained, finetuned, **arguments, digests=digests)
     facts: dict[str, Any] = {}
-    if found := begin(model, pretrained, finetuned, tasks, method, **run):
+    where: dict[str, Any] = {key: value for key, value in run.items() if key != "tasks_at_once"}
+    if found := begin(model, pretrained, finetuned, tasks, method, **where):
         facts["start"] = found
     # what has no teachers has no use for the copies
     copies = finetuned if OBJECTIVES[method.objective].has_teachers else None

@@ -17,6 +17,7 @@ from pareto_merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pareto_merging.data.sources import open_images
 from pareto_merging.data.tasks import NoHead, Task, ZeroShotHead, read_head
 from pareto_merging.errors import UserError, user_errors
+from pareto_merging.learn.gradient import TasksAtOnce
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.parametrize import parametrize
@@ -86,6 +87,11 @@ class Workspace:
     def workers(self) -> int:
         """Return how many processes load images, for each task."""
         return self.config.workers
+
+    @property
+    def tasks_at_once(self) -> TasksAtOnce:
+        """Return whether a step of learning takes all tasks' images together."""
+        return self.config.tasks_at_once
 
     def with_seed(self, seed: int) -> "Workspace":
         """Return the workspace of the same configuration with another seed."""
