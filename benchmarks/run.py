@@ -65,12 +65,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="digits: every method on the embedded suite, on the CPU; on a CUDA GPU kernels: every kernel beside its "
         "baselines, training: an optimiser step of ViT-B/32 and ViT-L/14 beside its limit and baselines, layers: each "
         "strategy over a grid of layers and rows; serving: a preference per image beside the plain model and other "
-        "ways to serve many, on a GPU or, a smaller grid, on the CPU; all: every suite for a GPU (default: digits)",
+        "ways to serve many, on a GPU or, a smaller grid, on the CPU; expert: what each part of expert-guided Pareto "
+        "Merging gives; all: every suite for a GPU (default: digits)",
     )
-    seen = "digits: suite seeds; 0 to 2 were seen in its design"
+    seen = "digits, expert: suite seeds; 0 to 2 were seen in its design"
     add("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7], help=seen)
     add("--work", type=Path, help="digits: where partial results are kept, to go on from")
     add("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
+    add("--methods", nargs="+", help="digits: these methods alone, and no ablations")
+    add("--join", type=Path, help="digits: an earlier results file, whose other methods join")
     add("--minutes", type=float, help="end after that long with what there is (default: no limit)")
     add("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
     add("--out", type=Path, help="the JSON file to write (default: in benchmarks/results)")
@@ -130,7 +133,9 @@ class Run:
     def _alone(self) -> None:
         chosen, suite = self.chosen, SUITES[self.chosen.suite].measuring
         if chosen.suite in CPU_SUITES:
-            self.report |= suite.run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs)
+            of_digits = {"methods": chosen.methods, "join": chosen.join}
+            more = {name: value for name, value in of_digits.items() if value is not None}
+            self.report |= suite.run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs, **more)
         else:
             self.report["environment"] = results.machine()
             self.report |= suite.run(chosen.quick, self.save)

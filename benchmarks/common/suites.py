@@ -44,6 +44,7 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite("digits", "cpu", "suites.digits", "suites.digits", "study"),
+        Suite("expert", "cpu", "suites.expert", "suites.expert"),
         Suite("kernels", "gpu", "suites.kernels", "suites.kernels"),
         Suite("training", "gpu", "training.summary", "training.steps", "training"),
         Suite("layers", "gpu", "suites.layers", "suites.layers", "training"),

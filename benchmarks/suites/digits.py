@@ -7,6 +7,7 @@ each changing one thing about its published setting, nothing chosen. Results are
 method: an interrupted study goes on from there.
 """
 
+import json
 import math
 import multiprocessing
 import tempfile
@@ -82,21 +83,38 @@ ABLATIONS_OF_EIGHT = (
 
 
 def run(
-    seeds: Sequence[int], quick: bool = False, progress: bool = True, work: Path | None = None, jobs: int = 1
+    seeds: Sequence[int],
+    quick: bool = False,
+    progress: bool = True,
+    work: Path | None = None,
+    jobs: int = 1,
+    methods: Sequence[str] | None = None,
+    join: Path | None = None,
 ) -> dict[str, Any]:
     """Measure every seed. ``quick`` takes two steps of few methods and proves only that it runs.
 
     ``work``: the folder of partial results, to go on from; None: a temporary one. ``jobs``: processes, one thread each.
+    ``methods``: these alone, and no ablations. ``join``: an earlier results file, whose other methods and ablations
+    join; methods that both have are measured anew, and ``joined`` says by how much the two differ.
     """
+    chosen = tuple(methods or ())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
         _in_parallel([("suite", seed, 0) for seed in seeds], folder, quick, jobs, progress)
-        parts = [(kind, seed, tasks) for tasks in (8, 3, 2) for seed in seeds for kind in ("compare", "ablate")]
-        _in_parallel([p for p in parts if p[0] == "compare" or p[2] != 3], folder, quick, jobs, progress)
+        kinds = ("compare",) if chosen else ("compare", "ablate")
+        parts = [(kind, seed, tasks) for tasks in (8, 3, 2) for seed in seeds for kind in kinds]
+        wanted = [p for p in parts if p[0] == "compare" or p[2] != 3]
+        _in_parallel(wanted, folder, quick, jobs, progress, chosen)
         results = {str(tasks): _read(folder, seeds, tasks) for tasks in TASKS}
-        ablations = {str(tasks): _read(folder, seeds, tasks, "ablations") for tasks in (2, 8)}
+        ablations = {str(tasks): _ablation_summary(_read(folder, seeds, tasks, "ablations")) for tasks in (2, 8)}
+    joined: dict[str, Any] = {}
+    if join is not None:
+        before = json.loads(join.read_text(encoding="utf-8"))
+        joined = {"joined": _join(results, before) | {"file": join.name, "commit": before.get("commit")}}
+        ablations = {tasks: entries or before["ablations"].get(tasks, {}) for tasks, entries in ablations.items()}
     summaries = {tasks: summarize(rows) for tasks, rows in results.items()}
     return {
+        **joined,
         "seeds": list(seeds),
         "effort": EFFORT,
         "steps": STEPS,
@@ -106,22 +124,50 @@ def run(
             tasks: {k: entry.to_json() for k, entry in summary.items()} for tasks, summary in summaries.items()
         },
         "answers": {tasks: answer(summary) for tasks, summary in summaries.items()},
-        "ablations": {tasks: _ablation_summary(rows) for tasks, rows in ablations.items()},
+        "ablations": ablations,
         "judges": {tasks: _judges(rows) for tasks, rows in results.items()},
     }
 
 
-def _in_parallel(parts: Sequence[tuple[str, int, int]], folder: Path, quick: bool, jobs: int, progress: bool) -> None:
+def _join(results: dict[str, list[Result]], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Add an earlier report's results of other methods and seeds; return how far those of both differ, in points."""
+    order = {name: number for number, name in enumerate(METHODS)}
+    apart: dict[str, float] = {}
+    for tasks, rows in results.items():
+        own = {(row.method, row.seed): row for row in rows}
+        for entry in before["results"].get(tasks, ()):
+            if entry["method"] not in METHODS:
+                continue
+            row = Result.from_json({**entry, "title": METHODS[entry["method"]].title})
+            again = own.get((row.method, row.seed))
+            if again is None:
+                rows.append(row)
+            elif isinstance(row, Measured) and isinstance(again, Measured):
+                pairs = zip(row.points, again.points, strict=False)
+                difference = max(abs(a - b) for p, q in pairs for a, b in zip(p.accuracy, q.accuracy, strict=True))
+                apart[row.method] = max(apart.get(row.method, 0.0), round(difference, 4))
+        rows.sort(key=lambda row: (row.seed, order[row.method]))
+    return {"largest difference of methods measured again, in points": apart}
+
+
+def _in_parallel(
+    parts: Sequence[tuple[str, int, int]],
+    folder: Path,
+    quick: bool,
+    jobs: int,
+    progress: bool,
+    methods: Sequence[str] = (),
+) -> None:
     start = time.perf_counter()
     if jobs == 1:
         for number, part in enumerate(parts, start=1):
-            _part(*part, folder, quick)
+            _part(*part, folder, quick, methods)
             _say(part, number, len(parts), start, progress)
         return
     # forked, torch's threads would hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        waiting = {pool.submit(_part, *part, folder, quick): part for part in parts}
+        waiting = {pool.submit(_part, *part, folder, quick, methods): part for part in parts}
         for number, done in enumerate(as_completed(waiting), start=1):
             done.result()
             _say(waiting[done], number, len(parts), start, progress)
@@ -134,7 +180,7 @@ def _say(part: tuple[str, int, int], number: int, total: int, start: float, prog
         print(f"[{number}/{total}] {what} ({time.perf_counter() - start:.0f} s so far)", flush=True)
 
 
-def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
+def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool, methods: Sequence[str] = ()) -> None:
     """Do one piece of the work and keep it. Where there are several, each has a process of its own."""
     suite = folder / f"seed-{seed}" / "suite"
     with one_thread(), warnings.catch_warnings():
@@ -146,9 +192,9 @@ def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool) -> None:
                 (suite / "done").touch()
         elif kind == "compare":
             how: dict[str, Any] = {"effort": 1, "grid": "equal"} if quick else {"effort": EFFORT, "choices": CHOICES}
-            methods = list(QUICK_METHODS if quick else METHODS)
+            wanted = list(methods or (QUICK_METHODS if quick else METHODS))
             target = folder / f"seed-{seed}" / f"{tasks}-models"
-            compare(_workspace(suite, seed, tasks, quick), target, methods, progress=False, **how)
+            compare(_workspace(suite, seed, tasks, quick), target, wanted, progress=False, **how)
         else:
             _ablate(suite, seed, tasks, folder, quick)
 

@@ -15,7 +15,7 @@ Run ``python -m pareto_merging.data.digits --out DIR --seed 0`` to train and wri
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,10 @@ def normalisation() -> tuple[float, float]:
     return float(grey.mean()), float(grey.std())
 
 
-def _worded(seed: int, offset: float) -> dict[str, Tensor]:
+def _worded(seed: int, offset: float, encoder: Mapping[str, Any] = ENCODER) -> dict[str, Tensor]:
     """Return task -> unit class vectors [10, output_dim]. ``offset`` moves the shared ones along the task's own."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    shape = (CLASSES, ENCODER["output_dim"])
+    shape = (CLASSES, encoder["output_dim"])
     shared = F.normalize(torch.randn(shape, generator=generator), dim=1)
     own = {task: F.normalize(torch.randn(shape, generator=generator), dim=1) for task in TASKS}
     return {task: F.normalize(shared + offset * own[task], dim=1) for task in TASKS}
@@ -138,30 +138,34 @@ def heads(seed: int = 0) -> dict[str, Tensor]:
     return _worded(seed, HEAD_OFFSET)
 
 
-def build_encoder() -> VisionTransformer:
+def build_encoder(encoder: Mapping[str, Any] = ENCODER) -> VisionTransformer:
     """Build an encoder with random weights. It maps images [n, 3, 8, 8] to features [n, output_dim]."""
-    return VisionTransformer(**ENCODER)
+    return VisionTransformer(**encoder)
 
 
-def _random_encoder(seed: int) -> VisionTransformer:
+def _random_encoder(seed: int, encoder: Mapping[str, Any]) -> VisionTransformer:
     # Its weights are drawn from torch's global generator, so that is borrowed and given back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_encoder()
+        return build_encoder(encoder)
 
 
 def _train(
-    start: StateDict | None, parts: Sequence[_Part], how: dict[str, Any], seed: int, advance: Callable[[], object]
+    start: StateDict | None,
+    parts: Sequence[_Part],
+    how: dict[str, Any],
+    seed: int,
+    advance: Callable[[], object],
+    encoder: VisionTransformer,
 ) -> StateDict:
     """Train all encoder weights by cross-entropy, as ``how`` says. ``advance`` is called after each step.
 
-    Starts from ``start``, or from random weights. The result is rounded to float16 (and held as float32), so that
-    what is measured or fine-tuned further is bit for bit what the files hold.
+    Starts from ``start``, or from the weights of ``encoder``, which is trained. The result is rounded to float16 (and
+    held as float32), so that what is measured or fine-tuned further is bit for bit what the files hold.
     """
     generator, steps = torch.Generator().manual_seed(seed), how["steps"]
     x, y = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     class_vectors = torch.cat([vectors.expand(len(labels), -1, -1) for _, labels, vectors in parts])
-    encoder = _random_encoder(seed)
     if start is not None:
         encoder.load_state_dict(start)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=how["lr"], weight_decay=WEIGHT_DECAY)
@@ -194,15 +198,15 @@ def _write(path: Path, state: StateDict, dtype: torch.dtype, metadata: dict[str,
         save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, temporary, metadata=metadata)
 
 
-def make(out: Path, seed: int = 0) -> None:
+def make(out: Path, seed: int = 0, design: Mapping[str, Any] = ENCODER) -> None:
     """Train the generalist and the fine-tuned encoders, and write them with the heads into ``out``.
 
-    Files: ``encoder.json`` (``ENCODER``), ``pretrained.safetensors`` and ``finetuned_<task>.safetensors`` (float16),
-    ``heads.safetensors`` (float32 [10, output_dim] per task, with ``logit_scale`` in the metadata). Accuracies are
-    printed on the way.
+    ``design``: the encoder's arguments, as :data:`ENCODER` has them. Files: ``encoder.json`` (``design``),
+    ``pretrained.safetensors`` and ``finetuned_<task>.safetensors`` (float16), ``heads.safetensors`` (float32
+    [10, output_dim] per task, with ``logit_scale`` in the metadata). Accuracies are printed on the way.
     """
-    task_heads, encoder = heads(seed), _random_encoder(seed)
-    write_text(out / "encoder.json", json.dumps(ENCODER, indent=2) + "\n")
+    task_heads, encoder = _worded(seed, HEAD_OFFSET, design), _random_encoder(seed, design)
+    write_text(out / "encoder.json", json.dumps(dict(design), indent=2) + "\n")
     _write(out / "heads.safetensors", task_heads, torch.float32, {"logit_scale": str(LOGIT_SCALE)})
 
     def report(who: str, task: str, accuracies: Sequence[float]) -> Sequence[float]:
@@ -220,19 +224,21 @@ def make(out: Path, seed: int = 0) -> None:
 
     parts = {task: images(task, "training") for task in TASKS}
     # only a part of each task's offset makes a sound reader of every view and a weak zero-shot classifier
-    vectors = _worded(seed, PRETRAINING_OFFSET)
+    vectors = _worded(seed, PRETRAINING_OFFSET, design)
     total = PRETRAINING["steps"] + len(TASKS) * FINETUNING["steps"]
     with one_thread(), tqdm(total=total, unit="step", disable=None) as bar:
         bar.set_description("generalist")
         every = [(*parts[task], vectors[task]) for task in TASKS]
-        pretrained = _train(None, every, PRETRAINING, 100 * seed + 1, bar.update)
+        first = 100 * seed + 1
+        pretrained = _train(None, every, PRETRAINING, first, bar.update, _random_encoder(first, design))
         _write(out / "pretrained.safetensors", pretrained, torch.float16)
         report_mean("generalist", [measure(pretrained, "generalist", task) for task in TASKS])
         scores = []
         for number, task in enumerate(TASKS):
             bar.set_description(task)
             own = [(*parts[task], task_heads[task])]
-            finetuned = _train(pretrained, own, FINETUNING, 100 * seed + 10 + number, bar.update)
+            at = 100 * seed + 10 + number
+            finetuned = _train(pretrained, own, FINETUNING, at, bar.update, _random_encoder(at, design))
             _write(out / f"finetuned_{task}.safetensors", finetuned, torch.float16)
             scores.append(measure(finetuned, "individual", task))
         report_mean("individual", scores)
