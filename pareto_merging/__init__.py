@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pareto_merging.learn.settings import MethodSettings as MethodSettings
     from pareto_merging.measure.evaluation import evaluate_model as evaluate_model
     from pareto_merging.measure.evaluation import evaluate_preferences as evaluate_preferences
+    from pareto_merging.methods.sequential import merge_sequential as merge_sequential
     from pareto_merging.model.attention import ParetoAttention as ParetoAttention
     from pareto_merging.model.files import load_folded as load_folded
     from pareto_merging.model.files import load_heads as load_heads
@@ -58,6 +59,7 @@ _NAMES = {
     "learn.loop": ("learn_pareto_set",),
     "learn.settings": ("MethodSettings",),
     "measure.evaluation": ("evaluate_model", "evaluate_preferences"),
+    "methods.sequential": ("merge_sequential",),
     "model.attention": ("ParetoAttention",),
     "model.files": ("load_folded", "load_heads", "load_pareto_set", "save_folded", "save_pareto_set"),
     "model.fold": ("fold", "merge"),
