@@ -156,6 +156,9 @@ A training step is the forward and backward of K tasks, {BATCH} images each, one
   and dx, *fused* inside every product. The first two take the weight gradient that `auto` takes, *fused* its own.
 - ***all at once***: as *cached*, with `tasks_at_once: all`: products of K times the rows and one weight gradient for
   all tasks, which reads the task vectors once, at the activations of K tasks. The limit stays that of task by task.
+- ***expert-guided***: as *cached*, with the preset `expert`: a constant term of rank 32 on every matrix, merged and
+  reduced with it, and the term of γ row by row, because every image has a preference of its own; the logits of the
+  fine-tuned models are kept, so they cost nothing here.
 - ***merged once, autograd***: the baseline of two more models of memory. One product of λ with all τ merges, every
   task's dW is added in place, one product reduces them.
 - ***run, cached***: a learning run of as many steps as were published for so many tasks: what a step counts, alone.

@@ -91,6 +91,7 @@ PARTS = {
     "normalisations' own gradients": ("gradients of a normalisation",),
     "dW added up": ("dW added up",),
     "widening": ("widen",),
+    "the preference's term by rows": ("rows of a preference",),
 }
 _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 REST = "the rest of the network"
@@ -216,13 +217,42 @@ def limit_kernels(tower: Tower, tasks: int, gpu: str) -> Kernels:
     yield from _of_blocks(tower, BATCH, gpu, tasks, own=False)
 
 
-WAYS = ("cached", "all at once", "streamed", "fused")
+GUIDED = "expert-guided"
+WAYS = ("cached", "all at once", "streamed", "fused", GUIDED)
+# of the preset ``expert``: a constant term on every matrix, which is part of what is merged and reduced
+CONSTANT_RANK = 32
+
+
+def by_rows(p: Problem, cache_bytes: float) -> Kernels:
+    """Yield the products of the preference's term with rows, forward and backward, of a preference per image.
+
+    s = x·B and t·Aᵀ added to y; u = dy·A, ds·Bᵀ added to dx, dA = dyᵀ·t and dB = xᵀ·ds. The r columns beside them, the
+    mixing by γ and dG are not counted.
+    """
+    rank = p.rank - p.constant
+    x, y = (float(p.rows * size * p.size) for size in (p.d, p.n))
+    narrow = 2.0 * p.rows * rank
+    for operations, again, far in (
+        (narrow * p.d, x, 0.0),
+        (narrow * p.n, y, y),
+        (narrow * p.n, y, 0.0),
+        (narrow * p.d, x, x),
+        (narrow * p.n, y, 0.0),
+        (narrow * p.d, x, 0.0),
+    ):
+        memory = costs.from_memory(again, x + y, cache_bytes) + far
+        yield 1, Pass("rows of a preference", products=operations, memory=memory, cache=again + far)
 
 
 def step_kernels(tower: Tower, tasks: int, gpu: str, way: str) -> Kernels:
     """Yield the kernels of a step of ours, in one of :data:`WAYS`."""
     repeat, items = (1, tasks * BATCH) if way == "all at once" else (tasks, BATCH)
     for p, times, dx in products(tower, tasks, items):
+        if way == GUIDED:
+            preferred = bool(p.rank)
+            p = replace(p, rank=p.rank + CONSTANT_RANK, constant=CONSTANT_RANK, per_row=preferred)
+            for count, kernel in by_rows(p, rates_of(gpu).cache_bytes) if preferred else ():
+                yield repeat * times * count, kernel
         if way in ("streamed", "fused"):
             for operation in ("forward", "dx") if dx else ("forward",):
                 yield from of_operation(operation, way, p, gpu, repeat * times)

@@ -5,6 +5,7 @@ where a step is not captured as a CUDA graph. The count does not depend on the m
 with the number of blocks of ViT-L/14 and a width of 64, eight tasks, task by task, in plain PyTorch.
 """
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -40,18 +41,21 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one") -> Counter[str]:
-    """Return operators of the third step by name."""
+def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one", *, guided: bool = False) -> Counter[str]:
+    """Return operators of the third step by name; ``guided``: of the preset ``expert``, teachers' outputs kept."""
     from open_clip.transformer import VisionTransformer
 
     tower = Tower("", 64, blocks, heads=4, patch=4, output=32, image=8)
     model = VisionTransformer(**tower.arguments).eval()
-    pareto = parametrize(model, [FineTuned(model, k) for k in range(tasks)], rank=4)
+    constant_rank = 4 if guided else 0
+    copies = [FineTuned(model, k) for k in range(tasks)]
+    pareto = parametrize(model, copies, rank=4, constant_rank=constant_rank)
     sets = {
-        name: Task(TensorImages(torch.randn(8, 3, 8, 8)), ZeroShotHead(torch.randn(10, 32), 10.0))
+        name: Task(TensorImages(torch.randn(8, 3, 8, 8)), ZeroShotHead(torch.randn(10, 32), 10.0), torch.randn(8, 10))
         for name in pareto.pareto.task_names  # type: ignore[union-attr]
     }
-    settings = MethodSettings.model_validate({"steps": 10, "batch_size": 4, "rank": 4})
+    preset = {"preset": "expert", "start": "pretrained", "constant_rank": constant_rank} if guided else {}
+    settings = MethodSettings.model_validate({**preset, "steps": 10, "batch_size": 4, "rank": 4})
     learner = Learner(pareto, sets, settings, Execution(tasks_at_once=at_once))
     batches = learner.batches(0, 0)
     with eval_mode(pareto):
@@ -70,10 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     modes: tuple[TasksAtOnce, ...] = ("one", "all")
-    for at_once in modes:
-        counts = count(chosen.blocks, chosen.tasks, at_once)
+    for guided, at_once in itertools.product((False, True), modes):
+        counts = count(chosen.blocks, chosen.tasks, at_once, guided=guided)
         most = ", ".join(f"{name} {times}" for name, times in counts.most_common(6))
-        print(f"tasks_at_once {at_once}: {counts.total()} operators in a step ({most})")
+        preset = "expert" if guided else "icml2025"
+        print(f"{preset}, tasks_at_once {at_once}: {counts.total()} operators in a step ({most})")
     return 0
 
 

@@ -7,7 +7,7 @@ are judged by is computed in a wider type, and beside it the errors of plain PyT
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, Union
 
 import torch
@@ -51,6 +51,7 @@ class Ours:
         at_once: TasksAtOnce = "one",
         settings: MethodSettings | None = None,
         profiles: dict[str, Profile] | None = None,
+        teachers: list[Tensor] | None = None,
     ) -> None:
         assert case.pareto is not None
         self.case, self.pareto, self.number, self.batch, self.profiles = case, case.pareto, 0, case.images, profiles
@@ -58,7 +59,7 @@ class Ours:
         self.warm_up = 3 if case.device.type == "cuda" else 0
         self.settings = case.settings if settings is None else settings
         tasks: dict[str, Task] | None = {
-            f"task_{k + 1}": Task(images=images.cpu(), head=head)  # type: ignore[arg-type]
+            f"task_{k + 1}": Task(images.cpu(), head, None if teachers is None else teachers[k])  # type: ignore[arg-type]
             for k, (images, head) in enumerate(zip(case.images, case.heads, strict=True))
         }
         if OBJECTIVES[self.settings.objective].needs == "weights":
@@ -74,8 +75,11 @@ class Ours:
 
     def gradient(self) -> Gradient:
         """Return the gradients of the learner after its steps. On a GPU a replay of its CUDA graph makes them."""
+        return self._gradient(self.case.gamma, ())
+
+    def _gradient(self, gamma: Tensor, targets: Sequence[Tensor]) -> Gradient:
         learned = self.learner.learned
-        flat = self.learner.gradient(self.batch, self.case.gamma).gradient.clone()
+        flat = self.learner.gradient(self.batch, gamma, targets).gradient.clone()
         parts = flat.split([parameter.numel() for parameter in learned.values()])
         return {name: part.view_as(learned[name]) for name, part in zip(learned, parts, strict=True)}
 
@@ -92,6 +96,58 @@ class Ours:
                 self.profiles[self.case.tower.name] = []
         # lets go of merged weights that were kept
         set_strategy(self.pareto, "eager")
+
+
+class Guided(Ours):
+    """The step of the preset ``expert``: KL to kept logits, a preference for each image.
+
+    What is judged is its gradient with the case's one preference for every image, as :func:`guided_gradient` has it.
+    """
+
+    def __init__(self, case: Case) -> None:
+        settings = case.settings.model_copy(update=GUIDED_SETTINGS)
+        super().__init__(case, "auto", "auto", settings=settings, teachers=guided_teachers(case))
+
+    def gradient(self) -> Gradient:
+        gammas = self.case.gamma.expand(self.case.tasks, len(self.batch[0]), self.case.tasks)
+        return self._gradient(gammas, guided_teachers(self.case))
+
+
+GUIDED_SETTINGS: dict[str, Any] = {
+    **{"objective": "distillation", "preference": "per-item", "gamma": None, "scalarization": "linear"},
+    **{"tensor_norm": 0.0, "concentration": 0.3},
+}
+
+
+def guided_teachers(case: Case) -> list[Tensor]:
+    """Return made-up logits of a teacher for every image, [batch, classes] of each task."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(len(x), CLASSES, generator=generator).to(case.device) * 4 for x in case.images]
+
+
+def guided_loss(case: Case, merge: Callable[[Part, Tensor], Tensor], dtype: torch.dtype) -> Gradient:
+    """Return the gradient of the mean KL of all tasks at the case's preference, in plain PyTorch."""
+    others = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.others.items()}
+    totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in case.learned.values()]
+    for images, head, teacher in zip(case.images, case.heads, guided_teachers(case), strict=True):
+        merged = {name: merge(part, case.gamma) for name, part in case.parts.items()}
+        logits = head(torch.func.functional_call(case.skeleton, {**merged, **others}, (images.to(dtype),)))
+        own, wanted = (torch.log_softmax(t / 4, dim=-1) for t in (logits, teacher.to(logits)))
+        loss = 16 * (wanted.exp() * (wanted - own)).sum(dim=-1).mean() / case.tasks
+        for total, part in zip(totals, torch.autograd.grad(loss, list(case.learned.values())), strict=True):
+            total += part
+    return dict(zip(case.learned, totals, strict=True))
+
+
+def guided_gradient(case: Case) -> tuple[Gradient, dict[str, float]]:
+    """Return that gradient in a wider type, and plain PyTorch's errors in the model's."""
+    wide = torch.float64 if case.dtype == torch.float32 else torch.float32
+    for parameter in case.learned.values():
+        parameter.requires_grad_(True)
+    with no_tf32():
+        truth = guided_loss(case, lambda part, gamma: merged_exactly(part, gamma, wide), wide)
+    plain = guided_loss(case, lambda part, gamma: merged_plainly(part, gamma, combine_sum), case.dtype)
+    return truth, group_errors(plain, truth)
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:

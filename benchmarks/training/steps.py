@@ -26,8 +26,8 @@ from benchmarks.common.timing import Clock, free, suite_device, synchronize, tim
 from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower, vision_transformer
 from benchmarks.training import runners
 from benchmarks.training.models import CLASSES, Case, bound_ms, build_case, widen
-from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, LIMIT, LIMIT_GRAPH, ONCE, STEP
-from benchmarks.training.runners import COMBINE, OURS, Combine, Limit, Ours, Plain, Profile, Runner
+from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, GUIDED, LIMIT, LIMIT_GRAPH, ONCE, STEP
+from benchmarks.training.runners import COMBINE, OURS, Combine, Guided, Limit, Ours, Plain, Profile, Runner
 from benchmarks.training.summary import goals
 from pareto_merging import MethodSettings, learn_pareto_set, set_strategy
 from pmkernels import dispatch
@@ -37,7 +37,7 @@ SECONDS = 1.0
 # a data-free run that would take longer is not run to its end
 LONGEST_RUN = 20.0
 VARIANTS = {
-    8: (*OURS, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    8: (*OURS, GUIDED, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
     2: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
     4: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
 }
@@ -163,6 +163,7 @@ class Steps:
         self._made, self._combine = Once(make), Once(self._fastest)
         self._truth = Once(lambda: runners.exact_gradient(self.case))
         self._losses = Once(lambda: runners.exact_losses(self.case))
+        self._guided = Once(lambda: runners.guided_gradient(self.case))
 
     @property
     def case(self) -> Case:
@@ -176,6 +177,8 @@ class Steps:
         return COMBINE[name]
 
     def _runner(self, variant: str, dtype: torch.dtype) -> Runner:
+        if variant == GUIDED:
+            return Guided(self.case)
         if variant in OURS:
             return Ours(self.case, *OURS[variant], profiles=self.profiles if variant == AUTO else None)
         if variant in (LIMIT, LIMIT_GRAPH):
@@ -189,7 +192,8 @@ class Steps:
         """Measure one of :data:`VARIANTS`; ``dtype``: another type than the model's, after :meth:`widen`."""
         case = self.case
         dtype = case.dtype if dtype is None else dtype
-        truth, errors = (self._losses if variant in (LIMIT, LIMIT_GRAPH) else self._truth)()
+        judges = {GUIDED: self._guided, LIMIT: self._losses, LIMIT_GRAPH: self._losses}
+        truth, errors = judges.get(variant, self._truth)()
         make = functools.partial(self._runner, variant, dtype)
         row = measure(blank(case, STEP, variant, dtype), make, truth, errors, self.device, self.seconds)
         if row.ms is not None:
@@ -237,10 +241,11 @@ class Steps:
         """Let go of all but the plain model, which is all that the limit needs."""
         self.case.pareto, self.case.parts, self.case.learned = None, {}, {}
         self._truth.drop()
+        self._guided.drop()
 
     def close(self) -> None:
         """Let go of the models."""
-        for once in (self._made, self._truth, self._losses, self._combine):
+        for once in (self._made, self._truth, self._losses, self._guided, self._combine):
             once.drop()
 
 
@@ -248,7 +253,7 @@ def case_rows(
     steps: Steps, variants: Sequence[str], *, data_free: bool = False, run_steps: int | None = None
 ) -> Iterator[StepRow]:
     """Yield a row for each of ``variants``, AdaMerging's computation in float32 too; ``run_steps``: without data."""
-    yield from map(steps.row, (variant for variant in OURS if variant in variants))
+    yield from map(steps.row, (variant for variant in (*OURS, GUIDED) if variant in variants))
     if data_free:
         yield steps.data_free_row(run_steps)
     if ONCE in variants:
