@@ -42,22 +42,19 @@ def test_forward_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma_lead", [(), (3, 1), (3, 5)], ids=["shared", "per item", "per row"])
 def test_a_constant_term_and_every_gradient(gamma_lead: tuple[int, ...], dtype: torch.dtype, strategy: str) -> None:
-    for frozen in ((), ("lam",)):
-        values = linear_arguments((3, 5), 70, 67, gamma_lead=gamma_lead, dtype=dtype, constant=5)
-        for name in frozen:
-            values[name].requires_grad_(False)
-        check_linear(values, strategy=strategy)
+    values = linear_arguments((3, 5), 20, 35, gamma_lead=gamma_lead, dtype=dtype, constant=5)
+    check_linear(values, strategy=strategy)
+    values["lam"].requires_grad_(False)
+    check_linear(values, strategy=strategy)
 
 
 # 0, 1, a prime, one less than a block, a block, one more: of rows, N and D (blocks are 16 to 128 wide)
 @pytest.mark.parametrize("m", [0, 1, 13, 31, 32, 33, 63, 64, 65, 129])
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (13, 17), (63, 127), (64, 128), (65, 129), (16, 16)])
 def test_shapes_on_and_off_the_blocks(m: int, n: int, d: int) -> None:
+    constant = 3 if (n, d) in ((1, 1), (13, 17), (65, 129)) else 0
     for gamma_lead in ((), (m,)) if m in (1, 33) else ((),):
-        check_linear(linear_arguments((m,), n, d, gamma_lead=gamma_lead), strategy="fused")
-    if (n, d) in ((1, 1), (13, 17), (65, 129)):
-        gamma_lead = (m,) if m in (0, 31, 32, 65) else ()
-        check_linear(linear_arguments((m,), n, d, gamma_lead=gamma_lead, constant=3), strategy="fused")
+        check_linear(linear_arguments((m,), n, d, gamma_lead=gamma_lead, constant=constant), strategy="fused")
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 31, 32])
@@ -77,18 +74,12 @@ def test_ranks(rank: int, gamma_lead: tuple[int, ...], dtype: torch.dtype) -> No
         check_linear(values, strategy="fused")
 
 
-# rank of the constant term and of the preference's; together from tiles of dW, one of them, none
-@pytest.mark.parametrize(("constant", "rank"), [(1, 1), (16, 16), (32, 16), (16, 33), (48, 16), (17, 47), (64, 0)])
+# rank of the constant term and of the preference's; together from tiles of dW, or one of them
+@pytest.mark.parametrize(("constant", "rank"), [(16, 16), (32, 16), (48, 16)])
 @pytest.mark.parametrize("gamma_lead", [(), (4,)])
 def test_ranks_together(constant: int, rank: int, gamma_lead: tuple[int, ...]) -> None:
-    without = () if rank else LOW_RANK
-    values = linear_arguments(
-        (4,), 72, 68, rank=max(rank, 1), gamma_lead=gamma_lead, constant=constant, without=without
-    )
-    for frozen in ((), ("lam",)):
-        for name in frozen:
-            values[name].requires_grad_(False)
-        check_linear(values, strategy="fused")
+    values = linear_arguments((4,), 36, 34, rank=rank, gamma_lead=gamma_lead, constant=constant)
+    check_linear(values, strategy="fused")
 
 
 @pytest.mark.parametrize("constant", [0, 2])
@@ -178,7 +169,7 @@ def test_fuzz(chunk: int) -> None:
         gamma_lead = tuple(rng.choice((1, length)) for length in lead) if per_row else ()
         dtype = rng.choice(DTYPES)
         without = [*rng.choice(((), (), ("bias",))), *rng.choice(((), (), (), ("task_vectors", "lam"), LOW_RANK))]
-        constant = min((0, 0, 1, 5, 32)[seed % 5], 64 - rank)
+        constant = min((0, 0, 0, 1, 5)[seed % 5], 64 - rank)
         sizes = {"tasks": tasks, "rank": rank, "constant": constant, "gamma_lead": gamma_lead}
         values = linear_arguments(lead, n, d, dtype=dtype, seed=seed, without=without, **sizes)
         for name in values:
@@ -247,11 +238,8 @@ def test_offsets_beyond_int32(name: str) -> None:
             torch.testing.assert_close(ours[key], theirs[key], msg=key)
 
 
-@pytest.mark.parametrize("constant", [0, 3])
 @pytest.mark.parametrize("gamma_lead", [(), (4,)])
-def test_unwritten_and_neighbouring_memory(
-    gamma_lead: tuple[int, ...], constant: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritten_and_neighbouring_memory(gamma_lead: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel allocates starts as NaN between two guards: all of it is written, nothing beside it."""
     guard, buffers = 64, []
     empty = torch.empty
@@ -265,7 +253,7 @@ def test_unwritten_and_neighbouring_memory(
         inside = buffer[guard : guard + plain.numel()].fill_(torch.nan)
         return inside.view(plain.shape)
 
-    values = linear_arguments((4,), 70, 67, rank=5, gamma_lead=gamma_lead, constant=constant)
+    values = linear_arguments((4,), 70, 67, rank=5, gamma_lead=gamma_lead, constant=3)
     for frozen in ((), ("lam",)):
         for name in frozen:
             values[name].requires_grad_(False)
@@ -292,8 +280,8 @@ def test_unwritten_and_neighbouring_memory(
 
 def test_reads_stay_inside_their_tensors() -> None:
     """Every argument lies between NaNs: one read too many would show in the result."""
-    for gamma_lead, constant in itertools.product(((), (4,)), (0, 3)):
-        values = linear_arguments((4,), 33, 35, rank=5, gamma_lead=gamma_lead, constant=constant)
+    for gamma_lead in ((), (4,)):
+        values = linear_arguments((4,), 33, 35, rank=5, gamma_lead=gamma_lead, constant=3)
         fenced = {}
         for name, value in values.items():
             buffer = torch.full((value.numel() + 4096,), torch.nan, dtype=value.dtype)
@@ -302,12 +290,11 @@ def test_reads_stay_inside_their_tensors() -> None:
         check_linear(fenced, strategy="fused")
 
 
-@pytest.mark.parametrize("constant", [0, 5])
 @pytest.mark.parametrize("gamma_lead", [(), (6, 1)])
-def test_same_bits_twice(gamma_lead: tuple[int, ...], constant: int) -> None:
+def test_same_bits_twice(gamma_lead: tuple[int, ...]) -> None:
     runs = []
     for fill in (0.0, 1e30):
-        values = linear_arguments((6, 11), 70, 140, gamma_lead=gamma_lead, constant=constant)
+        values = linear_arguments((6, 11), 70, 140, gamma_lead=gamma_lead, constant=2)
         # whatever lies in freed memory must not matter
         del_me = [torch.full((70, 140), fill) for _ in range(8)]
         del del_me
@@ -410,7 +397,7 @@ def _largest_allocation(run: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("gamma_lead", [(), (8,)])
-@pytest.mark.parametrize(("rank", "constant", "frozen"), [(4, 0, False), (64, 0, False), (4, 0, True), (16, 32, False)])
+@pytest.mark.parametrize(("rank", "constant", "frozen"), [(4, 4, False), (64, 0, False), (4, 4, True)])
 def test_nothing_of_the_size_of_a_weight_is_allocated(
     gamma_lead: tuple[int, ...], rank: int, constant: int, frozen: bool
 ) -> None:
@@ -607,7 +594,7 @@ def test_merge_weight_of_any_dimension_and_layout(shape: tuple[int, ...], dtype:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rank", "constant"), [(1, 0), (16, 0), (40, 0), (16, 32), (0, 5)])
+@pytest.mark.parametrize(("rank", "constant"), [(1, 0), (16, 5), (40, 0), (0, 5)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_weight_with_low_rank_terms(rank: int, constant: int, dtype: torch.dtype) -> None:
     without = ("x", "bias", *(() if rank else LOW_RANK))
