@@ -114,8 +114,12 @@ class Guided(Ours):
 
 
 GUIDED_SETTINGS: dict[str, Any] = {
-    **{"objective": "distillation", "preference": "per-item", "gamma": None, "scalarization": "linear"},
-    **{"tensor_norm": 0.0, "concentration": 0.3},
+    "objective": "distillation",
+    "preference": "per-item",
+    "gamma": None,
+    "scalarization": "linear",
+    "tensor_norm": 0.0,
+    "concentration": 0.3,
 }
 
 
