@@ -8,11 +8,11 @@ import torch
 
 from benchmarks.common.towers import BATCH, TASKS, TINY, TOWERS
 from benchmarks.goals.context import Context
-from benchmarks.training.names import ADAMERGING, ALL, AUTO, GUIDED, LIMIT_GRAPH, ONCE
+from benchmarks.training.names import ADAMERGING, ALL, AUTO, GUIDED, GUIDED_ALL, LIMIT_GRAPH, ONCE
 from benchmarks.training.steps import StepRow, Steps
 
 FEWER = (16, 8)
-STEP = (AUTO, ALL, ONCE, LIMIT_GRAPH, GUIDED, ADAMERGING)
+STEP = (AUTO, ALL, ONCE, LIMIT_GRAPH, GUIDED, GUIDED_ALL, ADAMERGING)
 
 
 def make_steps(context: Context, model: str, batch: int = BATCH) -> contextlib.closing[Steps]:

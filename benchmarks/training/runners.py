@@ -17,7 +17,7 @@ from benchmarks.common.errors import Gradient, group_errors
 from benchmarks.common.modes import no_tf32
 from benchmarks.common.timing import synchronize
 from benchmarks.training.models import CLASSES, LEARNING_RATE, Case, Head, Part
-from benchmarks.training.names import ALL, AUTO, WITHOUT_GRAPHS
+from benchmarks.training.names import ALL, AUTO, GUIDED, GUIDED_ALL, WITHOUT_GRAPHS
 from pareto_merging import MethodSettings, Task, set_strategy
 from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
 from pareto_merging.learn.learner import Learner
@@ -104,15 +104,17 @@ class Guided(Ours):
     What is judged is its gradient with the case's one preference for every image, as :func:`guided_gradient` has it.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, at_once: TasksAtOnce) -> None:
         settings = case.settings.model_copy(update=GUIDED_SETTINGS)
-        super().__init__(case, "auto", "auto", settings=settings, teachers=guided_teachers(case))
+        super().__init__(case, "auto", "auto", at_once, settings, teachers=guided_teachers(case))
 
     def gradient(self) -> Gradient:
         gammas = self.case.gamma.expand(self.case.tasks, len(self.batch[0]), self.case.tasks)
         return self._gradient(gammas, guided_teachers(self.case))
 
 
+# tasks at once
+GUIDED_WAYS: dict[str, TasksAtOnce] = {GUIDED: "one", GUIDED_ALL: "all"}
 GUIDED_SETTINGS: dict[str, Any] = {
     "objective": "distillation",
     "preference": "per-item",

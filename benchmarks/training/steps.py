@@ -26,8 +26,19 @@ from benchmarks.common.timing import Clock, free, suite_device, synchronize, tim
 from benchmarks.common.towers import BATCH, RANK, TINY, TOWERS, VIT_B, Tower, vision_transformer
 from benchmarks.training import runners
 from benchmarks.training.models import CLASSES, Case, bound_ms, build_case, widen
-from benchmarks.training.names import ADAMERGING, ALL, AUTO, DATA_FREE, GUIDED, LIMIT, LIMIT_GRAPH, ONCE, STEP
-from benchmarks.training.runners import COMBINE, OURS, Combine, Guided, Limit, Ours, Plain, Profile, Runner
+from benchmarks.training.names import (
+    ADAMERGING,
+    ALL,
+    AUTO,
+    DATA_FREE,
+    GUIDED,
+    GUIDED_ALL,
+    LIMIT,
+    LIMIT_GRAPH,
+    ONCE,
+    STEP,
+)
+from benchmarks.training.runners import COMBINE, GUIDED_WAYS, OURS, Combine, Guided, Limit, Ours, Plain, Profile, Runner
 from benchmarks.training.summary import goals
 from pareto_merging import MethodSettings, learn_pareto_set, set_strategy
 from pmkernels import dispatch
@@ -37,7 +48,7 @@ SECONDS = 1.0
 # a data-free run that would take longer is not run to its end
 LONGEST_RUN = 20.0
 VARIANTS = {
-    8: (*OURS, GUIDED, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
+    8: (*OURS, *GUIDED_WAYS, ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
     2: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
     4: (AUTO, ALL, "streamed", "fused", ONCE, ADAMERGING, LIMIT, LIMIT_GRAPH),
 }
@@ -81,6 +92,9 @@ def measure(
     runner: Runner | None = None
     try:
         free(device)
+        if device.type == "cuda":
+            # or the most that any variant before took would count for this one
+            torch.cuda.reset_peak_memory_stats()
         runner = make()
         for _ in range(runner.warm_up):
             runner.step()
@@ -177,8 +191,8 @@ class Steps:
         return COMBINE[name]
 
     def _runner(self, variant: str, dtype: torch.dtype) -> Runner:
-        if variant == GUIDED:
-            return Guided(self.case)
+        if variant in GUIDED_WAYS:
+            return Guided(self.case, GUIDED_WAYS[variant])
         if variant in OURS:
             return Ours(self.case, *OURS[variant], profiles=self.profiles if variant == AUTO else None)
         if variant in (LIMIT, LIMIT_GRAPH):
@@ -192,7 +206,7 @@ class Steps:
         """Measure one of :data:`VARIANTS`; ``dtype``: another type than the model's, after :meth:`widen`."""
         case = self.case
         dtype = case.dtype if dtype is None else dtype
-        judges = {GUIDED: self._guided, LIMIT: self._losses, LIMIT_GRAPH: self._losses}
+        judges = {GUIDED: self._guided, GUIDED_ALL: self._guided, LIMIT: self._losses, LIMIT_GRAPH: self._losses}
         truth, errors = judges.get(variant, self._truth)()
         make = functools.partial(self._runner, variant, dtype)
         row = measure(blank(case, STEP, variant, dtype), make, truth, errors, self.device, self.seconds)
@@ -253,7 +267,7 @@ def case_rows(
     steps: Steps, variants: Sequence[str], *, data_free: bool = False, run_steps: int | None = None
 ) -> Iterator[StepRow]:
     """Yield a row for each of ``variants``, AdaMerging's computation in float32 too; ``run_steps``: without data."""
-    yield from map(steps.row, (variant for variant in (*OURS, GUIDED) if variant in variants))
+    yield from map(steps.row, (variant for variant in (*OURS, *GUIDED_WAYS) if variant in variants))
     if data_free:
         yield steps.data_free_row(run_steps)
     if ONCE in variants:
