@@ -67,22 +67,25 @@ def restore_checkpoint(learner: Learner, folder: Path, best: BestState | None = 
             parameter.copy_(tensors[f"parameter.{name}"])
     learner.adam.load(step, tensors)
     if best is not None:
-        _restore_best(
-            best, metadata, {name: tensors[f"best.{name}"] for name in everything if f"best.{name}" in tensors}
-        )
+        _restore_best(best, metadata, tensors)
     return step
 
 
-def _restore_best(best: BestState, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
-    """Go on from the best state that a checkpoint has. One without is as if none was looked at."""
+def _restore_best(best: BestState, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Go on from the best state that a checkpoint has. One without a whole one is as if none was looked at."""
     try:
         saved = json.loads(metadata.get("best", "null"))
         looks = {int(step): float(score) for step, score in saved["looks"].items()}
         step, score = int(saved["step"]), float(saved["score"])
     except (TypeError, KeyError, ValueError, AttributeError):
         return
-    if len(tensors) == len(learned_parameters(best.model)):
-        best.step, best.score, best.looks, best.tensors = step, score, looks, tensors
+    kept = {name: tensors.get(f"best.{name}") for name in learned_parameters(best.model)}
+    for name, parameter in learned_parameters(best.model).items():
+        value = kept[name]
+        if value is None or value.shape != parameter.shape or not bool(torch.isfinite(value).all()):
+            return
+    best.step, best.score, best.looks = step, score, looks
+    best.tensors = {name: value for name, value in kept.items() if value is not None}
 
 
 def _identity(learner: Learner) -> dict[str, Any]:

@@ -10,7 +10,7 @@ predict on unlabelled images is a better teacher than low entropy, which cannot 
 is.) Without a head: S_k = mean_i 1 − cos(f_k(x_i), f(x_i)) of the features. Either may have the entropy beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,6 +67,13 @@ def needs_head(loss: LossSettings) -> bool:
     return loss.objective != "features" or loss.entropy_weight > 0
 
 
+@torch.no_grad()
+def ask(teacher: Callable[[Tensor], Tensor], images: Tensor, head: nn.Module, loss: LossSettings) -> Tensor:
+    """Return what a teacher says of images now, [n, C + D]. A module is in eval mode for it."""
+    with eval_mode(*([teacher] if isinstance(teacher, nn.Module) else [])):
+        return outputs_of(teacher(images), head, loss).joined()
+
+
 class Distillation(Objective):
     """The distance of each task's predictions, or features, to its teacher's.
 
@@ -82,15 +89,13 @@ class Distillation(Objective):
         self.heads = [task.head for task in tasks.values()]
         self.watches = ("agreement", "entropy", MEAN_PREDICTION) if needs_head(self.loss) else ()
 
-    @torch.no_grad()
     def targets_of(self, task: int, indices: Sequence[int], images: Tensor) -> Tensor:
         teacher = self.teachers[task]
         if isinstance(teacher, Tensor):
             return teacher[torch.as_tensor(indices, device=teacher.device)]
         if teacher is None:
             raise ValueError("tasks: expected a teacher for every task (with_teachers gives them), got none")
-        with eval_mode(*([teacher] if isinstance(teacher, nn.Module) else [])):
-            return outputs_of(teacher(images), self.heads[task], self.loss).joined()
+        return ask(teacher, images, self.heads[task], self.loss)
 
     def outputs(self, features: Tensor, head: nn.Module) -> Outputs:
         return outputs_of(features, head, self.loss)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import NoHead, Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
@@ -23,10 +23,18 @@ SMOOTHING = 0.95
 class CollapseWatch:
     """Watches the entropy of each task's mean prediction. It falls when every image ends up in one class.
 
-    On a batch of n images and C classes it can reach log min(n, C); staying under a share of that is reported once.
+    On n ``images`` together, by default a batch, and C classes it can reach log min(n, C); staying under a share of
+    that is reported once.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], settings: MethodSettings, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        settings: MethodSettings,
+        warn: Callable[[str], None],
+        images: int | None = None,
+    ) -> None:
+        images = settings.sampling.batch_size if images is None else images
         self.warn, self.threshold = warn, settings.log.collapse_threshold
         self.collapsed: list[str] = []
         self._means: list[float] = []
@@ -35,7 +43,7 @@ class CollapseWatch:
         for name, task in tasks.items():
             weight = getattr(task.head, "weight", None)
             classes = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else math.inf
-            self._ceilings[name] = math.log(max(2, min(settings.sampling.batch_size, classes)))
+            self._ceilings[name] = math.log(max(2, min(images, classes)))
 
     def look(self, step: int, values: Sequence[float]) -> list[str]:
         """Update the running means; warn of and return the tasks that have newly collapsed."""
@@ -79,7 +87,8 @@ def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
         with torch.no_grad():
-            logits = head(model(images))
+            features = model(images)
+            logits = features if isinstance(head, NoHead) else head(features)
     finally:
         for handle in handles:
             handle.remove()

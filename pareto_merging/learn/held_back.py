@@ -1,5 +1,6 @@
 """Images held back from learning, by which the state to keep is chosen: agreement with the teachers, and no label."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,7 @@ from torch.utils.data import Subset
 
 from pareto_merging.data.sources import images_in_order
 from pareto_merging.data.tasks import Task
-from pareto_merging.learn.distillation import cosine_distance, outputs_of
+from pareto_merging.learn.distillation import ask, cosine_distance, outputs_of
 from pareto_merging.learn.settings import LossSettings
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state, preference
@@ -62,7 +63,8 @@ class BestState:
     def look(self, step: int) -> None:
         """Measure the model as it is after ``step``, and remember it if it is the best."""
         self.looks[step] = score = self._agreement()
-        if score >= self.score:
+        # a cosine may be below any score to begin with, and NaN is above none
+        if not self.tensors or score >= self.score or math.isnan(self.score):
             self.step, self.score = step, score
             self.tensors = {name: p.detach().clone() for name, p in learned_parameters(self.model).items()}
 
@@ -96,7 +98,7 @@ class BestState:
             wanted = teacher[start : start + len(images)].to(features.device)
         else:
             assert teacher is not None
-            wanted = outputs_of(teacher(images), task.head, self.loss).joined()
+            wanted = ask(teacher, images, task.head, self.loss)
         logits, own = outputs_of(features, task.head, self.loss)
         if logits is None:
             assert own is not None

@@ -85,7 +85,10 @@ class Learner:
         dtypes = [p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
         self.dtype = dtypes[0] if dtypes else torch.float32
         self.why_in_parts: str | None = None
-        if self.gradient.per_item:
+        # of a task, at one preference or each at its own
+        self.images_together = settings.sampling.batch_size
+        self.per_item = self.gradient.per_item
+        if self.per_item:
             self._choose_parts(on_warning)
 
     def _choose_parts(self, on_warning: Callable[[str], None] | None) -> None:
@@ -97,8 +100,9 @@ class Learner:
         if self.why_in_parts is None:
             return
         self.gradient.take_parts()
+        parts = item_preferences(self.settings.sampling, len(self.names), 1, in_parts=True).shape[1]
+        self.images_together = max(1, self.settings.sampling.batch_size // parts)
         if on_warning is not None:
-            parts = item_preferences(self.settings.sampling, len(self.names), 1, in_parts=True).shape[1]
             on_warning(
                 f"preference: going on with {parts} preferences per task and step instead of one per item, because "
                 f"the model takes one at a time: {self.why_in_parts}"
@@ -160,11 +164,11 @@ class Learner:
         losses, terms, sums = self._read(outcomes, [gradient, *self.adam.state()])
         if not bool(torch.isfinite(terms[..., 0]).all() and torch.isfinite(sums).all()):
             seen = list(zip(gammas, gradients, terms[..., 0].tolist(), strict=True))
-            raise self._failed(step, batch, seen, before)
+            raise self._failed(step, batch, targets, seen, before)
         self.adam.scatter()
         objectives, *watched = (_means(column.tolist()) for column in terms.unbind(dim=2))
         # per item, of each task the mean
-        rows = gammas[0].mean(dim=1) if self.gradient.per_item else gammas
+        rows = gammas[0].mean(dim=1) if self.per_item else gammas
         rounded = [[round(value, 6) for value in gamma.tolist()] for gamma in rows]
         by_name = dict(zip(self.watches, watched, strict=True))
         return StepResult(sum(losses) / len(losses), objectives, rounded, by_name)
@@ -192,21 +196,31 @@ class Learner:
         return losses.tolist(), terms.view(len(outcomes), *shape), sums
 
     def _failed(
-        self, step: int, batch: Sequence[Tensor], seen: Sequence[tuple[Tensor, Tensor, Any]], before: Sequence[Tensor]
+        self,
+        step: int,
+        batch: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        seen: Sequence[tuple[Tensor, Tensor, Any]],
+        before: Sequence[Tensor],
     ) -> StepFailure:
         """Return what went wrong, after everything is as it was before the step. ``seen``: γ, gradient and S."""
         updated = self.adam.places([vector.clone() for vector in self.adam.vectors])
         self.adam.put_back(before)
         for gamma, gradient, values in seen:
             if not all(map(math.isfinite, values)) or not bool(torch.isfinite(gradient).all()):
-                one = gamma.flatten(0, -2).mean(dim=0) if self.gradient.per_item else gamma
+                one = gamma.flatten(0, -2).mean(dim=0) if self.per_item else gamma
                 with preference(self.model, one):
-                    return self._diagnosed(step, batch, gradient, values)
+                    return self._diagnosed(step, batch, targets, gradient, values)
         bad = next((name for name, value in updated.items() if not bool(torch.isfinite(value).all())), None)
         return StepFailure(None, step, bad or "Adam's moments", "the parameter is not finite after the update")
 
     def _diagnosed(
-        self, step: int, batch: Sequence[Tensor], gradient: Tensor, objectives: Sequence[float]
+        self,
+        step: int,
+        batch: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        gradient: Tensor,
+        objectives: Sequence[float],
     ) -> StepFailure:
         for index, objective in enumerate(objectives):
             if math.isfinite(objective):
@@ -214,6 +228,8 @@ class Learner:
             task, layer = self.names[index], "the closed-form objective"
             if batch:
                 layer = first_nonfinite(self.model, self.tasks[task].head, batch[index])
+                if targets and not bool(torch.isfinite(targets[index]).all()):
+                    layer = "what its teacher says"
             return StepFailure(task, step, layer, f"its objective is {objective}")
         for name, part in zip(self.learned, pieces(gradient, self.adam.parameters), strict=True):
             if not bool(torch.isfinite(part).all()):

@@ -100,7 +100,7 @@ def learn_pareto_set(
     best = BestState(model, prepared.held, settings.loss) if prepared.held else None
     first = restore_checkpoint(learner, folder, best) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)
-    watch, start = CollapseWatch(learner.tasks, settings, warn), time.monotonic()
+    watch, start = CollapseWatch(learner.tasks, settings, warn, learner.images_together), time.monotonic()
     with (
         open_log(learner, folder, first) as log,
         eval_mode(model, *(task.head for task in learner.tasks.values())),
@@ -113,7 +113,7 @@ def learn_pareto_set(
         for event in prepared.events:
             log({"event": event.pop("event"), "step": first, **event})
         if best is not None and not best.looks:
-            best.look(0)
+            best.look(first)
         for step, batch in enumerate(batches, start=first + 1):
             outcome = learner.step(step, batch)
             means = outcome.watched.get(MEAN_PREDICTION)

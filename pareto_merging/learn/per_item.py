@@ -9,11 +9,16 @@ Modules that read a merged tensor as a whole cannot follow. Then the images of e
 each: the same expectation, and a forward and backward for each part.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pareto_merging.learn.gradient import low_rank_square
 from pareto_merging.learn.settings import SamplingSettings
+from pareto_merging.model.parameters import merged_parameters
 from pareto_merging.model.state import pareto_state
 from pareto_merging.preferences import sample_for_task
 
@@ -32,6 +37,26 @@ def item_preferences(sampling: SamplingSettings, tasks: int, step: int, *, in_pa
     return torch.stack([sample_for_task(sampling.concentration, tasks, task, count, rng) for task in range(tasks)])
 
 
+@contextlib.contextmanager
+def _large_terms(model: nn.Module) -> Iterator[None]:
+    """Give each preference-dependent term half its weight's norm inside: where G is 0, no preference is seen."""
+    generator, kept = torch.Generator().manual_seed(0), []
+    try:
+        for parameter in merged_parameters(model):
+            A, G, B = parameter.A, parameter.G, parameter.B
+            if A is None or G is None or B is None:
+                continue
+            kept.append((G, G.clone()))
+            G.copy_(torch.randn(G.shape, generator=generator))
+            norms = low_rank_square(A, G.permute(2, 0, 1), B).sqrt()
+            half = 0.5 * parameter.weight.to(G).norm()
+            G.mul_(torch.where(norms > 0, half / norms, 0.0))
+        yield
+    finally:
+        for G, value in kept:
+            G.copy_(value)
+
+
 @torch.no_grad()
 def why_not_per_item(model: nn.Module, images: Tensor) -> str | None:
     """Say why a Pareto model takes no preference per item, or None if it does.
@@ -41,15 +66,16 @@ def why_not_per_item(model: nn.Module, images: Tensor) -> str | None:
     now, pair = pareto_state(model).now, torch.cat([images, images])[:2]
     tasks = len(pareto_state(model).task_names)
     gammas = torch.eye(tasks, device=now.gamma.device)[[0, -1]] if tasks > 1 else now.gamma.new_ones(2, 1)
-    with now.changed(gamma=gammas, cache=None):
-        try:
-            together = model(pair)
-        except ValueError as error:
-            return str(error).removeprefix("preference: ")
     apart = []
-    for gamma, image in zip(gammas, pair, strict=True):
-        with now.changed(gamma=gamma, cache=None):
-            apart.append(model(image[None]))
+    with _large_terms(model):
+        with now.changed(gamma=gammas, cache=None):
+            try:
+                together = model(pair)
+            except ValueError as error:
+                return str(error).removeprefix("preference: ")
+        for gamma, image in zip(gammas, pair, strict=True):
+            with now.changed(gamma=gamma, cache=None):
+                apart.append(model(image[None]))
     expected = torch.cat(apart)
     if together.shape != expected.shape:
         return f"expected features {list(expected.shape)} of two items, got {list(together.shape)}"

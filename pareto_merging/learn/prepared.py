@@ -51,16 +51,12 @@ def prepare(
     if kind.needs == "weights":
         return Prepared(settings, tasks)
     found = checked_tasks(tasks, pareto_state(model).task_names, settings)
-    if not kind.has_teachers:
-        if settings.optimiser.held_back:
-            raise ValueError(
-                f"held_back: expected 0 with the objective {kind.name}, which has no teachers to agree with"
-            )
-        return Prepared(settings, found)
-    if folder is not None and not resume:
-        (folder / TEACHERS_NAME).unlink(missing_ok=True)
-    found = with_teachers(model, found, settings, finetuned, folder=folder, progress=progress)
-    events = describe_teachers(found, settings, warn)
+    events = []
+    if kind.has_teachers:
+        if folder is not None and not resume:
+            (folder / TEACHERS_NAME).unlink(missing_ok=True)
+        found = with_teachers(model, found, settings, finetuned, folder=folder, progress=progress)
+        events = describe_teachers(found, settings, warn)
     fitting, learned, held = learned_from(found, settings)
     if fitting is not settings:
         names = ("ridge", "learning_rate", "lambda_learning_rate", "held_back")

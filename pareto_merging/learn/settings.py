@@ -266,7 +266,14 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, StartSett
 
     @model_validator(mode="after")
     def _check_together(self) -> "MethodSettings":
+        kind = OBJECTIVES.get(self.objective)
+        if kind is not None and self.held_back and not kind.has_teachers:
+            what = f"0 with the objective {self.objective}, which has no teachers to agree with"
+            raise ValueError(f"held_back: expected {what}, got {self.held_back:g}")
         if self.preference == "per-item":
+            if kind is not None and kind.needs == "weights":
+                what = f"another than per-item with the objective {self.objective}, which looks at no images"
+                raise ValueError(f"preference: expected {what}")
             if self.scalarization != "linear":
                 what = "linear with preference: per-item, which nothing else can be written as"
                 raise ValueError(f"scalarization: expected {what}, got {self.scalarization}")
@@ -312,7 +319,9 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, StartSett
         slow = {"learning_rate": self.learning_rate / 10}
         if self.lambda_learning_rate is not None:
             slow["lambda_learning_rate"] = self.lambda_learning_rate / 10
-        kept = {"ridge": max(self.ridge, 0.1), "held_back": self.held_back or 0.2, "few_images": "as-given"}
+        kept: dict[str, Any] = {"ridge": max(self.ridge, 0.1), "few_images": "as-given"}
+        if OBJECTIVES[self.objective].has_teachers:
+            kept["held_back"] = self.held_back or 0.2
         return self.model_copy(update={**slow, **kept})
 
     def steps_for(self, tasks: int) -> int:

@@ -18,11 +18,11 @@ from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, 
 from pareto_merging.data.sources import images_in_order
 from pareto_merging.data.tasks import NoHead, Task
 from pareto_merging.errors import UserError
-from pareto_merging.learn.distillation import needs_head, outputs_of
+from pareto_merging.learn.distillation import ask, needs_head, outputs_of
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.digests import TensorDigest
-from pareto_merging.model.experts import experts_of, named_experts
+from pareto_merging.model.experts import Expert, experts_of, named_experts
 from pareto_merging.model.state import pareto_state
 from pareto_merging.system.modes import eval_mode
 from pareto_merging.system.progress import progress_bar
@@ -30,7 +30,8 @@ from pareto_merging.system.progress import progress_bar
 TEACHERS_NAME, FORMAT = "teachers.safetensors", "pareto-teachers"
 # what outputs are kept in
 KEPT_DTYPE = torch.float16
-_LOOKS = 4
+# images read twice: an augmentation may leave one as it is
+_LOOKS = 16
 # share of the highest entropy above which a teacher is called unsure
 UNSURE = 0.6
 
@@ -55,7 +56,7 @@ def with_teachers(
 
     Raises:
         ValueError: no copies where the model does not hold them; a task without a head where logits are compared.
-        UserError: outputs that are not finite, of the wrong width, or one of a number of images other than the task's.
+        UserError: outputs that are not finite, of another width than the merged model's, or of other images.
     """
     if needs_head(settings.loss):
         for name, task in tasks.items():
@@ -66,8 +67,10 @@ def with_teachers(
     in_step = {name for name, task in tasks.items() if task.teacher is None and _is_asked_in_step(task, settings)}
     if in_step:
         if finetuned is None:
-            where = f"the images of {', '.join(sorted(in_step))} differ each time they are read"
-            raise ValueError(f"finetuned: expected the fine-tuned copies, because {where}, got none")
+            fixed = settings.loss.teacher_outputs == "in-step"
+            why = "teacher_outputs is in-step" if fixed else "they differ each time they are read"
+            whose = f"images of {', '.join(sorted(in_step))} in every step ({why})"
+            raise ValueError(f"finetuned: expected the fine-tuned copies, to ask them about the {whose}, got none")
         for name, one in named_experts(model, finetuned).items():
             if name in in_step:
                 tasks[name] = replace(tasks[name], teacher=one)
@@ -76,9 +79,7 @@ def with_teachers(
         tasks |= _kept(
             model, {name: tasks[name] for name in lacking}, settings, finetuned, folder, batch_size, progress
         )
-    for name, task in tasks.items():
-        if isinstance(task.teacher, Tensor):
-            _check(name, task, task.teacher)
+    _check_widths(model, tasks, settings)
     return tasks
 
 
@@ -106,17 +107,17 @@ def _kept(
 ) -> dict[str, Task]:
     """Return the tasks with the outputs of their fine-tuned models, read from the folder or computed."""
     identity = _identity(model, tasks, settings)
-    path = None if folder is None else folder / TEACHERS_NAME
-    outputs = {} if path is None else _read(path, identity)
+    # without digests nothing says which models a file is of
+    path = None if folder is None or not pareto_state(model).digests else folder / TEACHERS_NAME
+    outputs = {} if path is None else _read(path, identity, tasks)
     if not outputs:
         total = sum(_count(task) for task in tasks.values())
         done = 0
-        device = next(model.parameters()).device
         with progress_bar("asking the fine-tuned models", total, enabled=progress) as advance:
-            for name, module in experts_of(model, finetuned):
-                if name not in tasks:
-                    continue
+            for name, module in experts_of(model, finetuned, tasks):
                 outputs[name] = teacher_outputs(module, tasks[name], settings, batch_size)
+                # before it is on disk
+                _check(name, tasks[name], outputs[name])
                 done += len(outputs[name])
                 advance(done, name)
         if path is not None:
@@ -158,15 +159,18 @@ def _identity(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSetti
     return {"tasks": about, "features and logits": kind}
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(path: Path, identity: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Tensor]:
     """Return what a folder has kept. Nothing where it is of other models, heads or images, or damaged."""
     if not path.exists():
         return {}
     try:
         metadata = read_metadata(path)
         same = metadata.get("format") == FORMAT and json.loads(metadata.get("identity", "null")) == identity
-        return read_tensors(path) if same else {}
-    except (UserError, ValueError):
+        outputs = read_tensors(path) if same else {}
+        for name, task in tasks.items():
+            _check(name, task, outputs[name])
+        return outputs
+    except (UserError, ValueError, KeyError):
         return {}
 
 
@@ -183,6 +187,35 @@ def _check(name: str, task: Task, outputs: Tensor) -> None:
             f"task {name}: expected finite outputs of its fine-tuned model, got NaN or inf for image {which} "
             f"({int((~finite).sum())} of {size})"
         )
+
+
+@torch.no_grad()
+def _check_widths(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
+    """Raise UserError for a teacher whose outputs are not as wide as the model's, seen on one image."""
+    first = next(model.parameters())
+    for name, task in tasks.items():
+        teacher, loss = task.teacher, settings.loss
+        # what reads its copies has their architecture
+        if isinstance(teacher, Expert) or teacher is None:
+            continue
+        if isinstance(teacher, Tensor):
+            _check(name, task, teacher)
+        image = next(images_in_order(task.images, 1, 1))
+        image = image.to(first.device, first.dtype if image.is_floating_point() else None)
+        with eval_mode(model, task.head):
+            width = outputs_of(model(image), task.head, loss).joined().shape[1]
+            try:
+                got = list((teacher if isinstance(teacher, Tensor) else ask(teacher, image, task.head, loss)).shape)
+            except Exception as error:
+                # a module of the caller's may fail in any way
+                reason = " ".join(str(error).split())
+                kind = type(teacher).__name__
+                raise UserError(
+                    f"task {name}: expected a teacher of this task's images, got {kind}: {reason}"
+                ) from error
+        if got[1:] != [width]:
+            expected = f"{width} outputs for an image, as many as the merged model has"
+            raise UserError(f"task {name}: expected a teacher of {expected}, got {list(got[1:])}")
 
 
 def describe_teachers(

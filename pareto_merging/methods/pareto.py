@@ -72,7 +72,7 @@ def settings_of(problem: Problem, choice: Choice, **fixed: Any) -> MethodSetting
         "preference": "dirichlet",
         "gamma": None,
     }
-    same |= {"start": "pretrained", "constant_rank": 0}
+    same |= {"start": "pretrained", "constant_rank": 0, "few_images": "as-given", "held_back": 0.0}
     return MethodSettings.model_validate({**of_preset(problem.method, "icml2025"), **same, **choice, **fixed})
 
 

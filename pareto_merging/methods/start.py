@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
 from pareto_merging.data.tasks import Task
@@ -121,6 +122,11 @@ def _read(model: nn.Module, path: Path, identity: Mapping[str, Any]) -> dict[str
             return None
         facts, tensors = json.loads(metadata["facts"]), read_tensors(path)
     except (UserError, ValueError, KeyError):
+        return None
+    own: dict[str, Tensor] = {f"{BASE}{name}": tensor for name, tensor in base_tensors(model).items()}
+    shapes = {name: tensor.shape for name, tensor in (own | learned_parameters(model)).items()}
+    is_whole = shapes == {name: tensor.shape for name, tensor in tensors.items()}
+    if not is_whole or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         return None
     base = {name.removeprefix(BASE): tensors.pop(name) for name in list(tensors) if name.startswith(BASE)}
     set_base(model, base, identity["settings"]["start"])

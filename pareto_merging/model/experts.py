@@ -1,6 +1,6 @@
 """The fine-tuned models themselves, one at a time: teachers of a merged model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +49,21 @@ def experts(module: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weigh
 
 
 def experts_of(
-    model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights] | None
+    model: nn.Module,
+    finetuned: Sequence[Weights] | Mapping[str, Weights] | None,
+    tasks: Collection[str] | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield each task of a Pareto model with its fine-tuned model, as a plain module. One is in memory at a time.
 
-    ``finetuned``: the copies, as they were given to :func:`parametrize`. None: W0 + τ_k; ValueError where that is not
-    the fine-tuned model, because the task vectors were preprocessed, W0 is another base, or there are buffers with
-    numbers of their own.
+    ``tasks``: those wanted, by default all. ``finetuned``: the copies, as they were given to :func:`parametrize`. None:
+    W0 + τ_k; ValueError where that is not the fine-tuned model, because the task vectors were preprocessed, W0 is
+    another base, or there are buffers with numbers of their own.
     """
     state = pareto_state(model)
     if finetuned is not None:
         for task, one in named_experts(model, finetuned).items():
-            yield task, one.load()
+            if tasks is None or task in tasks:
+                yield task, one.load()
         return
     reason = None
     if state.folded:
@@ -76,7 +79,8 @@ def experts_of(
             f"finetuned: expected the fine-tuned copies, which the model does not hold ({reason}), got none"
         )
     for number, task in enumerate(state.task_names):
-        yield task, expert(model, number)
+        if tasks is None or task in tasks:
+            yield task, expert(model, number)
 
 
 def named_experts(model: nn.Module, finetuned: Sequence[Weights] | Mapping[str, Weights]) -> dict[str, Expert]:

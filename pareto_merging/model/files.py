@@ -201,9 +201,9 @@ def load_pareto_set(
 
 def _load_base(model: nn.Module, base: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
     """Replace the base by that of a file, where it has one. UserError for one that is not whole."""
-    start, digest = header.get("start", "pretrained"), header.get("base_digest", "")
+    start, digest = str(header.get("start", "pretrained")), str(header.get("base_digest", ""))
     own = base_tensors(model)
-    if start == "pretrained" or not isinstance(start, str):
+    if start == "pretrained":
         if base:
             raise UserError(f"{path}: expected no tensors of a base for start {start!r}, got {next(iter(base))}")
         return

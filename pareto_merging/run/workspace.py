@@ -241,9 +241,10 @@ class Workspace:
         """Return unlabelled images and heads. UserError naming a task without."""
         for name, task in self.task_configs.items():
             if task.merging is None:
-                what = f"expected unlabelled images for the objective {self.method.objective}, got none"
-                raise UserError(f"tasks.{name}.merging: {what}")
-        headless = OBJECTIVES[self.method.objective].needs == "features" and not self.method.entropy_weight
+                is_for_start = OBJECTIVES[self.method.objective].needs == "weights"
+                use = f"start {self.method.start}" if is_for_start else f"the objective {self.method.objective}"
+                raise UserError(f"tasks.{name}.merging: expected unlabelled images for {use}, got none")
+        headless = OBJECTIVES[self.method.objective].needs != "images" and not self.method.entropy_weight
         return self._tasks("merging", headless=headless)
 
     def files(self) -> list[Path]:

@@ -164,8 +164,8 @@ def test_resumed_runs_have_the_same_bits(
     part = pareto()
     set_strategy(part, strategy)
 
-    def stop_after(learner: Learner, folder: Path, step: int) -> None:
-        save_checkpoint(learner, folder, step)
+    def stop_after(learner: Learner, folder: Path, step: int, best: Any) -> None:
+        save_checkpoint(learner, folder, step, best)
         if step == 2:
             raise Stop
 

@@ -103,8 +103,8 @@ def test_one_of_ones_own_is_learned_with_and_resumed(
     assert ("teacher_entropy" in result.history[0]) == (name == "teacher")
     assert "entropy" not in result.history[0]
 
-    def stop_after(learner: Learner, folder: Path, step: int, save: Any = loop.save_checkpoint) -> None:
-        save(learner, folder, step)
+    def stop_after(learner: Learner, folder: Path, step: int, best: Any, save: Any = loop.save_checkpoint) -> None:
+        save(learner, folder, step, best)
         if step == 2:
             raise Interrupted("enough", step)
 
@@ -203,7 +203,7 @@ def test_a_scalarisation_of_ones_own(tiny_vit: nn.Module) -> None:
         MethodSettings(scalarization="squares")
 
 
-def test_what_an_objective_needs_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="needs to be images or weights, got 'image'"):
+def test_what_an_objective_needs_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="needs to be images, features or weights, got 'image'"):
         register(ObjectiveKind("misspelt", "module:function", needs="image"))  # type: ignore[arg-type]
     assert "misspelt" not in OBJECTIVES
