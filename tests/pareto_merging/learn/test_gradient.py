@@ -68,6 +68,33 @@ class Blocks(nn.Module):
         return last["fc"](last["norm"](h)).mean(dim=1)
 
 
+class Tower(nn.Module):
+    """Convolution, attention, layer norm and linear, as an encoder has them: each image by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, stride=4)
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).flatten(2).mT
+        h = h + self.attn(h, h, h, need_weights=False)[0]
+        return self.fc(torch.tanh(self.norm(h))).mean(dim=1)
+
+
+class WholeMatrix(nn.Module):
+    """Its matrix is read as one tensor, which is that of one preference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(192, 4)
+        self.proj = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x.flatten(1))) @ self.proj
+
+
 class NoVectors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,6 +189,8 @@ def merged_by_definition(model: nn.Module, gamma: Tensor) -> dict[str, Tensor]:
             lam, tau, A, G, B = (parts[p] if parts[p] is None else parts[p].double() for p in
                                  ("lam", "task_vectors", "A", "G", "B"))  # fmt: skip
             value = module._parameters[name].detach().double()
+            if parts["A_c"] is not None:
+                value = value + (parts["A_c"].double() @ parts["B_c"].double().mT).view(value.shape)
             if lam is not None:
                 if state.now.lambda_range is not None:
                     lam = lam.clamp(*state.now.lambda_range)
@@ -909,6 +938,24 @@ def test_a_replay_sees_the_targets_of_its_own_step(monkeypatch: pytest.MonkeyPat
     assert (rehearsal.captures, rehearsal.replays) == (1, 4)
 
 
+@pytest.mark.parametrize("at_once", ["one", "all"])
+def test_a_replay_sees_the_preferences_of_its_own_items(monkeypatch: pytest.MonkeyPatch, at_once: TasksAtOnce) -> None:
+    model, own, settings = pareto(Tower, constant_rank=2), heads(), per_item()
+    learned, net = learned_parameters(model), plain(Tower, torch.float64)
+    step = step_of(model, own, learned, settings, tasks_at_once=at_once)
+    rehearsal = Rehearsal(monkeypatch, step)
+    for number in range(4):
+        batch, gamma, targets = every_image(net, torch.float64), item_gammas(3, number), item_targets(3, number)
+        kept = gamma.clone()
+        found = step(batch, gamma, targets)
+        gamma.fill_(torch.nan)
+        wanted = step_of(model, own, learned, settings, cache=False)(batch, kept, targets)
+        torch.testing.assert_close(found.terms, wanted.terms)
+        torch.testing.assert_close(found.gradient, wanted.gradient)
+        moved(model, number)
+    assert (rehearsal.captures, rehearsal.replays) == (1, 3)
+
+
 def test_cosine_is_that_of_one_over_gamma_and_survives_extremes() -> None:
     expected = torch.cosine_similarity(S, 1 / DOUBLE_GAMMA, dim=0)
     torch.testing.assert_close(cosine_alignment(S, DOUBLE_GAMMA), expected)
@@ -943,3 +990,195 @@ def test_tensor_norm_and_its_gradient_at_zero() -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert float(tensor_norm(nn.Linear(2, 2), DOUBLE_GAMMA)) == 0
+
+
+# a preference per item
+
+
+def per_item(**changes: Any) -> MethodSettings:
+    given = {"objective": "distillation", "scalarization": "linear", "preference": "per-item", "temperature": 3.0}
+    return method(**{**given, "tensor_norm": 0.4, **changes})
+
+
+def item_gammas(count: int, seed: int = 0) -> Tensor:
+    """Of each task [count, K], float32; the first are at corners."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.rand(TASKS, count, TASKS, generator=generator).mul(4).softmax(dim=-1)
+    found[0, 0], found[-1, -1] = torch.eye(TASKS)[1], torch.eye(TASKS)[0]
+    return found
+
+
+def item_targets(rows: int, seed: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(rows, 4 + k, generator=generator).half() for k in range(TASKS)]
+
+
+def kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL of one image, from the definition."""
+    q, p = torch.softmax(teacher.to(logits) / temperature, 0), torch.softmax(logits / temperature, 0)
+    return temperature**2 * sum(q[c] * (q[c].log() - p[c].log()) for c in range(len(q)))
+
+
+def expected_per_item(
+    model: nn.Module,
+    net: nn.Module,
+    batch: Sequence[Tensor],
+    gammas: Tensor,
+    targets: Sequence[Tensor],
+    settings: MethodSettings,
+    learned: dict[str, nn.Parameter],
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient [P]: every image through weights of its own, put together by the definition, in one graph."""
+    like, values, squares = copy.deepcopy(net).to(dtype), [], []
+    for head, x, own, wanted in zip(heads(dtype), batch, gammas, targets, strict=True):
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(len(x)):
+            gamma = part_of(own, i, len(x))
+            merged = {name: value.to(dtype) for name, value in merged_by_definition(model, gamma).items()}
+            features = torch.func.functional_call(like, merged, (x[i : i + 1].to(dtype),), tie_weights=False)
+            total = total + kl(head(features)[0].to(torch.promote_types(dtype, torch.float32)), wanted[i],
+                               settings.temperature).double()  # fmt: skip
+        values.append(total / len(x))
+        squares += [low_rank_norm(model, gamma).square() for gamma in own]
+    loss = torch.stack(values).mean()
+    if settings.tensor_norm:
+        loss = loss + settings.tensor_norm * torch.stack(squares).mean().sqrt()
+    gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+    flat = [
+        (torch.zeros_like(p) if g is None else g).reshape(-1).double()
+        for g, p in zip(gradients, learned.values(), strict=True)
+    ]
+    return loss.detach(), torch.cat(flat)
+
+
+def part_of(own: Tensor, image: int, images: int) -> Tensor:
+    """The preference of an image where each of several is that of one part: of n images at n·j/parts begins part j."""
+    return next(own[j] for j in range(len(own)) if image < images * (j + 1) // len(own))
+
+
+def every_image(net: nn.Module, dtype: torch.dtype, rows: int = 3) -> list[Tensor]:
+    return [x[:rows] for x in images(dtype, rows=rows)]
+
+
+PER_ITEM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "constant": ({"constant_rank": 2}, {}),
+    "one λ for all": ({"constant_rank": 1, "granularity": "model"}, {}),
+    "no constant": ({}, {"tensor_norm": 0.0}),
+    "no low rank": ({"constant_rank": 2, "low_rank": "none"}, {"tensor_norm": 0.0}),
+    "frozen λ": ({"constant_rank": 2}, {"learn_lambda": False}),
+    "clamped λ": ({"constant_rank": 2}, {"clamp_lambda": True}),
+}
+
+
+@pytest.mark.parametrize("case", PER_ITEM)
+@pytest.mark.parametrize(("at_once", "cache"), [("one", True), ("one", False), ("all", True)])
+def test_per_item_every_gradient_is_that_of_plain_autograd(case: str, at_once: TasksAtOnce, cache: bool) -> None:
+    model_settings, changes = PER_ITEM[case]
+    settings, net = per_item(**changes), plain(Tower, torch.float64)
+    model = pareto(Tower, **model_settings)
+    learned = {n: p for n, p in learned_parameters(model).items() if settings.learn_lambda or not n.startswith("lam.")}
+    parts = {name.partition(".")[0] for name in learned}
+    wanted_parts = {"lam", "A_c", "B_c", "A", "G", "B"}
+    assert parts <= wanted_parts and (case != "constant" or parts == wanted_parts)
+    for name, p in learned_parameters(model).items():
+        p.requires_grad_(name in learned)
+        if settings.clamp_lambda and name.startswith("lam."):
+            p.data.copy_(torch.tensor([-0.2, 0.4, 1.3]))
+    pareto_state(model).now.lambda_range = (0.0, 1.0) if settings.clamp_lambda else None
+    step = step_of(model, heads(), learned, settings, tasks_at_once=at_once, cache=cache)
+    for number in range(2):
+        batch, targets, gammas = every_image(net, torch.float64), item_targets(3, number), item_gammas(3, number)
+        found = step(batch, gammas, targets)
+        loss, gradient = expected_per_item(model, net, batch, gammas, targets, settings, learned)
+        torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
+        assert_gradient(found.gradient, gradient, learned, rtol=1e-6, atol=1e-8)
+        again = step(batch, gammas, targets)
+        assert torch.equal(again.gradient, found.gradient) and torch.equal(again.loss, found.loss)
+        state = pareto_state(model)
+        assert state.now.gamma.ndim == 1 and state.now.vectors is None and state.now.factors is None
+        with torch.no_grad():
+            for p in learned.values():
+                p.sub_(0.01 * torch.sign(p))
+
+
+def low_rank_of(name: str, module: nn.Module) -> bool:
+    return name in ("proj", "fc.weight")
+
+
+def test_in_parts_the_gradient_is_exact_too() -> None:
+    """A model that takes one preference at a time: four images in three parts, of 1, 1 and 2."""
+    settings, net = per_item(), plain(WholeMatrix, torch.float64)
+    model = pareto(WholeMatrix, low_rank=low_rank_of, constant_rank=2)
+    learned = learned_parameters(model)
+    assert "A.proj" in learned and "A_c.proj" in learned
+    step = step_of(model, heads(), learned, settings)
+    batch, targets = every_image(net, torch.float64, rows=4), item_targets(4)
+    with pytest.raises(ValueError, match="proj is one merged tensor"):
+        step(batch, item_gammas(4), targets)
+    step.take_parts()
+    gammas = item_gammas(3)
+    found = step(batch, gammas, targets)
+    loss, gradient = expected_per_item(model, net, batch, gammas, targets, settings, learned)
+    torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
+    assert_gradient(found.gradient, gradient, learned, rtol=1e-6, atol=1e-8)
+    assert torch.equal(step(batch, gammas, targets).gradient, found.gradient)
+    # fewer images than parts
+    few = [x[:2] for x in batch], [t[:2] for t in targets]
+    assert bool(torch.isfinite(step(few[0], gammas, few[1]).gradient).all())
+    with pytest.raises(ValueError, match="tasks_at_once: expected one for a model that takes no preference per item"):
+        step_of(model, heads(), learned, settings, tasks_at_once="all").take_parts()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", ["one", "all"])
+def test_per_item_low_precision_is_as_good_as_the_plain_form(dtype: torch.dtype, at_once: TasksAtOnce) -> None:
+    """Against float64, at most twice the error of plain PyTorch in that precision, of every kind of tensor."""
+    model, net, settings = pareto(Tower, dtype, constant_rank=2), plain(Tower, dtype), per_item(tensor_norm=0.0)
+    learned = learned_parameters(model)
+    batch, targets, gammas = every_image(net, dtype), item_targets(3), item_gammas(3)
+    _, wanted = expected_per_item(model, net, batch, gammas, targets, settings, learned)
+    _, direct = expected_per_item(model, net, batch, gammas, targets, settings, learned, dtype)
+    step = step_of(model, heads(dtype), learned, settings, tasks_at_once=at_once)
+    found = step(batch, gammas, targets).gradient
+    assert found.dtype == torch.float32
+    one, two, three = (by_name(flat.double(), learned) for flat in (found, direct, wanted))
+    for kind in ("lam", "A_c", "B_c", "A", "G", "B"):
+        names = [name for name in learned if name.partition(".")[0] == kind]
+        error = torch.cat([(two[name] - three[name]).flatten() for name in names]).norm()
+        ours = torch.cat([(one[name] - three[name]).flatten() for name in names]).norm()
+        floor = torch.finfo(dtype).eps * torch.cat([three[name].flatten() for name in names]).norm()
+        assert ours <= 2 * error + floor, f"d {kind}: {float(ours)} against {float(error)}"
+
+
+@pytest.mark.parametrize("kernels", ["fused", "streamed"])
+def test_per_item_strategies_of_the_kernels(kernels: str) -> None:
+    results, settings = [], per_item()
+    for strategy in ("eager", kernels):
+        model = pareto(Tower, torch.float32, constant_rank=2)
+        set_strategy(model, strategy)
+        learned = learned_parameters(model)
+        batch = every_image(plain(Tower, torch.float32), torch.float32)
+        results.append(step_of(model, heads(torch.float32), learned, settings)(batch, item_gammas(3), item_targets(3)))
+    one, two = (by_name(result.gradient, learned) for result in results)
+    for name in learned:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5, msg=lambda t, n=name: f"d {n}: {t}")
+    torch.testing.assert_close(results[0].terms, results[1].terms, rtol=1e-4, atol=1e-5)
+
+
+def test_one_preference_for_a_step_and_a_constant_term() -> None:
+    """The published sampler with the constant term: one L for all rows, and A_c beside it."""
+    model, net = pareto(Tower, constant_rank=2), plain(Tower, torch.float64)
+    settings, learned = method(), learned_parameters(model)
+    for at_once in ("one", "all"):
+        found = step_of(model, heads(), learned, settings, tasks_at_once=at_once)(images(), GAMMA)
+        loss, gradient = expected(model, net, images(), GAMMA, settings, learned)
+        torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=1e-6)
+        assert_gradient(found.gradient, gradient, learned, rtol=1e-7, atol=1e-9)
+
+
+def test_per_item_norm_is_the_root_of_the_mean_square() -> None:
+    model = pareto(Tower)
+    gammas = item_gammas(3).double()
+    squares = [low_rank_norm(model, gamma).square() for gamma in gammas.flatten(0, 1)]
+    torch.testing.assert_close(tensor_norm(model, gammas), torch.stack(squares).mean().sqrt(), rtol=1e-6, atol=1e-8)

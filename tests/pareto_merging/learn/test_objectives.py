@@ -77,11 +77,13 @@ def pareto(net: nn.Module) -> nn.Module:
 def test_the_table() -> None:
     assert [(kind.name, kind.needs) for kind in OBJECTIVES.values()] == [
         ("entropy", "images"),
+        ("distillation", "images"),
+        ("features", "features"),
         ("weight-distance", "weights"),
     ]
     with pytest.raises(ValueError, match="objective: expected a new name, got 'entropy', which is taken"):
         register(ObjectiveKind("entropy", Teacher))
-    with pytest.raises(ValidationError, match="expected one of entropy, weight-distance"):
+    with pytest.raises(ValidationError, match="expected one of entropy, distillation, features, weight-distance"):
         MethodSettings(objective="teacher")
 
 
