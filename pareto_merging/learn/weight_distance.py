@@ -64,7 +64,9 @@ class WeightDistance(Objective):
             if not has_task_vectors:
                 continue
             project = partial(pmkernels.project_task_vectors, strategy=self.strategy)
-            projected = torch.stack([project(self._task_vectors[index], term.A, term.B) for index, term in group])
+            # of a convolution as matrices
+            taus = [(self._task_vectors[index].flatten(2), term) for index, term in group]
+            projected = torch.stack([project(tau, term.A, term.B) for tau, term in taus])
             # ⟨T_j, C⟩ of each layer and task [L, K]
             inner = (projected * core[:, None]).sum(dim=(2, 3)).to(total)
             # indexing by a list would copy it to the device, which a CUDA graph cannot

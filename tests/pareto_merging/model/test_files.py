@@ -1,5 +1,6 @@
 """Pareto set files and folded files: what is in them, round trips, and files that do not belong."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 import pareto_merging
 from pareto_merging.checkpoints import safetensors
 from pareto_merging.errors import UserError
+from pareto_merging.model.base import base_tensors, set_base
 from pareto_merging.model.files import (
     SET_FORMAT,
     load_folded,
@@ -21,8 +23,9 @@ from pareto_merging.model.files import (
     save_pareto_set,
 )
 from pareto_merging.model.fold import fold
+from pareto_merging.model.learned import get_lambda
 from pareto_merging.model.parametrize import parametrize
-from pareto_merging.model.state import set_preference
+from pareto_merging.model.state import pareto_state, set_preference
 
 Copies = Callable[[nn.Module, int], dict[str, nn.Module]]
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -188,3 +191,120 @@ def test_folded_file_is_self_sufficient(
         save_pareto_set(unsigned, tmp_path / "no.safetensors")
     with pytest.raises(ValueError, match="got a folded one"):
         save_pareto_set(folded, tmp_path / "no.safetensors")
+
+
+def written(model: nn.Module, path: Path) -> int:
+    save_pareto_set(model, path)
+    return read_header(path, SET_FORMAT)["format_version"]
+
+
+def test_the_oldest_version_that_has_what_a_model_uses(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    finetuned, path = copies(tiny_vit, 2), tmp_path / "set.safetensors"
+    for version, how in (
+        (1, {}),
+        (1, {"constant_rank": 0}),
+        (2, {"preprocess": "ties"}),
+        (2, {"core": "outer-product"}),
+        (3, {"constant_rank": 2}),
+        (3, {"constant_rank": 2, "core": "outer-vector", "preprocess": "ties"}),
+    ):
+        model = randomize(parametrize(tiny_vit, finetuned, rank=2, **how))
+        assert written(model, path) == version, how
+        header = read_header(path, SET_FORMAT)
+        # a reader of before would not know the key
+        assert ("constant_rank" in header) == (version == 3) and "start" not in header
+        again = load_pareto_set(path, tiny_vit, finetuned)
+        for gamma in (GAMMA, [1.0, 0.0]):
+            for one in (model, again):
+                set_preference(one, gamma)
+            assert torch.equal(model(IMAGES), again(IMAGES)), how
+        folded = tmp_path / "folded.safetensors"
+        save_folded(model, folded)
+        assert read_header(folded, "pareto-folded")["format_version"] == (2 if "core" in how else 1)
+        assert not any("_c" in key.rpartition(".")[2] for key in load_file(folded))
+        loaded = load_folded(folded, noisy_copy(tiny_vit, 77))
+        set_preference(loaded, [1.0, 0.0])
+        torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_base_goes_with_the_file(
+    tiny_vit: nn.Module, copies: Copies, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    net, path = tiny_vit.to(dtype), tmp_path / "set.safetensors"
+    finetuned, images = copies(net, 2), IMAGES.to(dtype)
+    model = parametrize(net, finetuned, rank=2, constant_rank=2)
+    set_base(model, dict(noisy_copy(net, 9).named_parameters()), "regmean")
+    randomize(model)
+    assert written(model, path) == 3
+    header = read_header(path, SET_FORMAT)
+    assert header["start"] == "regmean" and header["base_digest"] == pareto_state(model).base_digest
+    names = {name for name in load_file(path) if name.startswith("base.")}
+    assert names == {f"base.{name}" for name, _ in net.named_parameters()}
+    for source in (finetuned, list(finetuned.values()), {k: m.state_dict() for k, m in finetuned.items()}):
+        again = load_pareto_set(path, net, source)
+        state = pareto_state(again)
+        assert (state.start, state.base_digest) == ("regmean", header["base_digest"])
+        assert torch.equal(get_lambda(again), get_lambda(model))
+        set_preference(again, GAMMA)
+        set_preference(model, GAMMA)
+        assert torch.equal(again(images), model(images))
+    save_pareto_set(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    # a wider module holds the same numbers; a narrower one does not
+    wide = load_pareto_set(
+        path, copy.deepcopy(net).float(), {k: copy.deepcopy(m).float() for k, m in finetuned.items()}
+    )
+    assert torch.equal(base_tensors(wide)["proj"], base_tensors(model)["proj"].float())
+    if dtype == torch.float32:
+        half = copy.deepcopy(net).half()
+        with pytest.raises(
+            UserError, match=r"expected a base of digest \w{12}…, got one in another precision or changed"
+        ):
+            load_pareto_set(path, remembered(half, net), finetuned)
+
+
+def remembered(half: nn.Module, net: nn.Module) -> nn.Module:
+    """A module in 16 bits that says what it was made of."""
+    pareto_merging.remember_stored(half, net.state_dict())
+    return half
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.update(constant_rank="-1"), "expected a constant_rank of at least 0 in the header, got -1"),
+        (lambda t, m: m.update(constant_rank="true"), "expected a constant_rank of at least 0 in the header, got True"),
+        (lambda t, m: m.update(constant_rank='"2"'), "expected a constant_rank of at least 0 in the header, got 2"),
+        (lambda t, m: m.update(constant_rank="1"), r"does not fit the model: has A_c"),
+        (lambda t, m: m.update(constant_rank="0"), "does not fit the model: has an unknown A_c"),
+        (lambda t, m: m.update(constant_rank="99999999999"), "does not fit the model: has A_c"),
+        (lambda t, m: m.pop("constant_rank"), "does not fit the model: has an unknown A_c"),
+        (lambda t, m: t.pop("base.proj"), "expected a base with every parameter, got none named proj"),
+        (lambda t, m: t["base.proj"].fill_(torch.nan), "finite numbers in proj"),
+        (lambda t, m: t.update({"base.proj": torch.zeros(3)}), r"expected a parameter of shape .*, got proj \[3\]"),
+        (lambda t, m: t.update({"base.extra": torch.zeros(3)}), "expected a parameter of the model, got extra"),
+        (lambda t, m: t["base.proj"].add_(1), "expected a base of digest"),
+        (lambda t, m: m.update(base_digest="5"), "expected a base of digest 5…, got"),
+        (lambda t, m: m.update(base_digest="[1]"), "expected a base of digest"),
+        (lambda t, m: m.pop("base_digest"), "expected a base of digest"),
+        (lambda t, m: m.pop("start"), "expected no tensors of a base for start 'pretrained', got "),
+        (lambda t, m: m.update(start="pretrained"), "expected no tensors of a base for start 'pretrained', got "),
+        (lambda t, m: [t.pop(n) for n in list(t) if n.startswith("base.")], "expected a base with every parameter"),
+    ],
+)
+def test_hostile_bases_and_constant_ranks(
+    tiny_vit: nn.Module,
+    copies: Copies,
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor], dict[str, str]], None],
+    message: str,
+) -> None:
+    path, finetuned = tmp_path / "set.safetensors", copies(tiny_vit, 2)
+    model = parametrize(tiny_vit, finetuned, rank=2, constant_rank=2)
+    set_base(model, {}, "regmean")
+    save_pareto_set(model, path)
+    rewrite(path, change)
+    plain = copy.deepcopy(tiny_vit)
+    with pytest.raises(UserError, match=message):
+        load_pareto_set(path, plain, finetuned, copy=False)
