@@ -229,3 +229,59 @@ def test_settings_that_contradicted_their_model_do_not_stop_a_resume(
     save_file(read_tensors(path), path, metadata={**metadata, "settings": json.dumps(before)})
     with pytest.raises(UserError, match=r"in model: granularity \('block', now 'tensor'\)"):
         learn_pareto_set(other, task_set(2), short_run(), folder=tmp_path, resume=True, progress=False)
+
+
+def test_a_checkpoint_of_before_has_none_of_the_newer_settings(
+    tiny_vit: nn.Module, copies: Copies, tmp_path: Path
+) -> None:
+    """What was not there meant what is the default now: a run of then goes on, and only with the defaults."""
+    from safetensors.torch import save_file
+
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learn_pareto_set(model, task_set(2), short_run(), folder=tmp_path, progress=False)
+    path = tmp_path / CHECKPOINT_NAME
+    metadata = read_metadata(path)
+    del metadata["checksums"]
+    settings, built = json.loads(metadata["settings"]), json.loads(metadata["model"])
+    newer = ("temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank", "start")
+    for name in (*newer, "start_images", "ridge", "schedule", "few_images", "held_back"):
+        del settings[name]
+    del built["constant_rank"]
+    assert "base" not in json.loads(metadata["digests"])
+    save_file(
+        read_tensors(path), path, metadata={**metadata, "settings": json.dumps(settings), "model": json.dumps(built)}
+    )
+    how: dict[str, Any] = {"folder": tmp_path, "resume": True, "progress": False}
+    assert learn_pareto_set(model, task_set(2), short_run(), **how).resumed_from == 4
+    with pytest.raises(UserError, match=r"differs in schedule \('constant', now 'cosine'\)"):
+        learn_pareto_set(model, task_set(2), short_run(schedule="cosine"), **how)
+    larger = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2, constant_rank=2)
+    with pytest.raises(UserError, match=r"differs in .*constant_rank \(0, now 2\)"):
+        learn_pareto_set(larger, task_set(2), short_run(constant_rank=2), **how)
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    from pareto_merging.model.base import set_base
+
+    def based(value: float) -> nn.Module:
+        model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+        set_base(model, {"ln_post.bias": torch.full((32,), value)}, "regmean")
+        return model
+
+    settings = short_run(start="regmean")
+    how: dict[str, Any] = {"folder": tmp_path, "resume": True, "progress": False}
+    learn_pareto_set(based(0.1), task_set(2), settings, **how)
+    assert learn_pareto_set(based(0.1), task_set(2), settings, **how).resumed_from == 4
+    with pytest.raises(UserError, match=r"differs in digests: base \('\w{12}…, now \w{12}…"):
+        learn_pareto_set(based(0.2), task_set(2), settings, **how)
+
+
+def test_the_cosine_schedule_is_a_function_of_the_step(tiny_vit: nn.Module, copies: Copies, tmp_path: Path) -> None:
+    from pareto_merging.learn.learner import Learner
+
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    learner = Learner(model, task_set(2), short_run(schedule="cosine", steps=8))
+    shares = [learner._share_of_rates(step) for step in range(1, 9)]
+    assert shares == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
+    assert shares[0] == 1 and 0 < shares[-1] < 0.05
+    assert Learner(model, task_set(2), short_run())._share_of_rates(3) == 1

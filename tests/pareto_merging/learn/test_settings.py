@@ -175,3 +175,98 @@ def test_a_subclass_keeps_its_own_fields_when_it_is_dumped() -> None:
 
     dumped = Warmer.model_validate({}).model_dump()
     assert dumped == {**MethodSettings.model_validate({}).model_dump(), "temperature": 2.0}
+
+
+def test_the_expert_preset() -> None:
+    expert = MethodSettings.model_validate({"preset": "expert"})
+    changed = {
+        "preset": "expert",
+        "objective": "distillation",
+        "scalarization": "linear",
+        "tensor_norm": 0.0,
+        "preference": "per-item",
+        "concentration": 0.3,
+        "constant_rank": 32,
+        "start": "sequential",
+        "steps": 200,
+        "learning_rate": 3e-3,
+        "lambda_learning_rate": 3e-2,
+        "schedule": "cosine",
+        "few_images": "regularise",
+    }
+    assert expert.model_dump() == {**MethodSettings.model_validate({}).model_dump(), **changed}
+    assert (expert.temperature, expert.ridge, expert.start_images, expert.held_back) == (4.0, 1e-3, 400, 0.0)
+    assert MethodSettings.model_validate({"preset": "expert", "constant_rank": 0}).constant_rank == 0
+    assert MethodSettings.model_validate_json(expert.model_dump_json()) == expert
+    arguments = expert.model_arguments()
+    assert arguments["constant_rank"] == 32 and "start" not in arguments
+
+
+@pytest.mark.parametrize("preset", ["icml2025", "arxiv-v1"])
+def test_published_presets_use_nothing_that_is_new(preset: str) -> None:
+    settings = MethodSettings.model_validate({"preset": preset})
+    new = {
+        **{"temperature": 4.0, "entropy_weight": 0.0, "features_weight": 0.0, "teacher_outputs": "auto"},
+        **{"constant_rank": 0, "start": "pretrained", "start_images": 400, "ridge": 1e-3, "schedule": "constant"},
+        **{"few_images": "as-given", "held_back": 0.0, "objective": "entropy", "preference": "dirichlet"},
+    }
+    assert {name: getattr(settings, name) for name in new} == new
+    assert settings.for_images(1) is settings
+
+
+PER_ITEM = {"preference": "per-item", "scalarization": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "expert", "scalarization": "smooth-tchebycheff"}, "scalarization: expected linear with preference: per-item"),
+        ({"preset": "expert", "scalarization": "tchebycheff"}, "which nothing else can be written as, got tchebycheff"),
+        ({"preference": "per-item"}, "scalarization: expected linear with preference: per-item"),
+        ({**PER_ITEM, "cosine": 0.1}, "cosine: expected 0 with preference: per-item, got 0.1"),
+        ({**PER_ITEM, "preset": "arxiv-v1"}, "cosine: expected 0 with preference: per-item, got 0.1"),
+        ({**PER_ITEM, "core": "outer-product"}, "core: expected tensor with preference: per-item, got outer-product"),
+        ({**PER_ITEM, "core": "outer-vector"}, "core: expected tensor with preference: per-item, got outer-vector"),
+        ({**PER_ITEM, "objective": "weight-distance"}, "preference: expected another than per-item with the objective weight-distance"),
+        ({**PER_ITEM, "gamma": (0.5, 0.5)}, "gamma: expected one with preference: fixed, and none without"),
+        ({"preset": "expert", "clamp_lambda": True}, "clamp_lambda: expected false where start is a merge"),
+        ({"start": "regmean", "clamp_lambda": True}, "clamp_lambda: expected false where start is a merge"),
+        ({"held_back": 0.2}, "held_back: expected 0 with the objective entropy, which has no teachers to agree with, got 0.2"),
+        ({"objective": "weight-distance", "held_back": 0.2}, "held_back: expected 0 with the objective weight-distance"),
+        ({"held_back": 0.6, "objective": "distillation"}, "less than or equal to 0.5"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"temperature": float("inf")}, "finite number"),
+        ({"constant_rank": -1}, "greater than or equal to 0"),
+        ({"ridge": 0}, "greater than 0"),
+        ({"start": "average"}, "'pretrained', 'regmean' or 'sequential'"),
+    ],
+)  # fmt: skip
+def test_contradictions(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        MethodSettings.model_validate(given)
+    assert message in str(caught.value)
+
+
+def test_settings_for_few_images() -> None:
+    expert = MethodSettings.model_validate({"preset": "expert"})
+    assert expert.for_images(128) is expert
+    few = expert.for_images(127)
+    assert few.learning_rate == pytest.approx(3e-4) and few.lambda_learning_rate == pytest.approx(3e-3)
+    assert (few.ridge, few.held_back, few.few_images) == (0.1, 0.2, "as-given")
+    assert few.for_images(5) is few, "once"
+    assert {name for name in KEYS if getattr(few, name) != getattr(expert, name)} == {
+        *("learning_rate", "lambda_learning_rate", "ridge", "held_back", "few_images")
+    }
+    own = MethodSettings(preset="expert", ridge=1.0, held_back=0.4).for_images(5)
+    assert (own.ridge, own.held_back) == (1.0, 0.4)
+    without = MethodSettings(few_images="regularise").for_images(5)
+    assert without.lambda_learning_rate is None and without.held_back == 0
+
+
+def test_what_a_start_says_of_a_model() -> None:
+    model = pareto()
+    settings = MethodSettings(start="regmean", steps=1, rank=2, low_rank="all")
+    with pytest.raises(ValueError, match="start is 'regmean' and the model's 'pretrained'"):
+        learn_pareto_set(model, task_set(2), settings, progress=False)
+    with pytest.raises(ValueError, match="constant_rank is 3 and the model's 0"):
+        learn_pareto_set(model, task_set(2), short_run(constant_rank=3), progress=False)

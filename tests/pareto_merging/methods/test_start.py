@@ -1,0 +1,222 @@
+"""What learning begins with: found once, kept in a folder, and read again only by the run it is of."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import noisy_copy
+from learn_cases import learned, same
+from method_cases import image_tasks
+from torch import Tensor, nn
+
+from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors
+from pareto_merging.data.tasks import Task
+from pareto_merging.learn.held_back import split
+from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.methods import pareto, regmean
+from pareto_merging.methods import start as starts
+from pareto_merging.methods.start import START_NAME, STARTS, begin
+from pareto_merging.model.base import base_tensors
+from pareto_merging.model.fold import merge
+from pareto_merging.model.learned import get_lambda
+from pareto_merging.model.parametrize import parametrize
+from pareto_merging.model.state import pareto_state
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(192, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.fc(x.flatten(1))))
+
+
+def parts(**how: Any) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net().eval()
+    copies = {f"t{k}": noisy_copy(net, k + 1, 0.3) for k in range(2)}
+    return parametrize(net, copies, **{"rank": 2, "low_rank": "all", "constant_rank": 2, **how}), net, copies
+
+
+def settings(**changes: Any) -> MethodSettings:
+    return MethodSettings.model_validate(
+        {"start": "regmean", "rank": 2, "low_rank": "all", "constant_rank": 2, **changes}
+    )
+
+
+@pytest.mark.parametrize("images", [7, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_regmean_at_no_lambda_is_regmean(images: int, dtype: torch.dtype) -> None:
+    _, net, copies = parts()
+    net, copies = net.to(dtype), {name: module.to(dtype) for name, module in copies.items()}
+    model, tasks = parametrize(net, copies, rank=2, low_rank="all", constant_rank=2), image_tasks(2)
+    assert begin(model, net, copies, tasks, settings(start_images=images, seed=4), progress=False) == {}
+    expected = regmean.merge(net, copies, tasks=tasks, images=images, seed=4, progress=False).model()
+    assert pareto_state(model).start == "regmean" and not bool(get_lambda(model).any())
+    for gamma in ([0.5, 0.5], [1.0, 0.0]):
+        for name, p in merge(model, gamma).named_parameters():
+            assert torch.equal(p, expected.get_parameter(name)), name
+
+
+def test_the_pretrained_start_is_nothing(tmp_path: Path) -> None:
+    model, net, copies = parts()
+    before = learned(model)
+    assert begin(model, net, copies, None, settings(start="pretrained"), folder=tmp_path) == {}
+    assert same(learned(model), before) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="tasks: expected unlabelled images of every task for start regmean, got none"):
+        begin(model, net, copies, None, settings())
+    with pytest.raises(ValueError, match="tasks: expected images and a head for t1"):
+        begin(model, net, copies, {"t0": image_tasks(1)["t0"]}, settings(), progress=False)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Task]]:
+    """A start that is counted, with facts, and the tasks and settings that it was given."""
+    seen: list[Any] = []
+    original = STARTS["regmean"]
+
+    def count(model: Any, pretrained: Any, finetuned: Any, tasks: Any, method: Any, progress: bool) -> dict[str, Any]:
+        seen.append((tasks, method))
+        original(model, pretrained, finetuned, tasks, method, progress)
+        with torch.no_grad():
+            model.fc.G.add_(0.5)
+        return {"found": 1.5}
+
+    monkeypatch.setitem(STARTS, "regmean", count)
+    return seen
+
+
+def test_it_is_kept_and_read_again_by_a_run_that_goes_on(tmp_path: Path, counted: list[Any]) -> None:
+    model, net, copies = parts()
+    folder = tmp_path / "new"
+    how: dict[str, Any] = {"folder": folder, "progress": False}
+    assert begin(model, net, copies, image_tasks(2), settings(), **how) == {"found": 1.5}
+    again, *_ = parts()
+    assert begin(again, net, copies, image_tasks(2), settings(), resume=True, **how) == {"found": 1.5}
+    assert len(counted) == 1
+    assert same(learned(again), learned(model)) and bool((again.fc.G == 0.5).all())
+    assert all(torch.equal(p, base_tensors(model)[name]) for name, p in base_tensors(again).items())
+    one, two = pareto_state(model), pareto_state(again)
+    assert (one.start, one.base_digest) == (two.start, two.base_digest) and one.base_digest
+    # a new run finds its own, and a folder of before is no harm
+    begin(parts()[0], net, copies, image_tasks(2), settings(), **how)
+    begin(parts()[0], net, copies, image_tasks(2), settings(), resume=True, folder=tmp_path / "none", progress=False)
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": settings(seed=1)},
+        {"method": settings(start_images=5)},
+        {"method": settings(ridge=0.1)},
+        {"tasks": image_tasks(2, images=11)},
+        {"built": {"rank": 3}},
+        {"built": {"constant_rank": 1}},
+        {"copies": {"t1": 9}},
+    ],
+)
+def test_another_run_finds_its_own(tmp_path: Path, counted: list[Any], change: dict[str, Any]) -> None:
+    model, net, copies = parts()
+    begin(model, net, copies, image_tasks(2), settings(), folder=tmp_path, progress=False)
+    copies = {name: noisy_copy(net, change.get("copies", {}).get(name, k + 1), 0.3) for k, name in enumerate(copies)}
+    built = {"rank": 2, "low_rank": "all", "constant_rank": 2, **change.get("built", {})}
+    model = parametrize(net, copies, **built)
+    method = change.get("method", settings())
+    for _ in range(2):
+        begin(
+            model,
+            net,
+            copies,
+            change.get("tasks", image_tasks(2)),
+            method,
+            folder=tmp_path,
+            resume=True,
+            progress=False,
+        )
+    assert len(counted) == 2, "then it is the one that is kept"
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    del metadata["checksums"]
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+DAMAGE: list[Callable[[dict[str, Tensor], dict[str, str]], Any]] = [
+    lambda t, m: t.pop("base.fc.weight"),
+    lambda t, m: t.pop("A.fc.weight"),
+    lambda t, m: t.update({"A.fc.weight": torch.zeros(3)}),
+    lambda t, m: t.update({"base.fc.weight": torch.zeros(3)}),
+    lambda t, m: t.update(more=torch.zeros(3)),
+    lambda t, m: t["base.fc.weight"].fill_(math.nan),
+    lambda t, m: t["G.fc.weight"].fill_(math.inf),
+    lambda t, m: m.pop("facts"),
+    lambda t, m: m.update(facts="{"),
+    lambda t, m: m.update(identity="null"),
+    lambda t, m: m.update(format="pareto-set"),
+]
+
+
+@pytest.mark.parametrize("change", range(len(DAMAGE)))
+def test_a_damaged_one_is_found_anew_and_half_of_it_is_not_used(
+    tmp_path: Path, counted: list[Any], change: int
+) -> None:
+    model, net, copies = parts()
+    begin(model, net, copies, image_tasks(2), settings(), folder=tmp_path, progress=False)
+    path = tmp_path / START_NAME
+    rewritten(path, DAMAGE[change])
+    again, *_ = parts()
+    begin(again, net, copies, image_tasks(2), settings(), folder=tmp_path, resume=True, progress=False)
+    assert len(counted) == 2 and same(learned(again), learned(model))
+    path.write_bytes(path.read_bytes()[:-5])
+    begin(parts()[0], net, copies, image_tasks(2), settings(), folder=tmp_path, resume=True, progress=False)
+    assert len(counted) == 3
+
+
+def test_what_is_held_back_is_not_looked_at_and_few_images_are_regularised(counted: list[Any]) -> None:
+    model, net, copies = parts()
+    tasks = image_tasks(2, images=20)
+    method = settings(objective="distillation", scalarization="linear", few_images="regularise", tensor_norm=0.0)
+    begin(model, net, copies, tasks, method, progress=False)
+    given, used = counted[0]
+    _, held = split(tasks, 0.2, method.seed)
+    for name, task in given.items():
+        assert len(task.images) == 16 and not set(task.images.indices) & set(held[name].images.indices)
+    assert used.ridge == 0.1 and used.held_back == 0.2
+    # the same that learning has: the method does both
+    result = pareto.merge(net, copies, tasks=tasks, method=method.model_copy(update={"steps": 2}), progress=False)
+    assert result.facts["start"] == {"found": 1.5} and "chosen" in result.facts
+    assert counted[1][0]["t0"].images.indices == given["t0"].images.indices
+
+
+def test_the_sequential_start_is_kept_whole(tmp_path: Path) -> None:
+    """Base and low-rank terms come back in their very bits; the facts are JSON."""
+    model, net, copies = parts()
+    method, tasks = settings(start="sequential"), image_tasks(2, images=30)
+    facts = begin(model, net, copies, tasks, method, folder=tmp_path, progress=False)
+    assert json.loads(json.dumps(facts)) == facts
+    assert pareto_state(model).start == "sequential" and not bool(get_lambda(model).any())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(starts.STARTS, "sequential")
+        again, *_ = parts()
+        assert begin(again, net, copies, tasks, method, folder=tmp_path, resume=True, progress=False) == facts
+    assert same(learned(again), learned(model))
+    assert all(torch.equal(p, base_tensors(model)[name]) for name, p in base_tensors(again).items())
+
+
+def test_headless_tasks_have_a_start(tmp_path: Path) -> None:
+    model, net, copies = parts()
+    tasks = {name: replace(task, head=Task(task.images).head) for name, task in image_tasks(2).items()}
+    for name in ("regmean", "sequential"):
+        begin(model, net, copies, tasks, settings(start=name, objective="features"), progress=False)
