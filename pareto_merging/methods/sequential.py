@@ -47,6 +47,7 @@ from pareto_merging.methods.sites import (
     rows_of,
 )
 from pareto_merging.methods.tucker import Factors, tucker
+from pareto_merging.model.base import note_base
 from pareto_merging.model.copies import check_copies
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import set_lambda
@@ -143,7 +144,7 @@ def start_sequential(
     with eval_mode(plain):
         solver.run(progress)
     _write(model, plain, stored, solver.factors)
-    state.settings["start"] = "sequential"
+    note_base(model, "sequential")
     return {
         **solver.facts(),
         "images": {name: len(items) for name, items in chosen.items()},

@@ -18,7 +18,7 @@ from pareto_merging.learn.prepared import learned_from
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import regmean, sequential
 from pareto_merging.methods.interface import Copies
-from pareto_merging.model.base import base_tensors, note_base, set_base
+from pareto_merging.model.base import base_tensors, set_base
 from pareto_merging.model.files import BASE, load_learned
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
@@ -53,7 +53,6 @@ def _sequential(
 ) -> dict[str, Any]:
     how: dict[str, Any] = {"images": settings.start_images, "ridge": settings.ridge, "seed": settings.seed}
     facts = sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
-    note_base(model, "sequential")
     return facts
 
 
@@ -105,7 +104,7 @@ def _identity(model: nn.Module, settings: MethodSettings, tasks: Mapping[str, Ta
     names = ("start", "start_images", "ridge", "seed", "few_images", "held_back")
     return {
         "settings": {name: getattr(settings, name) for name in names},
-        "model": state.settings,
+        "model": dict(state.settings),
         "digests": state.digests,
         "images": {name: len(task.images) for name, task in tasks.items()},  # type: ignore[arg-type]
     }

@@ -187,7 +187,7 @@ def test_the_pareto_model_is_what_is_promised(tiny_vit: nn.Module) -> None:
     model.train()
     facts = start_sequential(model, net, copies, on(data), progress=False)
     assert all(inner.training for module in (model, net, *copies.values()) for inner in module.modules())
-    assert model.pareto.settings["start"] == "sequential"
+    assert model.pareto.start == "sequential"
     assert not get_lambda(model).any()
     kept = [parameter for parameter in merged_parameters(model) if parameter.A is not None]
     assert len(kept) == 4

@@ -14,6 +14,7 @@ from learn_cases import learned, same
 from method_cases import image_tasks
 from torch import Tensor, nn
 
+import pareto_merging as pm
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.held_back import split
@@ -213,6 +214,34 @@ def test_the_sequential_start_is_kept_whole(tmp_path: Path) -> None:
         assert begin(again, net, copies, tasks, method, folder=tmp_path, resume=True, progress=False) == facts
     assert same(learned(again), learned(model))
     assert all(torch.equal(p, base_tensors(model)[name]) for name, p in base_tensors(again).items())
+
+
+def test_a_closed_form_of_its_own_round_trips(tmp_path: Path) -> None:
+    """Its base goes with the file."""
+    _, net, copies = parts()
+    how: dict[str, Any] = {"rank": 2, "low_rank": "all", "progress": False}
+    model = pm.merge_sequential(net, copies, tasks=image_tasks(2, images=30), **how).pareto
+    pm.save_pareto_set(model, tmp_path / "set.safetensors")
+    again, images = pm.load_pareto_set(tmp_path / "set.safetensors", net, copies), torch.randn(3, 3, 8, 8)
+    assert pareto_state(again).start == "sequential"
+    with torch.no_grad():
+        for gamma in ([0.5, 0.5], [1.0, 0.0]):
+            with pm.preference(model, gamma), pm.preference(again, gamma):
+                assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("start", ["regmean", "sequential"])
+def test_a_run_that_goes_on_after_its_start(tmp_path: Path, start: str) -> None:
+    """It reads its start, and its checkpoint is of that very model."""
+    _, net, copies = parts()
+    tasks, ends = image_tasks(2, images=130), []
+    method = MethodSettings.model_validate(
+        {"preset": "expert", "start": start, "rank": 2, "low_rank": "all", "constant_rank": 2, "steps": 4}
+    )
+    for folder, resume in ((tmp_path / "one", False), (tmp_path / "one", True), (tmp_path / "two", False)):
+        how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": False}
+        ends.append(learned(pareto.merge(net, copies, tasks=tasks, method=method, **how).pareto))
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
 
 
 def test_headless_tasks_have_a_start(tmp_path: Path) -> None:
