@@ -50,17 +50,17 @@ def prepare(
     kind = OBJECTIVES[settings.loss.objective]
     if kind.needs == "weights":
         return Prepared(settings, tasks)
-    found = checked_tasks(tasks, pareto_state(model).task_names, settings)
+    given = checked_tasks(tasks, pareto_state(model).task_names, settings)
     events = []
     if kind.has_teachers:
         if folder is not None and not resume:
             (folder / TEACHERS_NAME).unlink(missing_ok=True)
-        found = with_teachers(model, found, settings, finetuned, folder=folder, progress=progress)
-        events = describe_teachers(found, settings, warn)
-    fitting, learned, held = learned_from(found, settings)
+        given = with_teachers(model, given, settings, finetuned, folder=folder, progress=progress)
+        events = describe_teachers(given, settings, warn)
+    fitting, learned, held = learned_from(given, settings)
     if fitting is not settings:
         names = ("ridge", "learning_rate", "lambda_learning_rate", "held_back")
         chosen = {name: getattr(fitting, name) for name in names}
-        images = {name: len(task.images) for name, task in found.items()}  # type: ignore[arg-type]
+        images = {name: len(task.images) for name, task in given.items()}  # type: ignore[arg-type]
         events.append({"event": "few images", "images": images, "chosen": chosen})
     return Prepared(fitting, learned, held, events)

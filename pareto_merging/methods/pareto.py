@@ -52,8 +52,8 @@ def merge(
     model = parametrize(pretrained, finetuned, **arguments, digests=digests)
     facts: dict[str, Any] = {}
     where: dict[str, Any] = {key: value for key, value in run.items() if key != "tasks_at_once"}
-    if found := begin(model, pretrained, finetuned, tasks, method, **where):
-        facts["start"] = found
+    if start_facts := begin(model, pretrained, finetuned, tasks, method, **where):
+        facts["start"] = start_facts
     # what has no teachers has no use for the copies
     copies = finetuned if OBJECTIVES[method.objective].has_teachers else None
     result = learn_pareto_set(model, tasks, method, finetuned=copies, **run)
