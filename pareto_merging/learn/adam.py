@@ -70,7 +70,7 @@ class Adam:
         }
 
     def step(self, gradient: Tensor, share: float = 1.0) -> None:
-        """Move the long vectors by the flat gradient [P] of what is learned, at this share of the rates."""
+        """Move the long vectors by the flat gradient [P], at this share of the rates."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         for vector, part in zip(self.vectors, gradient.split([v.numel() for v in self.vectors]), strict=True):

@@ -25,7 +25,7 @@ _SINCE = {name: field.default for name, field in MethodSettings.model_fields.ite
 
 
 def save_checkpoint(learner: Learner, folder: Path, step: int, best: BestState | None = None) -> None:
-    """Write the state after ``step`` into the folder, atomically; and the best so far, where images are held back."""
+    """Write the state after ``step`` into the folder, atomically. And the best so far, where images are held back."""
     tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in learned_parameters(learner.model).items()}
     metadata = {"format": FORMAT, "step": step, **_identity(learner)}
     if best is not None:

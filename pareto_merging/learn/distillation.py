@@ -45,7 +45,7 @@ def cosine_distance(features: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Outputs(NamedTuple):
-    """What a model says of a batch: logits [n, C] and features [n, D], each where the settings ask for it."""
+    """What a model says of a batch: logits [n, C], features [n, D]. Each where the settings ask for it."""
 
     logits: Tensor | None
     features: Tensor | None

@@ -77,7 +77,7 @@ def low_rank_square(A: Tensor, C: Tensor, B: Tensor) -> Tensor:
 
 
 def mean_low_rank_square(A: Tensor, G: Tensor, B: Tensor, gamma: Tensor) -> Tensor:
-    """Return the mean of ‖A·(G ×₃ γ)·Bᵀ‖²_F over the γ of ``gamma`` [n, K], of layers A [L, N, r] -> [L].
+    """Return the mean of ‖A·(G ×₃ γ)·Bᵀ‖²_F over several γ [n, K]. Of layers A [L, N, r] -> [L].
 
     The square is a quadratic form in γ, of which only the mean of γγᵀ [K, K] counts.
     """
@@ -246,7 +246,7 @@ class GradientOfStep:
         return MergedWeights(budget, in_place=True)
 
     def take_parts(self) -> None:
-        """Take one preference for each of several parts of a task's images, where a model cannot take one per item."""
+        """Take one preference for each part of a task's images. Where a model cannot take one per item."""
         if self.tasks_at_once == "all":
             raise ValueError("tasks_at_once: expected one for a model that takes no preference per item, got all")
         # a merged weight is used once
@@ -337,7 +337,7 @@ class GradientOfStep:
         return self.objective.terms(task, outputs, None if targets is None else targets[part])
 
     def _one_by_one(self, gathered: Gathered, autocast: torch.dtype | None) -> StepGradient:
-        """Differentiate the mean of S_1 … S_K, each image at a preference of its own: one task after another."""
+        """Differentiate the mean of S_1 … S_K, each image at its own preference. One task after another."""
         tasks, rows = len(self.heads), []
         total: Tensor | None = None
         for task, gammas in enumerate(self.gamma):

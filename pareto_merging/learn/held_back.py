@@ -1,4 +1,4 @@
-"""Images held back from learning, by which the state to keep is chosen: agreement with the teachers, and no label."""
+"""Images held back from learning choose the state to keep: by agreement with the teachers."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ LOOKS = 10
 
 
 def split(tasks: Mapping[str, Task], share: float, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Return the tasks with the images to learn from, and with those held back: a seeded ``share`` of each task's.
+    """Return the tasks with images to learn from, and with a seeded ``share`` held back.
 
     At least one image of each task is on either side, where it has two. Kept outputs of teachers are divided with them.
     """
@@ -44,7 +44,7 @@ def _part(task: Task, indices: list[int]) -> Task:
 
 @dataclass
 class BestState:
-    """What was learned when the agreement on the images held back was highest; the last of equals.
+    """What was learned when the agreement on the images held back was highest. The last of equals.
 
     Attributes:
         step, score: when, and the agreement in percent (or 100·cosine without heads): the mean of that at the equal
@@ -61,7 +61,7 @@ class BestState:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def look(self, step: int) -> None:
-        """Measure the model as it is after ``step``, and remember it if it is the best."""
+        """Measure the model as it is after ``step``. Remember it if it is the best."""
         self.looks[step] = score = self._agreement()
         # a cosine may be below any score to begin with, and NaN is above none
         if not self.tensors or score >= self.score or math.isnan(self.score):

@@ -92,7 +92,7 @@ class Learner:
             self._choose_parts(on_warning)
 
     def _choose_parts(self, on_warning: Callable[[str], None] | None) -> None:
-        """Find out if the model takes a preference per item; else images are cut into parts of one preference."""
+        """Find out if the model takes a preference per item. Else images are cut into parts of one preference."""
         first = next(iter(self.tasks.values()))
         images = self._on_device(next(images_in_order(first.images, 2, 2)))
         with eval_mode(self.model):

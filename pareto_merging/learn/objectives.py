@@ -46,11 +46,11 @@ class Objective(Protocol):
         raise _lacking(self, "targets")
 
     def targets_of(self, task: int, indices: Sequence[int], images: Tensor) -> Tensor:
-        """Return what is wanted of the images [n, …] in hand, by default that of their numbers. [n, *]."""
+        """Return what is wanted of the images [n, …] in hand, [n, *]. By default that of their numbers."""
         return self.targets(task, indices)
 
     def outputs(self, features: Tensor, head: nn.Module) -> Any:
-        """Return what ``terms`` looks at of the model's features [n, D] and the task's head: by default the logits."""
+        """Return what ``terms`` looks at, by default the logits of the features [n, D]."""
         return head(features)
 
     def terms(self, task: int, outputs: Any, targets: Tensor | None) -> TaskTerms:

@@ -29,7 +29,7 @@ _TOLERANCE = 0.05
 
 
 def item_preferences(sampling: SamplingSettings, tasks: int, step: int, *, in_parts: bool) -> Tensor:
-    """Draw the preferences of one step, [K, n, K] for n images of each of K tasks, or n parts of them."""
+    """Draw the preferences of one step. [K, n, K] for n images of each of K tasks, or n parts of them."""
     count = sampling.batch_size
     if in_parts:
         count = min(count, max(LEAST_PARTS, sampling.preferences_per_step))
@@ -39,7 +39,7 @@ def item_preferences(sampling: SamplingSettings, tasks: int, step: int, *, in_pa
 
 @contextlib.contextmanager
 def _large_terms(model: nn.Module) -> Iterator[None]:
-    """Give each preference-dependent term half its weight's norm inside: where G is 0, no preference is seen."""
+    """Give each preference-dependent term half its weight's norm inside. Where G is 0, no preference is seen."""
     generator, kept = torch.Generator().manual_seed(0), []
     try:
         for parameter in merged_parameters(model):

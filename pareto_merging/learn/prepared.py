@@ -1,4 +1,4 @@
-"""What a run begins with: its settings for so many images, its teachers, and what is held back from learning."""
+"""What a run begins with: settings for its images, teachers, and what is held back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pareto_merging.model.state import pareto_state
 
 @dataclass
 class Prepared:
-    """Settings, tasks to learn from, tasks held back, and what the log says of all that: one entry an event."""
+    """Settings, tasks to learn from, tasks held back. And what the log says of all that: one entry an event."""
 
     settings: MethodSettings
     tasks: Mapping[str, Task] | None
@@ -30,7 +30,7 @@ class Prepared:
 def learned_from(
     tasks: Mapping[str, Task], settings: MethodSettings
 ) -> tuple[MethodSettings, dict[str, Task], dict[str, Task]]:
-    """Return the settings for these tasks' images, the tasks to learn from, and what is held back of them."""
+    """Return the settings for these tasks' images, and what is learned from and held back."""
     settings = settings.for_images(min(len(task.images) for task in tasks.values()))  # type: ignore[arg-type]
     return settings, *split(tasks, settings.optimiser.held_back, settings.sampling.seed)
 

@@ -313,7 +313,7 @@ class MethodSettings(LogSettings, OptimiserSettings, SamplingSettings, StartSett
             raise ValueError(f"settings: expected none that contradicts the model, but {', '.join(wrong)}")
 
     def for_images(self, images: int) -> "MethodSettings":
-        """Return the settings for tasks of at least so many images each, regularised where they are few."""
+        """Return the settings for tasks of so many images or more, regularised where few."""
         if self.few_images != "regularise" or images >= FEW_IMAGES:
             return self
         slow = {"learning_rate": self.learning_rate / 10}

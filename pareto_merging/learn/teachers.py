@@ -1,4 +1,4 @@
-"""What the fine-tuned models say of each unlabelled image: computed once and kept, or asked in every step.
+"""What the fine-tuned models say of each image: kept, or asked in every step.
 
 A fine-tuned model is needed once per image, one after another, and is not in memory while the merged model learns:
 what stays is its outputs in float16, [images, classes] of each task.
@@ -46,7 +46,7 @@ def with_teachers(
     batch_size: int = 256,
     progress: bool = True,
 ) -> dict[str, Task]:
-    """Return the tasks, each with a teacher: its own where it has one, else its fine-tuned model.
+    """Return the tasks, each with a teacher. Its own where it has one, else its fine-tuned model.
 
     Args:
         model: a Pareto model. tasks: by name, in its order.
@@ -88,7 +88,7 @@ def _count(task: Task) -> int:
 
 
 def _is_asked_in_step(task: Task, settings: MethodSettings) -> bool:
-    """Tell if a task's teacher is asked in every step: as the settings say, or where an image read twice differs."""
+    """Tell if a task's teacher is asked in every step. As the settings say, or where an image read twice differs."""
     if settings.loss.teacher_outputs != "auto":
         return settings.loss.teacher_outputs == "in-step"
     count = min(_LOOKS, _count(task))
@@ -105,7 +105,7 @@ def _kept(
     batch_size: int,
     progress: bool,
 ) -> dict[str, Task]:
-    """Return the tasks with the outputs of their fine-tuned models, read from the folder or computed."""
+    """Return the tasks with their fine-tuned models' outputs, read from the folder or computed."""
     identity = _identity(model, tasks, settings)
     # without digests nothing says which models a file is of
     path = None if folder is None or not pareto_state(model).digests else folder / TEACHERS_NAME
@@ -129,7 +129,7 @@ def _kept(
 
 @torch.no_grad()
 def teacher_outputs(module: nn.Module, task: Task, settings: MethodSettings, batch_size: int = 256) -> Tensor:
-    """Return what a model says of every image of a task, by its head: float16 [images, C + D], on the CPU.
+    """Return what a model says of every image of a task. float16 [images, C + D], on the CPU.
 
     In eval mode. C classes where logits are compared, D features where those are.
     """
@@ -191,7 +191,7 @@ def _check(name: str, task: Task, outputs: Tensor) -> None:
 
 @torch.no_grad()
 def _check_widths(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> None:
-    """Raise UserError for a teacher whose outputs are not as wide as the model's, seen on one image."""
+    """Raise UserError for a teacher whose outputs are not as wide as the model's."""
     first = next(model.parameters())
     for name, task in tasks.items():
         teacher, loss = task.teacher, settings.loss
@@ -221,7 +221,7 @@ def _check_widths(model: nn.Module, tasks: Mapping[str, Task], settings: MethodS
 def describe_teachers(
     tasks: Mapping[str, Task], settings: MethodSettings, warn: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return what the log says of the teachers, and warn of those whose predictions say little.
+    """Return what the log says of the teachers. Warn of those whose predictions say little.
 
     One that is nearly uniform, or puts nearly all images into few classes, knows its task badly or was given another
     task's images: what it teaches is learned all the same.

@@ -40,7 +40,7 @@ def merge(
 
 
 def settings_of(problem: Problem, choice: Choice) -> MethodSettings:
-    """Return the preset's settings for a problem, with a choice; the problem's own where they are of this preset."""
+    """Return the preset's settings for a problem, with a choice. The problem's own where they are of this preset."""
     return MethodSettings.model_validate({**pareto.of_preset(problem.method, "expert"), **choice})
 
 

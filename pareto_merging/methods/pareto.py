@@ -84,7 +84,7 @@ SHARED = (
 
 
 def of_preset(method: MethodSettings, preset: str) -> dict[str, Any]:
-    """Return settings as they are if they are published ones, or ours, as ``preset`` is; else those it shares."""
+    """Return settings of the kind of ``preset`` as they are, of others what is shared. Kinds: published, and ours."""
     if (method.preset == "expert") == (preset == "expert"):
         return method.model_dump()
     return {"preset": preset} | {name: getattr(method, name) for name in SHARED if name in method.model_fields_set}

@@ -1,4 +1,4 @@
-"""What learning begins with, by the setting ``start``: another base than the pretrained weights, found without a step.
+"""What learning begins with, by the setting ``start``: a base found without a step.
 
 The table is :data:`STARTS`; a start is found once, and a run that goes on reads it from its folder.
 """
@@ -70,7 +70,7 @@ def begin(
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Give a Pareto model the start of its settings, in place; return what was found out, as plain JSON.
+    """Give a Pareto model the start of its settings, in place. Return what was found out, as plain JSON.
 
     Args:
         model: as :func:`parametrize` made it of ``pretrained`` and ``finetuned``.

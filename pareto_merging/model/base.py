@@ -1,4 +1,4 @@
-"""The base of a Pareto model: its frozen weights W0, which may be those of another merge than the pretrained ones."""
+"""The base of a Pareto model: its frozen weights W0, pretrained or of another merge."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_base(model: nn.Module, base: Mapping[str, Tensor], start: str) -> None:
-    """Replace the frozen weights of a Pareto model by those of a merged model, and set every λ to 0.
+    """Replace a Pareto model's frozen weights by a merged model's; set λ to 0.
 
     W(γ) then begins at the merged model, and λ says how far learning moves along the task vectors from there.
 

@@ -42,7 +42,7 @@ SET_FORMAT, FOLDED_FORMAT = "pareto-set", "pareto-folded"
 def save_pareto_set(
     model: nn.Module, path: Path, *, preset: str = "", training: Mapping[str, Any] | None = None
 ) -> None:
-    """Write what a Pareto model has learned, atomically; and its base, where that is not the pretrained weights.
+    """Write what a Pareto model has learned, atomically. And its base, where that is not the pretrained weights.
 
     The header names the format and its version, the tasks, K, r, the layer map (module -> its merged parameters and
     which have a low-rank term), the grouping of λ, the initial scale, the digests of the pretrained and fine-tuned

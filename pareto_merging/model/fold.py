@@ -37,7 +37,7 @@ def merge(model: nn.Module, gamma: Preference) -> nn.Module:
 
 
 def expert(model: nn.Module, task: int) -> nn.Module:
-    """Make the plain module of one fine-tuned model again, W0 + τ_k, with its task vector as it was rounded.
+    """Make the plain module of one fine-tuned model again: W0 + τ_k, as τ_k was rounded.
 
     Raises ValueError for no Pareto model, or a folded one.
     """
@@ -54,7 +54,7 @@ def expert(model: nn.Module, task: int) -> nn.Module:
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """Fold λ and the constant term into the base of a new model, which keeps the preference-dependent terms.
+    """Fold λ and the constant term into the base of a new model. It keeps the preference-dependent terms.
 
     The base is W0 + Σ λ_k τ_k + A_c·B_cᵀ; there are no task vectors.
 

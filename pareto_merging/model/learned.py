@@ -69,7 +69,7 @@ def _lambdas(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return λ, A_c, B_c, A, G and B of a Pareto model by name, each tensor once.
+    """Return λ, A_c, B_c, A, G and B by name, each tensor once.
 
     That is what is trained, and what a Pareto set file holds.
 

@@ -73,7 +73,7 @@ class MergedParameter:
         return LowRankTerm(self.A, preference_core(self.module.pareto.core, gamma.to(self.A)), self.B)
 
     def whole_low_rank(self, gamma: Tensor | None = None) -> LowRankTerm | None:
-        """Return both low-rank terms as one, [A_c A]·(G' ×₃ γ)·[B_c B]ᵀ; G' is 1 for every task on A_c's diagonal."""
+        """Return both low-rank terms as one, [A_c A]·(G' ×₃ γ)·[B_c B]ᵀ. G' is 1 for every task on A_c's diagonal."""
         term = self.low_rank(gamma)
         if self.A_c is None or self.B_c is None:
             return term

@@ -253,7 +253,7 @@ def _parts(
 
 
 def constant_size(model: nn.Module, name: str, weight: Tensor, rank: int) -> tuple[int, int, int] | None:
-    """Return out, in and r_c of the constant term of parameter ``name``; None where it has none."""
+    """Return out, in and r_c of a parameter's constant term; None where it has none."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if weight.ndim < 2 or not weight.numel() or isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return None

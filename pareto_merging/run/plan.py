@@ -82,18 +82,7 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
         ("gradients of the K tasks", (tasks + 1) * learned, wide, "during training"),
         ("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"),
     ]
-    strategy, budget = workspace.config.strategy, workspace.config.memory_budget
-    if strategy in ("auto", "cached") or (strategy == "eager" and workspace.device.type == "cpu"):
-        if strategy == "cached" and budget is not None and budget < frozen * narrow:
-            raise UserError(
-                f"memory_budget: expected at least {frozen * narrow} bytes (one more model) for strategy cached, got "
-                f"{int(budget)}; auto keeps as much as fits"
-            )
-        held = frozen if budget is None else min(frozen, int(budget) // narrow)
-        limit = "" if budget is None else ", up to memory_budget"
-        if budget is None and strategy == "auto" and workspace.device.type == "cuda":
-            limit = ", up to half of what is free"
-        rows.append(("merged weights of a step", held, narrow, f"kept for its K tasks{limit}"))
+    rows += _kept_weights(workspace, frozen, narrow)
     if OBJECTIVES[method.objective].has_teachers:
         rows.append(_teacher_row(workspace, model))
     if method.start != "pretrained":
@@ -105,6 +94,23 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
     rows.append(("folded file", frozen + buffers, narrow, "on disk, and what a server holds, plus A, B and G"))
     counted = [PlanRow(kind, count, count * size, note) for kind, count, size, note in rows]
     return counted + _precision_rows(workspace, progress)
+
+
+def _kept_weights(workspace: Workspace, frozen: int, narrow: int) -> list[tuple[str, int, int, str]]:
+    """Count the merged weights that a step keeps, where its strategy keeps any."""
+    strategy, budget = workspace.config.strategy, workspace.config.memory_budget
+    if strategy not in ("auto", "cached") and not (strategy == "eager" and workspace.device.type == "cpu"):
+        return []
+    if strategy == "cached" and budget is not None and budget < frozen * narrow:
+        raise UserError(
+            f"memory_budget: expected at least {frozen * narrow} bytes (one more model) for strategy cached, got "
+            f"{int(budget)}; auto keeps as much as fits"
+        )
+    held = frozen if budget is None else min(frozen, int(budget) // narrow)
+    limit = "" if budget is None else ", up to memory_budget"
+    if budget is None and strategy == "auto" and workspace.device.type == "cuda":
+        limit = ", up to half of what is free"
+    return [("merged weights of a step", held, narrow, f"kept for its K tasks{limit}")]
 
 
 def _teacher_row(workspace: Workspace, model: nn.Module) -> tuple[str, int, int, str]:
