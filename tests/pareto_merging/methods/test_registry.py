@@ -29,6 +29,7 @@ AWARE = {
     "pareto",
     "pareto++",
     "pareto-closed-form",
+    "pareto-expert",
     "outer-product-1",
     "outer-product-2",
 }
