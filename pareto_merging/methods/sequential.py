@@ -59,6 +59,8 @@ from pareto_merging.system.progress import progress_bar
 
 # what a row of the last block counts that nothing reads afterwards; 1 for the others
 UNREAD = 0.01
+# of RegMean, where the maps begin; the study never chose its published 0.9
+ALPHA = 1.0
 
 
 def merge_sequential(
@@ -136,7 +138,7 @@ def start_sequential(
     same: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
     # the tasks' images are read once
     held: dict[str, Any] = {name: Task(items, tasks[name].head) for name, items in chosen.items()}  # type: ignore[arg-type]
-    plain = regmean.merge(pretrained, finetuned, tasks=held, **same).model()
+    plain = regmean.merge(pretrained, finetuned, tasks=held, alpha=ALPHA, **same).model()
     for name, buffer in plain.named_buffers():
         buffer.copy_(model.get_buffer(name))
     stored = {parameter.path: parameter for parameter in merged_parameters(model)}
