@@ -51,15 +51,20 @@ def prepare(
     if kind.needs == "weights":
         return Prepared(settings, tasks)
     given = checked_tasks(tasks, pareto_state(model).task_names, settings)
-    events = []
+    events: list[dict[str, Any]] = []
+    if not settings.steps_for(len(given)):
+        # the start is all there is
+        return Prepared(settings, given)
     if kind.has_teachers:
         if folder is not None and not resume:
             (folder / TEACHERS_NAME).unlink(missing_ok=True)
         given = with_teachers(model, given, settings, finetuned, folder=folder, progress=progress)
         events = describe_teachers(given, settings, warn)
+    if facts := pareto_state(model).start_facts:
+        events.append({"event": "start", **facts})
     fitting, learned, held = learned_from(given, settings)
     if fitting is not settings:
-        names = ("ridge", "learning_rate", "lambda_learning_rate", "held_back")
+        names = ("learning_rate", "lambda_learning_rate", "held_back")
         chosen = {name: getattr(fitting, name) for name in names}
         images = {name: len(task.images) for name, task in given.items()}  # type: ignore[arg-type]
         events.append({"event": "few images", "images": images, "chosen": chosen})

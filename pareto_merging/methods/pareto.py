@@ -16,15 +16,14 @@ from typing import Any, Unpack
 from torch import nn
 
 from pareto_merging.data.tasks import Task
-from pareto_merging.learn.loop import learn_pareto_set
-from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods.interface import Choice, Choices, Copies, Merged, Method, Problem, Run, learning, task_names
-from pareto_merging.methods.start import begin
+from pareto_merging.methods.start import learn_from_start
 from pareto_merging.model.fold import merge as merge_at
 from pareto_merging.model.learned import get_lambda, lambda_names
 from pareto_merging.model.parametrize import parametrize
 from pareto_merging.model.preprocessing import Preprocess
+from pareto_merging.model.state import pareto_state
 
 
 def merge(
@@ -50,13 +49,10 @@ def merge(
         method, preprocess = method.model_copy(update={"preprocess": preprocess}), None
     arguments = method.model_arguments() | ({} if preprocess is None else {"preprocess": preprocess})
     model = parametrize(pretrained, finetuned, **arguments, digests=digests)
+    result = learn_from_start(model, pretrained, finetuned, tasks, method, **run)
     facts: dict[str, Any] = {}
-    where: dict[str, Any] = {key: value for key, value in run.items() if key != "tasks_at_once"}
-    if start_facts := begin(model, pretrained, finetuned, tasks, method, **where):
-        facts["start"] = start_facts
-    # what has no teachers has no use for the copies
-    copies = finetuned if OBJECTIVES[method.objective].has_teachers else None
-    result = learn_pareto_set(model, tasks, method, finetuned=copies, **run)
+    if found := pareto_state(model).start_facts:
+        facts["start"] = found
     if result.chosen:
         facts["chosen"] = result.chosen
     facts["lambda"] = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))

@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
+from pareto_merging.learn.held_back import BestState
+from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
+from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.prepared import learned_from
 from pareto_merging.learn.settings import MethodSettings
+from pareto_merging.learn.teachers import with_teachers
 from pareto_merging.methods import regmean, sequential
 from pareto_merging.methods.interface import Copies
 from pareto_merging.model.base import base_tensors, set_base
 from pareto_merging.model.files import BASE, load_learned
 from pareto_merging.model.learned import learned_parameters
 from pareto_merging.model.state import pareto_state
+from pareto_merging.system.modes import eval_mode
 
 START_NAME, FORMAT = "start.safetensors", "pareto-start"
 # (Pareto model, pretrained, copies, tasks, settings, progress) -> facts, as plain JSON; the model holds what was found
@@ -57,6 +62,8 @@ def _sequential(
 
 
 STARTS: dict[str, Start] = {"regmean": _regmean, "sequential": _sequential}
+# what the closed form's ridge is chosen from where images are few, by agreement on those held back
+RIDGES = (0.03, 0.1, 0.3, 1.0)
 
 
 def begin(
@@ -88,14 +95,60 @@ def begin(
     identity = _identity(model, settings, tasks)
     if path is not None and resume and (facts := _read(model, path, identity)) is not None:
         return facts
-    settings, learned, _ = learned_from(tasks, settings)
+    given, (settings, learned, held) = settings, learned_from(tasks, settings)
+    tried: dict[str, float] = {}
+    if settings is not given and held and settings.start == "sequential":
+        for ridge in RIDGES:
+            STARTS[settings.start](model, pretrained, finetuned, learned, _with(settings, ridge), progress)
+            tried[f"{ridge:g}"] = _agreement(model, finetuned, held, settings)
+        # the largest of equals
+        settings = _with(settings, max(RIDGES, key=lambda ridge: (tried[f"{ridge:g}"], ridge)))
     facts = STARTS[settings.start](model, pretrained, finetuned, learned, settings, progress)
+    facts |= {"tried": tried} if tried else {}
+    pareto_state(model).start_facts = facts
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         base = {f"{BASE}{name}": tensor for name, tensor in base_tensors(model).items()}
         metadata = {"format": FORMAT, "identity": identity, "facts": facts}
         write_tensors(path, {**learned_parameters(model), **base}, metadata)
     return facts
+
+
+def _with(settings: MethodSettings, ridge: float) -> MethodSettings:
+    return settings.model_copy(update={"ridge": ridge})
+
+
+def _agreement(model: nn.Module, finetuned: Copies, held: Mapping[str, Task], settings: MethodSettings) -> float:
+    """Return the agreement in percent with the fine-tuned models on images held back from the start."""
+    taught = with_teachers(model, held, settings, finetuned, progress=False)
+    best = BestState(model, taught, settings.loss)
+    with eval_mode(model, *(task.head for task in taught.values())):
+        best.look(0)
+    return best.score
+
+
+def learn_from_start(
+    model: nn.Module,
+    pretrained: nn.Module,
+    finetuned: Copies,
+    tasks: Mapping[str, Task] | None,
+    settings: MethodSettings,
+    **run: Any,
+) -> TrainingResult:
+    """Begin as the settings say and learn. Where images were held back and no step helped, use all for the start.
+
+    Arguments as of :func:`begin` and :func:`learn_pareto_set`, which say what is raised.
+    """
+    where = {name: run[name] for name in ("folder", "resume", "progress") if name in run}
+    facts = begin(model, pretrained, finetuned, tasks, settings, **where)
+    # what has no teachers has no use for the copies
+    copies = finetuned if OBJECTIVES[settings.objective].has_teachers else None
+    result = learn_pareto_set(model, tasks, settings, finetuned=copies, **run)
+    if facts.get("tried") and tasks and not result.chosen.get("step"):
+        again = _with(settings, facts.get("ridge", settings.ridge))
+        facts = STARTS[settings.start](model, pretrained, finetuned, tasks, again, bool(run.get("progress", True)))
+        pareto_state(model).start_facts = {**facts, "all images": True}
+    return result
 
 
 def _identity(model: nn.Module, settings: MethodSettings, tasks: Mapping[str, Task]) -> dict[str, Any]:
@@ -130,4 +183,5 @@ def _read(model: nn.Module, path: Path, identity: Mapping[str, Any]) -> dict[str
     base = {name.removeprefix(BASE): tensors.pop(name) for name in list(tensors) if name.startswith(BASE)}
     set_base(model, base, identity["settings"]["start"])
     load_learned(model, tensors, path)
-    return facts if isinstance(facts, dict) else {}
+    pareto_state(model).start_facts = facts if isinstance(facts, dict) else {}
+    return pareto_state(model).start_facts

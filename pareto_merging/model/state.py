@@ -57,7 +57,7 @@ class ParetoState:
     """The tasks of a Pareto model and how it was built, shared by its layers. ``now`` is how it is computed.
 
     ``start`` is what W0 is: the ``"pretrained"`` weights, or what a merge made of them (:mod:`.base`), whose digest is
-    ``base_digest`` then.
+    ``base_digest`` then; ``start_facts`` say how that went.
 
     ``core`` is how γ becomes the r×r core of the low-rank term (:func:`.cores.preference_core`),
     ``rounding_error`` ‖Σλ(round(τ) − τ)‖ / ‖Σλτ‖ where every λ is the same. ``digests`` and ``stored_dtypes`` are of
@@ -74,6 +74,7 @@ class ParetoState:
     rounding_error: float = 0.0
     start: str = "pretrained"
     base_digest: str = ""
+    start_facts: dict[str, Any] = field(default_factory=dict)
 
 
 def pareto_states(model: nn.Module) -> list[ParetoState]:

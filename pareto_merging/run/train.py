@@ -9,11 +9,11 @@ from torch import nn
 from pareto_merging.errors import UserError, user_errors
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
 from pareto_merging.learn.log import LOG_NAME
-from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
+from pareto_merging.learn.loop import TrainingResult
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.learn.teachers import TEACHERS_NAME
-from pareto_merging.methods.start import START_NAME, begin
+from pareto_merging.methods.start import START_NAME, learn_from_start
 from pareto_merging.model.files import save_pareto_set
 from pareto_merging.model.state import pareto_state
 from pareto_merging.model.stored import percent, summarize_dtypes
@@ -54,20 +54,12 @@ def train_run(
         # on a resume too: how it is computed may differ from the first part
         write_text(folder / CONFIG_NAME, dump_config(config))
         with user_errors():
-            if config.method.start != "pretrained":
-                begin(
-                    model,
-                    workspace.pretrained(),
-                    workspace.finetuned(),
-                    tasks,
-                    config.method,
-                    folder=folder,
-                    resume=resume,
-                    progress=progress,
-                )
-            has_teachers = OBJECTIVES[config.method.objective].has_teachers
-            result = learn_pareto_set(
+            is_plain = config.method.start == "pretrained"
+            result = learn_from_start(
                 model,
+                # a start reads them beside the model; otherwise nobody asks for them
+                model if is_plain else workspace.pretrained(),
+                workspace.finetuned(),
                 tasks,
                 config.method,
                 folder=folder,
@@ -77,7 +69,6 @@ def train_run(
                 cuda_graphs=config.cuda_graphs,
                 tasks_at_once=config.tasks_at_once,
                 on_warning=on_warning,
-                finetuned=workspace.finetuned() if has_teachers else None,
             )
     training = {"steps": result.steps, "collapsed": result.collapsed, "method": config.method.model_dump(mode="json")}
     save_pareto_set(model, folder / SET_NAME, preset=config.method.preset, training=training)
