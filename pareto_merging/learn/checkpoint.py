@@ -128,7 +128,7 @@ def _differences(path: Path, metadata: Mapping[str, str], identity: Mapping[str,
         for key in dict.fromkeys((*now, *before)):
             if before.get(key, _SINCE.get(key)) != now.get(key) and not (part == "settings" and key in agreed):
                 label = "" if part == "settings" else f"{part}: "
-                yield f"{label}{key} ({_short(before.get(key))}, now {_short(now.get(key))})"
+                yield f"{label}{key} ({_short(before.get(key, _SINCE.get(key)))}, now {_short(now.get(key))})"
 
 
 def _short(value: Any) -> str:

@@ -272,7 +272,7 @@ def test_a_checkpoint_of_another_base_is_refused(tiny_vit: nn.Module, copies: Co
     how: dict[str, Any] = {"folder": tmp_path, "resume": True, "progress": False}
     learn_pareto_set(based(0.1), task_set(2), settings, **how)
     assert learn_pareto_set(based(0.1), task_set(2), settings, **how).resumed_from == 4
-    with pytest.raises(UserError, match=r"differs in digests: base \('\w{12}…, now \w{12}…"):
+    with pytest.raises(UserError, match=r"differs in digests: base \(\w{12}…, now \w{12}…"):
         learn_pareto_set(based(0.2), task_set(2), settings, **how)
 
 
