@@ -224,7 +224,7 @@ CONSTANT_RANK = 32
 
 
 def by_rows(p: Problem, cache_bytes: float) -> Kernels:
-    """Yield the products of the preference's term with rows, forward and backward, of a preference per image.
+    """Yield the products of the preference's term with rows, forward and backward.
 
     s = x·B and t·Aᵀ added to y; u = dy·A, ds·Bᵀ added to dx, dA = dyᵀ·t and dB = xᵀ·ds. The r columns beside them, the
     mixing by γ and dG are not counted.

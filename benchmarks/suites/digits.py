@@ -132,7 +132,7 @@ def run(
 
 
 def _join(results: dict[str, list[Result]], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Add an earlier report's results of other methods and seeds; return how far those of both differ, in points."""
+    """Add an earlier report's results of other methods. Return how far those of both differ, in points."""
     order = {name: number for number, name in enumerate(METHODS)}
     apart: dict[str, float] = {}
     for tasks, rows in results.items():

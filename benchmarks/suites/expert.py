@@ -274,7 +274,7 @@ def run(
 
 
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Return a case's figures over its seeds, and the accuracy of the task that something is wrong with."""
+    """Return a case's figures over its seeds, tasks and warnings too."""
     entry = summarize(results)[results[0].method]
     wanted = ("equal", "priority", "one_hot", "hypervolume", "spearman", "seconds")
     figures: dict[str, Any] = {name: asdict(entry.figures[name]) for name in wanted if name in entry.figures}
@@ -293,8 +293,8 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 def _cells(figures: Mapping[str, Any], *names: str) -> list[str]:
     looks = {"hypervolume": (100, 1), "spearman": (1, 2), "seconds": (1, 0)}
-    found = {name: Spread(**figures[name]) for name in names if name in figures}
-    return [cell(found.get(name), *looks.get(name, (1, 1))) for name in names]
+    spreads = {name: Spread(**figures[name]) for name in names if name in figures}
+    return [cell(spreads.get(name), *looks.get(name, (1, 1))) for name in names]
 
 
 def _table(report: Mapping[str, Any], part: str, columns: Sequence[str], names: Sequence[str], first: str) -> str:
@@ -349,6 +349,6 @@ def wrong_markdown(report: Mapping[str, Any]) -> str:
         others = [entry["mean"] for task, entry in tasks.items() if task != WRONG_TASK]
         mean = f"{math.fsum(others) / len(others):.1f}" if others else "–"
         affected = f"{tasks[WRONG_TASK]['mean']:.1f}" if WRONG_TASK in tasks else "–"
-        said = "; ".join(own.get("warnings", ())) or "nothing"
-        rows.append([name, affected, mean, said])
+        warned = "; ".join(own.get("warnings", ())) or "nothing"
+        rows.append([name, affected, mean, warned])
     return markdown_table([f"wrong with {WRONG_TASK}", WRONG_TASK, "the other seven", "what the log says"], rows)

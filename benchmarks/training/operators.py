@@ -42,7 +42,7 @@ class _Count(TorchDispatchMode):
 
 
 def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one", *, guided: bool = False) -> Counter[str]:
-    """Return operators of the third step by name; ``guided``: of the preset ``expert``, teachers' outputs kept."""
+    """Return operators of the third step by name. ``guided``: of the preset ``expert``, teachers' outputs kept."""
     from open_clip.transformer import VisionTransformer
 
     tower = Tower("", 64, blocks, heads=4, patch=4, output=32, image=8)

@@ -132,7 +132,7 @@ def guided_teachers(case: Case) -> list[Tensor]:
 
 
 def guided_loss(case: Case, merge: Callable[[Part, Tensor], Tensor], dtype: torch.dtype) -> Gradient:
-    """Return the gradient of the mean KL of all tasks at the case's preference, in plain PyTorch."""
+    """Return the gradient of all tasks' mean KL at the case's preference, in plain PyTorch."""
     others = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.others.items()}
     totals = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in case.learned.values()]
     for images, head, teacher in zip(case.images, case.heads, guided_teachers(case), strict=True):

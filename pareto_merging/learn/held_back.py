@@ -44,7 +44,7 @@ def _part(task: Task, indices: list[int]) -> Task:
 
 @dataclass
 class BestState:
-    """What was learned when the agreement on the images held back was highest. The last of equals.
+    """What was learned when the agreement on the images held back was highest. The first of equals.
 
     Attributes:
         step, score: when, and the agreement in percent (or 100·cosine without heads): the mean of that at the equal
@@ -64,7 +64,7 @@ class BestState:
         """Measure the model as it is after ``step``. Remember it if it is the best."""
         self.looks[step] = score = self._agreement()
         # a cosine may be below any score to begin with, and NaN is above none
-        if not self.tensors or score >= self.score or math.isnan(self.score):
+        if not self.tensors or score > self.score or math.isnan(self.score):
             self.step, self.score = step, score
             self.tensors = {name: p.detach().clone() for name, p in learned_parameters(self.model).items()}
 

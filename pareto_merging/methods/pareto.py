@@ -51,8 +51,8 @@ def merge(
     model = parametrize(pretrained, finetuned, **arguments, digests=digests)
     result = learn_from_start(model, pretrained, finetuned, tasks, method, **run)
     facts: dict[str, Any] = {}
-    if found := pareto_state(model).start_facts:
-        facts["start"] = found
+    if start := pareto_state(model).start_facts:
+        facts["start"] = start
     if result.chosen:
         facts["chosen"] = result.chosen
     facts["lambda"] = dict(zip(lambda_names(model), get_lambda(model).tolist(), strict=True))

@@ -119,7 +119,7 @@ def _with(settings: MethodSettings, ridge: float) -> MethodSettings:
 
 
 def _agreement(model: nn.Module, finetuned: Copies, held: Mapping[str, Task], settings: MethodSettings) -> float:
-    """Return the agreement in percent with the fine-tuned models on images held back from the start."""
+    """Return the agreement in percent with the fine-tuned models on images held back."""
     taught = with_teachers(model, held, settings, finetuned, progress=False)
     best = BestState(model, taught, settings.loss)
     with eval_mode(model, *(task.head for task in taught.values())):

@@ -110,13 +110,13 @@ def _run(folder: Path, quick: bool, seed: int, progress: bool) -> dict[str, Any]
     eight = Workspace(demo_config(quick=quick, seed=seed))
     comparison = Comparison(eight, effort=EFFORT, grid="equal", choices=CHOICES, progress=progress, keep=True)
     entries = {METHODS[key].title: _entry(_measured(comparison, key)) for key in BASELINES}
-    found = {}
+    results = {}
     for key, title in (("pareto", PUBLISHED), ("pareto-expert", EXPERT)):
         console.print(f"Eight tasks: {title} …")
-        found[title] = _measured(comparison, key)
+        results[title] = _measured(comparison, key)
         for kind in ("equal", "one-hot"):
-            entries[f"{title} ({kind} preference)"] = _entry(found[title], kind)
-    learned = found[PUBLISHED]
+            entries[f"{title} ({kind} preference)"] = _entry(results[title], kind)
+    learned = results[PUBLISHED]
     model = comparison.kept["pareto-expert"].pareto
     assert model is not None
 

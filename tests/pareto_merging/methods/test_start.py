@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import pareto_merging as pm
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors
 from pareto_merging.data.tasks import Task
-from pareto_merging.learn.held_back import split
+from pareto_merging.learn.held_back import BestState, split
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto, regmean
 from pareto_merging.methods import start as starts
-from pareto_merging.methods.start import START_NAME, STARTS, begin
+from pareto_merging.methods.start import RIDGES, START_NAME, STARTS, begin, learn_from_start
 from pareto_merging.model.base import base_tensors
 from pareto_merging.model.fold import merge
 from pareto_merging.model.learned import get_lambda
@@ -249,3 +249,43 @@ def test_headless_tasks_have_a_start(tmp_path: Path) -> None:
     tasks = {name: replace(task, head=Task(task.images).head) for name, task in image_tasks(2).items()}
     for name in ("regmean", "sequential"):
         begin(model, net, copies, tasks, settings(start=name, objective="features"), progress=False)
+
+
+def few(**changes: Any) -> MethodSettings:
+    expert = {"preset": "expert", "rank": 2, "low_rank": "all", "constant_rank": 2, "steps": 2, "batch_size": 4}
+    return MethodSettings.model_validate({**expert, **changes})
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_with_few_images_agreement_chooses_the_ridge(monkeypatch: pytest.MonkeyPatch, helps: bool) -> None:
+    """And if no step agrees more than the start, that is found again, of all images."""
+    model, net, copies = parts()
+    tasks, looks, used = image_tasks(2, images=15), dict(zip(RIDGES, (5.0, 7.0, 7.0, 6.0), strict=True)), []
+    sequential = STARTS["sequential"]
+
+    def start(model: nn.Module, net: nn.Module, copies: Any, tasks: Any, method: MethodSettings, progress: bool) -> Any:
+        used.append((method.ridge, {name: len(task.images) for name, task in tasks.items()}))
+        return sequential(model, net, copies, tasks, method, progress)
+
+    def score(best: Any) -> float:
+        # the learned model is looked at with more images of the run than the starts were
+        return looks[used[-1][0]] if len(used) <= len(RIDGES) else 8.0 + (best.looks != {}) * (1 if helps else -1)
+
+    monkeypatch.setitem(STARTS, "sequential", start)
+    monkeypatch.setattr(BestState, "_agreement", score)
+    result = learn_from_start(model, net, copies, tasks, few(), progress=False)
+    facts = pareto_state(model).start_facts
+    assert facts["tried"] == {f"{ridge:g}": score for ridge, score in looks.items()} if helps else facts["all images"]
+    # the largest of equals; a fifth of the images is held back until all is chosen
+    held = {"t0": 12, "t1": 12}
+    expected = [(ridge, held) for ridge in (*RIDGES, 0.3)]
+    assert used == (expected if helps else [*expected, (0.3, {"t0": 15, "t1": 15})])
+    assert (result.chosen["step"] > 0) == helps and pareto_state(model).start == "sequential"
+
+
+def test_many_images_are_not_held_back() -> None:
+    model, net, copies = parts()
+    result = learn_from_start(model, net, copies, image_tasks(2, images=130), few(), progress=False)
+    facts = pareto_state(model).start_facts
+    assert result.chosen == {} and "tried" not in facts
+    assert facts["ridge"] == 1e-3 and facts["images"] == {"t0": 130, "t1": 130}
