@@ -28,7 +28,7 @@ from pmkernels import strategies
         ("suite: digits\nmethod: {steps: many}\n", "method.steps: .* got 'many'"),
         (
             "suite: digits\nmethod: {objective: entropie}\n",
-            "method.objective: expected one of entropy, weight-distance, got 'entropie'",
+            "method.objective: expected one of entropy, distillation, features, weight-distance, got 'entropie'",
         ),
         (
             "suite: digits\nmethod: {scalarization: sum}\n",

@@ -64,7 +64,7 @@ def test_learning_wants_it_here(own: Path, tmp_path: Path, capsys: pytest.Captur
     assert run("train", own / "config.yaml", *arguments) == 2
     message = one_line(capsys)
     for expected in (
-        "method.objective: expected one of entropy, weight-distance, got 'own-objective'",
+        "method.objective: expected one of entropy, distillation, features, weight-distance, got 'own-objective'",
         "method.scalarization: expected one of smooth-tchebycheff, tchebycheff, linear, got 'own-scalarization'",
         "strategy: expected one of auto, fused, streamed, eager, cached, got 'own-strategy'",
     ):
