@@ -97,14 +97,14 @@ def _register() -> None:
 _ONE_GAMMA: dict[str, Any] = {"preference": "dirichlet", "preferences_per_step": 4}
 _PUBLISHED = {"start": "pretrained", "constant_rank": 0, **_ONE_GAMMA, "preferences_per_step": 1, "concentration": 0.1}
 _PUBLISHED |= {"scalarization": "smooth-tchebycheff", "tensor_norm": 0.1, "schedule": "constant", "temperature": 1.0}
-_PUBLISHED |= {"learning_rate": 1e-3, "lambda_learning_rate": 1e-2}
+_PUBLISHED |= {"warm_up": 0}
 _PER_ITEM = {"preference": "per-item", "scalarization": "linear", "tensor_norm": 0.0, "concentration": 0.3}
-_RATES = {"temperature": 4.0, "learning_rate": 3e-3, "lambda_learning_rate": 3e-2, "schedule": "cosine"}
+_RATES: dict[str, Any] = {"temperature": 4.0, "schedule": "cosine", "warm_up": 10}
 _LADDER = {
     "published: entropy, one γ a step": {**_PUBLISHED, "objective": "entropy"},
     "+ the fine-tuned models teach": _PUBLISHED,
     "+ a preference for each image": {**_PUBLISHED, **_PER_ITEM},
-    "+ temperature 4, larger rates, cosine": {**_PUBLISHED, **_PER_ITEM, **_RATES},
+    "+ temperature 4, warm-up, cosine": {**_PUBLISHED, **_PER_ITEM, **_RATES},
     "+ constant term of rank 32": {**_PUBLISHED, **_PER_ITEM, **_RATES, "constant_rank": 32},
     "+ start from the closed form: expert": {},
 }
@@ -127,7 +127,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "p 1": {"concentration": 1.0},
     "50 steps": {"steps": 50},
     "200 steps": {"steps": 200},
-    "a third of the rates": {"learning_rate": 1e-3, "lambda_learning_rate": 1e-2},
+    "three times the rates": {"learning_rate": 3e-3, "lambda_learning_rate": 3e-2},
+    "no warm-up": {"warm_up": 0},
 }
 _METHODS_OF_IMAGES = ("pareto-expert", "pareto-closed-form", "pareto", "regmean")
 CASES = (

@@ -174,10 +174,12 @@ class Learner:
         return StepResult(sum(losses) / len(losses), objectives, rounded, by_name)
 
     def _share_of_rates(self, step: int) -> float:
-        """Return what the schedule makes of the rates at a step, from 1 on."""
-        if self.settings.optimiser.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - 1) / self.total))
+        """Return what warm-up and schedule make of the rates at a step, from 1 on."""
+        optimiser = self.settings.optimiser
+        share = min(1.0, step / optimiser.warm_up) if optimiser.warm_up else 1.0
+        if optimiser.schedule == "constant":
+            return share
+        return share * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.total))
 
     def _read(self, outcomes: Sequence[StepGradient], summed: Sequence[Tensor]) -> tuple[list[float], Tensor, Tensor]:
         """Return losses, terms [preferences, K, 1 + watched] and sums on the host. Waits for the device once."""

@@ -38,9 +38,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "constant_rank": 32,
         "start": "sequential",
         "steps": 200,
-        "learning_rate": 3e-3,
-        "lambda_learning_rate": 3e-2,
+        "learning_rate": 1e-3,
+        "lambda_learning_rate": 1e-2,
         "schedule": "cosine",
+        "warm_up": 10,
         "few_images": "regularise",
     },
 }
@@ -53,7 +54,7 @@ _ORDER = (
     *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
     *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold"),
     *("checkpoint_every", "temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank"),
-    *("start", "start_images", "ridge", "schedule", "few_images", "held_back"),
+    *("start", "start_images", "ridge", "schedule", "warm_up", "few_images", "held_back"),
 )
 
 
@@ -200,6 +201,9 @@ class OptimiserSettings(Strict):
         None, gt=0, description="of λ, where it differs: short runs want it larger; default learning_rate, the paper's"
     )
     schedule: Literal["constant", "cosine"] = Field("constant", description="of both rates; cosine: to zero")
+    warm_up: int = Field(
+        0, ge=0, description="steps in which both rates rise: Adam's first are as large as any, whatever the gradient"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's momentum parameters")
     few_images: Literal["as-given", "regularise"] = Field(
         "as-given",

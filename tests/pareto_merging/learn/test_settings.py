@@ -30,7 +30,7 @@ KEYS = [
     *("rank", "low_rank", "init_lambda", "learn_lambda", "clamp_lambda", "granularity", "buffers", "steps"),
     *("batch_size", "learning_rate", "lambda_learning_rate", "betas", "seed", "collapse_threshold", "checkpoint_every"),
     *("temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank", "start", "start_images"),
-    *("ridge", "schedule", "few_images", "held_back"),
+    *("ridge", "schedule", "warm_up", "few_images", "held_back"),
 ]
 GROUPS = {
     "model": ModelSettings,
