@@ -244,7 +244,7 @@ def test_a_checkpoint_of_before_has_none_of_the_newer_settings(
     del metadata["checksums"]
     settings, built = json.loads(metadata["settings"]), json.loads(metadata["model"])
     newer = ("temperature", "entropy_weight", "features_weight", "teacher_outputs", "constant_rank", "start")
-    for name in (*newer, "start_images", "ridge", "schedule", "few_images", "held_back"):
+    for name in (*newer, "start_images", "ridge", "schedule", "warm_up", "few_images", "held_back"):
         del settings[name]
     del built["constant_rank"]
     assert "base" not in json.loads(metadata["digests"])
@@ -285,3 +285,15 @@ def test_the_cosine_schedule_is_a_function_of_the_step(tiny_vit: nn.Module, copi
     assert shares == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
     assert shares[0] == 1 and 0 < shares[-1] < 0.05
     assert Learner(model, task_set(2), short_run())._share_of_rates(3) == 1
+
+
+def test_rates_warm_up(tiny_vit: nn.Module, copies: Copies) -> None:
+    from pareto_merging.learn.learner import Learner
+
+    model = parametrize(tiny_vit, copies(tiny_vit, 2), rank=2)
+    rising = Learner(model, task_set(2), short_run(warm_up=4, steps=8))
+    assert [rising._share_of_rates(step) for step in range(1, 9)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    both = Learner(model, task_set(2), short_run(warm_up=4, schedule="cosine", steps=8))
+    cosine = [0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)]
+    expected = [share * min(1, (t + 1) / 4) for t, share in enumerate(cosine)]
+    assert [both._share_of_rates(step) for step in range(1, 9)] == pytest.approx(expected)

@@ -46,8 +46,8 @@ def test_few_images_are_learned_from_carefully(tmp_path: Path) -> None:
     assert list(events) == ["started", "weights", "teachers", "few images", "chosen"]
     few = events["few images"]
     assert few["images"] == {"t0": 150, "t1": 20}
-    assert few["chosen"]["learning_rate"] == pytest.approx(3e-4)
-    assert few["chosen"]["lambda_learning_rate"] == pytest.approx(3e-3)
+    assert few["chosen"]["learning_rate"] == pytest.approx(1e-4)
+    assert few["chosen"]["lambda_learning_rate"] == pytest.approx(1e-3)
     assert few["chosen"]["held_back"] == 0.2
     assert result.chosen["step"] == events["chosen"]["step"]
 

@@ -189,9 +189,10 @@ def test_the_expert_preset() -> None:
         "constant_rank": 32,
         "start": "sequential",
         "steps": 200,
-        "learning_rate": 3e-3,
-        "lambda_learning_rate": 3e-2,
+        "learning_rate": 1e-3,
+        "lambda_learning_rate": 1e-2,
         "schedule": "cosine",
+        "warm_up": 10,
         "few_images": "regularise",
     }
     assert expert.model_dump() == {**MethodSettings.model_validate({}).model_dump(), **changed}
@@ -215,6 +216,7 @@ def test_published_presets_use_nothing_that_is_new(preset: str) -> None:
         "start_images": 400,
         "ridge": 1e-3,
         "schedule": "constant",
+        "warm_up": 0,
         "few_images": "as-given",
         "held_back": 0.0,
         "objective": "entropy",
@@ -261,7 +263,7 @@ def test_settings_for_few_images() -> None:
     expert = MethodSettings.model_validate({"preset": "expert"})
     assert expert.for_images(128) is expert
     few = expert.for_images(127)
-    assert few.learning_rate == pytest.approx(3e-4) and few.lambda_learning_rate == pytest.approx(3e-3)
+    assert few.learning_rate == pytest.approx(1e-4) and few.lambda_learning_rate == pytest.approx(1e-3)
     assert (few.ridge, few.held_back, few.few_images) == (0.1, 0.2, "as-given")
     assert few.for_images(5) is few, "once"
     assert {name for name in KEYS if getattr(few, name) != getattr(expert, name)} == {

@@ -8,13 +8,18 @@ from helpers import noisy_copy
 from learn_cases import learned, same
 from method_cases import image_tasks
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import pareto_merging as pm
+from pareto_merging.data import digits
+from pareto_merging.data.tasks import Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import adamerging, expert, pareto
 from pareto_merging.methods.interface import Problem
 from pareto_merging.methods.registry import METHODS
 from pareto_merging.model.state import pareto_state
+from pareto_merging.run.config import RunConfig
+from pareto_merging.run.workspace import Workspace
 
 
 class Net(nn.Module):
@@ -131,3 +136,18 @@ def test_adamerging_can_have_the_same_objective() -> None:
         assert same(one, two)
     assert learned_of["entropy"] != learned_of["expert"]
     assert adamerging.settings(objective="weight-distance").objective == "entropy"
+
+
+def test_a_few_steps_do_not_undo_the_start() -> None:
+    """Adam's first steps are as large as any: at full rates a constant term on every matrix is thrown off by three."""
+    workspace = Workspace(RunConfig.model_validate({"suite": "digits", "tasks": ["upright", "rotated"]}))
+    given = workspace.pretrained(), {name: dict(weights) for name, weights in workspace.finetuned().items()}
+    tasks = {name: Task(Subset(task.images, range(130)), task.head) for name, task in workspace.merging_tasks().items()}
+    images, labels = digits.images("upright", "evaluation")
+    right = {}
+    for steps in (0, 3):
+        method = expert.settings(steps=steps, rank=2, batch_size=8)
+        model = expert.merge(*given, tasks=tasks, method=method, progress=False).model({"upright": 1.0})
+        logits = tasks["upright"].head(model.eval()(images))
+        right[steps] = float((logits.argmax(dim=-1) == labels).float().mean())
+    assert right[0] > 0.9 and right[3] > right[0] - 0.05
