@@ -73,6 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--work", type=Path, help="digits: where partial results are kept, to go on from")
     add("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
     add("--methods", nargs="+", help="digits: these methods alone, and no ablations")
+    add("--models", type=int, nargs="+", choices=(2, 3, 8), help="digits: how many are merged (default: 2, 3 and 8)")
     add("--join", type=Path, help="digits: an earlier results file, whose other methods join")
     add("--minutes", type=float, help="end after that long with what there is (default: no limit)")
     add("--quick", action="store_true", help="a few steps or tiny shapes: proves that it runs")
@@ -133,7 +134,7 @@ class Run:
     def _alone(self) -> None:
         chosen, suite = self.chosen, SUITES[self.chosen.suite].measuring
         if chosen.suite in CPU_SUITES:
-            of_digits = {"methods": chosen.methods, "join": chosen.join}
+            of_digits = {"methods": chosen.methods, "join": chosen.join, "models": chosen.models}
             more = {name: value for name, value in of_digits.items() if value is not None}
             self.report |= suite.run(chosen.seeds, chosen.quick, work=chosen.work, jobs=chosen.jobs, **more)
         else:
