@@ -48,7 +48,8 @@ FIXED: dict[str, Any] = {
 
 def _objective(name: str) -> str:
     """Return the objective: AdaMerging's entropy, unless it is one with teachers ("expert-guided", which is ours)."""
-    return name if OBJECTIVES[name].has_teachers else "entropy"
+    kind = OBJECTIVES.get(name)
+    return name if kind is not None and kind.has_teachers else "entropy"
 
 
 def settings(

@@ -83,7 +83,9 @@ def plan_run(workspace: Workspace, progress: bool = False) -> list[PlanRow]:
         ("one layer's W(γ) and dW", 2 * largest, narrow, "workspace; a GPU holds one layer at a time"),
     ]
     rows += _kept_weights(workspace, frozen, narrow)
-    if OBJECTIVES[method.objective].has_teachers:
+    # a finished run may have an objective that is not registered here
+    kind = OBJECTIVES.get(method.objective)
+    if kind is not None and kind.has_teachers:
         rows.append(_teacher_row(workspace, model))
     if method.start != "pretrained":
         rows.append(
