@@ -183,8 +183,10 @@ def test_every_choice_is_taken(name: str) -> None:
     given = problem(conv_net(), 3)
     choices = METHODS[name].choices(3, given.method)
     assert len({str(sorted(choice.items())) for choice in choices}) == len(choices)
-    states = [state_of(run(name, given, **choice).model([0.6, 0.3, 0.1])) for choice in choices]
-    own = state_of(run(name, given).model([0.6, 0.3, 0.1]))
+    # with so few images it may be best not to learn at all, whatever the rates
+    fixed = {"few_images": "as-given"} if name == "pareto-expert" else {}
+    states = [state_of(run(name, given, **choice, **fixed).model([0.6, 0.3, 0.1])) for choice in choices]
+    own = state_of(run(name, given, **fixed).model([0.6, 0.3, 0.1]))
     assert all(torch.equal(own[key], states[0][key]) for key in own)
     # a choice of λ's learning rate or of sampling shows in two steps already; TIES's published ones may meet
     for number, state in enumerate(states[1:], start=1):

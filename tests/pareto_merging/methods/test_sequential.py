@@ -97,7 +97,7 @@ def test_two_layers_against_dense_least_squares() -> None:
     copies = {f"t{k}": noisy_copy(net, k, 0.3) for k in range(3)}
     data = {f"t{k}": random(20 + k, 5, seed=k).double() for k in range(3)}
     result = solved(net, copies, data, rank=16, low_rank="all", ridge=0.02, batch_size=6)
-    start = regmean.merge(net, copies, tasks=on(data), images=400, progress=False).model()
+    start = regmean.merge(net, copies, tasks=on(data), images=400, alpha=1.0, progress=False).model()
     base, own, experts = list(data.values()), list(data.values()), list(data.values())
     for index in (0, 3):
         ys = [model[index](x).detach() for model, x in zip(copies.values(), experts, strict=True)]
@@ -166,7 +166,7 @@ def test_it_is_nearer_to_the_fine_tuned_models(tiny_vit: nn.Module) -> None:
     copies = {f"t{k}": noisy_copy(tiny_vit, k, 0.15) for k in range(3)}
     data = {f"t{k}": random(60, 3, 8, 8, seed=k) for k in range(3)}
     result = solved(tiny_vit, copies, data, rank=8, low_rank="all", ridge=1e-2)
-    start = regmean.merge(tiny_vit, copies, tasks=on(data), progress=False).model()
+    start = regmean.merge(tiny_vit, copies, tasks=on(data), alpha=1.0, progress=False).model()
 
     @torch.no_grad()
     def error(models: Mapping[str, nn.Module]) -> float:
