@@ -308,7 +308,7 @@ class GradientOfStep:
         # the model's forward is the caller's, and so is its autocast; nothing here may lose bits to it
         plain = torch.autocast(kind, enabled=False) if enabled else _NOTHING
         dtype = torch.get_autocast_dtype(kind) if enabled else None
-        gamma = self.gamma[0] if self.per_item else self.gamma
+        gamma = self.gamma.flatten(0, -2) if self.per_item else self.gamma
         with self.state.now.changed(gamma=gamma, cache=self.cache), plain:
             if self.gathered is None:
                 return self._closed_form()
@@ -366,8 +366,7 @@ class GradientOfStep:
         """Run one forward and one backward of all tasks' images. Every dW is formed once, for the loss itself."""
         batch = self._inputs[: len(self.heads)]
         sizes = [len(images) for images in batch]
-        gamma = self.gamma.flatten(0, 1) if self.per_item else self.gamma
-        with self._casting(autocast), self.state.now.changed(gamma=gamma):
+        with self._casting(autocast):
             features = self.model(torch.cat(batch))
             if not isinstance(features, Tensor) or len(features) != sum(sizes):
                 got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__

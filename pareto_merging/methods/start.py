@@ -57,8 +57,7 @@ def _sequential(
     progress: bool,
 ) -> dict[str, Any]:
     how: dict[str, Any] = {"images": settings.start_images, "ridge": settings.ridge, "seed": settings.seed}
-    facts = sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
-    return facts
+    return sequential.start_sequential(model, pretrained, finetuned, tasks, progress=progress, **how)
 
 
 STARTS: dict[str, Start] = {"regmean": _regmean, "sequential": _sequential}

@@ -618,6 +618,22 @@ def test_gradient_checkpointing_of_a_vision_transformer(tiny_vit: nn.Module) -> 
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("at_once", ["one", "all"])
+def test_gradient_checkpointing_with_a_preference_per_item(tiny_vit: nn.Module, at_once: TasksAtOnce) -> None:
+    """The forwards that the backward runs again have the preferences of the first time."""
+    model = randomize(pm.parametrize(tiny_vit, finetuned_copies(tiny_vit), rank=2))
+    generator = torch.Generator().manual_seed(0)
+    own = [ZeroShotHead(torch.randn(5, 8, generator=generator), 10.0) for _ in range(TASKS)]
+    batch = [x[:4] for x in images(torch.float32)]
+    gammas = torch.randn(TASKS, 4, TASKS, generator=generator).softmax(dim=-1)
+    settings, results = method(preference="per-item", scalarization="linear", tensor_norm=0.0), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        step = step_of(model, own, learned_parameters(model), settings, tasks_at_once=at_once)
+        results.append(step(batch, gammas).gradient)
+    torch.testing.assert_close(*results)
+
+
 def test_compiled_models() -> None:
     model = pareto(TiedVectors, torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
