@@ -6,6 +6,8 @@ more conflict), and teachers that are wrong. Results are kept in a work folder, 
 from there.
 """
 
+import hashlib
+import json
 import math
 import multiprocessing
 import tempfile
@@ -38,8 +40,12 @@ from pareto_merging.run.workspace import Workspace
 from pareto_merging.system.devices import one_thread
 from pareto_merging.system.files import write_json
 
-# narrow and with crowded heads: more is asked of one encoder than it holds
-HARDER: dict[str, Any] = {**digits.ENCODER, "width": 48, "output_dim": 8}
+# half and a quarter of the width, and crowded heads: more is asked of one encoder than it holds
+SUITES: dict[str, dict[str, Any]] = {
+    "digits": digits.ENCODER,
+    "width 48": {**digits.ENCODER, "width": 48, "output_dim": 8},
+    "width 24": {**digits.ENCODER, "width": 24, "output_dim": 8},
+}
 CHANCE, FOREIGN = "a teacher at chance", "another task's images"
 WRONG_TASK, OTHER_TASK = "upright", "inverted"
 
@@ -50,7 +56,7 @@ class Case:
 
     Attributes:
         part, name: the table, and the line. method, changes: what is run, and its settings beside the preset's.
-        tasks: how many models. images: unlabelled ones of each task; None: all 400. suite: ``digits`` or ``harder``.
+        tasks: how many models. images: unlabelled ones of each task. suite: of :data:`SUITES`.
         wrong: which teacher or images are wrong. whole: measured on the grid of preferences too, for hypervolumes.
     """
 
@@ -59,16 +65,17 @@ class Case:
     method: str = "pareto-expert"
     changes: Mapping[str, Any] = field(default_factory=dict)
     tasks: int = 8
-    images: int | None = None
+    images: int = digits.SPLIT_SIZES["merging"]
     suite: str = "digits"
     wrong: str = ""
     whole: bool = False
 
     @property
     def file(self) -> str:
-        """Return the name of its result."""
-        text = f"{self.part} {self.name}"
-        return "".join(c if c.isalnum() or c in "-." else "_" for c in text) + ".json"
+        """Return the name of its result. Lines that are the same run have the same."""
+        run = {name: value for name, value in asdict(self).items() if name not in ("part", "name")}
+        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        return f"{self.method}-{digest[:16]}.json"
 
 
 class _Divergence(Distillation):
@@ -130,6 +137,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "three times the rates": {"learning_rate": 3e-3, "lambda_learning_rate": 3e-2},
     "no warm-up": {"warm_up": 0},
 }
+_NEEDED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("individual models", "individual", {}),
+    ("RegMean", "regmean", {}),
+    ("published", "pareto", {}),
+    ("expert-guided, no term of γ", "pareto-expert", {"low_rank": "none"}),
+    ("expert-guided", "pareto-expert", {}),
+)
 _METHODS_OF_IMAGES = ("pareto-expert", "pareto-closed-form", "pareto", "regmean")
 CASES = (
     *(Case("ladder", name, changes=changes) for name, changes in _LADDER.items()),
@@ -141,16 +155,15 @@ CASES = (
         for key in _METHODS_OF_IMAGES
     ),
     *(
-        Case(
-            "need",
-            f"{tasks} models{', harder' * (suite == 'harder')}: {what}",
-            changes=changes,
-            tasks=tasks,
-            suite=suite,
-        )
-        for suite, counts in (("digits", (2, 3, 8)), ("harder", (8,)))
-        for tasks in counts
-        for what, changes in (("with a term of γ", {}), ("one model", {"low_rank": "none"}))
+        Case("need", f"{tasks} models, {what}", key, changes, tasks)
+        for tasks in (2, 3, 8)
+        for what, key, changes in _NEEDED[-2:]
+    ),
+    *(
+        Case("need", f"8 models of {suite}, {what}", key, changes, suite=suite)
+        for suite in SUITES
+        if suite != "digits"
+        for what, key, changes in _NEEDED
     ),
     *(Case("wrong", name, wrong=name) for name in ("none", CHANCE, FOREIGN)),
 )
@@ -170,8 +183,6 @@ class Altered:
         tasks = self._workspace.available_merging_tasks()
         if self._case.wrong == FOREIGN:
             tasks[WRONG_TASK] = Task(tasks[OTHER_TASK].images, tasks[WRONG_TASK].head)
-        if self._case.images is None:
-            return tasks
         few = range(self._case.images)
         return {name: Task(Subset(task.images, few), task.head) for name, task in tasks.items()}
 
@@ -196,19 +207,19 @@ def _workspace(folder: Path, seed: int, case: Case, quick: bool) -> Altered:
 
 def _suite(folder: Path, seed: int, case: Case) -> Path:
     """Return the folder of a case's encoders; they are trained where they are not there."""
-    path = folder / f"seed-{seed}" / ("suite" if case.suite == "digits" else case.suite)
+    path = folder / f"seed-{seed}" / ("suite" if case.suite == "digits" else case.suite.replace(" ", "-"))
     if not (path / "done").exists():
-        digits.make(path, seed=seed, design=digits.ENCODER if case.suite == "digits" else HARDER)
+        digits.make(path, seed=seed, design=SUITES[case.suite])
         (path / "done").touch()
     return path
 
 
 def measure(case: Case, seed: int, folder: Path, quick: bool = False) -> Result:
     """Run one case with one seed, or read what is there."""
-    path = folder / f"seed-{seed}" / "expert" / case.file
+    path = folder / f"seed-{seed}" / ("quick-expert" if quick else "expert") / case.file
     before = read_result(path)
     if before is not None and before.status != "failed":
-        return before
+        return _named(before, case)
     _register()
     with one_thread(), warnings.catch_warnings(record=True):
         models = _workspace(_suite(folder, seed, case), seed, case, quick)
@@ -218,11 +229,15 @@ def measure(case: Case, seed: int, folder: Path, quick: bool = False) -> Result:
             changes["steps"] = 3
         choices = {case.method: [changes]}
         comparison = Comparison(models, effort=1, grid=grid, progress=False, choices=choices, keep=True)
-        result = comparison.run(case.method).model_copy(update={"method": case.name, "title": case.name})
+        result = comparison.run(case.method)
         if isinstance(result, Measured) and (merged := comparison.kept.get(case.method)) is not None:
             result = result.model_copy(update={"facts": {"folded": folded_size(merged.pareto), **_found(result.facts)}})
     write_json(path, result.to_json())
-    return result
+    return _named(result, case)
+
+
+def _named(result: Result, case: Case) -> Result:
+    return result.model_copy(update={"method": case.name, "title": case.name})
 
 
 def _found(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +264,9 @@ def run(
     """Measure every case with every seed. Arguments as of the study (:mod:`.digits`), whose work folder will do."""
     cases = [case for case in CASES if not quick or case.name in ("rank 2", "closed form alone", "16: RegMean")]
     jobs_wanted = [(case, seed) for seed in seeds for case in cases]
-    start, results = time.perf_counter(), dict[tuple[str, int], Result]()
+    # of lines that are the same run one is measured, and the others read it
+    measured = {(case.file, seed): (case, seed) for case, seed in reversed(jobs_wanted)}
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if work is None else work
         for case in {case.suite: case for case in cases}.values():
@@ -258,19 +275,19 @@ def run(
         # forked, torch's threads would hang
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            waiting = {pool.submit(measure, case, seed, folder, quick): (case, seed) for case, seed in jobs_wanted}
+            waiting = {pool.submit(measure, *one, folder, quick): one for one in reversed(measured.values())}
             for number, done in enumerate(as_completed(waiting), start=1):
                 case, seed = waiting[done]
-                results[f"{case.part} {case.name}", seed] = done.result()
+                done.result()
                 if progress:
                     seconds = time.perf_counter() - start
                     print(
                         f"[{number}/{len(waiting)}] seed {seed}: {case.part}, {case.name} ({seconds:.0f} s)", flush=True
                     )
-    parts: dict[str, dict[str, Any]] = {}
-    for case in cases:
-        own = [results[f"{case.part} {case.name}", seed] for seed in seeds]
-        parts.setdefault(case.part, {})[case.name] = _summary(own)
+        parts: dict[str, dict[str, Any]] = {}
+        for case in cases:
+            own = [measure(case, seed, folder, quick) for seed in seeds]
+            parts.setdefault(case.part, {})[case.name] = _summary(own)
     return {"seeds": list(seeds), "steps": study.STEPS, "parts": parts}
 
 
