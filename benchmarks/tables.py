@@ -57,7 +57,9 @@ def _block(suite: str, part: str, on_gpu: bool, to_root: str) -> str:
     hardware = where["gpu"] if on_gpu else where["cpu"]
     figures = report["suites"][suite] if suite in report.get("suites", {}) else report
     made = getattr(SUITES[suite].showing, f"{part}_markdown" if part else "markdown")(figures)
-    return f"{made}\nFrom {link} (`{report['command']}`, {hardware}, torch {where['torch']}).\n"
+    others = report.get("joined")
+    joined = f"; methods it does not name are of `{others['file']}`, on another CPU: {others['cpu']}" if others else ""
+    return f"{made}\nFrom {link} (`{report['command']}`, {hardware}, torch {where['torch']}{joined}).\n"
 
 
 def updated(text: str, to_root: str = "") -> str:

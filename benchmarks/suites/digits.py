@@ -7,20 +7,20 @@ each changing one thing about its published setting, nothing chosen. Results are
 method: an interrupted study goes on from there.
 """
 
+import itertools
 import json
 import math
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from benchmarks.common.parallel import in_parallel
 from pareto_merging.data import digits
 from pareto_merging.measure import reports
 from pareto_merging.measure.comparison import Comparison, compare
@@ -115,7 +115,8 @@ def run(
     joined: dict[str, Any] = {}
     if join is not None:
         before = json.loads(join.read_text(encoding="utf-8"))
-        joined = {"joined": _join(results, before) | {"file": join.name, "commit": before.get("commit")}}
+        origin = {"file": join.name, "commit": before.get("commit"), "cpu": before["environment"]["cpu"]}
+        joined = {"joined": _join(results, before) | origin}
         ablations = {tasks: entries or before["ablations"].get(tasks, {}) for tasks, entries in ablations.items()}
     summaries = {tasks: summarize(rows) for tasks, rows in results.items()}
     return {
@@ -167,26 +168,11 @@ def _in_parallel(
     progress: bool,
     methods: Sequence[str] = (),
 ) -> None:
-    start = time.perf_counter()
-    if jobs == 1:
-        for number, part in enumerate(parts, start=1):
-            _part(*part, folder, quick, methods)
-            _say(part, number, len(parts), start, progress)
-        return
-    # forked, torch's threads would hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        waiting = {pool.submit(_part, *part, folder, quick, methods): part for part in parts}
-        for number, done in enumerate(as_completed(waiting), start=1):
-            done.result()
-            _say(waiting[done], number, len(parts), start, progress)
-
-
-def _say(part: tuple[str, int, int], number: int, total: int, start: float, progress: bool) -> None:
-    if progress:
-        kind, seed, tasks = part
-        what = f"seed {seed}: {kind}" + (f", {tasks} models" if tasks else "")
-        print(f"[{number}/{total}] {what} ({time.perf_counter() - start:.0f} s so far)", flush=True)
+    start, calls = time.perf_counter(), [(*part, folder, quick, methods) for part in parts]
+    for number, (kind, seed, tasks, *_) in enumerate(in_parallel(_part, calls, jobs), start=1):
+        if progress:
+            what = f"seed {seed}: {kind}" + (f", {tasks} models" if tasks else "")
+            print(f"[{number}/{len(calls)}] {what} ({time.perf_counter() - start:.0f} s so far)", flush=True)
 
 
 def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool, methods: Sequence[str] = ()) -> None:
@@ -361,3 +347,37 @@ def fronts_markdown(report: Mapping[str, Any]) -> str:
         if entry.preference_aware and not entry.is_bound
     ]
     return markdown_table(columns, rows)
+
+
+def following_markdown(report: Mapping[str, Any]) -> str:
+    """Return how a task's accuracy follows its own preference, task by task."""
+    columns, rows = ["models, method", "one-hot − equal", "rises", *digits.TASKS], []
+    for tasks, entries in report["results"].items():
+        kept = [Result.from_json(entry) for entry in entries]
+        aware = [r for r in kept if isinstance(r, Measured) and r.preference_aware and not r.is_bound]
+        for key in sorted({result.method for result in aware}, key=list(METHODS).index):
+            own = [result for result in aware if result.method == key]
+            gains, rises, ranks = zip(*(_following(result) for result in own), strict=True)
+            found = {task: cell(spread([rank[task] for rank in ranks]), digits=2) for task in own[0].tasks}
+            share = math.fsum(rises) / len(rises)
+            row = [f"{tasks}: {METHODS[key].title}", cell(spread(gains)), f"{100 * share:.0f} %"]
+            rows.append([*row, *(found.get(task, "") for task in digits.TASKS)])
+    return markdown_table(columns, rows)
+
+
+def _following(result: Measured) -> tuple[float, float, dict[str, float | None]]:
+    """Return one-hot minus equal in points, the share of steps toward a task that do not lose on it, and Spearman's ρ.
+
+    Steps: from the equal preference to a priority of 0.5 to one-hot, as far as they differ and were measured.
+    """
+    kept, gains, ranks = [], [], {}
+    for k, task in enumerate(result.tasks):
+        kinds = ("equal", f"priority:{task}", f"one-hot:{task}")
+        points = [point for kind in kinds if (point := result.point(kind)) is not None and point.gamma is not None]
+        path = {point.gamma[k]: point.accuracy[k] for point in points if point.gamma is not None}
+        own = [path[gamma] for gamma in sorted(path)]
+        kept += [after >= before for before, after in itertools.pairwise(own)]
+        gains.append(own[-1] - own[0])
+        graded = [(point.gamma[k], point.accuracy[k]) for point in result.points if point.gamma is not None]
+        ranks[task] = spearman([gamma for gamma, _ in graded], [accuracy for _, accuracy in graded])
+    return math.fsum(gains) / len(gains), sum(kept) / len(kept), ranks

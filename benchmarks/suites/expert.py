@@ -9,13 +9,11 @@ from there.
 import hashlib
 import json
 import math
-import multiprocessing
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+from benchmarks.common.parallel import in_parallel
 from benchmarks.suites import digits as study
 from pareto_merging.data import digits
 from pareto_merging.data.tasks import Task
@@ -46,6 +45,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "width 48": {**digits.ENCODER, "width": 48, "output_dim": 8},
     "width 24": {**digits.ENCODER, "width": 24, "output_dim": 8},
 }
+DIVERGENCES = ("reverse-kl", "hard-labels")
 CHANCE, FOREIGN = "a teacher at chance", "another task's images"
 WRONG_TASK, OTHER_TASK = "upright", "inverted"
 
@@ -83,7 +83,7 @@ class _Divergence(Distillation):
 
     def terms(self, task: int, outputs: Outputs, targets: Tensor | None) -> TaskTerms:
         kind, logits = self.loss.objective, outputs.logits
-        if kind not in ("reverse-kl", "hard-labels") or logits is None or targets is None:
+        if kind not in DIVERGENCES or logits is None or targets is None:
             return super().terms(task, outputs, targets)
         agreement, *watched = super().terms(task, outputs, targets).watched
         targets = targets.to(logits)
@@ -96,7 +96,7 @@ class _Divergence(Distillation):
 
 
 def _register() -> None:
-    for name in ("reverse-kl", "hard-labels"):
+    for name in DIVERGENCES:
         if name not in OBJECTIVES:
             register(ObjectiveKind(name, _Divergence, has_teachers=True))
 
@@ -201,6 +201,7 @@ def _workspace(folder: Path, seed: int, case: Case, quick: bool) -> Altered:
     method = {**study.METHOD, "steps": study.STEPS[case.tasks], "seed": seed}
     if quick:
         method |= {"steps": 2, "batch_size": 8}
+        case = replace(case, images=min(case.images, 16), tasks=2)
     values = {"suite": "digits", "tasks": study.TASKS[case.tasks], "method": method, "tasks_at_once": "all"}
     return Altered(Workspace(RunConfig.model_validate(values), folder), case)
 
@@ -272,18 +273,11 @@ def run(
         for case in {case.suite: case for case in cases}.values():
             for seed in seeds:
                 _suite(folder, seed, case)
-        # forked, torch's threads would hang
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            waiting = {pool.submit(measure, *one, folder, quick): one for one in reversed(measured.values())}
-            for number, done in enumerate(as_completed(waiting), start=1):
-                case, seed = waiting[done]
-                done.result()
-                if progress:
-                    seconds = time.perf_counter() - start
-                    print(
-                        f"[{number}/{len(waiting)}] seed {seed}: {case.part}, {case.name} ({seconds:.0f} s)", flush=True
-                    )
+        calls = [(case, seed, folder, quick) for case, seed in reversed(measured.values())]
+        for number, (case, seed, *_) in enumerate(in_parallel(measure, calls, jobs), start=1):
+            if progress:
+                seconds = time.perf_counter() - start
+                print(f"[{number}/{len(calls)}] seed {seed}: {case.part}, {case.name} ({seconds:.0f} s)", flush=True)
         parts: dict[str, dict[str, Any]] = {}
         for case in cases:
             own = [measure(case, seed, folder, quick) for seed in seeds]

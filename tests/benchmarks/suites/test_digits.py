@@ -10,7 +10,7 @@ from benchmarks import run, tables
 from benchmarks.suites import digits
 from pareto_merging.data import digits as suite
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.measure.results import Result
+from pareto_merging.measure.results import Measured, Result
 from pareto_merging.measure.summary import summarize
 from pareto_merging.methods.registry import METHODS
 
@@ -64,6 +64,7 @@ def test_quick_run_writes_a_whole_report(quick: Path) -> None:
     assert "| published |" in digits.ablations_markdown(report)
     assert "permuted (%)" in digits.unseen_markdown(report)
     assert "| 8: Pareto Merging |" in digits.fronts_markdown(report)
+    assert "| 8: Pareto Merging |" in digits.following_markdown(report)
 
 
 @pytest.mark.slow
@@ -95,6 +96,31 @@ def without_seconds(ablations: dict[str, Any]) -> dict[str, Any]:
         tasks: {name: {k: v for k, v in entry.items() if k != "seconds"} for name, entry in entries.items()}
         for tasks, entries in ablations.items()
     }
+
+
+def test_how_accuracies_follow_their_preferences() -> None:
+    """Two tasks, by hand: a gains 10 and then 10, b gains 4 and then loses 6."""
+    points = [
+        ("equal", [0.5, 0.5], [70, 80]),
+        ("priority:a", [0.75, 0.25], [80, 79]),
+        ("one-hot:a", [1, 0], [90, 60]),
+        ("priority:b", [0.25, 0.75], [65, 84]),
+        ("one-hot:b", [0, 1], [60, 78]),
+    ]
+    plain = {"method": "pareto", "seed": 3, "is_bound": False, "tasks": ["a", "b"], "reference_point": [10, 10]}
+    named = [{"kinds": [kind], "gamma": gamma, "accuracy": accuracy} for kind, gamma, accuracy in points]
+    done = {"status": "done", "preference_aware": True, "choice": {}, "seconds": 1.0, "peak_bytes": 1, "facts": {}}
+    result = Result.from_json({**plain, **done, "points": named})
+    assert isinstance(result, Measured)
+    gain, rises, ranks = digits._following(result)
+    assert gain == (20 - 2) / 2
+    assert rises == 3 / 4
+    assert ranks["a"] == pytest.approx(1.0)
+    # at γ_b = 0, ¼, ½, ¾, 1 the accuracies on b have the ranks 1, 3, 4, 5, 2
+    assert ranks["b"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 1 + 9) / (5 * 24))
+    # where two preferences are one, a step is one: of two tasks a priority of 0.5 is the equal preference
+    both = Result.from_json({**plain, **done, "points": [{**named[0], "kinds": ["equal", "priority:a"]}, *named[2:]]})
+    assert isinstance(both, Measured) and digits._following(both)[1] == 2 / 3
 
 
 def test_ablations_change_what_they_say() -> None:
