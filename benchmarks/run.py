@@ -66,12 +66,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "baselines, training: an optimiser step of ViT-B/32 and ViT-L/14 beside its limit and baselines, layers: each "
         "strategy over a grid of layers and rows; serving: a preference per image beside the plain model and other "
         "ways to serve many, on a GPU or, a smaller grid, on the CPU; expert: what each part of expert-guided Pareto "
-        "Merging gives; all: every suite for a GPU (default: digits)",
+        "Merging gives; speed: what a step of it costs beside a published one; all: every suite for a GPU (default: "
+        "digits)",
     )
-    seen = "digits, expert: suite seeds; 0 to 2 were seen in its design"
+    seen = "digits, expert, speed (the first): suite seeds; 0 to 2 were seen in its design"
     add("--seeds", type=int, nargs="+", default=[3, 4, 5, 6, 7], help=seen)
-    add("--work", type=Path, help="digits: where partial results are kept, to go on from")
-    add("--jobs", type=int, default=1, help="digits: processes, one core each (default: 1)")
+    add("--work", type=Path, help="digits, expert: where partial results are kept, to go on from")
+    add("--jobs", type=int, default=1, help="digits, expert: processes, one core each (default: 1)")
     add("--methods", nargs="+", help="digits: these methods alone, and no ablations")
     add("--models", type=int, nargs="+", choices=(2, 3, 8), help="digits: how many are merged (default: 2, 3 and 8)")
     add("--join", type=Path, help="digits: an earlier results file, whose other methods join")

@@ -45,6 +45,7 @@ SUITES = {
     for suite in (
         Suite("digits", "cpu", "suites.digits", "suites.digits", "study"),
         Suite("expert", "cpu", "suites.expert", "suites.expert"),
+        Suite("speed", "cpu", "suites.speed", "suites.speed"),
         Suite("kernels", "gpu", "suites.kernels", "suites.kernels"),
         Suite("training", "gpu", "training.summary", "training.steps", "training"),
         Suite("layers", "gpu", "suites.layers", "suites.layers", "training"),

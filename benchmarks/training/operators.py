@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training.operators``: how many operators one optimiser step dispatches, on the CPU.
+"""``python -m benchmarks.training.operators``: operators that one optimiser step dispatches, and their bytes.
 
 Each operator that is not a view is at least one kernel on a GPU, and each of them costs Python about ten microseconds
 where a step is not captured as a CUDA graph. The count does not depend on the machine: it is of a vision transformer
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common.arguments import command_parser
 from benchmarks.common.towers import Tower
@@ -29,20 +31,29 @@ from pareto_merging.system.modes import eval_mode
 FREE = ("detach", "alias", "empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view")
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
+    """Operators that are dispatched, by name, and the bytes of the tensors that they are given and return.
+
+    A view is counted by the numbers it shows; what a kernel keeps to itself, and what it reads twice, is not.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if not func.is_view and name not in FREE:
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
 
 
-def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one", *, guided: bool = False) -> Counter[str]:
-    """Return operators of the third step by name. ``guided``: of the preset ``expert``, teachers' outputs kept."""
+def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one", *, guided: bool = False) -> Count:
+    """Count a third step. ``guided``: of the preset ``expert``, teachers' outputs kept."""
     from open_clip.transformer import VisionTransformer
 
     tower = Tower("", 64, blocks, heads=4, patch=4, output=32, image=8)
@@ -61,9 +72,9 @@ def count(blocks: int, tasks: int, at_once: TasksAtOnce = "one", *, guided: bool
     with eval_mode(pareto):
         for step in (1, 2):
             learner.step(step, next(batches))
-        with _Count() as counted:
+        with Count() as counted:
             learner.step(3, next(batches))
-    return counted.counts
+    return counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,10 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     modes: tuple[TasksAtOnce, ...] = ("one", "all")
     for guided, at_once in itertools.product((False, True), modes):
-        counts = count(chosen.blocks, chosen.tasks, at_once, guided=guided)
+        counted = count(chosen.blocks, chosen.tasks, at_once, guided=guided)
+        counts = counted.counts
         most = ", ".join(f"{name} {times}" for name, times in counts.most_common(6))
         preset = "expert" if guided else "icml2025"
-        print(f"{preset}, tasks_at_once {at_once}: {counts.total()} operators in a step ({most})")
+        total = f"{counts.total()} operators in a step ({most}), {counted.bytes / 1e6:.1f} MB read and written"
+        print(f"{preset}, tasks_at_once {at_once}: {total}")
     return 0
 
 
