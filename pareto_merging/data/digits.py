@@ -244,11 +244,21 @@ def make(out: Path, seed: int = 0, design: Mapping[str, Any] = ENCODER) -> None:
         report_mean("individual", scores)
 
 
+def run_file(preset: str = "expert") -> str:
+    """Return a configuration for a suite's folder: all tasks of the suite beside it, merged with a preset."""
+    lines = ["encoder: {architecture: encoder.json, pretrained: pretrained.safetensors, quick_gelu: false}", "tasks:"]
+    for task in TASKS:
+        images_ = ", ".join(f"{split}: digits:{task}/{split}" for split in ("merging", "evaluation", "training"))
+        lines.append(f"  {task}: {{checkpoint: finetuned_{task}.safetensors, head: heads.safetensors, {images_}}}")
+    return "\n".join([*lines, f"method: {{preset: {preset}}}", ""])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``python -m pareto_merging.data.digits --out DIR --seed 0``."""
     parser = argparse.ArgumentParser(
         prog="python -m pareto_merging.data.digits",
-        description="Train the digits suite (one generalist, eight fine-tuned encoders, eight heads) and write it.",
+        description="Train the digits suite (one generalist, eight fine-tuned encoders, eight heads) and write it. "
+        "Beside it run.yaml, for `pareto-merging train` or `compare`.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     folder = Path(__file__).resolve().parent / "digits_suite"
@@ -257,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the heads and of all training")
     arguments = parser.parse_args(argv)
     make(arguments.out, arguments.seed)
+    if arguments.out != folder:
+        write_text(arguments.out / "run.yaml", run_file())
 
 
 if __name__ == "__main__":

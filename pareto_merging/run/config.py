@@ -21,6 +21,8 @@ class Files(Strict):
         # hub ids and open_clip's names stay as they are
         key, folder = info.field_name, (info.context or {}).get("folder")
         is_name = key == "quick_gelu" or (key == "architecture" and not str(value).endswith(".json"))
+        # the embedded images are no file either
+        is_name = is_name or (key in ("merging", "evaluation", "training") and str(value).startswith("digits:"))
         if folder is None or value is None or is_name:
             return value
         if key in ("pretrained", "checkpoint"):

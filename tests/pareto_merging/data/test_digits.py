@@ -11,6 +11,8 @@ from sklearn.datasets import load_digits
 from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes
 from pareto_merging.data import digits
 from pareto_merging.run.checks import check_tensors
+from pareto_merging.run.config import read_config
+from pareto_merging.run.workspace import Workspace
 
 FOLDER = Path(digits.__file__).parent / "digits_suite"
 
@@ -105,6 +107,12 @@ def test_making_is_seeded_and_leaves_the_random_state_alone(
     assert torch.equal(torch.rand(2), expected)
     digits.make(tmp_path / "b", seed=1)
     digits.make(tmp_path / "c", seed=2)
+    workspace = Workspace(read_config(tmp_path / "a" / "run.yaml"))
+    assert workspace.task_names == list(digits.TASKS) and workspace.config.method.preset == "expert"
+    own = load_file(tmp_path / "a" / "finetuned_blocks.safetensors")
+    assert torch.equal(workspace.finetuned()["blocks"]["proj"], own["proj"].float())
+    assert torch.equal(workspace.merging_tasks()["blocks"].images[0][0], digits.images("blocks", "merging")[0][0])
+    (tmp_path / "a" / "run.yaml").unlink()
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert (tmp_path / "a" / "pretrained.safetensors").read_bytes() != (
