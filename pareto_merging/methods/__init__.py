@@ -29,7 +29,7 @@ FILES = {
     "pareto-data-free": "data_free",
     "pareto": "pareto",
     "pareto++": "pareto",
-    "pareto-closed-form": "sequential",
+    "pareto-closed-form": "expert",
     "pareto-expert": "expert",
     "outer-product-1": "outer_product",
     "outer-product-2": "outer_product",

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from pareto_merging.data.tasks import Task
+from pareto_merging.data.tasks import NoHead, Task
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.methods import pareto
 from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem, Run, learning
@@ -49,6 +49,13 @@ def choices(tasks: int, method: MethodSettings) -> list[Choice]:
     return [{}, {"learning_rate": 3e-3, "lambda_learning_rate": 3e-2}, {"concentration": 1.0}]
 
 
+def closed_form_settings(problem: Problem, choice: Choice) -> MethodSettings:
+    """Return the settings that stop at the start. No head is looked at where a task has none."""
+    headless = any(isinstance(task.head, NoHead) for task in (problem.tasks or {}).values())
+    objective = {"objective": "features"} if headless else {}
+    return settings_of(problem, {**objective, **choice, "start": "sequential", "steps": 0, "constant_rank": 0})
+
+
 METHOD = Method(
     "pareto-expert",
     "Pareto Merging, expert-guided",
@@ -57,4 +64,15 @@ METHOD = Method(
     choices,
     "1 model + low rank",
     learns=True,
+)
+VARIANTS = (
+    METHOD,
+    Method(
+        "pareto-closed-form",
+        "Pareto Merging, expert-guided, closed form",
+        "images",
+        learning(merge, closed_form_settings),
+        lambda tasks, method: [{}, {"ridge": 1e-2}, {"ridge": 1e-1}],
+        "1 model + low rank",
+    ),
 )

@@ -6,10 +6,12 @@ that the map has in the partly merged model, pulling to RegMean's merge:
 
     [W b] ← [W b]_start + (Σ_k E_kᵀX_k)(Σ_k X_kᵀX_k + ρI)⁻¹,    X = [u 1],    E = y − X·[W b]_startᵀ    (1)
 
-where ρ is ``ridge`` of the mean diagonal. Where a map writes into a stream of residuals, y is what the fine-tuned
-model's stream holds after it minus the merged stream before it, so that errors are made good further down. Rows of the
-last block that nothing reads afterwards count :data:`UNREAD`. Weights and biases of layer norms outside of blocks are
-solved likewise, channel by channel (within blocks the maps after them do as much).
+where ρ is ``ridge`` of the mean diagonal. RegMean's is the same, up to :data:`RIDGE`: where inputs hardly vary its
+weights would be as large as they like, and one step of learning in a map before them would undo everything. Where a map
+writes into a stream of residuals, y is what the fine-tuned model's stream holds after it minus the merged stream before
+it, so that errors are made good further down. Rows of the last block that nothing reads afterwards count
+:data:`UNREAD`. Weights and biases of layer norms outside of blocks are solved likewise, channel by channel (within
+blocks the maps after them do as much).
 
 The preference-dependent terms come from a chain of each task's own, the model at γ = e_k: with the residuals that (1)
 leaves there,
@@ -34,7 +36,7 @@ from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.methods import regmean
 from pareto_merging.methods.chains import Batch, Layout, Piece, cut, streams_on, survey
-from pareto_merging.methods.interface import Choice, Copies, Merged, Method, Problem
+from pareto_merging.methods.interface import Copies, Merged
 from pareto_merging.methods.per_task import check_count, check_number, check_tasks, chosen_images, image_of, to_model
 from pareto_merging.methods.sites import (
     NormSums,
@@ -61,6 +63,8 @@ from pareto_merging.system.progress import progress_bar
 UNREAD = 0.01
 # of RegMean, where the maps begin; the study never chose its published 0.9
 ALPHA = 1.0
+# of RegMean, at most: more would pull it to the average. From 1e-4 to 1e-2 it makes no difference
+RIDGE = 1e-3
 
 
 def merge_sequential(
@@ -138,7 +142,7 @@ def start_sequential(
     same: dict[str, Any] = {"images": images, "batch_size": batch_size, "seed": seed, "progress": progress}
     # the tasks' images are read once
     held: dict[str, Any] = {name: Task(items, tasks[name].head) for name, items in chosen.items()}  # type: ignore[arg-type]
-    plain = regmean.merge(pretrained, finetuned, tasks=held, alpha=ALPHA, **same).model()
+    plain = regmean.merge(pretrained, finetuned, tasks=held, alpha=ALPHA, ridge=min(ridge, RIDGE), **same).model()
     for name, buffer in plain.named_buffers():
         buffer.copy_(model.get_buffer(name))
     stored = {parameter.path: parameter for parameter in merged_parameters(model)}
@@ -414,21 +418,3 @@ def _solved(name: str, ridge: float, gram: Tensor, cross: Tensor) -> Tensor:
     if int(info):
         raise ValueError(f"ridge: expected more than {ridge:g}, for the inputs of {name} do not determine it")
     return torch.cholesky_solve(cross.t(), lower).t()
-
-
-def _run(problem: Problem, choice: Choice) -> Merged:
-    """Run it on a problem, with the structure that its settings give Pareto Merging's model."""
-    structure = problem.method.model_arguments() | {"preprocess": "none", "core": "tensor"}
-    given: dict[str, Any] = {"tasks": problem.tasks, "progress": problem.progress}
-    return merge_sequential(problem.pretrained, problem.finetuned, **given, **{**structure, **choice})
-
-
-# few images want more than the published value
-METHOD = Method(
-    "pareto-closed-form",
-    "Pareto Merging, expert-guided, closed form",
-    "images",
-    _run,
-    lambda tasks, method: [{}, {"ridge": 1e-2}, {"ridge": 1e-1}],
-    "1 model + low rank",
-)

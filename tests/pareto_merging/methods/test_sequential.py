@@ -97,7 +97,7 @@ def test_two_layers_against_dense_least_squares() -> None:
     copies = {f"t{k}": noisy_copy(net, k, 0.3) for k in range(3)}
     data = {f"t{k}": random(20 + k, 5, seed=k).double() for k in range(3)}
     result = solved(net, copies, data, rank=16, low_rank="all", ridge=0.02, batch_size=6)
-    start = regmean.merge(net, copies, tasks=on(data), images=400, alpha=1.0, progress=False).model()
+    start = regmean.merge(net, copies, tasks=on(data), images=400, alpha=1.0, ridge=1e-3, progress=False).model()
     base, own, experts = list(data.values()), list(data.values()), list(data.values())
     for index in (0, 3):
         ys = [model[index](x).detach() for model, x in zip(copies.values(), experts, strict=True)]
@@ -122,6 +122,22 @@ def test_two_layers_against_dense_least_squares() -> None:
         experts = [torch.tanh(y) for y in ys]
     assert result.preference_aware and result.facts["way"] == "plain" and result.facts["maps"] == 2
     assert result.facts["images"] == {"t0": 20, "t1": 21, "t2": 22} and result.facts["ridge"] == 0.02
+
+
+def test_inputs_that_hardly_vary_leave_weights_of_their_size() -> None:
+    """Else a step in the map before them changes everything, however small the rate.
+
+    Of the inputs' five dimensions, turned, one hardly varies and one is almost nothing; the tasks' own differ.
+    """
+    net = mlp()
+    copies = {f"t{k}": noisy_copy(net, k, 0.3) for k in range(3)}
+    few, turned = random(4, 5, seed=9).double(), torch.linalg.qr(random(5, 5, seed=30).double()).Q
+    scales = torch.diag(torch.tensor([1, 1, 1, 1e-3, 1e-5]).double())
+    rows = [random(40, 4, seed=k).double() @ few + 1e-5 * random(40, 5, seed=10 + k).double() for k in range(3)]
+    skewed = {f"t{k}": x @ turned @ scales for k, x in enumerate(rows)}
+    result = solved(net, copies, skewed, rank=2, low_rank="all", ridge=1e-3, batch_size=20)
+    largest = max(float(torch.linalg.matrix_norm(copy[0].weight.detach(), 2)) for copy in copies.values())
+    assert float(torch.linalg.matrix_norm(result.model()[0].weight.detach(), 2)) < 4 * largest
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
