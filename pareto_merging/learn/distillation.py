@@ -24,6 +24,9 @@ from pareto_merging.learn.objectives import Objective, TaskTerms
 from pareto_merging.learn.settings import LossSettings, MethodSettings
 from pareto_merging.system.modes import eval_mode
 
+# the share of a batch's images that the model and the teacher put into one class
+AGREEMENT = "agreement"
+
 
 def temperature_kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return T²·KL(softmax(teacher/T) ‖ softmax(logits/T)) of each row.
@@ -87,7 +90,7 @@ class Distillation(Objective):
         self.loss = settings.loss
         self.teachers = [task.teacher for task in tasks.values()]
         self.heads = [task.head for task in tasks.values()]
-        self.watches = ("agreement", "entropy", MEAN_PREDICTION) if needs_head(self.loss) else ()
+        self.watches = (AGREEMENT, "entropy", MEAN_PREDICTION) if needs_head(self.loss) else ()
 
     def targets_of(self, task: int, indices: Sequence[int], images: Tensor) -> Tensor:
         teacher = self.teachers[task]

@@ -18,6 +18,8 @@ from pareto_merging.model.state import pareto_state
 
 # averages go over about this many steps before anything is said about them
 SMOOTHING = 0.95
+# how far the agreement with the teachers may fall
+FALLEN = 0.15
 
 
 class CollapseWatch:
@@ -63,6 +65,33 @@ class CollapseWatch:
                     "larger tensor_norm or fewer steps"
                 )
         return new
+
+
+class AgreementWatch:
+    """Watches the agreement with the teachers. It falls where steps undo what learning started from.
+
+    The mean over the tasks, smoothed, that is :data:`FALLEN` below the first step's is reported once.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.warn, self.is_reported = warn, False
+        self._first: float | None = None
+        self._mean = 0.0
+
+    def look(self, step: int, values: Sequence[float]) -> None:
+        """Update the running mean; warn if it is far below the first step's, the state that learning started from."""
+        now = math.fsum(values) / len(values)
+        if self._first is None:
+            self._first = self._mean = now
+        self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * now
+        if self.is_reported or not self._mean < self._first - FALLEN:
+            return
+        self.is_reported = True
+        self.warn(
+            f"step {step}: the agreement with the fine-tuned models has fallen from {100 * self._first:.0f} % in the "
+            f"first step to {100 * self._mean:.0f} %; consider smaller rates, a longer warm_up, or the start alone "
+            "(steps: 0)"
+        )
 
 
 def first_nonfinite(model: nn.Module, head: nn.Module, images: Tensor) -> str:

@@ -13,9 +13,10 @@ from torch import nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import Interrupted
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME, restore_checkpoint, save_checkpoint
+from pareto_merging.learn.distillation import AGREEMENT
 from pareto_merging.learn.entropy import MEAN_PREDICTION
 from pareto_merging.learn.gradient import CudaGraphs, Execution, TasksAtOnce
-from pareto_merging.learn.guards import CollapseWatch, clamped, stop_requested
+from pareto_merging.learn.guards import AgreementWatch, CollapseWatch, clamped, stop_requested
 from pareto_merging.learn.held_back import LOOKS, BestState
 from pareto_merging.learn.learner import Learner, StepFailure
 from pareto_merging.learn.log import LOG_KEYS, Write, open_log, status_of
@@ -101,6 +102,7 @@ def learn_pareto_set(
     first = restore_checkpoint(learner, folder, best) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)
     watch, start = CollapseWatch(learner.tasks, settings, warn, learner.images_together), time.monotonic()
+    agreement = AgreementWatch(warn)
     with (
         open_log(learner, folder, first) as log,
         eval_mode(model, *(task.head for task in learner.tasks.values())),
@@ -126,6 +128,8 @@ def learn_pareto_set(
                 "seconds": round(time.monotonic() - start, 3),
                 "warnings": [] if means is None else watch.look(step, means),
             }
+            if AGREEMENT in outcome.watched:
+                agreement.look(step, outcome.watched[AGREEMENT])
             result.history.append(entry)
             result.steps = step
             log(entry)

@@ -17,6 +17,7 @@ from pareto_merging.checkpoints.safetensors import read_tensors
 from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.errors import TrainingError
 from pareto_merging.learn.checkpoint import CHECKPOINT_NAME
+from pareto_merging.learn.guards import AgreementWatch
 from pareto_merging.learn.log import LOG_NAME
 from pareto_merging.learn.loop import learn_pareto_set
 from pareto_merging.model.parametrize import parametrize
@@ -102,3 +103,19 @@ def test_training_in_another_thread_sets_no_signal_handler(tiny_vit: nn.Module, 
     before = signal.getsignal(signal.SIGINT)
     learn_pareto_set(model, task_set(2), short_run(), progress=False)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_agreement_that_falls_is_reported_once() -> None:
+    """By hand: 0.9 at first; 0.4 from then on is a running mean of 0.9 − 0.5·(1 − 0.95ⁿ), 0.15 below after 7 steps."""
+    said: list[str] = []
+    watch = AgreementWatch(said.append)
+    for step in range(1, 60):
+        watch.look(step, [0.95, 0.85] if step == 1 else [0.5, 0.3])
+        assert len(said) == (step >= 8), step
+    assert said[0].startswith("step 8: ") and "from 90 % in the first step to 75 %" in said[0]
+    for values in ([0.1, 0.2], [0.9, 0.95], [0.75, 0.75]):
+        watch = AgreementWatch(said.append)
+        watch.look(1, [0.85, 0.85] if values[0] > 0.5 else [0.1, 0.1])
+        for step in range(2, 60):
+            watch.look(step, values)
+    assert len(said) == 1

@@ -84,6 +84,44 @@ def test_no_step_is_the_closed_form() -> None:
     assert pareto_state(merged.pareto).start == "sequential"
 
 
+def test_rates_that_undo_the_start_are_said() -> None:
+    net, copies = parts()
+    tasks = image_tasks(2, images=130)
+    said: list[str] = []
+    fast = {"learning_rate": 3.0, "lambda_learning_rate": 3.0, "warm_up": 0, "schedule": "constant"}
+    for changes in ({}, fast):
+        method = short(steps=40, batch_size=32, **changes)
+        expert.merge(net, copies, tasks=tasks, method=method, progress=False, on_warning=said.append)
+        assert bool([text for text in said if "the agreement with the fine-tuned models has fallen from" in text]) == (
+            changes == fast
+        )
+
+
+def test_closed_form_among_few_images_chooses_its_ridge() -> None:
+    net, copies = parts()
+    few = Problem(net, copies, method=MethodSettings(rank=2), tasks=image_tasks(2, images=20), progress=False)
+    many = Problem(net, copies, method=MethodSettings(rank=2), tasks=image_tasks(2, images=130), progress=False)
+    closed = METHODS["pareto-closed-form"]
+    facts = closed.run(few, {}).facts["start"]
+    assert set(facts["tried"]) == {"0.03", "0.1", "0.3", "1"} and facts["ridge"] >= 0.03
+    assert facts["all images"] and set(facts["images"].values()) == {20}
+    result = closed.run(many, {})
+    assert "tried" not in result.facts["start"] and result.facts["start"]["ridge"] == 1e-3
+    # what merge_sequential solves, and no constant term
+    own = pm.merge_sequential(net, copies, tasks=many.tasks, rank=2, progress=False).model([0.3, 0.7]).state_dict()
+    for name, value in result.model([0.3, 0.7]).state_dict().items():
+        torch.testing.assert_close(value, own[name])
+    assert result.pareto is not None and not [n for n, _ in result.pareto.named_parameters() if n.endswith("A_c")]
+
+
+def test_closed_form_of_tasks_without_a_head() -> None:
+    net, copies = parts()
+    tasks = {name: Task(task.images) for name, task in image_tasks(2, images=20).items()}
+    problem = Problem(net, copies, method=MethodSettings(rank=2), tasks=tasks, progress=False)
+    result = METHODS["pareto-closed-form"].run(problem, {})
+    assert result.preference_aware and set(result.facts["start"]["tried"]) == {"0.03", "0.1", "0.3", "1"}
+
+
 def test_few_images_are_held_back_and_the_facts_say_so() -> None:
     net, copies = parts()
     merged = expert.merge(net, copies, tasks=image_tasks(2, images=20), method=short(), progress=False)
