@@ -70,26 +70,29 @@ class CollapseWatch:
 class AgreementWatch:
     """Watches the agreement with the teachers. It falls where steps undo what learning started from.
 
-    The mean over the tasks, smoothed, that is :data:`FALLEN` below the first step's is reported once.
+    The mean over the tasks, smoothed, that is far below the first step's is reported once: :data:`FALLEN` of all images
+    and three standard errors of a first step on so many ``images``.
     """
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
+    def __init__(self, warn: Callable[[str], None], images: int) -> None:
         self.warn, self.is_reported = warn, False
-        self._first: float | None = None
+        self.allowed = FALLEN + 3 * math.sqrt(0.25 / max(1, images))
+        self._first: tuple[int, float] | None = None
         self._mean = 0.0
 
     def look(self, step: int, values: Sequence[float]) -> None:
-        """Update the running mean; warn if it is far below the first step's, the state that learning started from."""
+        """Update the running mean; warn if it is far below the first look's, the state that learning started from."""
         now = math.fsum(values) / len(values)
         if self._first is None:
-            self._first = self._mean = now
+            self._first, self._mean = (step, now), now
+        first, before = self._first
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * now
-        if self.is_reported or not self._mean < self._first - FALLEN:
+        if self.is_reported or not self._mean < before - self.allowed:
             return
         self.is_reported = True
         self.warn(
-            f"step {step}: the agreement with the fine-tuned models has fallen from {100 * self._first:.0f} % in the "
-            f"first step to {100 * self._mean:.0f} %; consider smaller rates, a longer warm_up, or the start alone "
+            f"step {step}: the agreement with the fine-tuned models has fallen from {100 * before:.0f} % in step "
+            f"{first} to {100 * self._mean:.0f} %; consider smaller rates, a longer warm_up, or the start alone "
             "(steps: 0)"
         )
 

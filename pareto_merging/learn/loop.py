@@ -102,7 +102,7 @@ def learn_pareto_set(
     first = restore_checkpoint(learner, folder, best) if resume and folder is not None else 0
     total, result = learner.total, TrainingResult(steps=first, resumed_from=first)
     watch, start = CollapseWatch(learner.tasks, settings, warn, learner.images_together), time.monotonic()
-    agreement = AgreementWatch(warn)
+    agreement = AgreementWatch(warn, settings.sampling.batch_size * len(learner.names))
     with (
         open_log(learner, folder, first) as log,
         eval_mode(model, *(task.head for task in learner.tasks.values())),

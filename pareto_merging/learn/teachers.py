@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors, write_tensors
 from pareto_merging.data.sources import images_in_order
@@ -21,7 +22,7 @@ from pareto_merging.errors import UserError
 from pareto_merging.learn.distillation import ask, needs_head, outputs_of
 from pareto_merging.learn.settings import MethodSettings
 from pareto_merging.model.copies import Weights
-from pareto_merging.model.digests import TensorDigest
+from pareto_merging.model.digests import TensorDigest, tensor_digest
 from pareto_merging.model.experts import Expert, experts_of, named_experts
 from pareto_merging.model.state import pareto_state
 from pareto_merging.system.modes import eval_mode
@@ -52,7 +53,7 @@ def with_teachers(
         model: a Pareto model. tasks: by name, in its order.
         finetuned: the copies that :func:`parametrize` was given; None: W0 + τ_k, where that is the fine-tuned model.
         folder: where the outputs are kept for a run that goes on, in ``teachers.safetensors``. What is there is used
-            where it is of the same models, heads and number of images.
+            where it is of the same models, heads and images (their number, and sixteen of them).
 
     Raises:
         ValueError: no copies where the model does not hold them; a task without a head where logits are compared.
@@ -148,15 +149,27 @@ def teacher_outputs(module: nn.Module, task: Task, settings: MethodSettings, bat
 def _identity(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSettings) -> dict[str, Any]:
     """Return what kept outputs must agree on."""
     digests = pareto_state(model).digests
-    about = {}
-    for name, task in tasks.items():
-        digest = TensorDigest()
-        for key, tensor in task.head.state_dict().items():
-            digest.add(key, tensor)
-        about[name] = {"weights": digests.get(name, ""), "head": digest.hexdigest(), "images": _count(task)}
+    about = {name: {"weights": digests.get(name, ""), **task_identity(task)} for name, task in tasks.items()}
     loss = settings.loss
     kind = [loss.objective == "features" or loss.features_weight > 0, needs_head(loss)]
     return {"tasks": about, "features and logits": kind}
+
+
+def task_identity(task: Task) -> dict[str, Any]:
+    """Return what tells a task from one with another head or other images, as plain JSON.
+
+    Of the images their number and the digest of sixteen spread evenly; none where they differ when read twice.
+    """
+    head, size = TensorDigest(), _count(task)
+    for key, tensor in task.head.state_dict().items():
+        if isinstance(tensor, Tensor):
+            head.add(key, tensor)
+    spread = Subset(task.images, sorted({round(at * (size - 1) / (_LOOKS - 1)) for at in range(_LOOKS)}))
+    samples = [tensor_digest(torch.cat(list(images_in_order(spread, _LOOKS)))) for _ in range(2)]
+    sample = samples[0] if samples[0] == samples[1] else ""
+    scale = getattr(task.head, "logit_scale", None)
+    scale = scale if isinstance(scale, float) else None
+    return {"head": head.hexdigest(), "scale": scale, "images": size, "sample": sample}
 
 
 def _read(path: Path, identity: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Tensor]:

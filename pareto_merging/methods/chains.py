@@ -68,15 +68,18 @@ class Piece:
     """A piece of a model.
 
     Attributes:
-        names: its parameters' names in the module it is run as, and in the model.
+        names: its parameters' names in the module it is run as, and in the model. buffers: those of its floating-point
+            buffers (running statistics, say), which are each chain's own as well.
         run: (weights by the name in the module, batch, chain) -> the stream after it, or the model's output.
     """
 
     names: dict[str, str]
     run: Callable[[Weights, Batch, str], Any]
+    buffers: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, weights: Weights, batch: Batch, chain: str) -> Any:
-        return self.run({name: weights[full] for name, full in self.names.items()}, batch, chain)
+        everything = self.names | self.buffers
+        return self.run({name: weights[full] for name, full in everything.items()}, batch, chain)
 
 
 class Reached(Exception):
@@ -252,12 +255,13 @@ def cut(model: nn.Module, layout: Layout) -> list[Piece]:
     """Return the pieces of a model in order."""
     full = {id(parameter): name for name, parameter in model.named_parameters()}
     all_names = {name: name for name in full.values()}
+    buffers = {name: name for name in float_buffers(model)}
 
     def run_whole(weights: Weights, batch: Batch, chain: str) -> Any:
         return functional_call(model, dict(weights), (_images(batch, model),))
 
     if not layout.blocks:
-        return [Piece(all_names, run_whole)]
+        return [Piece(all_names, run_whole, buffers)]
 
     def run_head(weights: Weights, batch: Batch, chain: str) -> Any:
         def forward(name: str, args: Any, keywords: Any) -> Any:
@@ -279,10 +283,15 @@ def cut(model: nn.Module, layout: Layout) -> list[Piece]:
         images = _images(batch, model)
         return run_tail(model, weights, images, batch.streams[chain].to(images.device))
 
-    inner = {name for name in all_names if name.startswith(tuple(f"{block}." for block in layout.blocks))}
-    outer = {name: name for name in all_names if name not in inner}
+    within = tuple(f"{block}." for block in layout.blocks)
+    outer, others = ({name: name for name in names if not name.startswith(within)} for names in (all_names, buffers))
     blocks = [_block(model, name, full) for name in layout.blocks]
-    return [Piece(outer, run_head), *blocks, Piece(outer, run_end)]
+    return [Piece(outer, run_head, others), *blocks, Piece(outer, run_end, others)]
+
+
+def float_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point buffers of a module by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
 def _block(model: nn.Module, name: str, full: Mapping[int, str]) -> Piece:
@@ -290,13 +299,15 @@ def _block(model: nn.Module, name: str, full: Mapping[int, str]) -> Piece:
     # to look for tied parameters in each call takes a tenth of a small block's time
     is_tied = len(list(block.named_parameters(remove_duplicate=False))) > len(list(block.parameters()))
     names = {own: full[id(parameter)] for own, parameter in block.named_parameters()}
+    of_model = {id(buffer): own for own, buffer in model.named_buffers()}
+    buffers = {own: of_model[id(buffer)] for own, buffer in float_buffers(block).items()}
 
     def run(weights: Weights, batch: Batch, chain: str) -> Any:
         device = next(iter(weights.values())).device
         arguments = (batch.streams[chain].to(device), *batch.others)
         return hidden_of(functional_call(block, dict(weights), arguments, batch.keywords, tie_weights=is_tied))
 
-    return Piece(names, run)
+    return Piece(names, run, buffers)
 
 
 def _images(batch: Batch, model: nn.Module) -> Tensor:

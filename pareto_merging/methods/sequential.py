@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from pareto_merging.data.tasks import Task
 from pareto_merging.errors import UserError
 from pareto_merging.methods import regmean
-from pareto_merging.methods.chains import Batch, Layout, Piece, cut, streams_on, survey
+from pareto_merging.methods.chains import Batch, Layout, Piece, cut, float_buffers, streams_on, survey
 from pareto_merging.methods.interface import Copies, Merged
 from pareto_merging.methods.per_task import check_count, check_number, check_tasks, chosen_images, image_of, to_model
 from pareto_merging.methods.sites import (
@@ -214,7 +214,8 @@ class _Solver:
         ridge: float,
     ) -> None:
         self.plain, self.batches, self.ridge = plain, batches, ridge
-        self.base: dict[str, Tensor] = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+        everything = {**dict(plain.named_parameters()), **float_buffers(plain)}
+        self.base: dict[str, Tensor] = {name: tensor.detach() for name, tensor in everything.items()}
         self.own: dict[str, dict[str, Tensor]] = {task: {} for task in batches}
         self.copies, tensors = check_copies(plain, finetuned)
         self.aliases = {names[0]: names for names, _ in tensors}
@@ -264,8 +265,11 @@ class _Solver:
 
     def _expert(self, piece: Piece, task: str) -> dict[str, Tensor]:
         """Read the weights of one piece of a fine-tuned model."""
-        weights = self.copies[task]
-        values = {name: next(weights[n] for n in self.aliases[name] if n in weights) for name in piece.names.values()}
+        weights, values = self.copies[task], dict[str, Tensor]()
+        for name in (*piece.names.values(), *piece.buffers.values()):
+            # a buffer that is in no state dict is the module's own
+            own = (weights[alias] for alias in self.aliases.get(name, (name,)) if alias in weights)
+            values[name] = next(own, self.base[name])
         return {name: value.detach().to(self.base[name], copy=False) for name, value in values.items()}
 
     def _advance(self, piece: Piece, batch: Batch, expert: Mapping[str, Tensor], task: str) -> None:

@@ -19,9 +19,10 @@ from pareto_merging.learn.loop import TrainingResult, learn_pareto_set
 from pareto_merging.learn.objectives import OBJECTIVES
 from pareto_merging.learn.prepared import learned_from
 from pareto_merging.learn.settings import MethodSettings
-from pareto_merging.learn.teachers import with_teachers
+from pareto_merging.learn.teachers import task_identity, with_teachers
 from pareto_merging.methods import regmean, sequential
 from pareto_merging.methods.interface import Copies
+from pareto_merging.methods.per_task import check_tasks
 from pareto_merging.model.base import base_tensors, set_base
 from pareto_merging.model.files import BASE, load_learned
 from pareto_merging.model.learned import learned_parameters
@@ -90,8 +91,13 @@ def begin(
         return {}
     if not tasks:
         raise ValueError(f"tasks: expected unlabelled images of every task for start {settings.start}, got none")
-    path = None if folder is None else folder / START_NAME
-    identity = _identity(model, settings, tasks)
+    names = pareto_state(model).task_names
+    check_tasks(tasks, names)
+    # in the model's order, as they are learned from: the same images are held back
+    tasks = {name: tasks[name] for name in names}
+    # without digests nothing says which models a file is of
+    path = None if folder is None or not pareto_state(model).digests else folder / START_NAME
+    identity = _identity(model, settings, tasks) if path is not None else {}
     if path is not None and resume and (facts := _read(model, path, identity)) is not None:
         return facts
     given, (settings, learned, held) = settings, learned_from(tasks, settings)
@@ -153,12 +159,16 @@ def learn_from_start(
 def _identity(model: nn.Module, settings: MethodSettings, tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Return what a start that is read must agree on."""
     state = pareto_state(model)
-    names = ("start", "start_images", "ridge", "seed", "few_images", "held_back")
+    # the objective's say which ridge is best where images are few
+    names = (
+        *("start", "start_images", "ridge", "seed", "few_images", "held_back"),
+        *("objective", "features_weight", "entropy_weight"),
+    )
     return {
         "settings": {name: getattr(settings, name) for name in names},
         "model": dict(state.settings),
         "digests": state.digests,
-        "images": {name: len(task.images) for name, task in tasks.items()},  # type: ignore[arg-type]
+        "tasks": {name: task_identity(task) for name, task in tasks.items()},
     }
 
 

@@ -31,6 +31,17 @@ def set_base(model: nn.Module, base: Mapping[str, Tensor], start: str) -> None:
     Raises:
         ValueError: a folded model, names that the model does not have, other shapes, or numbers that are not finite.
     """
+    check_base(model, base)
+    own = base_tensors(model)
+    with torch.no_grad():
+        for name, tensor in base.items():
+            own[name].copy_(tensor)
+    set_lambda(model, torch.zeros(()))
+    note_base(model, start)
+
+
+def check_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what :func:`set_base` does not take; nothing is written."""
     state, own = pareto_state(model), base_tensors(model)
     if state.folded:
         raise ValueError("model: expected a Pareto model with task vectors, got a folded one")
@@ -40,16 +51,17 @@ def set_base(model: nn.Module, base: Mapping[str, Tensor], start: str) -> None:
             raise ValueError(f"base: expected {expected}, got {name} {list(tensor.shape)}")
         if not bool(torch.isfinite(tensor.to(own[name].dtype)).all()):
             raise ValueError(f"base: expected finite numbers in {name} in {own[name].dtype}, got NaN or inf")
-    with torch.no_grad():
-        for name, tensor in base.items():
-            own[name].copy_(tensor)
-    set_lambda(model, torch.zeros(()))
-    note_base(model, start)
 
 
 def note_base(model: nn.Module, start: str) -> None:
     """Note what made the base of a Pareto model, and its digest."""
-    state, digest = pareto_state(model), TensorDigest()
-    for name, tensor in base_tensors(model).items():
+    state = pareto_state(model)
+    state.start, state.base_digest = start, base_digest(base_tensors(model))
+
+
+def base_digest(base: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a base, by the names in the plain module."""
+    digest = TensorDigest()
+    for name, tensor in base.items():
         digest.add(name, tensor)
-    state.start, state.base_digest = start, digest.hexdigest()
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from pareto_merging.checkpoints import encoders
 from pareto_merging.checkpoints.safetensors import read_metadata, read_shapes, read_tensors, write_tensors
 from pareto_merging.data.tasks import ZeroShotHead
 from pareto_merging.errors import UserError, user_errors
-from pareto_merging.model.base import base_tensors, set_base
+from pareto_merging.model.base import base_digest, base_tensors, check_base, set_base
 from pareto_merging.model.convert import convert, prepare_transformers, unchanged_on_error
 from pareto_merging.model.copies import Weights
 from pareto_merging.model.fold import fold
@@ -209,12 +209,15 @@ def _load_base(model: nn.Module, base: Mapping[str, Tensor], header: Mapping[str
         return
     if lacking := [name for name in own if name not in base]:
         raise UserError(f"{path}: expected a base with every parameter, got none named {', '.join(lacking[:5])}")
+    # before anything is written: the frozen weights may be the caller's own
+    with user_errors(str(path)):
+        check_base(model, base)
+    if base_digest({name: base[name].to(tensor.dtype) for name, tensor in own.items()}) != digest:
+        raise UserError(f"{path}: expected a base of digest {digest[:12]}…, got one in another precision or changed")
     with user_errors(str(path)):
         lam = get_lambda(model)
         set_base(model, base, start)
         set_lambda(model, lam)
-    if pareto_state(model).base_digest != digest:
-        raise UserError(f"{path}: expected a base of digest {digest[:12]}…, got one in another precision or changed")
 
 
 def _tasks_of(

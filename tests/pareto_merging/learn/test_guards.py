@@ -108,14 +108,24 @@ def test_training_in_another_thread_sets_no_signal_handler(tiny_vit: nn.Module, 
 def test_agreement_that_falls_is_reported_once() -> None:
     """By hand: 0.9 at first; 0.4 from then on is a running mean of 0.9 − 0.5·(1 − 0.95ⁿ), 0.15 below after 7 steps."""
     said: list[str] = []
-    watch = AgreementWatch(said.append)
+    watch = AgreementWatch(said.append, 10**9)
     for step in range(1, 60):
         watch.look(step, [0.95, 0.85] if step == 1 else [0.5, 0.3])
         assert len(said) == (step >= 8), step
-    assert said[0].startswith("step 8: ") and "from 90 % in the first step to 75 %" in said[0]
-    for values in ([0.1, 0.2], [0.9, 0.95], [0.75, 0.75]):
-        watch = AgreementWatch(said.append)
-        watch.look(1, [0.85, 0.85] if values[0] > 0.5 else [0.1, 0.1])
-        for step in range(2, 60):
-            watch.look(step, values)
+    assert said[0].startswith("step 8: ") and "from 90 % in step 1 to 75 %" in said[0]
+    for first, then in (([0.1, 0.1], [0.1, 0.2]), ([0.85, 0.85], [0.9, 0.95]), ([0.85, 0.85], [0.75, 0.75])):
+        watch = AgreementWatch(said.append, 10**9)
+        for step in range(1, 60):
+            watch.look(step, first if step == 1 else then)
     assert len(said) == 1
+
+
+def test_agreement_of_few_images_is_not_mistaken_for_a_fall() -> None:
+    """Batches of 16 images that agree at three quarters at random, over 200 steps, 200 times."""
+    said: list[str] = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        watch = AgreementWatch(said.append, 16)
+        for step in range(200):
+            watch.look(step, [float((torch.rand(16, generator=generator) < 0.75).double().mean())])
+    assert not said

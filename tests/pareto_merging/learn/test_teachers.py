@@ -180,8 +180,12 @@ def test_a_folder_keeps_them_for_a_run_that_goes_on(tmp_path: Path, monkeypatch:
     assert json.loads(read_metadata(path)["identity"])["tasks"]["t0"]["images"] == 20
     assert set(read_tensors(path)) == {"t0", "t1"}
     other = {"t0": copies["t0"], "t1": noisy_copy(net, 9, 0.2).eval()}
+    shifted = {name: replace(task, images=TensorImages(task.images.images + 1)) for name, task in tasks.items()}
+    scaled = {name: replace(task, head=ZeroShotHead(task.head.weight, 3.0)) for name, task in tasks.items()}
     for change in (
         {"model": pareto(net, other), "copies": other},
+        {"tasks": shifted},
+        {"tasks": scaled},
         {"tasks": task_set(2, seed=8)},
         {"tasks": task_set(2, images=21)},
         {"features_weight": 0.5},

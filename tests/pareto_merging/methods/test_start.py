@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pareto_merging as pm
 from pareto_merging.checkpoints.safetensors import read_metadata, read_tensors
+from pareto_merging.data.sources import TensorImages
 from pareto_merging.data.tasks import Task
 from pareto_merging.learn.held_back import BestState, split
 from pareto_merging.learn.settings import MethodSettings
@@ -199,6 +200,36 @@ def test_what_is_held_back_is_not_looked_at_and_few_images_are_regularised(count
     result = pareto.merge(net, copies, tasks=tasks, method=method.model_copy(update={"steps": 2}), progress=False)
     assert result.facts["start"] == {"found": 1.5} and "chosen" in result.facts
     assert counted[1][0]["t0"].images.indices == given["t0"].images.indices
+
+
+def test_images_held_back_are_those_that_learning_holds_back_in_any_order_of_the_tasks(counted: list[Any]) -> None:
+    model, net, copies = parts()
+    tasks = image_tasks(2, images=20)
+    turned = dict(reversed(tasks.items()))
+    method = settings(objective="distillation", scalarization="linear", few_images="regularise", tensor_norm=0.0)
+    begin(model, net, copies, turned, method, progress=False)
+    _, held = split(tasks, 0.2, method.seed)
+    for name, task in counted[0][0].items():
+        assert not set(task.images.indices) & set(held[name].images.indices)
+
+
+def test_a_start_of_other_images_or_of_models_without_digests_is_not_read(tmp_path: Path, counted: list[Any]) -> None:
+    model, net, copies = parts()
+    tasks, method = image_tasks(2), settings()
+    begin(model, net, copies, tasks, method, folder=tmp_path, progress=False)
+    shifted = {name: replace(task, images=TensorImages(task.images.images + 1)) for name, task in tasks.items()}
+    begin(parts()[0], net, copies, shifted, method, folder=tmp_path, resume=True, progress=False)
+    assert len(counted) == 2
+    begin(parts()[0], net, copies, shifted, method, folder=tmp_path, resume=True, progress=False)
+    assert len(counted) == 2, "what was found last is what is kept"
+    begin(parts(digests=False)[0], net, copies, shifted, method, folder=tmp_path, resume=True, progress=False)
+    assert len(counted) == 3
+
+
+def test_a_task_of_the_wrong_type_is_one_line() -> None:
+    model, net, copies = parts()
+    with pytest.raises(TypeError, match="tasks: expected a Task for t0, got list"):
+        begin(model, net, copies, {"t0": [], "t1": []}, settings(), progress=False)  # type: ignore[dict-item]
 
 
 def test_the_sequential_start_is_kept_whole(tmp_path: Path) -> None:

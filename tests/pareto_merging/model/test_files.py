@@ -258,10 +258,12 @@ def test_another_base_goes_with_the_file(
     assert torch.equal(base_tensors(wide)["proj"], base_tensors(model)["proj"].float())
     if dtype == torch.float32:
         half = copy.deepcopy(net).half()
-        with pytest.raises(
-            UserError, match=r"expected a base of digest \w{12}…, got one in another precision or changed"
-        ):
-            load_pareto_set(path, remembered(half, net), finetuned)
+        before = {name: value.clone() for name, value in half.state_dict().items()}
+        for own in (True, False):
+            with pytest.raises(UserError, match=r"expected a base of digest \w{12}…, got one in another precision or"):
+                load_pareto_set(path, remembered(half, net), finetuned, copy=own)
+            # the caller's own is as it was
+            assert all(torch.equal(value, before[name]) for name, value in half.state_dict().items())
 
 
 def remembered(half: nn.Module, net: nn.Module) -> nn.Module:
