@@ -304,7 +304,7 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _cells(figures: Mapping[str, Any], *names: str) -> list[str]:
-    looks = {"hypervolume": (100, 1), "spearman": (1, 2), "seconds": (1, 0)}
+    looks = {"hypervolume": (100, 1), "spearman": (1, 2)}
     spreads = {name: Spread(**figures[name]) for name in names if name in figures}
     return [cell(spreads.get(name), *looks.get(name, (1, 1))) for name in names]
 
@@ -317,18 +317,15 @@ def _table(report: Mapping[str, Any], part: str, columns: Sequence[str], names: 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the ladder from the published method to ours."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
-    columns, names = (
-        ("equal", "priority", "one-hot", "Spearman", "seconds"),
-        ("equal", "priority", "one_hot", "spearman", "seconds"),
-    )
+    columns, names = ("equal", "priority", "one-hot", "Spearman"), ("equal", "priority", "one_hot", "spearman")
     table = _table(report, "ladder", columns, names, "eight models, 100 steps")
     return f"Held-out accuracy in percent, mean ± standard deviation over suite seeds {seeds}:\n\n{table}"
 
 
 def ablations_markdown(report: Mapping[str, Any]) -> str:
     """Return the preset with one change at a time."""
-    names = ("equal", "one_hot", "spearman", "seconds")
-    return _table(report, "ablations", ("equal", "one-hot", "Spearman", "seconds"), names, "change")
+    names = ("equal", "priority", "one_hot", "spearman")
+    return _table(report, "ablations", ("equal", "priority", "one-hot", "Spearman"), names, "change")
 
 
 def ranks_markdown(report: Mapping[str, Any]) -> str:
@@ -343,8 +340,8 @@ def ranks_markdown(report: Mapping[str, Any]) -> str:
 
 def images_markdown(report: Mapping[str, Any]) -> str:
     """Return methods with few images."""
-    names = ("equal", "one_hot", "seconds")
-    return _table(report, "images", ("equal", "one-hot", "seconds"), names, "images of each task: method")
+    names = ("equal", "priority", "one_hot")
+    return _table(report, "images", ("equal", "priority", "one-hot"), names, "images of each task: method")
 
 
 def need_markdown(report: Mapping[str, Any]) -> str:

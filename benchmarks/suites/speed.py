@@ -67,7 +67,7 @@ def run(
 
 
 class _Steps:
-    """A learner's steps, one a call; the images of a step are at hand before."""
+    """A learner's steps, one a call, with the reading of their images."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner, self.done, self.batches = learner, 0, learner.batches(0, 0)
