@@ -7,7 +7,7 @@ from typing import Any
 
 
 def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[Any, ...]]:
-    """Call a function with each tuple of arguments, and yield those of every call that is done.
+    """Call a function with each tuple of arguments. Yield those of every call that is done.
 
     ``jobs``: processes; 1: in this one, in order. A function's error ends it.
     """

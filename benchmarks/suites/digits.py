@@ -358,17 +358,18 @@ def following_markdown(report: Mapping[str, Any]) -> str:
         for key in sorted({result.method for result in aware}, key=list(METHODS).index):
             own = [result for result in aware if result.method == key]
             gains, rises, ranks = zip(*(_following(result) for result in own), strict=True)
-            found = {task: cell(spread([rank[task] for rank in ranks]), digits=2) for task in own[0].tasks}
+            cells = {task: cell(spread([rank[task] for rank in ranks]), digits=2) for task in own[0].tasks}
             share = math.fsum(rises) / len(rises)
             row = [f"{tasks}: {METHODS[key].title}", cell(spread(gains)), f"{100 * share:.0f} %"]
-            rows.append([*row, *(found.get(task, "") for task in digits.TASKS)])
+            rows.append([*row, *(cells.get(task, "") for task in digits.TASKS)])
     return markdown_table(columns, rows)
 
 
 def _following(result: Measured) -> tuple[float, float, dict[str, float | None]]:
-    """Return one-hot minus equal in points, the share of steps toward a task that do not lose on it, and Spearman's ρ.
+    """Return one-hot minus equal in points, the share of rises, and Spearman's ρ.
 
-    Steps: from the equal preference to a priority of 0.5 to one-hot, as far as they differ and were measured.
+    A rise is a step toward a task that does not lose on it. Steps: from the equal preference to a priority of 0.5 to
+    one-hot, as far as they differ and were measured.
     """
     kept, gains, ranks = [], [], {}
     for k, task in enumerate(result.tasks):

@@ -1,4 +1,6 @@
-"""What a step of the expert-guided method costs beside a published one, in one run on one core of the CPU.
+"""What a step of the expert-guided method costs beside a published one.
+
+In one run on one core of the CPU.
 
 Eight models of the embedded digits suite, 32 images a task. All four kinds of step take turns, so that a machine that
 slows down slows all of them down. Beside their times: how many operators a step dispatches, and the bytes that these
@@ -77,7 +79,7 @@ class _Steps:
         self.learner.step(self.done, next(self.batches))
 
     def count(self) -> dict[str, int]:
-        """Return operators of a step and the bytes they read and write, after steps that make what is kept."""
+        """Return operators of a step and their bytes. After steps that make what is kept."""
         for number in range(2):
             self(number)
         with Count() as counted:

@@ -32,9 +32,10 @@ FREE = ("detach", "alias", "empty", "new_empty", "empty_like", "empty_strided", 
 
 
 class Count(TorchDispatchMode):
-    """Operators that are dispatched, by name, and the bytes of the tensors that they are given and return.
+    """Operators that are dispatched, by name, and their bytes.
 
-    A view is counted by the numbers it shows; what a kernel keeps to itself, and what it reads twice, is not.
+    Bytes: of the tensors that they are given and return. A view is counted by the numbers it shows; what a kernel keeps
+    to itself, and what it reads twice, is not.
     """
 
     def __init__(self) -> None:

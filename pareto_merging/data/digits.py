@@ -245,7 +245,7 @@ def make(out: Path, seed: int = 0, design: Mapping[str, Any] = ENCODER) -> None:
 
 
 def run_file(preset: str = "expert") -> str:
-    """Return a configuration for a suite's folder: all tasks of the suite beside it, merged with a preset."""
+    """Return a configuration for a suite's folder. It merges all its tasks with a preset."""
     lines = ["encoder: {architecture: encoder.json, pretrained: pretrained.safetensors, quick_gelu: false}", "tasks:"]
     for task in TASKS:
         images_ = ", ".join(f"{split}: digits:{task}/{split}" for split in ("merging", "evaluation", "training"))

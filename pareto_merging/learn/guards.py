@@ -81,7 +81,7 @@ class AgreementWatch:
         self._mean = 0.0
 
     def look(self, step: int, values: Sequence[float]) -> None:
-        """Update the running mean; warn if it is far below the first look's, the state that learning started from."""
+        """Update the running mean. Warn if it is far below the first look's, before anything was learned."""
         now = math.fsum(values) / len(values)
         if self._first is None:
             self._first, self._mean = (step, now), now

@@ -156,9 +156,10 @@ def _identity(model: nn.Module, tasks: Mapping[str, Task], settings: MethodSetti
 
 
 def task_identity(task: Task) -> dict[str, Any]:
-    """Return what tells a task from one with another head or other images, as plain JSON.
+    """Return what tells a task from one with another head or other images.
 
-    Of the images their number and the digest of sixteen spread evenly; none where they differ when read twice.
+    Plain JSON. Of the images their number and the digest of sixteen spread evenly; none where they differ when read
+    twice.
     """
     head, size = TensorDigest(), _count(task)
     for key, tensor in task.head.state_dict().items():

@@ -151,8 +151,8 @@ def learn_from_start(
     result = learn_pareto_set(model, tasks, settings, finetuned=copies, **run)
     if facts.get("tried") and tasks and not result.chosen.get("step"):
         again = _with(settings, facts.get("ridge", settings.ridge))
-        found = STARTS[settings.start](model, pretrained, finetuned, tasks, again, bool(run.get("progress", True)))
-        pareto_state(model).start_facts = {**found, "tried": facts["tried"], "all images": True}
+        last = STARTS[settings.start](model, pretrained, finetuned, tasks, again, bool(run.get("progress", True)))
+        pareto_state(model).start_facts = {**last, "tried": facts["tried"], "all images": True}
     return result
 
 
