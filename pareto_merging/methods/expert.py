@@ -66,7 +66,6 @@ METHOD = Method(
     learns=True,
 )
 VARIANTS = (
-    METHOD,
     Method(
         "pareto-closed-form",
         "Pareto Merging, expert-guided, closed form",
@@ -75,4 +74,5 @@ VARIANTS = (
         lambda tasks, method: [{}, {"ridge": 1e-2}, {"ridge": 1e-1}],
         "1 model + low rank",
     ),
+    METHOD,
 )
