@@ -175,6 +175,13 @@ def _in_parallel(
             print(f"[{number}/{len(calls)}] {what} ({time.perf_counter() - start:.0f} s so far)", flush=True)
 
 
+def make_encoders(folder: Path, seed: int, design: Mapping[str, Any] = digits.ENCODER) -> None:
+    """Train the encoders of a seed into a folder, unless it has them whole."""
+    if not (folder / "heads.safetensors").exists() or not (folder / "done").exists():
+        digits.make(folder, seed=seed, design=design)
+        (folder / "done").touch()
+
+
 def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool, methods: Sequence[str] = ()) -> None:
     """Do one piece of the work and keep it. Where there are several, each has a process of its own."""
     suite = folder / f"seed-{seed}" / "suite"
@@ -182,9 +189,7 @@ def _part(kind: str, seed: int, tasks: int, folder: Path, quick: bool, methods: 
         # a setting that collapses is not chosen; its warning is in the results
         warnings.simplefilter("ignore")
         if kind == "suite":
-            if not (suite / "heads.safetensors").exists() or not (suite / "done").exists():
-                digits.make(suite, seed=seed)
-                (suite / "done").touch()
+            make_encoders(suite, seed)
         elif kind == "compare":
             how: dict[str, Any] = {"effort": 1, "grid": "equal"} if quick else {"effort": EFFORT, "choices": CHOICES}
             wanted = list(methods or (QUICK_METHODS if quick else METHODS))

@@ -209,9 +209,7 @@ def _workspace(folder: Path, seed: int, case: Case, quick: bool) -> Altered:
 def _suite(folder: Path, seed: int, case: Case) -> Path:
     """Return the folder of a case's encoders; they are trained where they are not there."""
     path = folder / f"seed-{seed}" / ("suite" if case.suite == "digits" else case.suite.replace(" ", "-"))
-    if not (path / "done").exists():
-        digits.make(path, seed=seed, design=SUITES[case.suite])
-        (path / "done").touch()
+    study.make_encoders(path, seed, SUITES[case.suite])
     return path
 
 

@@ -43,9 +43,7 @@ def run(
     effort, tasks = (Effort(2, 2, 0), 2) if quick else (Effort(20, 60, 20.0), TASKS)
     with tempfile.TemporaryDirectory() as temporary, one_thread():
         suite = (Path(temporary) if work is None else work) / f"seed-{seeds[0]}" / "suite"
-        if not (suite / "done").exists():
-            digits.make(suite, seed=seeds[0])
-            (suite / "done").touch()
+        study.make_encoders(suite, seeds[0])
         learners, before = {}, {}
         for preset, at_once in itertools.product(PRESETS, AT_ONCE):
             learners[preset, at_once], before[preset] = _learner(suite, seeds[0], preset, at_once, tasks, quick)
